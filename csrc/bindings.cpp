@@ -1,0 +1,185 @@
+// Python bindings of the CPU engine. Tensors arrive as integer addresses, so that nothing here links torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/parallel.h"
+#include "engine.h"
+
+namespace py = pybind11;
+
+namespace fusedloss {
+
+template <typename... Row, typename... Terms>
+EpilogueKind find_kind(const std::string& name, FunctorList<Row...>, FunctorList<Terms...>) {
+    if (((name == Row::name) || ...)) return EpilogueKind::row;
+    if (((name == Terms::name) || ...)) return EpilogueKind::class_term;
+    return EpilogueKind::none;
+}
+
+EpilogueKind epilogue_kind(const std::string& name) { return find_kind(name, RowEpilogues{}, ClassTerms{}); }
+
+namespace {
+
+template <typename... Row, typename... Terms>
+std::vector<std::string> names_of(FunctorList<Row...>, FunctorList<Terms...>) {
+    return {Row::name..., Terms::name...};
+}
+
+// --- instruction sets ---
+
+struct InstructionSet {
+    const char* name;
+    bool available;
+    void (*forward)(const Rows&, const Epilogue&, const Outputs&);
+    void (*backward)(const Rows&, const Epilogue&, const Gradient&);
+};
+
+std::vector<InstructionSet> instruction_sets() {
+    std::vector<InstructionSet> sets;  // the best first
+#if defined(FUSEDLOSS_HAVE_AVX512)
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    sets.push_back({"avx512", avx512, avx512::forward, avx512::backward});
+#endif
+#if defined(FUSEDLOSS_HAVE_AVX2)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    sets.push_back({"avx2", avx2, avx2::forward, avx2::backward});
+#endif
+    sets.push_back({"generic", true, generic::forward, generic::backward});
+    return sets;
+}
+
+const InstructionSet* current = nullptr;
+
+const std::vector<InstructionSet>& all_sets() {
+    static const std::vector<InstructionSet> sets = instruction_sets();
+    return sets;
+}
+
+void use_instruction_set(const std::string& name) {
+    for (const auto& set : all_sets()) {
+        if (set.available && (name.empty() || name == set.name)) {
+            current = &set;
+            return;
+        }
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not available here");
+}
+
+std::vector<std::string> available_sets() {
+    std::vector<std::string> names;
+    for (const auto& set : all_sets()) {
+        if (set.available) names.push_back(set.name);
+    }
+    return names;
+}
+
+// --- arguments ---
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params, double main,
+                       double smooth, double z_loss) {
+    if (params.size() > kMaxParams) throw std::invalid_argument("an epilogue takes at most 4 parameters");
+    if (!name.empty() && epilogue_kind(name) == EpilogueKind::none) {
+        throw std::invalid_argument("no epilogue named '" + name + "'");
+    }
+    Epilogue epilogue{name, {}, {}, static_cast<int>(params.size()), main, smooth, z_loss};
+    for (size_t k = 0; k < params.size(); ++k) {
+        epilogue.param[k] = at<void>(params[k].first);
+        epilogue.param_stride[k] = params[k].second;
+    }
+    return epilogue;
+}
+
+// The first index in [0, count) whose class is outside [0, classes) and not ignored; -1: none.
+int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ignore_index) {
+    const int64_t* t = at<const int64_t>(target);
+    for (int64_t i = 0; i < count; ++i) {
+        if ((t[i] < 0 || t[i] >= classes) && t[i] != ignore_index) return i;
+    }
+    return -1;
+}
+
+// A fresh gradient costs more in page faults than in arithmetic; huge pages give most of that back. A hint:
+// the kernel may ignore it, and memory that is already mapped is left as it is.
+void advise_huge_pages(Address address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr Address page = 4096;
+    const Address begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (end > begin) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)address;
+    (void)bytes;
+#endif
+}
+
+}  // namespace
+}  // namespace fusedloss
+
+PYBIND11_MODULE(_engine, module) {
+    using namespace fusedloss;
+    module.doc() = "fusedloss CPU engine: statistics and gradient passes over rows of logits";
+    watch_forks();
+    use_instruction_set("");
+
+    py::class_<Rows>(module, "Rows")
+        .def(py::init([](int dtype, Address logits, int64_t rows, int64_t classes, int64_t row_stride, Address target,
+                         int64_t ignore_index, Address candidates, int candidate_count, int top_k, bool below,
+                         bool mean, Address class_weight, double weight_sum, int threads) {
+            return Rows{static_cast<DType>(dtype),
+                        at<void>(logits),
+                        rows,
+                        classes,
+                        row_stride,
+                        at<const int64_t>(target),
+                        ignore_index,
+                        at<const int64_t>(candidates),
+                        candidate_count,
+                        top_k,
+                        below,
+                        mean,
+                        at<void>(class_weight),
+                        weight_sum,
+                        threads};
+        }));
+
+    module.def("forward", [](const Rows& rows, const std::string& name,
+                             const std::vector<std::pair<Address, int64_t>>& params, double main, double smooth,
+                             double z_loss, Address loss, Address statistics, Address index, Address coefficients) {
+        const Epilogue epilogue = make_epilogue(name, params, main, smooth, z_loss);
+        const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
+        py::gil_scoped_release release;
+        current->forward(rows, epilogue, out);
+    });
+    module.def("backward",
+               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
+                  Address statistics, Address index, Address coefficients, Address grad_output,
+                  int64_t grad_output_stride, Address grad, int64_t grad_row_stride) {
+                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+                   const Gradient gradient{at<void>(statistics),  at<const int64_t>(index), at<void>(coefficients),
+                                           at<void>(grad_output), grad_output_stride,       at<void>(grad),
+                                           grad_row_stride};
+                   py::gil_scoped_release release;
+                   current->backward(rows, epilogue, gradient);
+               });
+    module.def("first_invalid", &first_invalid);
+    module.def("advise_huge_pages", &advise_huge_pages);
+    module.def("epilogues", [] { return names_of(RowEpilogues{}, ClassTerms{}); });
+    module.def("instruction_sets", &available_sets);
+    module.def("instruction_set", [] { return std::string(current->name); });
+    module.def("use_instruction_set", &use_instruction_set);
+}

@@ -1,0 +1,753 @@
+// The passes of the CPU engine, compiled once for each instruction set (FUSEDLOSS_ISA names the namespace).
+//
+//   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without
+//   the
+//              target's term), then runs the loss's epilogue on them. A class term reads the row a second
+//              time.
+//   backward   reads the logits once more and writes their gradient, which may take their place.
+//
+// A row is cut into chunks whose partial statistics merge exactly in a fixed order, so that the bits of a
+// result do not depend on the number of threads, nor on whether a row was split over them.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "../engine.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace fusedloss {
+namespace FUSEDLOSS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 2048;        // columns widened at a time: 8 KB of float stay in the L1 cache
+constexpr int64_t kChunk = 4 * kBlock;  // columns of one partial statistic
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// Widened columns of a row; the tail of the last vector is -inf, which adds nothing to a sum of exponentials.
+template <typename T>
+struct alignas(64) Block {
+    T value[kBlock];
+    int64_t vectors;
+
+    auto at(int64_t v) const { return load(value + v * VectorOf<T>::width); }
+};
+
+template <typename T>
+struct Best {
+    T value;
+    int64_t index;  // negative: none
+};
+
+template <typename T>
+constexpr Best<T> kNone = {-kInfinity<T>, -1};
+
+template <typename T>
+struct Partial {
+    T max = -kInfinity<T>;
+    double rest = 0;  // sum of exp(z - max) over all but the target
+    double mean = 0;  // sum of w (z - reference)
+    Best<T> top = kNone<T>, second = kNone<T>, below = kNone<T>;
+};
+
+template <typename T>
+T finite_max(T max) {
+    return max == -kInfinity<T> ? T(0) : max;  // exp(-inf - -inf) would be NaN
+}
+
+template <typename T>
+void insert(Best<T>& top, Best<T>& second, const Best<T>& x) {
+    if (x.index < 0) return;
+    if (top.index < 0 || x.value > top.value) {
+        second = top;
+        top = x;
+    } else if (second.index < 0 || x.value > second.value) {
+        second = x;
+    }
+}
+
+// `y` comes from columns to the right of `x`: on equal values the lower index stays.
+template <typename T>
+void merge(Partial<T>& x, const Partial<T>& y) {
+    const T max = std::max(x.max, y.max);
+    const double reference = finite_max(max);
+    // A part without a finite logit has an empty sum (or a NaN that must pass through).
+    if (x.max != max) x.rest *= std::exp(double(x.max) - reference);
+    x.rest += y.max != max ? y.rest * std::exp(double(y.max) - reference) : y.rest;
+    x.max = max;
+    x.mean += y.mean;
+    insert(x.top, x.second, y.top);
+    insert(x.top, x.second, y.second);
+    if (y.below.index >= 0 && (x.below.index < 0 || y.below.value > x.below.value)) x.below = y.below;
+}
+
+template <typename T>
+int64_t find(const Block<T>& block, T value, int64_t count) {
+    constexpr int width = VectorOf<T>::width;
+    for (int64_t v = 0; v < block.vectors; ++v) {
+        const auto equal = block.at(v) == value;
+        typename VectorOf<T>::Bits any = equal;
+        for (int lane = 0; lane < width; ++lane) {
+            if (any[lane] && v * width + lane < count) return v * width + lane;
+        }
+    }
+    return -1;
+}
+
+template <typename T>
+T max_of(const Block<T>& block) {
+    auto max = splat(-kInfinity<T>);
+    for (int64_t v = 0; v < block.vectors; ++v) max = greater(block.at(v), max);
+    return largest<T>(max);
+}
+
+// sum of exp(value - max) over the block
+template <typename T>
+double sum_exp(const Block<T>& block, T max) {
+    auto sum0 = splat(T(0)), sum1 = splat(T(0));
+    int64_t v = 0;
+    for (; v + 1 < block.vectors; v += 2) {
+        sum0 += exp_nonpositive<T>(block.at(v) - max);
+        sum1 += exp_nonpositive<T>(block.at(v + 1) - max);
+    }
+    if (v < block.vectors) sum0 += exp_nonpositive<T>(block.at(v) - max);
+    return total<T>(sum0 + sum1);
+}
+
+// Calls each(v, vector, column) for the columns [begin, end) of a row, the last vector filled up with -inf.
+template <typename S, typename Each>
+inline void for_vectors(const S* row, int64_t begin, int64_t end, const Each& each) {
+    using T = typename ComputeOf<S>::type;
+    constexpr int width = VectorOf<T>::width;
+    int64_t v = 0, column = begin;
+    for (; column + width <= end; column += width, ++v) each(v, load(row + column));
+    if (column < end) each(v, load_part(row + column, static_cast<int>(end - column), -kInfinity<T>));
+}
+
+template <typename T>
+int64_t vectors_for(int64_t columns) {
+    return (columns + VectorOf<T>::width - 1) / VectorOf<T>::width;
+}
+
+// (1 - p)^alpha and (1 - p)^(alpha - 1) as series: exact to the type up to `limit`, which almost every
+// probability of a large vocabulary is below.
+template <typename T>
+struct PowerSeries {
+    static constexpr int terms = 5;
+    T weight[terms], weight1[terms], limit;
+
+    explicit PowerSeries(T alpha) {
+        weight[0] = weight1[0] = 1;
+        for (int k = 1; k < terms; ++k) {
+            weight[k] = weight[k - 1] * (T(k - 1) - alpha) / T(k);
+            weight1[k] = weight1[k - 1] * (T(k) - alpha) / T(k);
+        }
+        limit = (sizeof(T) == 4 ? T(0x1p-5) : T(0x1p-12)) / (T(1) + alpha);
+    }
+    template <typename V>
+    static V evaluate(const T* c, V p) {
+        V sum = splat(c[terms - 1]);
+#pragma GCC unroll 8
+        for (int k = terms - 2; k >= 0; --k) sum = sum * p + c[k];
+        return sum;
+    }
+};
+
+// The class term at y = 0 of a vector of probabilities, p <= limit where Small.
+template <bool Small, typename Term, typename T, typename V>
+inline V negative_term(V p, const PowerSeries<T>& series, const T* params, V& g) {
+    const V q = T(1) - p;
+    if (Small) {
+        return Term::negative(p, q, series.evaluate(series.weight, p), series.evaluate(series.weight1, p), params, g);
+    }
+    const V weight = exp_nonpositive<T>(log_positive<T>(q) * Term::exponent(params));
+    return Term::negative(p, q, weight, weight / q, params, g);
+}
+
+// Sums of a class term over columns that are neither the target nor the top class, whose terms are singled
+// out.
+struct ClassPartial {
+    double rest = 0;   // sum of exp(z - max) over all but the top class
+    double loss = 0;   // sum of w f(p)
+    double slope = 0;  // sum of p g
+};
+
+// A column whose gradient is not the formula's.
+template <typename T>
+struct Exception {
+    int64_t column;
+    T value;
+};
+
+// What a thread needs for a row beside the stack.
+template <typename T>
+struct Scratch {
+    std::vector<T> pick_logit, b;
+    std::vector<int64_t> pick_index;
+    std::vector<Exception<T>> exceptions;
+
+    explicit Scratch(int picks) : pick_logit(picks), b(picks), pick_index(picks) {}
+};
+
+template <typename S>
+class Engine {
+    using T = typename ComputeOf<S>::type;
+    using V = typename VectorOf<T>::Value;
+    static constexpr int width = VectorOf<T>::width;
+
+   public:
+    Engine(const Rows& rows, const Epilogue& epilogue) : rows_(rows), epilogue_(epilogue) {}
+
+    template <typename Functor>
+    void forward(const Outputs& out) const {
+        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
+            if (ignored(row)) return write_ignored(row, out);
+            const RowStatistics<T> s = statistics(row, threads, scratch, out);
+            if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch, out);
+        });
+    }
+
+    template <typename Functor>
+    void backward(const Gradient& gradient) const {
+        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
+            write_gradient<Functor>(row, threads, scratch, gradient);
+        });
+    }
+
+   private:
+    const S* logits(int64_t row) const { return static_cast<const S*>(rows_.logits) + row * rows_.row_stride; }
+    const T* class_weight() const { return static_cast<const T*>(rows_.class_weight); }
+    T weight_of(int64_t column) const { return class_weight() ? class_weight()[column] : T(1); }
+    bool ignored(int64_t row) const { return rows_.target[row] == rows_.ignore_index; }
+    int64_t chunks() const { return (rows_.classes + kChunk - 1) / kChunk; }
+
+    void params_of(int64_t row, T* params) const {
+        for (int k = 0; k < epilogue_.param_count; ++k) {
+            params[k] = static_cast<const T*>(epilogue_.param[k])[row * epilogue_.param_stride[k]];
+        }
+    }
+
+    // each(row, threads, scratch): rows in parallel, or the chunks of a row where there are few rows.
+    template <typename Each>
+    void over_rows(const Each& each) const {
+        constexpr int64_t grain = 16384,
+                          row_cost = 64;  // in elements: less work than this is not worth a thread
+        const int64_t useful = rows_.rows * (rows_.classes + row_cost) / grain + 1;
+        const int threads = static_cast<int>(std::min<int64_t>(rows_.threads, useful));
+        if (rows_.rows < 2 * threads && chunks() > 1) {
+            Scratch<T> scratch(rows_.picks());
+            for (int64_t row = 0; row < rows_.rows; ++row) each(row, threads, scratch);
+        } else {
+            parallel_for(rows_.rows, threads, [&](int64_t begin, int64_t end) {
+                Scratch<T> scratch(rows_.picks());
+                for (int64_t row = begin; row < end; ++row) each(row, 1, scratch);
+            });
+        }
+    }
+
+    // Folds scan(begin, end) over the chunks of a row, from left to right.
+    template <typename Part, typename Scan>
+    Part fold(int threads, const Scan& scan) const {
+        const auto chunk = [&](int64_t i) { return scan(i * kChunk, std::min((i + 1) * kChunk, rows_.classes)); };
+        Part sum = Part();
+        if (threads == 1) {
+            for (int64_t i = 0; i < chunks(); ++i) merge(sum, chunk(i));
+            return sum;
+        }
+        std::vector<Part> parts(chunks());
+        parallel_for(chunks(), threads, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) parts[i] = chunk(i);
+        });
+        for (const Part& part : parts) merge(sum, part);
+        return sum;
+    }
+
+    static void merge(ClassPartial& x, const ClassPartial& y) {
+        x.rest += y.rest;
+        x.loss += y.loss;
+        x.slope += y.slope;
+    }
+    static void merge(Partial<T>& x, const Partial<T>& y) { FUSEDLOSS_ISA::merge(x, y); }
+
+    // --- statistics pass ---
+
+    RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch, const Outputs& out) const {
+        const S* z = logits(row);
+        const int64_t target = rows_.target[row];
+        const T target_logit = read(z + target);
+        const T first = read(z);
+        const T reference = std::isfinite(first) ? first : T(0);
+        const Partial<T> part = fold<Partial<T>>(
+            threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, reference); });
+
+        RowStatistics<T> s;
+        s.max = finite_max(part.max);
+        s.target = target;
+        const double target_exp = std::exp(double(target_logit) - double(s.max));
+        const T rest = T(part.rest), mine = T(target_exp);
+        s.sum_exp = rest + mine;
+        s.log_sum = std::log(s.sum_exp);
+        s.q = rest / s.sum_exp;
+        s.ce = rest < mine ? std::log1p(rest / mine) : (s.max - target_logit) + s.log_sum;
+        if (s.sum_exp == T(0)) {  // no finite logit at all
+            s.q = T(1);
+            s.ce = kInfinity<T>;
+        }
+        if (rows_.mean) {
+            const double sum_ce = rows_.weight_sum * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
+            s.mean_ce = T(sum_ce / double(rows_.classes));
+        } else {
+            s.mean_ce = T(0);
+        }
+
+        T* const statistic = static_cast<T*>(out.statistics) + row;
+        const int64_t n = rows_.rows;
+        statistic[kMax * n] = s.max;
+        statistic[kSumExp * n] = s.sum_exp;
+        statistic[kQ * n] = s.q;
+        statistic[kCe * n] = s.ce;
+        statistic[kTargetLogit * n] = target_logit;
+        statistic[kMeanCe * n] = s.mean_ce;
+        int k = 0;
+        const auto pick = [&](Best<T> best) {
+            scratch.pick_logit[k] = statistic[(kStatistics + k) * n] = best.value;
+            scratch.pick_index[k] = out.index[k * n + row] = best.index;
+            ++k;
+        };
+        // A row of NaN alone has no largest logit; its loss is NaN, and any index will do.
+        if (rows_.top_k > 0) pick({part.top.value, std::max<int64_t>(part.top.index, 0)});
+        if (rows_.top_k > 1) pick(part.second);
+        if (rows_.below) pick(part.below);
+        for (int c = 0; c < rows_.candidate_count; ++c) {
+            const int64_t index = rows_.candidates[row * rows_.candidate_count + c];
+            pick({read(z + index), index});
+        }
+        s.picks = k;
+        s.pick_logit = scratch.pick_logit.data();
+        s.pick_index = scratch.pick_index.data();
+        return s;
+    }
+
+    Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit, T reference) const {
+        Partial<T> part;
+        Block<T> block;
+        for (int64_t from = begin; from < end; from += kBlock) {
+            const int64_t count = std::min(kBlock, end - from);
+            block.vectors = vectors_for<T>(count);
+            T max = rows_.mean ? load_block<true>(z, from, count, reference, block, part.mean)
+                               : load_block<false>(z, from, count, reference, block, part.mean);
+            find_picks(block, from, count, max, target_logit, part);
+            if (target >= from && target < from + count) block.value[target - from] = -kInfinity<T>;
+            if (max > part.max) {
+                part.rest *= std::exp(double(part.max) - double(max));
+                part.max = max;
+            }
+            part.rest += sum_exp(block, finite_max(part.max));
+        }
+        return part;
+    }
+
+    // Widens columns into the block; returns their maximum and adds up w (z - reference) where asked.
+    template <bool Mean>
+    T load_block(const S* z, int64_t from, int64_t count, T reference, Block<T>& block, double& mean) const {
+        V max0 = splat(-kInfinity<T>), sum = splat(T(0));
+        const T* const weight = class_weight();
+        const int64_t whole = count / width;
+        const S* const source = z + from;
+        int64_t v = 0;
+        for (; v < whole; ++v) {
+            const V x = load(source + v * width);
+            store(block.value + v * width, x);
+            max0 = greater(x, max0);
+            if (Mean) sum += weight ? (x - reference) * load(weight + from + v * width) : x - reference;
+        }
+        if (v < block.vectors) {
+            const int rest = static_cast<int>(count - v * width);
+            const V x = load_part(source + v * width, rest, -kInfinity<T>);
+            store(block.value + v * width, x);
+            max0 = greater(x, max0);
+            if (Mean) {
+                for (int lane = 0; lane < rest; ++lane) {
+                    mean += double(x[lane] - reference) * weight_of(from + v * width + lane);
+                }
+            }
+        }
+        if (Mean) mean += total<T>(sum);
+        return largest<T>(max0);
+    }
+
+    void find_picks(Block<T>& block, int64_t from, int64_t count, T max, T target_logit, Partial<T>& part) const {
+        const auto best = [&](T value) {
+            const int64_t at = find(block, value, count);
+            return Best<T>{value, at < 0 ? -1 : from + at};
+        };
+        const Best<T>& least = rows_.top_k > 1 ? part.second : part.top;
+        if (rows_.top_k > 0 && (least.index < 0 || max > least.value)) {
+            const Best<T> top = best(max);
+            insert(part.top, part.second, top);
+            if (rows_.top_k > 1 && top.index >= 0) {
+                block.value[top.index - from] = -kInfinity<T>;
+                Best<T> second = best(max_of(block));
+                // where all else is -inf, the hole itself may be found first
+                if (second.index == top.index) second.index = count > 1 ? from + (top.index == from ? 1 : 0) : -1;
+                insert(part.top, part.second, second);
+                block.value[top.index - from] = top.value;
+            }
+        }
+        if (rows_.below) {
+            V below = splat(-kInfinity<T>);
+            for (int64_t v = 0; v < block.vectors; ++v) {
+                const V x = block.at(v);
+                below = greater(x < target_logit ? x : splat(-kInfinity<T>), below);
+            }
+            const T value = largest<T>(below);
+            if (value > part.below.value) part.below = best(value);
+        }
+    }
+
+    // An ignored row is not looked at. It gets the statistics of two equal logits, one of them the target, so
+    // that a user's loss function sees nothing that is not finite, and loss and coefficients of zero.
+    void write_ignored(int64_t row, const Outputs& out) const {
+        const int64_t n = rows_.rows;
+        const int picks = rows_.picks();
+        const T log2 = T(0.6931471805599453);
+        const T neutral[kStatistics] = {T(0), T(2), T(0.5), log2, T(0), log2};
+        for (int k = 0; k < kStatistics + picks; ++k) {
+            static_cast<T*>(out.statistics)[k * n + row] = k < kStatistics ? neutral[k] : T(0);
+        }
+        for (int k = 0; k < picks; ++k) out.index[k * n + row] = -1;
+        if (!out.loss) return;
+        static_cast<T*>(out.loss)[row] = T(0);
+        for (int k = 0; k < kCoefficients + picks; ++k) static_cast<T*>(out.coefficients)[k * n + row] = T(0);
+    }
+
+    // --- epilogues ---
+
+    Shared<T> shared() const {
+        Shared<T> x;
+        x.main = T(epilogue_.main);
+        x.smooth = T(epilogue_.smooth);
+        x.z_loss = T(epilogue_.z_loss);
+        x.weight_sum = T(rows_.weight_sum);
+        return x;
+    }
+
+    template <typename Functor>
+    void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch, const Outputs& out) const {
+        T params[kMaxParams];
+        params_of(row, params);
+        const int64_t n = rows_.rows;
+        T* const loss = static_cast<T*>(out.loss) + row;
+        T* const coefficient = static_cast<T*>(out.coefficients) + row;
+        if constexpr (is_class_term<Functor>(ClassTerms{})) {
+            const T z_slope = add_z_loss(s, loss);
+            finish_class_term<Functor>(row, threads, s, params, z_slope, out.index[row], loss, coefficient);
+        } else {
+            RowGradient<T> g;
+            g.b = scratch.b.data();
+            std::fill(scratch.b.begin(), scratch.b.end(), T(0));
+            Functor::run(s, params, g);
+            const T weight = weight_of(s.target);
+            apply_shared(s, shared(), weight, rows_.classes, g);
+            *loss = g.loss;
+            coefficient[kA * n] = g.a;
+            coefficient[kU * n] = T(epilogue_.smooth);
+            coefficient[kTargetGradient * n] = g.d - g.a * s.q - T(epilogue_.smooth) * weight;
+            for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = g.b[k];
+        }
+    }
+
+    // L = w_t z_loss lse^2, to which a class term adds; returns the slope: dL/dz_j = slope p_j.
+    T add_z_loss(const RowStatistics<T>& s, T* loss) const {
+        const T lse = s.max + s.log_sum;
+        const T factor = T(epilogue_.z_loss) * weight_of(s.target);
+        *loss = factor != T(0) ? factor * lse * lse : T(0);
+        return factor != T(0) ? T(2) * factor * lse : T(0);
+    }
+
+    template <typename Term>
+    void finish_class_term(int64_t row, int threads, const RowStatistics<T>& s, const T* params, T z_slope, int64_t top,
+                           T* loss, T* coefficient) const {
+        const S* z = logits(row);
+        const int64_t n = rows_.rows;
+        const PowerSeries<T> series(Term::exponent(params));
+        const ClassPartial part = fold<ClassPartial>(
+            threads, [&](int64_t begin, int64_t end) { return sweep<Term>(z, begin, end, s, top, params, series); });
+
+        // The target, where it is not the top class, and the top class, whose 1 - p comes from the others'
+        // sum.
+        const T inverse = T(1) / s.sum_exp;
+        double rest = part.rest, slope = part.slope, sum = part.loss;
+        T target_p = 0, target_g = 0;
+        if (s.target != top) {
+            const T e = std::exp(read(z + s.target) - s.max);
+            rest += e;
+            target_p = e * inverse;
+            T h;
+            sum += weight_of(s.target) * Term::positive(target_p, T(1) - target_p, params, h);
+            target_g = weight_of(s.target) * h / (T(1) - target_p);
+            slope += double(target_p) * target_g;
+        }
+        const T top_q = T(rest) * inverse;
+        const T top_p = T(1) - top_q;
+        T h;
+        if (s.target == top) {
+            sum += weight_of(top) * Term::positive(top_p, top_q, params, h);
+        } else {
+            const T weight = power(top_q, Term::exponent(params));
+            sum += weight_of(top) * Term::negative(top_p, top_q, weight, weight, params, h);
+        }
+        h *= weight_of(top);
+        // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q
+        // underflows, so do they.
+        const T shift = T(slope) + (top_q > T(0) ? top_p * h / top_q : T(0)) - z_slope;
+        const T top_gradient = top_p * (h - T(slope) + z_slope);
+        *loss += T(sum);
+        coefficient[kShift * n] = shift;
+        coefficient[kTopGradient * n] = top_gradient;
+        coefficient[kTargetGradient * n] = s.target == top ? top_gradient : target_p * (target_g - shift);
+    }
+
+    template <typename Term>
+    ClassPartial sweep(const S* z, int64_t begin, int64_t end, const RowStatistics<T>& s, int64_t top, const T* params,
+                       const PowerSeries<T>& series) const {
+        ClassPartial part;
+        Block<T> block;
+        double unused = 0;
+        const T inverse = T(1) / s.sum_exp;
+        for (int64_t from = begin; from < end; from += kBlock) {
+            const int64_t count = std::min(kBlock, end - from);
+            block.vectors = vectors_for<T>(count);
+            T max = load_block<false>(z, from, count, T(0), block, unused);
+            bool holes = false;
+            for (const int64_t column : {top, s.target}) {
+                if (column < from || column >= from + count) continue;
+                block.value[column - from] = -kInfinity<T>;  // p = 0 adds nothing
+                holes = true;
+            }
+            if (holes) max = max_of(block);
+            const bool small = std::exp(max - s.max) * inverse <= series.limit;
+            if (small) {
+                sum_terms<true, Term>(block, from, count, s.max, inverse, params, series, part);
+            } else {
+                sum_terms<false, Term>(block, from, count, s.max, inverse, params, series, part);
+            }
+        }
+        return part;
+    }
+
+    template <bool Small, typename Term>
+    void sum_terms(const Block<T>& block, int64_t from, int64_t count, T max, T inverse, const T* params,
+                   const PowerSeries<T>& series, ClassPartial& part) const {
+        V rest = splat(T(0)), loss = splat(T(0)), slope = splat(T(0));
+        const T* const weight = class_weight();
+        for (int64_t v = 0; v < block.vectors; ++v) {
+            const V e = exp_nonpositive<T>(block.at(v) - max);
+            const V p = e * inverse;
+            V g;
+            V f = negative_term<Small, Term>(p, series, params, g);
+            if (weight) {
+                const int64_t left = count - v * width;
+                const V w = left >= width ? load(weight + from + v * width)
+                                          : load_part(weight + from + v * width, static_cast<int>(left), T(0));
+                f *= w;
+                g *= w;
+            }
+            rest += e;
+            loss += f;
+            slope += p * g;
+        }
+        part.rest += total<T>(rest);
+        part.loss += total<T>(loss);
+        part.slope += total<T>(slope);
+    }
+
+    // --- gradient pass ---
+
+    template <typename Functor>
+    void write_gradient(int64_t row, int threads, Scratch<T>& scratch, const Gradient& gradient) const {
+        const S* z = logits(row);
+        S* grad = static_cast<S*>(gradient.grad) + row * gradient.grad_row_stride;
+        if (ignored(row)) {
+            std::fill(grad, grad + rows_.classes, S{});
+            return;
+        }
+        const int64_t n = rows_.rows;
+        const T* const statistic = static_cast<const T*>(gradient.statistics) + row;
+        const T* const coefficient = static_cast<const T*>(gradient.coefficients) + row;
+        const T max = statistic[kMax * n];
+        const T inverse = T(1) / statistic[kSumExp * n];
+        const T upstream = gradient.grad_output
+                               ? static_cast<const T*>(gradient.grad_output)[row * gradient.grad_output_stride]
+                               : T(1);
+        const int64_t target = rows_.target[row];
+        const T target_gradient = coefficient[kTargetGradient * n] * upstream;
+
+        // Read before the logits are overwritten, written after.
+        std::vector<Exception<T>>& exceptions = scratch.exceptions;
+        exceptions.clear();
+        exceptions.push_back({target, target_gradient});
+        if constexpr (is_class_term<Functor>(ClassTerms{})) {
+            T params[kMaxParams];
+            params_of(row, params);
+            const PowerSeries<T> series(Functor::exponent(params));
+            exceptions.push_back({gradient.index[row], coefficient[kTopGradient * n] * upstream});
+            const T shift = coefficient[kShift * n];
+            over_chunks(threads, [&](int64_t begin, int64_t end) {
+                class_gradient<Functor>(z, grad, begin, end, max, inverse, upstream, shift, params, series);
+            });
+        } else {
+            const T a = coefficient[kA * n] * inverse * upstream, u = coefficient[kU * n] * upstream;
+            const int picks = rows_.picks();
+            for (int k = 0; k < picks; ++k) {
+                const int64_t column = gradient.index[k * n + row];
+                const T b = coefficient[(kCoefficients + k) * n] * upstream;
+                if (column < 0 || b == T(0)) continue;
+                const auto same = [&](const Exception<T>& x) { return x.column == column; };
+                auto at = std::find_if(exceptions.begin(), exceptions.end(), same);
+                if (at == exceptions.end()) {
+                    const T value = a * std::exp(read(z + column) - max) - u * weight_of(column);
+                    at = exceptions.insert(at, Exception<T>{column, value});
+                }
+                at->value -= b;
+            }
+            over_chunks(threads, [&](int64_t begin, int64_t end) {
+                if (u == T(0)) {
+                    row_gradient<0>(z, grad, begin, end, max, a, u);
+                } else if (!class_weight()) {
+                    row_gradient<1>(z, grad, begin, end, max, a, u);
+                } else {
+                    row_gradient<2>(z, grad, begin, end, max, a, u);
+                }
+            });
+        }
+        for (const Exception<T>& x : exceptions) write(grad + x.column, x.value);
+    }
+
+    template <typename Body>
+    void over_chunks(int threads, const Body& body) const {
+        if (threads == 1) return body(int64_t(0), rows_.classes);
+        parallel_for(chunks(), threads,
+                     [&](int64_t begin, int64_t end) { body(begin * kChunk, std::min(end * kChunk, rows_.classes)); });
+    }
+
+    // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
+    template <int Smooth>
+    void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
+        const auto formula = [&](V x, V w) {
+            const V p = exp_nonpositive<T>(x - max) * a;
+            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - w * u;
+        };
+        const T* const weight = class_weight();
+        int64_t column = begin;
+        for (; column + width <= end; column += width) {
+            store(grad + column, formula(load(z + column), Smooth == 2 ? load(weight + column) : V{}));
+        }
+        if (column < end) {
+            const int rest = static_cast<int>(end - column);
+            store_part(
+                grad + column, rest,
+                formula(load_part(z + column, rest, T(0)), Smooth == 2 ? load_part(weight + column, rest, T(0)) : V{}));
+        }
+    }
+
+    // p (w g - shift)
+    template <typename Term>
+    void class_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T inverse, T upstream, T shift,
+                        const T* params, const PowerSeries<T>& series) const {
+        Block<T> block;
+        double unused = 0;
+        for (int64_t from = begin; from < end; from += kBlock) {
+            const int64_t count = std::min(kBlock, end - from);
+            block.vectors = vectors_for<T>(count);
+            const T block_max = load_block<false>(z, from, count, T(0), block, unused);
+            const bool small = std::exp(block_max - max) * inverse <= series.limit;
+            if (small) {
+                write_terms<true, Term>(block, grad + from, from, count, max, inverse, upstream, shift, params, series);
+            } else {
+                write_terms<false, Term>(block, grad + from, from, count, max, inverse, upstream, shift, params,
+                                         series);
+            }
+        }
+    }
+
+    template <bool Small, typename Term>
+    void write_terms(const Block<T>& block, S* grad, int64_t from, int64_t count, T max, T inverse, T upstream, T shift,
+                     const T* params, const PowerSeries<T>& series) const {
+        const T* const weight = class_weight();
+        for (int64_t v = 0; v < block.vectors; ++v) {
+            const int64_t column = v * width;
+            const int left = static_cast<int>(std::min<int64_t>(count - column, width));
+            const V p = exp_nonpositive<T>(block.at(v) - max) * inverse;
+            V g;
+            negative_term<Small, Term>(p, series, params, g);
+            if (weight) {
+                g *= left == width ? load(weight + from + column) : load_part(weight + from + column, left, T(0));
+            }
+            const V value = p * (g - shift) * upstream;
+            if (left == width) {
+                store(grad + column, value);
+            } else {
+                store_part(grad + column, left, value);
+            }
+        }
+    }
+
+    template <typename Functor, typename... Terms>
+    static constexpr bool is_class_term(FunctorList<Terms...>) {
+        return (std::is_same_v<Functor, Terms> || ...);
+    }
+
+    const Rows& rows_;
+    const Epilogue& epilogue_;
+};
+
+// Calls visit.operator()<Functor>() for the functor of that name, void for the empty name.
+template <typename Visit, typename... Row, typename... Terms>
+void with_functor(const std::string& name, const Visit& visit, FunctorList<Row...>, FunctorList<Terms...>) {
+    if (name.empty()) return visit(static_cast<void*>(nullptr));
+    (void)((name == Row::name && (visit(static_cast<Row*>(nullptr)), true)) || ...);
+    (void)((name == Terms::name && (visit(static_cast<Terms*>(nullptr)), true)) || ...);
+}
+
+template <typename Visit>
+void with_storage(DType dtype, const Visit& visit) {
+    switch (dtype) {
+        case DType::float64:
+            return visit(double{});
+        case DType::float32:
+            return visit(float{});
+        case DType::bfloat16:
+            return visit(bfloat16{});
+        case DType::float16:
+            return visit(float16{});
+    }
+}
+
+}  // namespace
+
+void forward(const Rows& rows, const Epilogue& epilogue, const Outputs& out) {
+    with_storage(rows.dtype, [&](auto storage) {
+        const Engine<decltype(storage)> engine(rows, epilogue);
+        const auto run = [&](auto* functor) { engine.template forward<std::remove_pointer_t<decltype(functor)>>(out); };
+        with_functor(epilogue.name, run, RowEpilogues{}, ClassTerms{});
+    });
+}
+
+void backward(const Rows& rows, const Epilogue& epilogue, const Gradient& gradient) {
+    with_storage(rows.dtype, [&](auto storage) {
+        const Engine<decltype(storage)> engine(rows, epilogue);
+        const auto run = [&](auto* functor) {
+            using Functor = std::remove_pointer_t<decltype(functor)>;
+            engine.template backward<Functor>(gradient);
+        };
+        // Form A is the same for every row epilogue, so that only class terms need their functor here.
+        const bool row = epilogue_kind(epilogue.name) != EpilogueKind::class_term;
+        with_functor(row ? std::string() : epilogue.name, run, RowEpilogues{}, ClassTerms{});
+    });
+}
+
+}  // namespace FUSEDLOSS_ISA
+}  // namespace fusedloss

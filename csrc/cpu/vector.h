@@ -1,0 +1,243 @@
+// Vectors of the widest registers that the instruction set offers, through the compiler's vector extension:
+// one source for every instruction set. Loads widen the four storage types to float (double stays double),
+// stores round.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace fusedloss {
+namespace FUSEDLOSS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+    static constexpr int width = kVectorBytes / 4;
+    typedef float Value __attribute__((vector_size(kVectorBytes)));
+    typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+    static constexpr int width = kVectorBytes / 8;
+    typedef double Value __attribute__((vector_size(kVectorBytes)));
+    typedef int64_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+using FloatVector = VectorOf<float>::Value;
+using FloatBits = VectorOf<float>::Bits;
+typedef uint32_t WordVector __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+
+// The type in which a storage type is computed.
+template <typename S>
+struct ComputeOf {
+    using type = float;
+};
+template <>
+struct ComputeOf<double> {
+    using type = double;
+};
+
+template <typename To, typename From>
+inline To bit_cast(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <typename T>
+inline typename VectorOf<T>::Value splat(T x) {
+    return x - typename VectorOf<T>::Value{};
+}
+
+// --- widening and rounding, in vectors and one by one ---
+
+inline FloatVector widen(HalfVector h, bfloat16) {
+    return bit_cast<FloatVector>(__builtin_convertvector(h, WordVector) << 16);
+}
+
+// Subnormal halves come out right because the multiplication by 2^112 normalises them; 2^16 and above are inf
+// or NaN.
+inline FloatVector widen(HalfVector h, float16) {
+    const WordVector w = __builtin_convertvector(h, WordVector);
+    const FloatVector magnitude = bit_cast<FloatVector>((w & 0x7fffu) << 13) * 0x1p112f;
+    const WordVector special = bit_cast<WordVector>(magnitude >= 65536.0f) & 0x7f800000u;
+    return bit_cast<FloatVector>(bit_cast<WordVector>(magnitude) | special | ((w & 0x8000u) << 16));
+}
+
+inline HalfVector narrow(FloatVector x, bfloat16) {
+    const WordVector w = bit_cast<WordVector>(x);
+    const WordVector rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+    const WordVector nan = (w >> 16) | 0x40u;
+    return __builtin_convertvector(x == x ? rounded : nan, HalfVector);
+}
+
+inline HalfVector narrow(FloatVector x, float16) {
+    const WordVector w = bit_cast<WordVector>(x);
+    const WordVector sign = (w >> 16) & 0x8000u;
+    const WordVector magnitude = w & 0x7fffffffu;
+    // normal halves: round the mantissa to 10 bits, to even, and rebias; subnormal ones: let the float adder
+    // round
+    const WordVector normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+    const WordVector subnormal =
+        bit_cast<WordVector>(bit_cast<FloatVector>(magnitude) + 0.5f) - bit_cast<WordVector>(splat(0.5f));
+    WordVector half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? WordVector{} + 0x7c00u : half;  // 65520 and above round to infinity
+    half = magnitude > 0x7f800000u ? WordVector{} + 0x7e00u : half;
+    return __builtin_convertvector(half | sign, HalfVector);
+}
+
+template <typename S>
+inline FloatVector load(const S* source) {
+    HalfVector h;
+    std::memcpy(&h, source, sizeof h);
+    return widen(h, S{});
+}
+inline FloatVector load(const float* source) {
+    FloatVector v;
+    std::memcpy(&v, source, sizeof v);
+    return v;
+}
+inline VectorOf<double>::Value load(const double* source) {
+    VectorOf<double>::Value v;
+    std::memcpy(&v, source, sizeof v);
+    return v;
+}
+
+template <typename S>
+inline void store(S* to, FloatVector v) {
+    const HalfVector h = narrow(v, S{});
+    std::memcpy(static_cast<void*>(to), &h, sizeof h);
+}
+inline void store(float* to, FloatVector v) { std::memcpy(to, &v, sizeof v); }
+inline void store(double* to, VectorOf<double>::Value v) { std::memcpy(to, &v, sizeof v); }
+
+// The first `count` elements; the others are `fill`.
+template <typename S>
+inline auto load_part(const S* source, int count, typename ComputeOf<S>::type fill) {
+    using T = typename ComputeOf<S>::type;
+    constexpr int width = VectorOf<T>::width;
+    S part[width] = {};
+    for (int i = 0; i < count; ++i) part[i] = source[i];
+    auto v = load(part);
+    typename VectorOf<T>::Bits lane;
+    for (int i = 0; i < width; ++i) lane[i] = i;
+    return lane < count ? v : splat(fill);
+}
+
+template <typename S, typename V>
+inline void store_part(S* to, int count, V v) {
+    S part[VectorOf<typename ComputeOf<S>::type>::width];
+    store(part, v);
+    for (int i = 0; i < count; ++i) to[i] = part[i];
+}
+
+template <typename S>
+inline typename ComputeOf<S>::type read(const S* source) {
+    return load_part(source, 1, typename ComputeOf<S>::type(0))[0];
+}
+inline float read(const float* source) { return *source; }
+inline double read(const double* source) { return *source; }
+
+template <typename S>
+inline void write(S* to, typename ComputeOf<S>::type value) {
+    store_part(to, 1, splat(value));
+}
+inline void write(float* to, float value) { *to = value; }
+inline void write(double* to, double value) { *to = value; }
+
+// --- reductions; x > y ? x : y passes over NaN in x, which the sums of exponentials then report ---
+
+template <typename V>
+inline V greater(V x, V y) {
+    return x > y ? x : y;
+}
+
+template <typename T>
+inline T largest(typename VectorOf<T>::Value v) {
+    T x = v[0];
+    for (int i = 1; i < VectorOf<T>::width; ++i) x = v[i] > x ? v[i] : x;
+    return x;
+}
+
+template <typename T>
+inline double total(typename VectorOf<T>::Value v) {
+    double x = 0;
+    for (int i = 0; i < VectorOf<T>::width; ++i) x += v[i];
+    return x;
+}
+
+// --- exp(x) for x <= 0 (or NaN): 2^n times a Taylor polynomial on [-log(2)/2, log(2)/2] ---
+
+template <typename T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+    static constexpr float rounder = 0x1.8p23f, lowest = -87.0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+    static constexpr int shift = 23, degree = 7;
+};
+template <>
+struct ExpConstants<double> {
+    static constexpr double rounder = 0x1.8p52, lowest = -708.0, ln2_high = 0x1.62e42fefap-1,
+                            ln2_low = 0x1.cf79abc9e3b39p-40;
+    static constexpr int shift = 52, degree = 13;
+};
+
+struct InverseFactorials {
+    double value[16] = {1};
+    constexpr InverseFactorials() {
+        for (int n = 1; n < 16; ++n) value[n] = value[n - 1] / n;
+    }
+};
+constexpr InverseFactorials kInverseFactorial;
+
+template <typename T>
+inline typename VectorOf<T>::Value exp_nonpositive(typename VectorOf<T>::Value x) {
+    using C = ExpConstants<T>;
+    using V = typename VectorOf<T>::Value;
+    using Bits = typename VectorOf<T>::Bits;
+    const V shifted = x * T(1.4426950408889634) + C::rounder;  // its low bits hold n = round(x / log 2)
+    const V n = shifted - C::rounder;
+    const V r = (x - n * C::ln2_high) - n * C::ln2_low;
+    V poly = splat(T(kInverseFactorial.value[C::degree]));
+#pragma GCC unroll 16
+    for (int k = C::degree - 1; k >= 0; --k) poly = poly * r + T(kInverseFactorial.value[k]);
+    const V result = bit_cast<V>(bit_cast<Bits>(poly) + (bit_cast<Bits>(shifted) << C::shift));
+    return x < C::lowest ? V{} : result;
+}
+
+// log(x) for x in (0, 1]: x = 2^n m with m in [2/3, 4/3), log m = 2 atanh((m - 1) / (m + 1)).
+template <typename T>
+inline typename VectorOf<T>::Value log_positive(typename VectorOf<T>::Value x) {
+    using V = typename VectorOf<T>::Value;
+    using Bits = typename VectorOf<T>::Bits;
+    constexpr int shift = ExpConstants<T>::shift, terms = sizeof(T) == 4 ? 5 : 12;
+    const Bits exponent = (bit_cast<Bits>(x * T(1.5)) >> shift) - (bit_cast<Bits>(splat(T(1))) >> shift);
+    const V m = bit_cast<V>(bit_cast<Bits>(x) - (exponent << shift));
+    const V y = (m - T(1)) / (m + T(1));
+    const V y2 = y * y;
+    V poly = splat(T(1.0 / (2 * terms + 1)));
+#pragma GCC unroll 16
+    for (int k = terms - 1; k >= 0; --k) poly = poly * y2 + T(1.0 / (2 * k + 1));
+    return __builtin_convertvector(exponent, V) * T(0.6931471805599453) + T(2) * y * poly;
+}
+
+}  // namespace FUSEDLOSS_ISA
+}  // namespace fusedloss

@@ -1,0 +1,24 @@
+"""Fused forward and backward loss kernels for training over large vocabularies."""
+
+from importlib.metadata import version as _version
+
+from .losses.cross_entropy import cross_entropy
+from .losses.dsc import dice_loss, dsc_loss
+from .losses.flex import flex_loss
+from .losses.focal import focal_loss
+from .losses.mixed_cross_entropy import alpha_schedule, mixed_cross_entropy
+from .statistics import RowStats, Statistics
+
+__version__ = _version("fusedloss")
+
+__all__ = [
+    "RowStats",
+    "Statistics",
+    "alpha_schedule",
+    "cross_entropy",
+    "dice_loss",
+    "dsc_loss",
+    "flex_loss",
+    "focal_loss",
+    "mixed_cross_entropy",
+]

@@ -1,0 +1,50 @@
+class Rows:
+    def __init__(
+        self,
+        dtype: int,
+        logits: int,
+        rows: int,
+        classes: int,
+        row_stride: int,
+        target: int,
+        ignore_index: int,
+        candidates: int,
+        candidate_count: int,
+        top_k: int,
+        below: bool,
+        mean: bool,
+        class_weight: int,
+        weight_sum: float,
+        threads: int,
+    ) -> None: ...
+
+def forward(
+    rows: Rows,
+    epilogue: str,
+    params: list[tuple[int, int]],
+    main: float,
+    smooth: float,
+    z_loss: float,
+    loss: int,
+    statistics: int,
+    index: int,
+    coefficients: int,
+) -> None: ...
+def backward(
+    rows: Rows,
+    epilogue: str,
+    params: list[tuple[int, int]],
+    statistics: int,
+    index: int,
+    coefficients: int,
+    grad_output: int,
+    grad_output_stride: int,
+    grad: int,
+    grad_row_stride: int,
+) -> None: ...
+def first_invalid(target: int, count: int, classes: int, ignore_index: int) -> int: ...
+def advise_huge_pages(address: int, bytes: int) -> None: ...
+def epilogues() -> list[str]: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...

@@ -1,0 +1,37 @@
+"""The implementations of the passes. Each registers its kernels for the operators under its device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..checks import check_choice
+from . import cpu
+
+#: Implementations by name: what each runs on, and why it is not ready (None when it is).
+IMPLS = ("reference", "cpu")
+
+
+def unavailable(impl: str) -> str | None:
+    """Why the implementation cannot run on this machine; None if it can."""
+    return cpu.unavailable() if impl == "cpu" else None
+
+
+def resolve(impl: str | None, device: torch.device) -> str:
+    """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready."""
+    impl = impl or os.environ.get("FUSEDLOSS_IMPL") or None
+    if impl is None:
+        return "cpu" if device.type == "cpu" and cpu.unavailable() is None else "reference"
+    check_choice("impl", impl, IMPLS)
+    reason = unavailable(impl)
+    if reason is not None:
+        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+    if impl == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"impl='cpu' runs on CPU tensors, but the input is on {device}")
+    return impl
+
+
+def has_epilogue(impl: str, name: str) -> bool:
+    """Whether the implementation has this loss as a compiled epilogue."""
+    return impl == "cpu" and name in cpu.EPILOGUES

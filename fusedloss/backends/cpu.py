@@ -1,0 +1,242 @@
+"""The C++ engine's kernels for the operators: they allocate the outputs and hand over addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checks import compute_dtype, raise_index_error
+from ..epilogue import Shared
+
+try:
+    from .. import _engine
+except ImportError as error:
+    _engine = None  # type: ignore[assignment]
+    _IMPORT_ERROR = str(error)
+
+EPILOGUES: frozenset[str] = frozenset(_engine.epilogues()) if _engine else frozenset()
+
+_DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def unavailable() -> str | None:
+    """Why the engine cannot run; None if it can."""
+    return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    candidates: Tensor | None = None,
+    candidate_count: int = 0,
+    top_k: int = 0,
+    below: bool = False,
+    mean: bool = False,
+) -> _engine.Rows:
+    rows, classes = logits.shape
+    return _engine.Rows(
+        _DTYPE_CODES[logits.dtype],
+        logits.data_ptr(),
+        rows,
+        classes,
+        logits.stride(0),
+        target.data_ptr(),
+        ignore_index,
+        _address(candidates),
+        candidate_count,
+        top_k,
+        below,
+        mean,
+        _address(weight),
+        float(weight.sum(dtype=torch.float64)) if mean and weight is not None else float(classes),
+        torch.get_num_threads(),
+    )
+
+
+def _params(params: list[Tensor]) -> list[tuple[int, int]]:
+    return [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params]
+
+
+def _check_indices(target: Tensor, candidates: Tensor | None, classes: int, ignore_index: int) -> None:
+    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, ignore_index)
+    if bad >= 0:
+        raise_index_error("target", int(target[bad]), classes, ignore_index)
+    if candidates is not None:
+        bad = _engine.first_invalid(candidates.data_ptr(), candidates.numel(), classes, 0)
+        if bad >= 0:
+            raise_index_error("candidate", int(candidates.view(-1)[bad]), classes, None)
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    shared: Shared,
+    ignore_index: int,
+    top_k: int,
+    below: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, classes = logits.shape
+    _check_indices(target, candidates, classes, ignore_index)
+    candidate_count = 0 if candidates is None else candidates.shape[1]
+    picks = top_k + below + candidate_count
+    dtype = compute_dtype(logits.dtype)
+    loss = logits.new_empty(rows if epilogue else 0, dtype=dtype)
+    statistics = logits.new_empty((ops.STATISTICS + picks, rows), dtype=dtype)
+    index = target.new_empty((picks, rows))
+    coefficients = logits.new_empty((ops.COEFFICIENTS + picks if epilogue else 0, rows), dtype=dtype)
+    problem = _rows(logits, target, weight, ignore_index, candidates, candidate_count, top_k, below, mean)
+    main, smooth = shared.coefficients(classes)
+    _engine.forward(
+        problem,
+        epilogue,
+        _params(params),
+        main,
+        smooth,
+        shared.z_loss,
+        loss.data_ptr(),
+        statistics.data_ptr(),
+        index.data_ptr(),
+        coefficients.data_ptr(),
+    )
+    return loss, statistics, index, coefficients
+
+
+def row_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    top_k: int,
+    below: bool,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    _, statistics, index, _ = _forward(
+        logits, target, weight, candidates, [], "", Shared(), ignore_index, top_k, below, mean
+    )
+    return statistics, index
+
+
+def row_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    label_smoothing: float,
+    smoothing_over: str,
+    z_loss: float,
+    ignore_index: int,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shared = Shared(label_smoothing, smoothing_over, z_loss)
+    mean = label_smoothing != 0
+    return _forward(logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, False, mean)
+
+
+def row_gradient(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    grad_output: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> Tensor:
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _engine.advise_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size())
+    _write_gradient(
+        grad,
+        logits,
+        target,
+        weight,
+        statistics,
+        index,
+        coefficients,
+        grad_output,
+        params,
+        epilogue,
+        ignore_index,
+    )
+    return grad
+
+
+def row_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    grad_output: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> None:
+    _write_gradient(
+        logits,
+        logits,
+        target,
+        weight,
+        statistics,
+        index,
+        coefficients,
+        grad_output,
+        params,
+        epilogue,
+        ignore_index,
+    )
+
+
+def _write_gradient(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    grad_output: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> None:
+    _engine.backward(
+        _rows(logits, target, weight, ignore_index, candidate_count=index.shape[0]),
+        epilogue,
+        _params(params),
+        statistics.data_ptr(),
+        index.data_ptr(),
+        coefficients.data_ptr(),
+        _address(grad_output),
+        0 if grad_output is None else grad_output.stride(0),
+        grad.data_ptr(),
+        grad.stride(0),
+    )
+
+
+if _engine:
+    ops.register(
+        "CPU",
+        "cpu",
+        row_statistics=row_statistics,
+        row_loss=row_loss,
+        row_gradient=row_gradient,
+        row_gradient_=row_gradient_,
+    )

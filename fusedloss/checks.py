@@ -1,0 +1,133 @@
+"""Checks of arguments: a clear error, with the offending value in it, before any work."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits of `dtype` are computed, and that of losses and statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        expected = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {expected}, got {value!r}")
+
+
+def check_number(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, *, above: bool = False
+) -> None:
+    """`value` must be a real number with low <= value <= high (low < value with `above`)."""
+    if isinstance(value, torch.SymFloat):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
+    if not (low < number if above else low <= number) or not number <= high:
+        raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
+
+
+def check_parameter(name: str, value: object, target: Tensor, low: float, high: float = math.inf) -> None:
+    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, low, high)
+        return
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
+    if value.dim() and value.shape != target.shape:
+        raise ValueError(
+            f"{name} must be a number, a 0-d tensor or of the target's shape {tuple(target.shape)}, "
+            f"got shape {tuple(value.shape)}"
+        )
+    # On a GPU a look at the values would stall the stream.
+    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+        smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
+        if not (low <= smallest and largest <= high):
+            raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
+
+
+def _range(low: float, high: float, above: bool = False) -> str:
+    if high < math.inf:
+        return f"between {low:g} and {high:g}"
+    return f"{'greater than' if above else 'at least'} {low:g}"
+
+
+def check_logits(input: object, target: object) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must hold class indices as int64 or int32, got {target.dtype}")
+    if input.dim() < 1 or input.shape[-1] < 1:
+        raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must have the input's shape without its last dimension, {tuple(input.shape[:-1])}, "
+            f"got {tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, but input on {input.device}")
+
+
+def check_weight(weight: object, input: Tensor) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating point tensor, got {kind}")
+    if weight.shape != input.shape[-1:]:
+        raise ValueError(f"weight must be ({input.shape[-1]},), one a class, got shape {tuple(weight.shape)}")
+    if weight.device != input.device:
+        raise ValueError(f"weight is on {weight.device}, but input on {input.device}")
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but class weights are not differentiated; detach them")
+
+
+def check_candidates(candidates: object, target: Tensor) -> None:
+    """Candidate classes: (*) or (*, k) beside a target (*)."""
+    if not isinstance(candidates, Tensor) or candidates.dtype not in (torch.int64, torch.int32):
+        kind = candidates.dtype if isinstance(candidates, Tensor) else type(candidates).__name__
+        raise TypeError(f"candidates must be an int64 or int32 tensor, got {kind}")
+    if candidates.shape != target.shape and (
+        candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape or candidates.shape[-1] < 1
+    ):
+        raise ValueError(
+            f"candidates must be of the target's shape {tuple(target.shape)}, or that and k >= 1 candidates each, "
+            f"got shape {tuple(candidates.shape)}"
+        )
+    if candidates.device != target.device:
+        raise ValueError(f"candidates are on {candidates.device}, but target on {target.device}")
+
+
+def check_indices(name: str, index: Tensor, classes: int, ignore_index: int | None) -> None:
+    """Raises IndexError for the first index outside [0, classes) that is not `ignore_index`. CPU tensors only."""
+    bad = (index < 0) | (index >= classes)
+    if ignore_index is not None:
+        bad &= index != ignore_index
+    if bool(bad.any()):
+        raise_index_error(name, int(index[bad][0]), classes, ignore_index)
+
+
+def raise_index_error(name: str, value: int, classes: int, ignore_index: int | None) -> None:
+    ignored = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
+    raise IndexError(f"{name} {value} is out of range for {classes} classes{ignored}")
+
+
+def check_normalizer(normalizer: object, reduction: str) -> None:
+    if reduction != "mean":
+        raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim():
+            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+    else:
+        check_number("normalizer", normalizer, 0, above=True)

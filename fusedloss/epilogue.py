@@ -1,0 +1,74 @@
+"""A loss between the two passes: what it is, and what every loss shares around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .statistics import Picks, Statistics
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """A loss as PyTorch code over the statistics of rows.
+
+    ``over="rows"``: ``function(s, *params)`` takes :class:`~fusedloss.Statistics` and gives the rows' losses (N,).
+
+    ``over="classes"``: ``function(p, q, positive, *params)`` gives the loss of each class from its probability p,
+    q = 1 - p and whether it is the target; a row's loss is the sum over its classes, which must be 0 at p = 0 of a
+    class that is not the target.
+
+    Each parameter is a 0-d tensor or (N,) (for classes: (N, 1)). ``name`` is that of the same loss among a backend's
+    compiled epilogues; a backend that does not know it runs ``function`` between its passes.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    over: Literal["rows", "classes"] = "rows"
+    statistics: tuple[str, ...] = ()
+
+    @property
+    def picks(self) -> Picks:
+        return Picks.of(("top",) if self.over == "classes" else self.statistics)
+
+
+class Shared(NamedTuple):
+    """The terms that every loss shares: label smoothing and z-loss."""
+
+    label_smoothing: float = 0.0
+    smoothing_over: str = "all"
+    z_loss: float = 0.0
+
+    def coefficients(self, classes: int) -> tuple[float, float]:
+        """(main, smooth) of L = main * loss + smooth * sum_j -log p_j."""
+        eps = self.label_smoothing
+        if self.smoothing_over == "all":
+            return 1.0 - eps, eps / classes
+        if classes == 1:
+            return 1.0, 0.0
+        return 1.0 - eps - eps / (classes - 1), eps / (classes - 1)
+
+    def apply(self, base: Tensor, s: Statistics, weight: Tensor | None, classes: int, weighted: bool) -> Tensor:
+        """The rows' whole losses; `weighted`: the base already holds the class weights."""
+        main, smooth = self.coefficients(classes)
+        loss = base if main == 1.0 else main * base
+        row_weight = None if weight is None else weight[s.target]
+        if row_weight is not None and not weighted:
+            loss = row_weight * loss
+        if self.z_loss:
+            z_term = self.z_loss * s.lse.square()
+            loss = loss + (z_term if row_weight is None else row_weight * z_term)
+        if smooth:
+            loss = loss + smooth * classes * s.mean_ce
+        return loss
+
+
+def power(base: Tensor, exponent: Tensor) -> Tensor:
+    """base ** exponent for base in [0, 1] with gradients that stay finite at base = 0, where 0 ** 0 = 1."""
+    positive = base > 0
+    value = torch.where(positive, base, 1) ** exponent
+    return torch.where(positive, value, (exponent == 0).to(base.dtype))

@@ -1,0 +1,1 @@
+"""The losses, one file each: signature, docstring and epilogue in PyTorch."""

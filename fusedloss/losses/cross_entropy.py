@@ -1,0 +1,36 @@
+"""Cross-entropy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..epilogue import Epilogue
+from ..row import RowOptions, row_form, row_loss
+from ..statistics import Statistics
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _epilogue(s: Statistics) -> Tensor:
+    return s.ce
+
+
+CROSS_ENTROPY = Epilogue("cross_entropy", _epilogue)
+
+
+@row_form()
+def cross_entropy(input: Tensor, target: Tensor, **options: Unpack[RowOptions]) -> Any:
+    r"""Cross-entropy of logits, -log p_t, with p = softmax(input) and t the target.
+
+    The same as :func:`torch.nn.functional.cross_entropy` on class indices, with the class dimension last. With
+    ``weight``, "mean" divides by the sum of the targets' weights, as there.
+
+    >>> import torch, fusedloss as fl
+    >>> logits = torch.randn(8, 1000, requires_grad=True)
+    >>> loss = fl.cross_entropy(logits, torch.arange(8), label_smoothing=0.1)
+    >>> loss.backward()
+    """
+    return row_loss("cross_entropy", input, target, CROSS_ENTROPY, mean_over_weights=True, **options)

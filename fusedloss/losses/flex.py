@@ -1,0 +1,65 @@
+"""A loss of your own between the fused passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..checks import check_choice
+from ..epilogue import Epilogue
+from ..row import RowOptions, row_form, row_loss
+from ..statistics import OPTIONAL
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@row_form()
+def flex_loss(
+    input: Tensor,
+    target: Tensor,
+    loss_fn: Callable[..., Tensor],
+    *,
+    statistics: Sequence[str] = (),
+    candidates: Tensor | None = None,
+    over: str = "rows",
+    **options: Unpack[RowOptions],
+) -> Any:
+    r"""Any loss that is a function of the rows' statistics, with the logits read by the same fused passes.
+
+    ``loss_fn(s)`` gets :class:`~fusedloss.Statistics`, (N,) tensors over the rows, and gives the rows' losses (N,).
+    It is plain differentiable PyTorch; its derivatives with respect to the statistics are the coefficients of the
+    gradient pass. Tensors of your own reach it by closure, and get their gradients.
+
+    Args:
+        loss_fn: the loss, called once with all rows. Ignored rows hold harmless values and are masked afterwards.
+        statistics: those to compute beside the usual ones: "top", "second", "below", "mean".
+        candidates: (*) or (*, k) classes whose logits become ``s.candidate_logit`` and ``s.candidate_ce``, (N, k).
+        over: "rows" as above, or "classes": ``loss_fn(p, q, positive)`` gives the loss of each class from its
+            probability p, q = 1 - p and whether it is the target, which is summed over the classes. It must be 0
+            at p = 0 of a class that is not the target. Runs in PyTorch on a few rows at a time.
+
+    >>> import torch, fusedloss as fl
+    >>> def poly1(s):  # Leng et al. 2022: -log p_t + epsilon (1 - p_t)
+    ...     return s.ce + 1.0 * s.q
+    >>> logits = torch.randn(8, 1000, requires_grad=True)
+    >>> fl.flex_loss(logits, torch.arange(8), poly1).backward()
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {loss_fn!r}")
+    if isinstance(statistics, str):
+        raise TypeError(f"statistics must be a sequence of names, got the string {statistics!r}")
+    for name in statistics:
+        check_choice("statistics", name, tuple(OPTIONAL))
+    check_choice("over", over, ("rows", "classes"))
+    if over == "classes" and (statistics or candidates is not None):
+        raise ValueError("over='classes' takes neither statistics nor candidates")
+    if "second" in statistics and input.shape[-1] < 2:
+        raise ValueError(f"the second largest logit needs at least 2 classes, got {input.shape[-1]}")
+    names = tuple(statistics)
+    if "second" in names and "top" not in names:
+        names = ("top", *names)
+    epilogue = Epilogue("", loss_fn, over="classes" if over == "classes" else "rows", statistics=names)
+    return row_loss("flex_loss", input, target, epilogue, candidates=candidates, **options)

@@ -1,0 +1,87 @@
+"""Mixed cross-entropy and its schedule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..checks import check_number, check_parameter
+from ..epilogue import Epilogue
+from ..row import RowOptions, row_form, row_loss
+from ..statistics import Statistics
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _mix(s: Statistics, alpha: Tensor, predicted_ce: Tensor) -> Tensor:
+    return (1 - alpha) * s.ce + alpha * predicted_ce
+
+
+_TOP_1 = Epilogue("mixed_cross_entropy", lambda s, alpha: _mix(s, alpha, s.top_ce), statistics=("top",))
+_TOP_2 = Epilogue(
+    "mixed_cross_entropy",
+    lambda s, alpha: _mix(s, alpha, (s.top_ce + s.second_ce) / 2),
+    statistics=("top", "second"),
+)
+_CANDIDATES = Epilogue("mixed_cross_entropy", lambda s, alpha: _mix(s, alpha, s.candidate_ce.mean(-1)))
+
+
+@row_form()
+def mixed_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float | Tensor,
+    top_k: int = 1,
+    candidates: Tensor | None = None,
+    **options: Unpack[RowOptions],
+) -> Any:
+    r"""Mixed cross-entropy of logits, -[(1 - alpha) log p_y + alpha log p_yhat], y the target, yhat the prediction.
+
+    For translation, where a reference is one of many: part of the target's weight goes to the token that the model
+    itself finds most likely, yhat = argmax(input), the lowest index on ties. The gradient flows through log p_yhat,
+    not through the argmax. Where yhat = y this is plain cross-entropy.
+
+    Args:
+        alpha: the prediction's share, in [0, 1]: a number, a 0-d tensor (which may change from step to step without
+            recompilation under torch.compile) or one for each target. See :func:`alpha_schedule`.
+        top_k: 1, or 2 to share alpha equally between the two most likely tokens.
+        candidates: (*) or (*, k) classes to take for yhat in place of the argmax, alpha shared equally between
+            them; scheduled sampling takes them from an earlier pass.
+
+    A row is ignored by its target alone; yhat may be any token.
+
+    Source: Li et al. 2021, "Mixed Cross Entropy Loss for Neural Machine Translation" (arXiv:2106.15880). The paper
+    trains on plain cross-entropy first, while alpha counts from the first update.
+
+    >>> import torch, fusedloss as fl
+    >>> logits = torch.randn(8, 1000, requires_grad=True)
+    >>> alpha = fl.alpha_schedule(step=100, total_steps=1000)
+    >>> fl.mixed_cross_entropy(logits, torch.arange(8), alpha=alpha, label_smoothing=0.1).backward()
+    """
+    check_parameter("alpha", alpha, target, 0, 1)
+    if top_k not in (1, 2) or isinstance(top_k, bool):
+        raise ValueError(f"top_k must be 1 or 2, got {top_k!r}")
+    if candidates is not None and top_k != 1:
+        raise ValueError(f"candidates take the place of the top predictions; drop top_k={top_k}")
+    if top_k == 2 and input.shape[-1] < 2:
+        raise ValueError(f"top_k=2 needs at least 2 classes, got {input.shape[-1]}")
+    epilogue = _CANDIDATES if candidates is not None else _TOP_2 if top_k == 2 else _TOP_1
+    return row_loss("mixed_cross_entropy", input, target, epilogue, (alpha,), candidates=candidates, **options)
+
+
+def alpha_schedule(step: int, total_steps: int, maximum: float = 0.5) -> float:
+    """alpha for an update of mixed cross-entropy: it grows from 0 by equal steps, maximum * step / total_steps.
+
+    `step` counts every update from the first, those of a warm-up on plain cross-entropy included; beyond
+    `total_steps` alpha stays at `maximum`.
+
+    >>> alpha_schedule(50, 100)
+    0.25
+    """
+    check_number("step", step, 0)
+    check_number("total_steps", total_steps, 0, above=True)
+    check_number("maximum", maximum, 0, 1)
+    return maximum * min(step / total_steps, 1.0)

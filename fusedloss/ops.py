@@ -1,0 +1,112 @@
+"""Every operator of the package: its schema and what it does to shapes and dtypes (the fakes).
+
+``row_statistics``  the statistics pass alone, for a loss that is PyTorch code
+``row_loss``        the statistics pass and a compiled epilogue: losses, and the coefficients of their gradient
+``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
+
+Tensors of rows lie one after the other: ``statistics`` (6 + K, N) holds max, sum_exp (of exp(z - max)), q, ce,
+target logit, mean_ce and the logits of the K picks; ``index`` (K, N) the picks' classes, -1 for none; ``coefficients``
+(3 + K, N) what the gradient pass needs: dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the
+target given as it is. K counts the top_k largest, then `below`, then the candidates.
+
+Backends register kernels with :func:`register`; PyTorch's dispatcher picks the device, ``impl`` the backend there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import compute_dtype
+
+STATISTICS = 6
+MAX, SUM_EXP, Q, CE, TARGET_LOGIT, MEAN_CE = range(STATISTICS)
+COEFFICIENTS = 3
+A, U, TARGET_GRADIENT = range(COEFFICIENTS)
+
+_library = torch.library.Library("fusedloss", "DEF")
+
+_library.define(
+    "row_statistics(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
+    "bool below, bool mean, str impl) -> (Tensor statistics, Tensor index)"
+)
+_library.define(
+    "row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, str epilogue, "
+    "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
+    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
+)
+_GRADIENT_ARGUMENTS = (
+    "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, Tensor? grad_output, "
+    "Tensor[] params, str epilogue, int ignore_index, str impl"
+)
+_library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
+_library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
+
+row_statistics = torch.ops.fusedloss.row_statistics.default
+row_loss = torch.ops.fusedloss.row_loss.default
+row_gradient = torch.ops.fusedloss.row_gradient.default
+row_gradient_ = torch.ops.fusedloss.row_gradient_.default
+
+_kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
+
+
+def register(device: str, impl: str, **kernels: Callable[..., Any]) -> None:
+    """Registers a backend's kernels, by operator, under a dispatch key ("CPU", "CUDA"). They take no ``impl``."""
+    for name, kernel in kernels.items():
+        first = not any(key[:2] == (name, device) for key in _kernels)
+        _kernels[name, device, impl] = kernel
+        if first:
+            _library.impl(name, _by_impl(name, device), device)
+
+
+def _by_impl(name: str, device: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return _kernels[name, device, arguments[-1]](*arguments[:-1])
+
+    return call
+
+
+def _fake_forward(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    statistics = logits.new_empty((STATISTICS + picks, rows), dtype=compute_dtype(logits.dtype))
+    return statistics, target.new_empty((picks, rows))
+
+
+@torch.library.register_fake("fusedloss::row_statistics", lib=_library)
+def _(logits, target, weight, candidates, ignore_index, top_k, below, mean, impl):  # type: ignore[no-untyped-def]
+    picks = top_k + below + (0 if candidates is None else candidates.shape[1])
+    return _fake_forward(logits, target, picks)
+
+
+@torch.library.register_fake("fusedloss::row_loss", lib=_library)
+def _(  # type: ignore[no-untyped-def]
+    logits,
+    target,
+    weight,
+    candidates,
+    params,
+    epilogue,
+    label_smoothing,
+    smoothing_over,
+    z_loss,
+    ignore_index,
+    top_k,
+    impl,
+):
+    picks = top_k + (0 if candidates is None else candidates.shape[1])
+    statistics, index = _fake_forward(logits, target, picks)
+    coefficients = statistics.new_empty((COEFFICIENTS + picks, logits.shape[0]))
+    return statistics.new_empty(logits.shape[0]), statistics, index, coefficients
+
+
+@torch.library.register_fake("fusedloss::row_gradient", lib=_library)
+def _(logits, *arguments):  # type: ignore[no-untyped-def]
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fusedloss::row_gradient_", lib=_library)
+def _(logits, *arguments):  # type: ignore[no-untyped-def]
+    return None

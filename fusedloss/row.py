@@ -1,0 +1,315 @@
+"""The row form, shared by every loss: checks, choice of the implementation, reduction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import autograd, backends, checks, ops
+from .backends import reference
+from .epilogue import Epilogue, Shared
+from .statistics import Picks, RowStats, Statistics, assemble
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+#: Bytes of probabilities that a class term without a compiled epilogue holds at a time.
+DENSE_BYTES = 64 * 2**20
+
+
+class RowOptions(TypedDict, total=False):
+    """Options that every row loss shares."""
+
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    smoothing_over: str
+    z_loss: float
+    normalizer: float | Tensor | None
+    return_stats: bool
+    inplace_backward: bool
+    impl: str | None
+
+
+_DEFAULTS: RowOptions = {
+    "weight": None,
+    "ignore_index": -100,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+    "smoothing_over": "all",
+    "z_loss": 0.0,
+    "normalizer": None,
+    "return_stats": False,
+    "inplace_backward": False,
+    "impl": None,
+}
+
+_OPTIONS_DOC = """
+    Options of every row loss:
+        weight: (V,) class weights w. A row's loss is multiplied by that of its target.
+        ignore_index: target value whose rows count for nothing: no loss, no gradient, not looked at.
+        reduction: "mean" over the targets not ignored, "sum", or "none" for losses of the target's shape.
+        label_smoothing: eps in [0, 1]: (1 - eps) * loss + (eps / V) * sum_j w_j (-log p_j).
+        smoothing_over: "all" V classes as above, or "others": eps / (V - 1) for each class but the target,
+            (1 - eps - eps / (V - 1)) * loss + eps / (V - 1) * sum_j w_j (-log p_j), as in fairseq.
+        z_loss: adds z_loss * lse^2 to each row, lse = log sum_j exp z_j (weighted as the row is).
+        normalizer: number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation.
+        return_stats: also return :class:`~fusedloss.RowStats` of each row, detached.
+        inplace_backward: let the gradient take the logits' memory in the backward pass. The logits must not be
+            needed after that; a second backward raises. Needs a compiled implementation.
+        impl: "cpu" or "reference"; None takes FUSEDLOSS_IMPL or else the fastest that is ready.
+
+    Shapes:
+        input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of int64 or int32. The
+        loss is float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or range.
+        IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
+        RuntimeError: the named implementation cannot run here.
+"""
+
+_Loss = TypeVar("_Loss", bound=Callable[..., Any])
+
+
+def row_form(*without: str) -> Callable[[_Loss], _Loss]:
+    """Spells out the shared options in a loss's signature and docstring; `without`: those it does not take."""
+
+    def document(loss: _Loss) -> _Loss:
+        signature = inspect.signature(loss)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        shared = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=value,
+                annotation=RowOptions.__annotations__[name],
+            )
+            for name, value in _DEFAULTS.items()
+            if name not in without
+        ]
+        loss.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
+        loss.__doc__ = f"{inspect.cleandoc(loss.__doc__ or '')}\n{inspect.cleandoc(_OPTIONS_DOC)}\n"
+        return loss
+
+    return document
+
+
+def row_loss(
+    name: str,
+    input: Tensor,
+    target: Tensor,
+    epilogue: Epilogue,
+    params: Sequence[float | Tensor] = (),
+    *,
+    without: tuple[str, ...] = (),
+    candidates: Tensor | None = None,
+    mean_over_weights: bool = False,
+    **options: Unpack[RowOptions],
+) -> Any:
+    """The loss `epilogue` of logits in hand; `name` is the public function's."""
+    for option in options:
+        if option not in _DEFAULTS or option in without:
+            raise TypeError(f"{name}() got an unexpected keyword argument {option!r}")
+    o: RowOptions = {**_DEFAULTS, **options}
+    _check(input, target, o)
+    if candidates is not None:
+        checks.check_candidates(candidates, target)
+    impl = backends.resolve(o["impl"], input.device)
+
+    dtype = checks.compute_dtype(input.dtype)
+    logits = _matrix(input, o["inplace_backward"])
+    index = target.reshape(-1).to(torch.int64).contiguous()
+    weight = o["weight"]
+    if weight is not None:
+        weight = weight.to(dtype).contiguous()
+    if candidates is not None:
+        candidates = candidates.reshape(index.shape[0], -1).to(torch.int64).contiguous()
+    columns = [_parameter(p, dtype, input.device) for p in params]
+    shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
+
+    rows, stats = _dispatch(
+        logits, index, weight, candidates, columns, epilogue, shared, impl,
+        o["ignore_index"], o["inplace_backward"], o["return_stats"],
+    )  # fmt: skip
+    loss = _reduce(rows, index, weight if mean_over_weights else None, o).reshape(
+        target.shape if o["reduction"] == "none" else ()
+    )
+    if stats is None:
+        return loss
+    return loss, RowStats(*(column.reshape(target.shape) for column in stats))
+
+
+def _check(input: Tensor, target: Tensor, o: RowOptions) -> None:
+    checks.check_logits(input, target)
+    checks.check_choice("reduction", o["reduction"], checks.REDUCTIONS)
+    checks.check_choice("smoothing_over", o["smoothing_over"], ("all", "others"))
+    checks.check_number("label_smoothing", o["label_smoothing"], 0, 1)
+    checks.check_number("z_loss", o["z_loss"], 0)
+    if isinstance(o["ignore_index"], bool) or not isinstance(o["ignore_index"], int):
+        raise TypeError(f"ignore_index must be an int, got {o['ignore_index']!r}")
+    if o["weight"] is not None:
+        checks.check_weight(o["weight"], input)
+    if o["normalizer"] is not None:
+        checks.check_normalizer(o["normalizer"], o["reduction"])
+
+
+def _matrix(input: Tensor, inplace: bool) -> Tensor:
+    """(N, V) with unit stride along the rows, a view of the input wherever one exists."""
+    classes = input.shape[-1]
+    if inplace:
+        try:
+            matrix = input.view(-1, classes)
+        except RuntimeError:
+            matrix = None
+        if matrix is None or (matrix.stride(1) != 1 and classes > 1) or (0 <= matrix.stride(0) < classes):
+            raise ValueError(
+                "inplace_backward needs logits whose rows lie one after the other in memory, got strides "
+                f"{input.stride()} for shape {tuple(input.shape)}"
+            )
+        return matrix
+    matrix = input.reshape(-1, classes) if input.numel() else input.reshape(input.shape[:-1].numel(), classes)
+    return matrix if matrix.stride(1) == 1 or classes == 1 else matrix.contiguous()
+
+
+def _parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.reshape(-1 if value.dim() else ()).to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _dispatch(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    epilogue: Epilogue,
+    shared: Shared,
+    impl: str,
+    ignore_index: int,
+    inplace: bool,
+    return_stats: bool,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Row losses (N,), and the columns of RowStats where asked."""
+    picks = epilogue.picks
+    tensors = (logits, target, weight, candidates)
+    if impl == "reference":
+        if inplace:
+            raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
+        rows, s = reference.row_losses(*tensors, params, epilogue, shared, ignore_index)
+        top = (s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach())
+        return rows, _row_stats(*top, target, ignore_index) if return_stats else None
+
+    fused = backends.has_epilogue(impl, epilogue.name) and not any(p.requires_grad for p in params)
+    if fused:
+        # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
+        top_k = max(picks.top_k, int(return_stats and candidates is None))
+        rows, statistics, index = autograd.row_loss(
+            *tensors, params, epilogue, shared, ignore_index, top_k, inplace, impl
+        )
+    elif epilogue.over == "rows":
+        top_k = max(picks.top_k, int(return_stats))
+        picks = picks._replace(top_k=top_k, mean=picks.mean or shared.label_smoothing != 0)
+        rows = _composed(*tensors, params, epilogue, shared, ignore_index, picks, inplace, impl)
+        top_k = 0
+    else:
+        rows = _dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index)
+        top_k = 0
+    if not return_stats:
+        return rows, None
+    if top_k == 0:
+        statistics, index = ops.row_statistics(
+            logits.detach(), target, weight, None, ignore_index, 1, False, False, impl
+        )
+    log_sum = statistics[ops.SUM_EXP].log()
+    top = (statistics[ops.MAX] + log_sum, statistics[ops.CE], index[0], log_sum)
+    return rows, _row_stats(*top, target, ignore_index)
+
+
+def _composed(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    epilogue: Epilogue,
+    shared: Shared,
+    ignore_index: int,
+    picks: Picks,
+    inplace: bool,
+    impl: str,
+) -> Tensor:
+    """A loss in PyTorch between the two passes."""
+    columns, index = autograd.row_statistics(logits, target, weight, candidates, ignore_index, picks, inplace, impl)
+    ignored = target == ignore_index
+    valid_target = target.masked_fill(ignored, 0)
+    s = assemble(columns, valid_target, index, picks, weight)
+    base = epilogue.function(s, *params)
+    if not isinstance(base, Tensor) or base.shape != target.shape:
+        got = tuple(base.shape) if isinstance(base, Tensor) else type(base).__name__
+        raise ValueError(f"the loss function must give a loss for each of the {target.shape[0]} rows, got {got}")
+    loss = shared.apply(base, s, weight, logits.shape[-1], weighted=False)
+    return loss.masked_fill(ignored, 0)
+
+
+def _dense_chunks(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: list[Tensor],
+    epilogue: Epilogue,
+    shared: Shared,
+    ignore_index: int,
+) -> Tensor:
+    """A class term in PyTorch: the dense reference on a few rows at a time, once more in the backward."""
+
+    def losses(z: Tensor, t: Tensor, *p: Tensor) -> Tensor:
+        return reference.row_losses(z, t, weight, None, list(p), epilogue, shared, ignore_index)[0]
+
+    rows = max(1, DENSE_BYTES // (logits.shape[-1] * 4))
+    columns = [p.split(rows) if p.dim() else None for p in params]
+    parts = []
+    for i, (z, t) in enumerate(zip(logits.split(rows), target.split(rows), strict=True)):
+        p = [x if c is None else c[i] for x, c in zip(params, columns, strict=True)]
+        parts.append(checkpoint(losses, z, t, *p, use_reentrant=False))
+    return torch.cat(parts)
+
+
+def _row_stats(
+    lse: Tensor, ce: Tensor, argmax: Tensor, argmax_ce: Tensor, target: Tensor, ignore_index: int
+) -> tuple[Tensor, ...]:
+    ignored = target == ignore_index
+    nowhere = -1 if ignore_index != -1 else -2  # equals no target
+    return (
+        lse.masked_fill(ignored, torch.nan),
+        (-ce).masked_fill(ignored, torch.nan),
+        argmax.masked_fill(ignored, nowhere),
+        (-argmax_ce).masked_fill(ignored, torch.nan),
+    )
+
+
+def _reduce(rows: Tensor, target: Tensor, weight: Tensor | None, o: RowOptions) -> Tensor:
+    if o["reduction"] == "none":
+        return rows
+    total = rows.sum()
+    if o["reduction"] == "sum":
+        return total
+    normalizer = o["normalizer"]
+    if normalizer is not None:
+        return total / normalizer
+    counted = target != o["ignore_index"]
+    if weight is None:
+        return total / counted.sum().clamp(min=1)
+    row_weight = weight[target.masked_fill(~counted, 0)] * counted
+    divisor = row_weight.sum()
+    return total / torch.where(divisor == 0, 1, divisor)
+
+
+__all__ = ["RowOptions", "Statistics", "row_form", "row_loss"]

@@ -1,0 +1,194 @@
+"""The statistics of a row of logits: all that a loss needs to know of it, and their dense PyTorch definition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Statistics that are computed on request, and the fields that each gives.
+OPTIONAL = {
+    "top": ("top_logit", "top_ce", "top_index"),
+    "second": ("second_logit", "second_ce", "second_index"),
+    "below": ("below_logit", "below_ce", "below_index"),
+    "mean": ("mean_logit", "mean_ce"),
+}
+
+
+class RowStats(NamedTuple):
+    """Detached statistics of each row, as ``return_stats=True`` gives them, shaped like the target.
+
+    Ignored rows are not looked at: their floats are NaN, their argmax is negative and equals no target.
+    """
+
+    lse: Tensor
+    target_log_prob: Tensor
+    argmax: Tensor
+    argmax_log_prob: Tensor
+
+
+class Statistics:
+    """What a loss function sees of the rows: (N,) tensors in float32 (float64 for float64 logits), differentiable.
+
+    With z the logits of a row, p = softmax(z) and t its target:
+
+    ``ce``            -log p_t, accurate for p_t near 1
+    ``q``             1 - p_t, accurate for p_t near 1
+    ``lse``           log sum_j exp z_j
+    ``target_logit``  z_t
+    ``target``        t (int64)
+
+    and on request (``statistics=("top", ...)``):
+
+    ``top_*``         of the largest logit, the lowest index on ties: ``top_logit``, ``top_ce`` (-log of its
+                      probability), ``top_index``
+    ``second_*``      of the second largest, likewise
+    ``below_*``       of the largest logit strictly below z_t; -inf, +inf and -1 where there is none
+    ``mean_*``        ``mean_logit`` (1/V) sum_j w_j z_j and ``mean_ce`` (1/V) sum_j w_j (-log p_j), w the class weights
+
+    and where ``candidates`` were given, ``candidate_logit`` and ``candidate_ce``, (N, k).
+    """
+
+    ce: Tensor
+    q: Tensor
+    lse: Tensor
+    target_logit: Tensor
+    target: Tensor
+    top_logit: Tensor
+    top_ce: Tensor
+    top_index: Tensor
+    second_logit: Tensor
+    second_ce: Tensor
+    second_index: Tensor
+    below_logit: Tensor
+    below_ce: Tensor
+    below_index: Tensor
+    mean_logit: Tensor
+    mean_ce: Tensor
+    candidate_logit: Tensor
+    candidate_ce: Tensor
+
+    def __init__(self, **fields: Tensor) -> None:
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Tensor:
+        for statistic, fields in OPTIONAL.items():
+            if name in fields:
+                raise AttributeError(f"{name} is computed on request: pass statistics=({statistic!r},)")
+        if name.startswith("candidate_"):
+            raise AttributeError(f"{name} needs candidates=...")
+        raise AttributeError(f"no statistic named {name!r}")
+
+    @property
+    def p(self) -> Tensor:
+        """The target's probability."""
+        return 1 - self.q
+
+
+class Picks(NamedTuple):
+    """Which classes beside the target a pass looks at, in the order of the picks."""
+
+    top_k: int = 0
+    below: bool = False
+    mean: bool = False
+
+    @staticmethod
+    def of(statistics: tuple[str, ...]) -> Picks:
+        top_k = 2 if "second" in statistics else 1 if "top" in statistics else 0
+        return Picks(top_k, "below" in statistics, "mean" in statistics)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("top", "second")[: self.top_k] + (("below",) if self.below else ())
+
+
+class Columns(NamedTuple):
+    """The differentiable columns of statistics that a pass gives: (N,) each, picks (K, N)."""
+
+    ce: Tensor
+    q: Tensor
+    lse: Tensor
+    target_logit: Tensor
+    mean_ce: Tensor
+    pick_logit: Tensor
+    pick_ce: Tensor
+
+
+def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weight: Tensor | None) -> Statistics:
+    """Names the columns as a loss function knows them."""
+    fields = {name: getattr(columns, name) for name in ("ce", "q", "lse", "target_logit")}
+    fields["target"] = target
+    for k, name in enumerate(picks.names):
+        fields[f"{name}_logit"] = columns.pick_logit[k]
+        fields[f"{name}_ce"] = columns.pick_ce[k]
+        fields[f"{name}_index"] = index[k]
+    if picks.mean:
+        fields["mean_ce"] = columns.mean_ce
+        scale = 1 if weight is None else weight.mean()
+        fields["mean_logit"] = scale * columns.lse - columns.mean_ce
+    first_candidate = len(picks.names)
+    if index.shape[0] > first_candidate:
+        fields["candidate_logit"] = columns.pick_logit[first_candidate:].t()
+        fields["candidate_ce"] = columns.pick_ce[first_candidate:].t()
+    return Statistics(**fields)
+
+
+def dense_columns(
+    z: Tensor, target: Tensor, weight: Tensor | None, candidates: Tensor | None, picks: Picks
+) -> tuple[Columns, Tensor]:
+    """The definition: columns and pick indices of logits `z` (N, V) with targets (N,) in [0, V).
+
+    Plain PyTorch, differentiable any number of times, over intermediates of the size of `z`.
+    """
+    m = z.detach().amax(-1)
+    m = torch.where(m.isneginf(), 0, m)
+    shifted = z - m[:, None]
+    exp = shifted.exp()
+    one_hot = torch.zeros_like(z, dtype=torch.bool).scatter(-1, target[:, None], True)
+    rest = exp.masked_fill(one_hot, 0).sum(-1)
+    target_logit = z.gather(-1, target[:, None])[:, 0]
+    mine = (target_logit - m).exp()
+    total = rest + mine
+    log_sum = total.log()
+    q = rest / total
+    # log(1 + rest/mine) keeps its digits for p_t -> 1; the guard keeps the branch not taken free of NaN gradients
+    near = rest < mine
+    ratio = torch.where(near, rest, 0) / torch.where(near, mine, 1)
+    ce = torch.where(near, ratio.log1p(), (m - target_logit) + log_sum)
+    hopeless = total == 0  # no finite logit at all
+    ce = torch.where(hopeless, torch.inf, ce)
+    q = torch.where(hopeless, 1, q)
+
+    scaled = shifted if weight is None else shifted * weight
+    scale = 1 if weight is None else weight.mean()
+    mean_ce = scale * log_sum - scaled.mean(-1) if picks.mean else torch.zeros_like(ce)
+
+    index = _pick_indices(z.detach(), target, candidates, picks)
+    pick_logit = z.gather(-1, index.t().clamp(min=0)).t()
+    pick_logit = torch.where(index < 0, -torch.inf, pick_logit)
+    pick_ce = torch.where(index == target, ce, log_sum + (m - pick_logit))
+    return Columns(ce, q, m + log_sum, target_logit, mean_ce, pick_logit, pick_ce), index
+
+
+def _pick_indices(z: Tensor, target: Tensor, candidates: Tensor | None, picks: Picks) -> Tensor:
+    """(K, N) int64; of equal logits the lowest index, -1 where there is no such class."""
+    columns = []
+    if picks.top_k > 0:
+        top = z.argmax(-1)
+        columns.append(top)
+        if picks.top_k > 1:
+            second = z.scatter(-1, top[:, None], -torch.inf).argmax(-1)
+            # where all the others are -inf too, the hole itself is the first of them
+            columns.append(torch.where(second == top, (top == 0).to(top.dtype), second))
+    if picks.below:
+        logit = z.gather(-1, target[:, None])
+        lower = torch.where(z < logit, z, -torch.inf)
+        value, below = lower.max(-1)
+        columns.append(torch.where(value.isneginf(), -1, below))
+    if candidates is not None:
+        columns.extend(candidates.t())
+    if not columns:
+        return target.new_empty((0, target.shape[0]))
+    return torch.stack(columns)
