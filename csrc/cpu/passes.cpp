@@ -83,17 +83,24 @@ void merge(Partial<T>& x, const Partial<T>& y) {
     if (y.below.index >= 0 && (x.below.index < 0 || y.below.value > x.below.value)) x.below = y.below;
 }
 
+// The first of `count` columns that holds the value, or -1.
 template <typename T>
 int64_t find(const Block<T>& block, T value, int64_t count) {
+    using Bits = typename VectorOf<T>::Bits;
     constexpr int width = VectorOf<T>::width;
-    for (int64_t v = 0; v < block.vectors; ++v) {
-        const auto equal = block.at(v) == value;
-        typename VectorOf<T>::Bits any = equal;
-        for (int lane = 0; lane < width; ++lane) {
-            if (any[lane] && v * width + lane < count) return v * width + lane;
-        }
+    Bits column, first;
+    for (int lane = 0; lane < width; ++lane) {
+        column[lane] = lane;
+        first[lane] = kBlock;
     }
-    return -1;
+    for (int64_t v = 0; v < block.vectors; ++v) {
+        const Bits here = block.at(v) == value ? column : Bits{} + kBlock;
+        first = here < first ? here : first;
+        column += width;
+    }
+    int64_t index = kBlock;
+    for (int lane = 0; lane < width; ++lane) index = std::min<int64_t>(index, first[lane]);
+    return index < count ? index : -1;
 }
 
 template <typename T>
@@ -116,16 +123,6 @@ double sum_exp(const Block<T>& block, T max) {
     return total<T>(sum0 + sum1);
 }
 
-// Calls each(v, vector, column) for the columns [begin, end) of a row, the last vector filled up with -inf.
-template <typename S, typename Each>
-inline void for_vectors(const S* row, int64_t begin, int64_t end, const Each& each) {
-    using T = typename ComputeOf<S>::type;
-    constexpr int width = VectorOf<T>::width;
-    int64_t v = 0, column = begin;
-    for (; column + width <= end; column += width, ++v) each(v, load(row + column));
-    if (column < end) each(v, load_part(row + column, static_cast<int>(end - column), -kInfinity<T>));
-}
-
 template <typename T>
 int64_t vectors_for(int64_t columns) {
     return (columns + VectorOf<T>::width - 1) / VectorOf<T>::width;
@@ -135,7 +132,7 @@ int64_t vectors_for(int64_t columns) {
 // probability of a large vocabulary is below.
 template <typename T>
 struct PowerSeries {
-    static constexpr int terms = 5;
+    static constexpr int terms = sizeof(T) == 4 ? 4 : 5;
     T weight[terms], weight1[terms], limit;
 
     explicit PowerSeries(T alpha) {
@@ -144,7 +141,7 @@ struct PowerSeries {
             weight[k] = weight[k - 1] * (T(k - 1) - alpha) / T(k);
             weight1[k] = weight1[k - 1] * (T(k) - alpha) / T(k);
         }
-        limit = (sizeof(T) == 4 ? T(0x1p-5) : T(0x1p-12)) / (T(1) + alpha);
+        limit = (sizeof(T) == 4 ? T(0x1p-6) : T(0x1p-12)) / (T(1) + alpha);
     }
     template <typename V>
     static V evaluate(const T* c, V p) {
