@@ -88,11 +88,7 @@ template <typename T>
 int64_t find(const Block<T>& block, T value, int64_t count) {
     using Bits = typename VectorOf<T>::Bits;
     constexpr int width = VectorOf<T>::width;
-    Bits column, first;
-    for (int lane = 0; lane < width; ++lane) {
-        column[lane] = lane;
-        first[lane] = kBlock;
-    }
+    Bits column = lanes<T>(), first = Bits{} + kBlock;
     for (int64_t v = 0; v < block.vectors; ++v) {
         const Bits here = block.at(v) == value ? column : Bits{} + kBlock;
         first = here < first ? here : first;
@@ -154,7 +150,7 @@ struct PowerSeries {
 
 // The class term at y = 0 of a vector of probabilities, p <= limit where Small.
 template <bool Small, typename Term, typename T, typename V>
-inline V negative_term(V p, const PowerSeries<T>& series, const T* params, V& g) {
+FUSEDLOSS_INLINE V negative_term(V p, const PowerSeries<T>& series, const T* params, V& g) {
     const V q = T(1) - p;
     if (Small) {
         return Term::negative(p, q, series.evaluate(series.weight, p), series.evaluate(series.weight1, p), params, g);
@@ -215,6 +211,8 @@ class Engine {
 
    private:
     const S* logits(int64_t row) const { return static_cast<const S*>(rows_.logits) + row * rows_.row_stride; }
+    const S* limit() const { return logits(rows_.rows - 1) + rows_.classes; }
+    const T* weight_limit() const { return class_weight() + rows_.classes; }
     const T* class_weight() const { return static_cast<const T*>(rows_.class_weight); }
     T weight_of(int64_t column) const { return class_weight() ? class_weight()[column] : T(1); }
     bool ignored(int64_t row) const { return rows_.target[row] == rows_.ignore_index; }
@@ -248,17 +246,17 @@ class Engine {
     template <typename Part, typename Scan>
     Part fold(int threads, const Scan& scan) const {
         const auto chunk = [&](int64_t i) { return scan(i * kChunk, std::min((i + 1) * kChunk, rows_.classes)); };
-        Part sum = Part();
         if (threads == 1) {
-            for (int64_t i = 0; i < chunks(); ++i) merge(sum, chunk(i));
+            Part sum = chunk(0);
+            for (int64_t i = 1; i < chunks(); ++i) merge(sum, chunk(i));
             return sum;
         }
         std::vector<Part> parts(chunks());
         parallel_for(chunks(), threads, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) parts[i] = chunk(i);
         });
-        for (const Part& part : parts) merge(sum, part);
-        return sum;
+        for (int64_t i = 1; i < chunks(); ++i) merge(parts[0], parts[i]);
+        return parts[0];
     }
 
     static void merge(ClassPartial& x, const ClassPartial& y) {
@@ -282,8 +280,7 @@ class Engine {
         RowStatistics<T> s;
         s.max = finite_max(part.max);
         s.target = target;
-        const double target_exp = std::exp(double(target_logit) - double(s.max));
-        const T rest = T(part.rest), mine = T(target_exp);
+        const T rest = T(part.rest), mine = std::exp(target_logit - s.max);
         s.sum_exp = rest + mine;
         s.log_sum = std::log(s.sum_exp);
         s.q = rest / s.sum_exp;
@@ -338,7 +335,7 @@ class Engine {
             find_picks(block, from, count, max, target_logit, part);
             if (target >= from && target < from + count) block.value[target - from] = -kInfinity<T>;
             if (max > part.max) {
-                part.rest *= std::exp(double(part.max) - double(max));
+                if (part.rest != 0) part.rest *= std::exp(double(part.max) - double(max));
                 part.max = max;
             }
             part.rest += sum_exp(block, finite_max(part.max));
@@ -362,7 +359,7 @@ class Engine {
         }
         if (v < block.vectors) {
             const int rest = static_cast<int>(count - v * width);
-            const V x = load_part(source + v * width, rest, -kInfinity<T>);
+            const V x = load_part(source + v * width, rest, -kInfinity<T>, limit());
             store(block.value + v * width, x);
             max0 = greater(x, max0);
             if (Mean) {
@@ -547,8 +544,9 @@ class Engine {
             V f = negative_term<Small, Term>(p, series, params, g);
             if (weight) {
                 const int64_t left = count - v * width;
-                const V w = left >= width ? load(weight + from + v * width)
-                                          : load_part(weight + from + v * width, static_cast<int>(left), T(0));
+                const V w = left >= width
+                                ? load(weight + from + v * width)
+                                : load_part(weight + from + v * width, static_cast<int>(left), T(0), weight_limit());
                 f *= w;
                 g *= w;
             }
@@ -644,9 +642,9 @@ class Engine {
         }
         if (column < end) {
             const int rest = static_cast<int>(end - column);
-            store_part(
-                grad + column, rest,
-                formula(load_part(z + column, rest, T(0)), Smooth == 2 ? load_part(weight + column, rest, T(0)) : V{}));
+            store_part(grad + column, rest,
+                       formula(load_part(z + column, rest, T(0), limit()),
+                               Smooth == 2 ? load_part(weight + column, rest, T(0), weight_limit()) : V{}));
         }
     }
 
@@ -681,7 +679,8 @@ class Engine {
             V g;
             negative_term<Small, Term>(p, series, params, g);
             if (weight) {
-                g *= left == width ? load(weight + from + column) : load_part(weight + from + column, left, T(0));
+                g *= left == width ? load(weight + from + column)
+                                   : load_part(weight + from + column, left, T(0), weight_limit());
             }
             const V value = p * (g - shift) * upstream;
             if (left == width) {

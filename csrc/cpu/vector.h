@@ -7,6 +7,9 @@
 #include <cstring>
 #include <limits>
 
+// Vectors that cross a call go through memory.
+#define FUSEDLOSS_INLINE inline __attribute__((always_inline))
+
 namespace fusedloss {
 namespace FUSEDLOSS_ISA {
 
@@ -55,7 +58,7 @@ struct ComputeOf<double> {
 };
 
 template <typename To, typename From>
-inline To bit_cast(const From& from) {
+FUSEDLOSS_INLINE To bit_cast(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "same size");
     To to;
     std::memcpy(&to, &from, sizeof(To));
@@ -63,33 +66,41 @@ inline To bit_cast(const From& from) {
 }
 
 template <typename T>
-inline typename VectorOf<T>::Value splat(T x) {
+FUSEDLOSS_INLINE typename VectorOf<T>::Value splat(T x) {
     return x - typename VectorOf<T>::Value{};
+}
+
+// 0, 1, 2 ...
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Bits lanes() {
+    typename VectorOf<T>::Bits index;
+    for (int i = 0; i < VectorOf<T>::width; ++i) index[i] = i;
+    return index;
 }
 
 // --- widening and rounding, in vectors and one by one ---
 
-inline FloatVector widen(HalfVector h, bfloat16) {
+FUSEDLOSS_INLINE FloatVector widen(HalfVector h, bfloat16) {
     return bit_cast<FloatVector>(__builtin_convertvector(h, WordVector) << 16);
 }
 
 // Subnormal halves come out right because the multiplication by 2^112 normalises them; 2^16 and above are inf
 // or NaN.
-inline FloatVector widen(HalfVector h, float16) {
+FUSEDLOSS_INLINE FloatVector widen(HalfVector h, float16) {
     const WordVector w = __builtin_convertvector(h, WordVector);
     const FloatVector magnitude = bit_cast<FloatVector>((w & 0x7fffu) << 13) * 0x1p112f;
     const WordVector special = bit_cast<WordVector>(magnitude >= 65536.0f) & 0x7f800000u;
     return bit_cast<FloatVector>(bit_cast<WordVector>(magnitude) | special | ((w & 0x8000u) << 16));
 }
 
-inline HalfVector narrow(FloatVector x, bfloat16) {
+FUSEDLOSS_INLINE HalfVector narrow(FloatVector x, bfloat16) {
     const WordVector w = bit_cast<WordVector>(x);
     const WordVector rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
     const WordVector nan = (w >> 16) | 0x40u;
     return __builtin_convertvector(x == x ? rounded : nan, HalfVector);
 }
 
-inline HalfVector narrow(FloatVector x, float16) {
+FUSEDLOSS_INLINE HalfVector narrow(FloatVector x, float16) {
     const WordVector w = bit_cast<WordVector>(x);
     const WordVector sign = (w >> 16) & 0x8000u;
     const WordVector magnitude = w & 0x7fffffffu;
@@ -105,83 +116,96 @@ inline HalfVector narrow(FloatVector x, float16) {
 }
 
 template <typename S>
-inline FloatVector load(const S* source) {
+FUSEDLOSS_INLINE FloatVector load(const S* source) {
     HalfVector h;
     std::memcpy(&h, source, sizeof h);
     return widen(h, S{});
 }
-inline FloatVector load(const float* source) {
+FUSEDLOSS_INLINE FloatVector load(const float* source) {
     FloatVector v;
     std::memcpy(&v, source, sizeof v);
     return v;
 }
-inline VectorOf<double>::Value load(const double* source) {
+FUSEDLOSS_INLINE VectorOf<double>::Value load(const double* source) {
     VectorOf<double>::Value v;
     std::memcpy(&v, source, sizeof v);
     return v;
 }
 
 template <typename S>
-inline void store(S* to, FloatVector v) {
+FUSEDLOSS_INLINE void store(S* to, FloatVector v) {
     const HalfVector h = narrow(v, S{});
     std::memcpy(static_cast<void*>(to), &h, sizeof h);
 }
-inline void store(float* to, FloatVector v) { std::memcpy(to, &v, sizeof v); }
-inline void store(double* to, VectorOf<double>::Value v) { std::memcpy(to, &v, sizeof v); }
+FUSEDLOSS_INLINE void store(float* to, FloatVector v) { std::memcpy(to, &v, sizeof v); }
+FUSEDLOSS_INLINE void store(double* to, VectorOf<double>::Value v) { std::memcpy(to, &v, sizeof v); }
 
-// The first `count` elements; the others are `fill`.
+// The first `count` elements; the others are `fill`. Memory is readable up to `limit`, where a whole load is faster
+// than one by one.
 template <typename S>
-inline auto load_part(const S* source, int count, typename ComputeOf<S>::type fill) {
+FUSEDLOSS_INLINE auto load_part(const S* source, int count, typename ComputeOf<S>::type fill, const S* limit) {
     using T = typename ComputeOf<S>::type;
     constexpr int width = VectorOf<T>::width;
-    S part[width] = {};
-    for (int i = 0; i < count; ++i) part[i] = source[i];
-    auto v = load(part);
-    typename VectorOf<T>::Bits lane;
-    for (int i = 0; i < width; ++i) lane[i] = i;
-    return lane < count ? v : splat(fill);
+    typename VectorOf<T>::Value v;
+    if (limit - source >= width) {
+        v = load(source);
+    } else {
+        S part[width] = {};
+        for (int i = 0; i < count; ++i) part[i] = source[i];
+        v = load(part);
+    }
+    return lanes<T>() < count ? v : splat(fill);
 }
 
 template <typename S, typename V>
-inline void store_part(S* to, int count, V v) {
+FUSEDLOSS_INLINE void store_part(S* to, int count, V v) {
     S part[VectorOf<typename ComputeOf<S>::type>::width];
     store(part, v);
     for (int i = 0; i < count; ++i) to[i] = part[i];
 }
 
 template <typename S>
-inline typename ComputeOf<S>::type read(const S* source) {
-    return load_part(source, 1, typename ComputeOf<S>::type(0))[0];
+FUSEDLOSS_INLINE typename ComputeOf<S>::type read(const S* source) {
+    return load_part(source, 1, typename ComputeOf<S>::type(0), source + 1)[0];
 }
-inline float read(const float* source) { return *source; }
-inline double read(const double* source) { return *source; }
+FUSEDLOSS_INLINE float read(const float* source) { return *source; }
+FUSEDLOSS_INLINE double read(const double* source) { return *source; }
 
 template <typename S>
-inline void write(S* to, typename ComputeOf<S>::type value) {
+FUSEDLOSS_INLINE void write(S* to, typename ComputeOf<S>::type value) {
     store_part(to, 1, splat(value));
 }
-inline void write(float* to, float value) { *to = value; }
-inline void write(double* to, double value) { *to = value; }
+FUSEDLOSS_INLINE void write(float* to, float value) { *to = value; }
+FUSEDLOSS_INLINE void write(double* to, double value) { *to = value; }
 
 // --- reductions; x > y ? x : y passes over NaN in x, which the sums of exponentials then report ---
 
 template <typename V>
-inline V greater(V x, V y) {
+FUSEDLOSS_INLINE V greater(V x, V y) {
     return x > y ? x : y;
 }
 
-template <typename T>
-inline T largest(typename VectorOf<T>::Value v) {
-    T x = v[0];
-    for (int i = 1; i < VectorOf<T>::width; ++i) x = v[i] > x ? v[i] : x;
-    return x;
+// Folds the lanes of a vector, half against half.
+template <typename T, typename Fold>
+FUSEDLOSS_INLINE T fold_lanes(typename VectorOf<T>::Value v, const Fold& fold) {
+    T lane[VectorOf<T>::width];
+    std::memcpy(lane, &v, sizeof lane);
+#pragma GCC unroll 4
+    for (int half = VectorOf<T>::width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < half; ++i) lane[i] = fold(lane[i], lane[i + half]);
+    }
+    return lane[0];
 }
 
 template <typename T>
-inline double total(typename VectorOf<T>::Value v) {
-    double x = 0;
-    for (int i = 0; i < VectorOf<T>::width; ++i) x += v[i];
-    return x;
+FUSEDLOSS_INLINE T largest(typename VectorOf<T>::Value v) {
+    return fold_lanes<T>(v, [](T x, T y) { return x > y ? x : y; });
+}
+
+template <typename T>
+FUSEDLOSS_INLINE T total(typename VectorOf<T>::Value v) {
+    return fold_lanes<T>(v, [](T x, T y) { return x + y; });
 }
 
 // --- exp(x) for x <= 0 (or NaN): 2^n times a polynomial on [-log(2)/2, log(2)/2] ---
@@ -208,7 +232,7 @@ struct ExpConstants<double> {
 };
 
 template <typename T>
-inline typename VectorOf<T>::Value exp_nonpositive(typename VectorOf<T>::Value x) {
+FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_nonpositive(typename VectorOf<T>::Value x) {
     using C = ExpConstants<T>;
     using V = typename VectorOf<T>::Value;
     using Bits = typename VectorOf<T>::Bits;
@@ -224,7 +248,7 @@ inline typename VectorOf<T>::Value exp_nonpositive(typename VectorOf<T>::Value x
 
 // log(x) for x in (0, 1]: x = 2^n m with m in [2/3, 4/3), log m = 2 atanh((m - 1) / (m + 1)).
 template <typename T>
-inline typename VectorOf<T>::Value log_positive(typename VectorOf<T>::Value x) {
+FUSEDLOSS_INLINE typename VectorOf<T>::Value log_positive(typename VectorOf<T>::Value x) {
     using V = typename VectorOf<T>::Value;
     using Bits = typename VectorOf<T>::Bits;
     constexpr int shift = ExpConstants<T>::shift, terms = sizeof(T) == 4 ? 5 : 12;

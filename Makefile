@@ -1,0 +1,86 @@
+# Everything runs in .venv, which the first target that needs it makes. `make PYTHON=python3.12 test` chooses
+# another interpreter for it, `make test ARGS="-k focal"` passes arguments on, and pip's own settings
+# (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL) say where torch comes from: the default build of it is for NVIDIA GPUs.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SANITIZED := build/sanitize
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint dist sanitize clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+demo: .venv/installed ## train a small translation model, about 3 minutes on 2 cores
+	$(BIN)/python examples/nmt/train.py $(ARGS)
+
+test: .venv/installed ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+bench: .venv/installed ## run the benchmarks; writes a table and a plot
+	@mkdir -p build
+	$(BIN)/pytest bench --benchmark-json=build/bench.json $(ARGS)
+	$(BIN)/python bench/report.py build/bench.json
+
+lint: .venv/installed-lint ## ruff, mypy, clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+dist: .venv/installed-lint ## build dist/*.tar.gz, and the wheel from it
+	rm -rf dist
+	$(BIN)/python -m build
+
+sanitize: $(SANITIZED)/installed ## run the tests on an engine built with ASan and UBSan (g++)
+	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(SANITIZED)/venv/bin/python -m pytest -m "not compile" $(ARGS)
+
+clean: ## remove everything that these targets made
+	rm -rf .venv build dist
+
+# The whole chain of "from nothing": each line says what to install where something is missing.
+.venv/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "No $(PYTHON) here. On Debian or Ubuntu: apt install python3 python3-venv python3-dev"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "fusedloss needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version)." \
+	           "Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "$(PYTHON) cannot make a virtual environment." \
+	           "On Debian or Ubuntu: apt install python3-venv"; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	    { echo "The headers of $(PYTHON) are missing (Python.h)." \
+	           "On Debian or Ubuntu: apt install python3-dev"; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	    { echo "No C++ compiler here. On Debian or Ubuntu: apt install g++"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# Editable, so that a changed .py needs no reinstall; the kept build folder makes a changed .cpp a matter of
+# seconds. Only the first run shows what is being installed.
+.venv/installed: $(BUILD_INPUTS) | .venv/pyvenv.cfg
+	$(PIP_INSTALL) $(if $(wildcard $@),--quiet) cmake ninja pybind11 scikit-build-core
+	SKBUILD_BUILD_DIR=build/make $(PIP_INSTALL) $(if $(wildcard $@),--quiet) \
+	    --no-build-isolation --editable ".[test,demo,bench]"
+	@touch $@
+
+.venv/installed-lint: pyproject.toml constraints.txt | .venv/installed
+	SKBUILD_BUILD_DIR=build/make $(PIP_INSTALL) $(if $(wildcard $@),--quiet) \
+	    --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# An environment of its own for the sanitized engine; everything else it finds in .venv, through a .pth file.
+$(SANITIZED)/installed: $(BUILD_INPUTS) | .venv/installed
+	$(BIN)/python -m venv --clear $(SANITIZED)/venv
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$($(SANITIZED)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	CXX="$(CXX)" SKBUILD_BUILD_DIR=$(SANITIZED)/cmake SKBUILD_INSTALL_STRIP=false \
+	    SKBUILD_CMAKE_DEFINE="FUSEDLOSS_SANITIZE=ON" $(SANITIZED)/venv/bin/python -m pip install --quiet \
+	    --no-deps --no-build-isolation --editable .
+	@touch $@
