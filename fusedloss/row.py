@@ -181,6 +181,9 @@ def _matrix(input: Tensor, inplace: bool) -> Tensor:
 def _parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(-1 if value.dim() else ()).to(device, dtype)
+    if torch.compiler.is_compiling():
+        # A factor stays a variable of the graph; a fill value would compile anew for each number.
+        return torch.ones((), dtype=dtype, device=device) * value
     return torch.full((), value, dtype=dtype, device=device)
 
 
