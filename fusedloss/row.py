@@ -174,7 +174,7 @@ def _matrix(input: Tensor, inplace: bool) -> Tensor:
                 f"{input.stride()} for shape {tuple(input.shape)}"
             )
         return matrix
-    matrix = input.reshape(-1, classes) if input.numel() else input.reshape(input.shape[:-1].numel(), classes)
+    matrix = input.reshape(-1, classes)
     return matrix if matrix.stride(1) == 1 or classes == 1 else matrix.contiguous()
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..epilogue import Epilogue
+from ..examples import example
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -21,6 +22,16 @@ def _epilogue(s: Statistics) -> Tensor:
 CROSS_ENTROPY = Epilogue("cross_entropy", _epilogue)
 
 
+def _formula(input: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    log_p = input.log_softmax(-1)
+    at_target = log_p.gather(-1, target[:, None])[:, 0]
+    if label_smoothing == 0:
+        return -at_target
+    return -(1 - label_smoothing) * at_target - label_smoothing * log_p.mean(-1)
+
+
+@example(_formula, label_smoothing=0.1)
+@example(_formula)
 @row_form()
 def cross_entropy(input: Tensor, target: Tensor, **options: Unpack[RowOptions]) -> Any:
     r"""Cross-entropy of logits, -log p_t, with p = softmax(input) and t the target.

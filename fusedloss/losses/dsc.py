@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number, check_parameter
 from ..epilogue import Epilogue, power
+from ..examples import example
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -41,6 +42,21 @@ _EPILOGUES = {
 }
 
 
+def _formula(
+    input: Tensor, target: Tensor, alpha: float = 0.0, smooth: float = 1.0, form: str = "one_vs_rest"
+) -> Tensor:
+    p = input.softmax(-1)
+    if form == "target":
+        p = p.gather(-1, target[:, None])
+        y = torch.ones_like(p)
+    else:
+        y = (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)
+    u = (1 - p) ** alpha * p
+    return (1 - (2 * u * y + smooth) / (u * u + y + smooth)).sum(-1)
+
+
+@example(_formula, alpha=0.01, form="target")
+@example(_formula, alpha=0.01)
 @row_form(*_WITHOUT)
 def dsc_loss(
     input: Tensor,
@@ -83,6 +99,7 @@ def dsc_loss(
     return _dsc("dsc_loss", input, target, alpha, smooth, squared, form, level, detach_weight, options)
 
 
+@example(_formula)
 @row_form(*_WITHOUT)
 def dice_loss(
     input: Tensor,

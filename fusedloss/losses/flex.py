@@ -5,17 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..checks import check_choice
 from ..epilogue import Epilogue
+from ..examples import example
 from ..row import RowOptions, row_form, row_loss
-from ..statistics import OPTIONAL
+from ..statistics import OPTIONAL, Statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+def _poly1(s: Statistics) -> Tensor:
+    return s.ce + s.q
+
+
+def _brier(p: Tensor, q: Tensor, positive: Tensor) -> Tensor:
+    return torch.where(positive, q * q, p * p)
+
+
+def _poly1_formula(input: Tensor, target: Tensor, loss_fn: Any) -> Tensor:
+    log_p = input.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    return 1 - log_p.exp() - log_p
+
+
+def _brier_formula(input: Tensor, target: Tensor, loss_fn: Any, over: str) -> Tensor:
+    p = input.softmax(-1)
+    return (p - (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)).square().sum(-1)
+
+
+@example(_brier_formula, loss_fn=_brier, over="classes")
+@example(_poly1_formula, loss_fn=_poly1)
 @row_form()
 def flex_loss(
     input: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checks import check_parameter
 from ..epilogue import Epilogue, power
+from ..examples import example
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -22,6 +23,12 @@ def _epilogue(s: Statistics, gamma: Tensor) -> Tensor:
 FOCAL = Epilogue("focal", _epilogue)
 
 
+def _formula(input: Tensor, target: Tensor, gamma: float) -> Tensor:
+    log_p = input.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    return -((1 - log_p.exp()) ** gamma) * log_p
+
+
+@example(_formula, gamma=2.0)
 @row_form()
 def focal_loss(input: Tensor, target: Tensor, *, gamma: float | Tensor = 2.0, **options: Unpack[RowOptions]) -> Any:
     r"""Focal loss of logits, -(1 - p_t)^gamma log p_t, with p = softmax(input) and t the target.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_parameter
 from ..epilogue import Epilogue
+from ..examples import example
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -28,6 +29,15 @@ _TOP_2 = Epilogue(
 _CANDIDATES = Epilogue("mixed_cross_entropy", lambda s, alpha: _mix(s, alpha, s.candidate_ce.mean(-1)))
 
 
+def _formula(input: Tensor, target: Tensor, alpha: float, top_k: int = 1) -> Tensor:
+    log_p = input.log_softmax(-1)
+    predicted = input.argmax(-1, keepdim=True) if top_k == 1 else input.topk(top_k).indices
+    at_target = log_p.gather(-1, target[:, None])[:, 0]
+    return -(1 - alpha) * at_target - alpha * log_p.gather(-1, predicted).mean(-1)
+
+
+@example(_formula, alpha=0.25, top_k=2)
+@example(_formula, alpha=0.25)
 @row_form()
 def mixed_cross_entropy(
     input: Tensor,
