@@ -1,0 +1,17 @@
+"""The dice family: DSC of every class against the rest and of the target alone, and dice loss."""
+
+from suite import declared, measure
+
+import fusedloss as fl
+
+
+def test_one_vs_rest(benchmark, case):
+    measure(benchmark, case, declared(fl.dsc_loss))
+
+
+def test_target(benchmark, case):
+    measure(benchmark, case, declared(fl.dsc_loss, form="target"))
+
+
+def test_dice(benchmark, variant_case):
+    measure(benchmark, variant_case, declared(fl.dice_loss))

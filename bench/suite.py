@@ -1,0 +1,134 @@
+"""What the benchmarks share: the cases, the peers, and how a loss is measured beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from memory import peak_memory
+
+from fusedloss import timing
+from fusedloss.examples import EXAMPLES, Example
+
+MAIN = (1024, 32768)
+
+MAX_ROUNDS = 200
+
+
+class Case(NamedTuple):
+    """Logits to measure on, and for how long."""
+
+    rows: int
+    classes: int
+    dtype: torch.dtype
+    seconds: float
+    rounds: int  # at least
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.classes}-{str(self.dtype).removeprefix('torch.')}"
+
+
+class Extent(NamedTuple):
+    """How much to measure."""
+
+    shapes: dict[tuple[int, int], tuple[torch.dtype, ...]]
+    variants: bool
+    seconds: float
+    rounds: int
+
+
+FLOAT = (torch.float32,)
+HALF = (torch.bfloat16,)
+BOTH = FLOAT + HALF
+
+QUICK = Extent({(4096, 9): FLOAT, MAIN: FLOAT}, variants=False, seconds=1, rounds=3)
+DEFAULT = Extent(
+    {(4096, 9): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): HALF}, variants=True, seconds=2, rounds=3
+)
+# From the tags of named entities through translation to the largest vocabularies.
+FULL = Extent(
+    {(4096, 9): BOTH, (4096, 32000): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): BOTH},
+    variants=True,
+    seconds=10,
+    rounds=7,
+)
+
+
+def cases(extent: Extent) -> list[Case]:
+    return [
+        Case(*shape, dtype, extent.seconds, extent.rounds)
+        for shape, dtypes in extent.shapes.items()
+        for dtype in dtypes
+    ]
+
+
+def variant_cases(extent: Extent) -> list[Case]:
+    """For other arguments of a loss: one shape."""
+    return [case for case in cases(extent) if extent.variants and (case.rows, case.classes) == MAIN]
+
+
+def declared(loss: Callable[..., Any], **arguments: Any) -> Example:
+    """The first example that the loss declares with these among its arguments."""
+    return next(e for e in EXAMPLES if e.loss is loss and arguments.items() <= e.arguments.items())
+
+
+def measure(benchmark: Any, case: Case, example: Example, same: dict[str, Any] | None = None) -> None:
+    """Times a loss, in place too, in turn with the copy of its logits and with its peers.
+
+    pytest-benchmark times the fused loss with a fresh gradient, forward and backward; all the others have their turns
+    in the setup of each of its rounds, and their medians go into the extra information. `same`: the arguments with
+    which F.cross_entropy does the same job; without them it is there for a yardstick.
+
+    Raises WrongResult, and so fails, where a candidate's loss or gradient is not that of the formula.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(case.rows, case.classes, generator=generator).to(case.dtype)
+    target = torch.randint(case.classes, (case.rows,), generator=generator)
+    losses = timing.candidates(example, target)
+    losses["F.cross_entropy"] = partial(F.cross_entropy, target=target, **(same or {}))
+    contest = timing.Contest(logits, losses)
+
+    expected = timing.expected(example, logits, target)
+    for name in losses:
+        if name != "F.cross_entropy" or same is not None:
+            timing.require(f"{example}, {name},", contest.result(name), expected)
+    del expected
+    memory = {name: _extra_memory(contest, name) for name in losses} if (case.rows, case.classes) == MAIN else {}
+
+    start = perf_counter()
+    contest.round()
+    rounds = int(case.seconds / (perf_counter() - start))
+
+    def others() -> None:
+        contest.round(leave_out="fused")
+        contest.prepare("fused")
+
+    benchmark.group = str(example)
+    benchmark.pedantic(contest.step, args=("fused",), setup=others, rounds=max(case.rounds, min(rounds, MAX_ROUNDS)))
+    benchmark.extra_info.update(
+        loss=str(example),
+        same_as_cross_entropy=same is not None,
+        rows=case.rows,
+        classes=case.classes,
+        dtype=str(case.dtype).removeprefix("torch."),
+        floor=contest.floor,
+        noise=contest.noise,
+        seconds={name: contest.median(name) for name in losses},
+        forward={name: median(step.forward for step in contest.steps[name]) for name in losses},
+        backward={name: median(step.backward for step in contest.steps[name]) for name in losses},
+        memory=memory,
+    )
+
+
+def _extra_memory(contest: timing.Contest, name: str) -> float | None:
+    """The most memory that a step holds beyond logits and gradient, as a multiple of the logits."""
+    size = contest.logits.nbytes
+    contest.write()
+    peak = peak_memory(partial(contest.result, name))
+    gradient = 0 if name == "in place" else size
+    return None if peak is None else max(0.0, (peak - gradient) / size)

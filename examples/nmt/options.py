@@ -1,0 +1,138 @@
+"""The command line, and what of it decides the course of a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What decides the course of a run: a checkpoint of other values is refused."""
+
+    loss: str
+    steps: int
+    ce_warmup: float
+    label_smoothing: float
+    gamma: float
+    d_model: int
+    layers: int
+    heads: int
+    dropout: float
+    max_length: int
+    vocab_size: int
+    batch_tokens: int
+    lr: float
+    dtype: str
+    seed: int
+    held_out: float
+    corpus: str  # the fingerprint of its pairs
+
+
+def make_config(options: argparse.Namespace, corpus: str) -> Config:
+    names = [field.name for field in dataclasses.fields(Config) if field.name != "corpus"]
+    values = {name: getattr(options, name) for name in names}
+    if options.dtype == "auto":
+        values["dtype"] = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return Config(**values, corpus=corpus)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Trains a small Transformer to translate, with a fused loss, and measures it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data and output").add_argument
+    add(
+        "--data",
+        type=Path,
+        help="your own pairs: source TAB target, one pair a line, UTF-8; else LibreOffice's help",
+    )
+    add("--held-out", type=_share, default=0.03, help="share of the pairs held out, whole files at a time")
+    add("--out", type=Path, default=Path("runs/nmt"), help="folder of the checkpoint, the curves and the figures")
+    add("--fresh", action="store_true", help="start anew, over the checkpoint in --out")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=("ce", "focal", "mixed", "dsc"), default="mixed", help="the loss after the warm-up")
+    add("--ce-warmup", type=_share, default=0.3, help="share of the updates that plain cross-entropy makes first")
+    add("--label-smoothing", type=_share, default=0.1, help="of every loss but dsc")
+    add("--gamma", type=_number(0), default=2.0, help="of the focal loss")
+    add("--impl", choices=("reference", "cpu"), help="of the loss; else the fastest that runs here")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=_count(1), default=1000, help="updates")
+    add("--batch-tokens", type=_count(1), default=1024, help="target tokens an update, padding included")
+    add("--vocab-size", type=_count(1), default=8000, help="BPE pieces of both languages together")
+    add("--d-model", type=_count(1), default=192, help="width of the model")
+    add("--layers", type=_count(1), default=2, help="of the encoder, and of the decoder")
+    add("--heads", type=_count(1), default=4, help="attention heads")
+    add("--dropout", type=_share, default=0.0, help="worth its time in runs of many passes over the data")
+    add("--max-length", type=_count(8), default=128, help="pieces a sentence; pairs with a longer side are left out")
+    add("--lr", type=_number(0), default=3e-3, help="learning rate at its highest")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
+    add("--seed", type=int, default=1, help="of the split, the weights and the order of the batches")
+    add("--threads", type=_count(1), default=_cpus(), help="CPU threads")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--evaluate-every", type=_count(1), default=200, help="updates between held-out measurements and checkpoints")
+    add("--bleu-sentences", type=_count(0), default=300, help="held-out sentences to translate, 0 for all")
+    add("--beam", type=_count(1), default=4, help="beam width; 1 is greedy decoding")
+    add("--samples", type=_count(0), default=5, help="translations to print")
+    add(
+        "--compare-updates",
+        type=_count(0),
+        default=40,
+        help="updates of fused and eager loss in turn, 0 for none",
+    )
+
+    options = parser.parse_args(arguments)
+    if not 0 < options.held_out < 1:
+        parser.error(f"--held-out must lie between 0 and 1, both excluded, got {options.held_out}")
+    if options.d_model % (2 * options.heads):
+        parser.error(f"--d-model {options.d_model} must be a multiple of twice --heads {options.heads}")
+    if options.max_length % 8 or options.max_length > options.batch_tokens:
+        parser.error(
+            f"--max-length {options.max_length} must be a multiple of 8 "
+            f"and at most --batch-tokens {options.batch_tokens}"
+        )
+    return options
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse names the type in its message
+    return parse
+
+
+def _number(least: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = float(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be a number from {least} on, got {value}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value}")
+    return value

@@ -1,0 +1,251 @@
+"""python -m fusedloss: what is installed here (info), whether it is right (check) and how fast it is (bench)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import fusedloss
+
+from . import backends, selfcheck, timing
+from .examples import EXAMPLES, Example
+
+#: Spread of the copies' times (third quartile over first) from which on the machine counts as busy.
+BUSY = 1.3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0 for success, 1 for a failed check, 2 for arguments that make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedloss", description="What is installed here, whether it is right, and how fast it is."
+    )
+    commands = parser.add_subparsers(required=True, metavar="info | check | bench")
+
+    info = commands.add_parser("info", help="versions, instruction sets, and which implementations are ready")
+    info.set_defaults(run=lambda _: _info())
+
+    check = commands.add_parser("check", help="every loss on every ready implementation, against the reference")
+    check.add_argument("--quick", action="store_true", help="small shapes only: a few seconds")
+    check.set_defaults(run=lambda a: _check(a.quick))
+
+    bench = commands.add_parser("bench", help="every loss against PyTorch and the copy of its logits")
+    bench.add_argument(
+        "--shape", type=_shape, default=(1024, 32768), metavar="NxV", help="rows x classes, default 1024x32768"
+    )
+    bench.add_argument("--dtype", choices=[_name(d) for d in timing.TOLERANCE], default="float32")
+    bench.add_argument("--rounds", type=_positive, default=5, help="times each loss has its turn, default 5")
+    bench.add_argument("--loss", metavar="NAME", help="only losses with this in their names")
+    bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a while")
+    bench.set_defaults(run=lambda a: _bench(a.shape, getattr(torch, a.dtype), a.rounds, a.loss, not a.no_compile))
+
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except _UsageError as error:
+        parser.error(str(error))
+    return status
+
+
+class _UsageError(Exception):
+    """An argument that cannot be met; the message is for the user."""
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        rows, classes = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected rows x classes such as 1024x32768, got {text!r}") from None
+    if rows < 1 or classes < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 1 row and 2 classes, got {text!r}")
+    return rows, classes
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _info() -> int:
+    rows = [
+        ("fusedloss", f"{fusedloss.__version__} from {os.path.dirname(fusedloss.__file__)}"),
+        ("torch", torch.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("cpu", f"{_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"),
+        ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
+    ]
+    for impl in backends.IMPLS:
+        reason = backends.unavailable(impl)
+        rows.append((f"impl {impl}", "ready" if reason is None else f"not ready: {reason}"))
+    if backends.unavailable("cpu") is None:
+        from . import _engine
+
+        names, used = _engine.instruction_sets(), _engine.instruction_set()
+        rows.append(("instruction sets", ", ".join(f"{n} (in use)" if n == used else n for n in names)))
+    rows.append(("huge pages", _huge_pages()))
+    try:
+        default = backends.resolve(None, torch.device("cpu"))
+    except (RuntimeError, ValueError) as error:
+        default = f"none: {error}"
+    variable = os.environ.get("FUSEDLOSS_IMPL")
+    rows.append(("default on a CPU", default + (f" (FUSEDLOSS_IMPL={variable})" if variable else "")))
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
+    return 0
+
+
+def _huge_pages() -> str:
+    """What the kernel grants: new gradients cost far fewer page faults on them."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/enabled", encoding="utf-8") as file:
+            setting = file.read().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return "unknown"
+    return f"{setting} (transparent huge pages; {'none for' if setting == 'never' else 'used for'} new gradients)"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _check(quick: bool) -> int:
+    results = []
+    bar = _Progress(selfcheck.count())
+    for result in selfcheck.check(quick):
+        results.append(result)
+        bar.advance()
+    bar.clear()
+    table: list[tuple[str, ...]] = [
+        ("loss", "implementation", "dtype", "loss error", "allowed", "gradient error", "allowed", "")
+    ]
+    for r in results:
+        errors = (f"{e:.1e}" for e in (*r.loss, *r.gradient))
+        table.append((str(r.example), r.impl, _name(r.dtype), *errors, "PASS" if r.passed else "FAIL"))
+    _print_table(table)
+    failed = sum(not r.passed for r in results)
+    print()
+    for impl in backends.IMPLS:
+        reason = backends.unavailable(impl)
+        if reason is not None:
+            print(f"{impl} was not checked: {reason}")
+    if failed:
+        print(f"{failed} of {len(results)} FAILED")
+        return 1
+    print(f"all {len(results)} passed: errors within twice those of plain PyTorch and {selfcheck.ULPS} ulps")
+    return 0
+
+
+def _bench(shape: tuple[int, int], dtype: torch.dtype, rounds: int, wanted: str | None, compiled: bool) -> int:
+    examples = [e for e in EXAMPLES if wanted is None or wanted in e.loss.__name__]
+    if not examples:
+        names = dict.fromkeys(e.loss.__name__ for e in EXAMPLES)
+        raise _UsageError(f"no loss has {wanted!r} in its name; there are {', '.join(names)}")
+    rows, classes = shape
+    try:
+        backends.resolve(None, torch.device("cpu"))
+    except (RuntimeError, ValueError) as error:
+        raise _UsageError(f"FUSEDLOSS_IMPL: {error}") from None
+    try:
+        logits = torch.randn(rows, classes).to(dtype)
+    except RuntimeError as error:
+        raise _UsageError(f"no logits of {rows} x {classes}: {_first_line(error)}") from None
+    target = torch.randint(classes, (rows,))
+    print(f"forward + backward, {rows} x {classes} {_name(dtype)}, {torch.get_num_threads()} threads")
+
+    table: list[tuple[str, ...]] = [
+        ("loss", "floor ms", "fused ms", "/ floor", "in place ms", "/ floor", "eager / fused", "compiled / fused")
+    ]
+    notes: dict[str, None] = {}
+    bar = _Progress(len(examples) * (rounds + 1))
+    for example in examples:
+        contest = timing.Contest(logits, timing.candidates(example, target, compiled))
+        expected = timing.expected(example, logits, target)
+        for name in list(contest.losses):
+            try:
+                timing.require(f"{example}, {name},", contest.result(name), expected)
+            except timing.WrongResult as error:
+                bar.clear()
+                print(f"{error}. See: python -m fusedloss check", file=sys.stderr)
+                return 1
+            except Exception as error:
+                if name != "compiled":
+                    raise
+                # Without a C++ compiler, say. The others can still be timed.
+                del contest.losses[name]
+                notes[f"torch.compile did not work here: {_first_line(error)}"] = None
+        bar.advance()
+        for _ in range(rounds):
+            contest.round()
+            bar.advance()
+        table.append(_bench_row(example, contest))
+        if contest.noise > BUSY:
+            notes["the machine is busy: the copies' own times spread widely, so take the above roughly"] = None
+    bar.clear()
+    _print_table(table)
+    print(f"\nfloor: {timing.FLOOR} x copy_() of the logits. Medians of {rounds} rounds, all in turn in each.")
+    print("".join(f"note: {note}\n" for note in notes), end="")
+    return 0
+
+
+def _bench_row(example: Example, contest: timing.Contest) -> tuple[str, ...]:
+    fused = contest.median("fused")
+    cells = [str(example), f"{contest.floor * 1e3:.2f}"]
+    for name in ("fused", "in place"):
+        if name in contest.losses:
+            cells += [f"{contest.median(name) * 1e3:.2f}", f"{contest.median(name) / contest.floor:.2f}"]
+        else:
+            cells += ["-", "-"]
+    for name in ("eager", "compiled"):
+        cells.append(f"{contest.median(name) / fused:.1f}" if name in contest.losses else "-")
+    return tuple(cells)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(len(first)), *others]).rstrip())
+
+
+class _Progress:
+    """A bar on stderr, where that is a terminal."""
+
+    WIDTH = 40
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.shown = sys.stderr.isatty()
+
+    def advance(self) -> None:
+        self.done += 1
+        if self.shown:
+            full = self.WIDTH * self.done // self.total
+            bar = "#" * full + "." * (self.WIDTH - full)
+            print(f"\r[{bar}] {self.done}/{self.total}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Every loss on every implementation that is ready, against the reference in float64, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import DTYPES, compute_dtype
+from .examples import EXAMPLES, Example
+
+#: What an error may have beyond twice that of the formula in PyTorch, in units of the last place.
+ULPS = 8
+
+#: The reference in float64 is the truth of all else; its own is the formula, where 1 - p costs it half the digits.
+REFERENCE_ALLOWED = 1e-7
+
+IGNORED = -100
+
+QUICK_SHAPES = (
+    (32, 1000),
+    (2, 4099),  # few rows, which may be split between threads; odd
+)
+SHAPES = (
+    *QUICK_SHAPES,
+    (512, 9),
+    (33, 2049),
+    (16, 32000),
+    (1, 131072),
+)
+
+
+class Error(NamedTuple):
+    """The largest error over the largest true value (of a gradient: in its row), and what the rule allows."""
+
+    found: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.found <= self.allowed  # NaN does not pass
+
+    @property
+    def severity(self) -> float:
+        return self.found / self.allowed if self.found == self.found else float("inf")
+
+
+class Result(NamedTuple):
+    """A loss on an implementation; the errors are those of the shape where they are worst."""
+
+    example: Example
+    impl: str
+    dtype: torch.dtype
+    loss: Error
+    gradient: Error
+
+    @property
+    def passed(self) -> bool:
+        return self.loss.passed and self.gradient.passed
+
+
+class _Problem(NamedTuple):
+    logits: Tensor  # (N, V)
+    target: Tensor  # (N,), one in eight ignored
+    upstream: Tensor  # (N,) the gradient that reaches the rows' losses
+
+
+def ready() -> list[str]:
+    return [impl for impl in backends.IMPLS if backends.unavailable(impl) is None]
+
+
+def count() -> int:
+    """How many results `check` gives."""
+    return len(EXAMPLES) * len(DTYPES) * len(ready())
+
+
+def check(quick: bool = False) -> Iterator[Result]:
+    """The rule: at most twice the error of the formula in PyTorch on the same logits, plus a few ulps.
+
+    For bfloat16 and float16 logits the formula computes in float32 as the losses do, and its gradient is rounded.
+    """
+    problems = [_problem(*shape) for shape in (QUICK_SHAPES if quick else SHAPES)]
+    for example in EXAMPLES:
+        for dtype in DTYPES:
+            errors = [_errors(example, p._replace(logits=p.logits.to(dtype))) for p in problems]
+            for impl in ready():
+                loss, gradient = zip(*(e for by_impl in errors for e in by_impl[impl]), strict=True)
+                worst = [max(column, key=lambda error: error.severity) for column in (loss, gradient)]
+                yield Result(example, impl, dtype, *worst)
+
+
+def _problem(rows: int, classes: int) -> _Problem:
+    generator = torch.Generator().manual_seed(rows + classes)
+    logits = 2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    # No ties among the largest, in any dtype: a formula may choose another of equals.
+    top = logits.max().ceil() + torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    logits.scatter_(1, logits.topk(3).indices, top.expand(rows, 3))
+    target = torch.randint(classes, (rows,), generator=generator)
+    # From rows that are wrong to rows with 1 - p of about 1e-4. Beyond, the formulas themselves break down.
+    at_target = torch.linspace(-2, 9 + float(logits.logsumexp(1).max()), rows, dtype=torch.float64)
+    logits.scatter_(1, target[:, None], at_target.floor()[:, None] + 0.5)
+    target[3::8] = IGNORED
+    return _Problem(logits, target, torch.randn(rows, generator=generator, dtype=torch.float64))
+
+
+def _errors(example: Example, problem: _Problem) -> dict[str, list[tuple[Error, Error]]]:
+    """By implementation, of (loss, gradient), once for each way to run it."""
+    logits, target, upstream = problem
+    formula = partial(_formula, example=example, target=target)
+    reference = partial(_fused, example=example, target=target, impl="reference")
+    expected = _run(reference, logits.double(), upstream)
+    plain = _distances(_run(formula, logits, upstream), expected)
+    ulps = ULPS * torch.finfo(compute_dtype(logits.dtype)).eps
+    errors: dict[str, list[tuple[Error, Error]]] = {}
+    for impl in ready():
+        ways: list[dict[str, Any]] = [{}]
+        if example.works_in_place(impl):
+            ways.append({"inplace_backward": True})
+        for options in ways:
+            fused = partial(_fused, example=example, target=target, impl=impl, **options)
+            if impl == "reference" and logits.dtype == torch.float64:
+                loss, gradient = (Error(error, REFERENCE_ALLOWED) for error in plain)
+            else:
+                found = _distances(_run(fused, logits, upstream), expected)
+                loss, gradient = (Error(e, 2 * p + ulps) for e, p in zip(found, plain, strict=True))
+            errors.setdefault(impl, []).append((loss, gradient))
+    return errors
+
+
+def _formula(logits: Tensor, example: Example, target: Tensor) -> Tensor:
+    ignored = target == IGNORED
+    z = logits.to(compute_dtype(logits.dtype))
+    rows = example.formula(z, target.masked_fill(ignored, 0), **example.arguments)
+    return rows.masked_fill(ignored, 0)
+
+
+def _fused(logits: Tensor, example: Example, target: Tensor, **options: Any) -> Tensor:
+    rows: Tensor = example.loss(logits, target, **example.arguments, ignore_index=IGNORED, reduction="none", **options)
+    return rows
+
+
+def _run(loss: Callable[[Tensor], Tensor], logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    z = logits.clone().requires_grad_()
+    rows = loss(z)
+    (gradient,) = torch.autograd.grad(rows, z, upstream.to(rows.dtype))
+    return rows.detach(), gradient
+
+
+def _distances(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[float]:
+    distances = []
+    for value, right in zip(result, expected, strict=True):
+        # A row below the normal numbers of its dtype has no digits left to compare, and an ignored one must be 0.
+        scale = right.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
+        distances.append(float(((value.double() - right).abs() / scale).max()))
+    return distances

@@ -1,0 +1,162 @@
+"""Times of losses beside the copy of their logits, in turn: what slows a machine down for a while slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import compute_dtype
+from .examples import Example
+
+#: The least memory traffic of a row loss (read, read and write the gradient) over that of a copy (read and write).
+FLOOR = 1.5
+
+#: How far results may be from those of the formula in float32, as `distance` counts; bfloat16 formulas come to 0.01.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.03}
+
+
+class WrongResult(RuntimeError):
+    """A candidate does not compute what it is timed for."""
+
+
+class Step(NamedTuple):
+    """Seconds of a training step's share in the loss."""
+
+    forward: float
+    backward: float
+
+    @property
+    def both(self) -> float:
+        return self.forward + self.backward
+
+
+def candidates(example: Example, target: Tensor, compiled: bool = True) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The mean loss of logits (N, V) by each way to have it, to be timed."""
+
+    def eager(logits: Tensor) -> Tensor:
+        return example.formula(logits, target, **example.arguments).mean()
+
+    fused = partial(example.loss, target=target, **example.arguments)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused}
+    if example.works_in_place():
+        ways["in place"] = partial(fused, inplace_backward=True)
+    ways["eager"] = eager
+    if compiled:
+        # What was compiled before must not make this one general in its shapes.
+        torch.compiler.reset()
+        ways["compiled"] = torch.compile(eager)
+    return ways
+
+
+class Contest:
+    """Losses of the same logits, each a function of them that gives a scalar, to be timed in turn.
+
+    Before every turn the logits are written anew, untimed, as in training the output layer just wrote them; so a loss
+    may also destroy them. Gradients are taken by torch.autograd.grad into new memory and freed after the clock stops.
+    """
+
+    def __init__(self, logits: Tensor, losses: dict[str, Callable[[Tensor], Tensor]]) -> None:
+        self.logits = logits
+        self.losses = losses
+        self.steps: dict[str, list[Step]] = {name: [] for name in losses}
+        self.copies: list[float] = []
+        self._written = logits.clone()
+        self._copied = logits.clone()
+        self._result: tuple[Tensor, Tensor] | None = None
+
+    def result(self, name: str) -> tuple[Tensor, Tensor]:
+        """Loss and gradient of an untimed step, which also compiles. The next step may overwrite them."""
+        self.write()
+        self.step(name)
+        self.steps[name].pop()
+        assert self._result is not None
+        return self._result
+
+    def prepare(self, name: str) -> None:
+        """All that is not timed in the turn of a loss.
+
+        It runs once, to free the memory that it will get again, as from one training step to the next. Memory that was
+        freed a while ago may have gone from a virtual machine to its host, and takes far longer to come back.
+        """
+        self.result(name)
+        self.write()
+
+    def step(self, name: str) -> Step:
+        """Forward and backward of one loss, after `prepare`."""
+        logits = self._written.detach().requires_grad_()
+        start = perf_counter()
+        loss = self.losses[name](logits)
+        middle = perf_counter()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        end = perf_counter()
+        self._result = loss.detach(), gradient
+        self.steps[name].append(Step(middle - start, end - middle))
+        return self.steps[name][-1]
+
+    def copy(self) -> None:
+        """The yardstick: copy_() of the logits into memory that has been used before."""
+        self.write()
+        start = perf_counter()
+        self._copied.copy_(self._written)
+        self.copies.append(perf_counter() - start)
+
+    def round(self, leave_out: str | None = None) -> None:
+        """The copy, then every loss once."""
+        self.copy()
+        for name in self.losses:
+            if name != leave_out:
+                self.prepare(name)
+                self.step(name)
+
+    def write(self) -> None:
+        """Fresh logits; drops the last result."""
+        self._result = None
+        self._written.copy_(self.logits)
+
+    @property
+    def floor(self) -> float:
+        return FLOOR * statistics.median(self.copies)
+
+    @property
+    def noise(self) -> float:
+        """How far the copies' times spread, third quartile over first: about 1 where nothing else runs."""
+        if len(self.copies) < 2:
+            return 1.0
+        low, _, high = statistics.quantiles(self.copies, n=4)
+        return high / low
+
+    def median(self, name: str) -> float:
+        return statistics.median(step.both for step in self.steps[name])
+
+
+def expected(example: Example, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss and gradient by the formula, in the dtype in which losses compute."""
+    leaf = logits.detach().to(compute_dtype(logits.dtype), copy=True).requires_grad_()
+    loss = example.formula(leaf, target, **example.arguments).mean()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), gradient
+
+
+def require(name: str, result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Raises WrongResult for a (loss, gradient) whose time would mean nothing."""
+    error, allowed = distance(result, expected), TOLERANCE[result[1].dtype]
+    if not error <= allowed:
+        raise WrongResult(f"{name} is wrong by {error:.1e} where {allowed:.0e} is allowed; it is not timed")
+
+
+def distance(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
+    """The relative errors of loss and gradient, added, each in the sum of absolute values.
+
+    In that norm the target's element of a row's gradient weighs as much as all the others together.
+    """
+    total = 0.0
+    for value, right in zip(result, expected, strict=True):
+        difference = (value.to(right.dtype) - right).abs_().sum(dtype=torch.float64)
+        total += float(difference / right.abs().sum(dtype=torch.float64))
+    return total

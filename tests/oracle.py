@@ -1,0 +1,251 @@
+"""What results are held against: the losses as their papers give them, and how far from them a result may be.
+
+Dense PyTorch, meant for float64, differentiable by autograd; and the same in 150 digits with mpmath for the rows where
+float64 is not enough. Nothing here comes from the package.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import mpmath
+import torch
+from torch import Tensor
+
+# --- the formulas, of one probability or a tensor of them ---
+
+
+def _focal(p: Any, log_p: Any, gamma: Any) -> Any:
+    return -((1 - p) ** gamma) * log_p
+
+
+def _dice(u: Any, y: Any, smooth: float, squared: bool) -> Any:
+    return 1 - (2 * u * y + smooth) / ((u * u if squared else u) + y + smooth)
+
+
+# --- the losses of logits z (N, V) with targets t (N,): one for each row (N,), or one for each class (N, V) ---
+
+
+def log_probabilities(z: Tensor) -> Tensor:
+    # p = 1 whatever the logit of a single class: nothing to differentiate, least of all (1 - p)^gamma at 0
+    return (z.detach() if z.shape[-1] == 1 else z).log_softmax(-1)
+
+
+def at(values: Tensor, index: Tensor) -> Tensor:
+    """values[i, index[i]]"""
+    return values.gather(-1, index[:, None])[:, 0]
+
+
+def largest(z: Tensor, k: int) -> Tensor:
+    """(N, k) classes of the largest logits, the lower one first on ties."""
+    return torch.sort(z.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def cross_entropy(z: Tensor, t: Tensor) -> Tensor:
+    return -at(log_probabilities(z), t)
+
+
+def focal(z: Tensor, t: Tensor, gamma: float | Tensor = 2.0) -> Tensor:
+    log_p = at(log_probabilities(z), t)
+    return _focal(log_p.exp(), log_p, gamma)
+
+
+def mixed_cross_entropy(
+    z: Tensor, t: Tensor, alpha: float | Tensor, top_k: int = 1, candidates: Tensor | None = None
+) -> Tensor:
+    log_p = log_probabilities(z)
+    predicted = largest(z, top_k) if candidates is None else candidates
+    return -((1 - alpha) * at(log_p, t) + alpha * log_p.gather(-1, predicted).mean(-1))
+
+
+def dsc(
+    z: Tensor,
+    t: Tensor,
+    alpha: float | Tensor = 0.01,
+    smooth: float = 1.0,
+    squared: bool = True,
+    form: str = "one_vs_rest",
+    detach_weight: bool = False,
+) -> Tensor:
+    p = log_probabilities(z).exp()
+    if isinstance(alpha, Tensor) and alpha.dim():
+        alpha = alpha[:, None]
+    factor = (1 - p) ** alpha
+    u = (factor.detach() if detach_weight else factor) * p
+    if form == "target":
+        return _dice(at(u, t), 1.0, smooth, squared)
+    return _dice(u, torch.nn.functional.one_hot(t, z.shape[-1]), smooth, squared)
+
+
+def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
+    log_p = log_probabilities(z)
+    p = log_p.exp()
+    lower = torch.where(z < at(z, t)[:, None], p, 0)
+    below = at(lower, largest(lower, 1)[:, 0])
+    return -((1 - at(p, t) + below) ** gamma) * at(log_p, t)
+
+
+# --- what all the losses share ---
+
+
+def smoothing_coefficients(label_smoothing: float, smoothing_over: str, classes: int) -> tuple[float, float]:
+    """Of the loss, and of -log p_j of every class."""
+    if smoothing_over == "all":
+        return 1 - label_smoothing, label_smoothing / classes
+    if classes == 1:
+        return 1.0, 0.0  # no others
+    share = label_smoothing / (classes - 1)
+    return 1 - label_smoothing - share, share  # the target is among the V that get a share
+
+
+def row_losses(
+    base: Callable[..., Tensor],
+    z: Tensor,
+    t: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    smoothing_over: str = "all",
+    z_loss: float = 0.0,
+    **own: Any,
+) -> Tensor:
+    classes = z.shape[-1]
+    w = torch.ones_like(z[0]) if weight is None else weight
+    main, share = smoothing_coefficients(label_smoothing, smoothing_over, classes)
+    losses = base(z, t, **own)
+    losses = main * ((losses * w).sum(-1) if losses.dim() == 2 else losses * w[t])
+    if label_smoothing:
+        losses = losses - share * (log_probabilities(z) * w).sum(-1)
+    if z_loss:
+        losses = losses + w[t] * z_loss * z.logsumexp(-1) ** 2
+    return losses
+
+
+def loss(
+    base: Callable[..., Tensor],
+    z: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    weighted_mean: bool = False,
+    weight: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """The loss of logits (*, V); `base` is one of the functions above, `options` its own and those of row_losses."""
+    flat = target.reshape(-1).long()
+    kept = flat.ne(ignore_index).nonzero()[:, 0]
+    losses = z.new_zeros(flat.shape)
+    if kept.numel():
+        for name, value in options.items():
+            if isinstance(value, Tensor) and value.dim():
+                rows = value.reshape(-1) if value.is_floating_point() else value.reshape(flat.numel(), -1)
+                options[name] = rows[kept]
+        matrix = z.reshape(-1, z.shape[-1])
+        losses = losses.index_put((kept,), row_losses(base, matrix[kept], flat[kept], weight=weight, **options))
+    if reduction == "none":
+        return losses.reshape(target.shape)
+    if reduction == "mean":
+        count = weight[flat[kept]].sum() if weighted_mean and weight is not None else max(kept.numel(), 1)
+        return losses.sum() / (count if normalizer is None else normalizer)
+    return losses.sum()
+
+
+# --- 150 digits ---
+
+_EXACT: dict[Callable[..., Tensor], Callable[..., Any]] = {}
+
+
+def _exact(base: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _EXACT[base] = function
+        return function
+
+    return register
+
+
+# Each takes the probabilities of a row, those held constant where a factor is detached, and the target.
+
+
+@_exact(cross_entropy)
+def _(p: list[Any], fixed: list[Any], t: int) -> Any:
+    return -mpmath.log(p[t])
+
+
+@_exact(focal)
+def _(p: list[Any], fixed: list[Any], t: int, gamma: float = 2.0) -> Any:
+    return _focal(p[t], mpmath.log(p[t]), gamma)
+
+
+@_exact(mixed_cross_entropy)
+def _(p: list[Any], fixed: list[Any], t: int, alpha: float, top_k: int = 1) -> Any:
+    top = sorted(range(len(p)), key=lambda j: -fixed[j])[:top_k]
+    return -(1 - alpha) * mpmath.log(p[t]) - alpha / top_k * sum(mpmath.log(p[j]) for j in top)
+
+
+@_exact(dsc)
+def _(
+    p: list[Any],
+    fixed: list[Any],
+    t: int,
+    alpha: float = 0.01,
+    smooth: float = 1.0,
+    squared: bool = True,
+    form: str = "one_vs_rest",
+    detach_weight: bool = False,
+) -> Any:
+    factors = [(1 - x) ** alpha for x in (fixed if detach_weight else p)]
+    classes = [t] if form == "target" else range(len(p))
+    return sum(_dice(factors[j] * p[j], int(j == t), smooth, squared) for j in classes)
+
+
+def exact(base: Callable[..., Tensor], z: Tensor, target: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and their gradient (N, V), rounded to float64 once at the end."""
+    losses, gradients = [], []
+    with mpmath.workdps(150):
+        step = mpmath.mpf(10) ** -50
+        parameters = {k: v if isinstance(v, (bool, int, str)) else mpmath.mpf(v) for k, v in own.items()}
+        for row, t in zip(z.double().tolist(), target.tolist(), strict=True):
+            exps = [mpmath.exp(x) for x in row]
+            fixed = [e / sum(exps) for e in exps]
+
+            def value(j: int, delta: Any, exps=exps, fixed=fixed, t=t) -> Any:
+                moved = [e * mpmath.exp(delta) if k == j else e for k, e in enumerate(exps)]
+                total = sum(moved)
+                return _EXACT[base]([e / total for e in moved], fixed, t, **parameters)
+
+            losses.append(float(value(0, 0)))
+            gradients.append([float((value(j, step) - value(j, -step)) / (2 * step)) for j in range(len(row))])
+    return torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
+
+
+# --- how far ---
+
+
+def assert_as_accurate_as(
+    result: Tensor, reference: Tensor, truth: Tensor, ulps: float, scale: Tensor | None = None
+) -> None:
+    """The error of `result` against `truth` may be twice that of `reference`, plus a few ulps of the result's dtype.
+
+    `reference` is the same formula in eager PyTorch, `truth` in float64. Element by element: an ulp is one of |truth|,
+    or of `scale` where terms of that size cancel. Infinities and NaN must be where the truth has them.
+    """
+    assert truth.dtype == torch.float64
+    assert result.shape == reference.shape == truth.shape
+    info = torch.finfo(result.dtype)
+    compute = torch.finfo(torch.float64 if result.dtype == torch.float64 else torch.float32)
+    # numbers below these are subnormal, and in the compute dtype may be flushed to zero
+    smallest = max(info.tiny * info.eps, 4 * compute.tiny)
+    scale = truth.abs() if scale is None else scale
+    allowed = 2 * (reference.double() - truth).abs() + ulps * (info.eps * scale + smallest)
+    error = (result.double() - truth).abs()
+    same = (result.double() == truth) | (result.isnan() & truth.isnan())
+    bad = ~(same | (error <= allowed))
+    if bad.any():
+        worst = torch.where(bad, error / allowed, 0).nan_to_num(torch.inf).argmax()
+        at = tuple(int(i) for i in torch.unravel_index(worst, bad.shape))
+        raise AssertionError(
+            f"{int(bad.sum())} of {bad.numel()} elements are off, the worst at {at}: {float(result[at]):.9g}, but "
+            f"the truth is {float(truth[at]):.9g} and {float(allowed[at]):.3g} is allowed "
+            f"(eager PyTorch gives {float(reference[at]):.9g})"
+        )

@@ -1,0 +1,243 @@
+"""The benchmarks' own parts: turns and medians, the refusal of wrong results, the memory mark, the report."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import timing
+from fusedloss.examples import EXAMPLES
+
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_loss_has_its_benchmark() -> None:
+    stems = {path.stem for path in (ROOT / "fusedloss" / "losses").glob("[!_]*.py")}
+    assert {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")} == stems
+
+
+class _Clock:
+    """Stands still but when told; a loss's forward takes 1 s and more from turn to turn, its backward 10 s."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, clock: _Clock, seconds: float) -> Tensor:
+        clock.now += seconds
+        ctx.clock = clock
+        ctx.shape = logits.shape
+        return logits.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.clock.now += 10
+        return grad.expand(ctx.shape), None, None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(timing, "perf_counter", clock)
+    return clock
+
+
+def test_turns_are_interleaved_and_medians_of_the_timed_ones(clock: _Clock) -> None:
+    turns: list[str] = []
+
+    def loss(name: str, first: float) -> Any:
+        def call(logits: Tensor) -> Tensor:
+            turns.append(name)
+            return _Slow.apply(logits, clock, first + turns.count(name))
+
+        return call
+
+    contest = timing.Contest(torch.zeros(2, 3), {"a": loss("a", 0), "b": loss("b", 100)})
+    for _ in range(3):
+        contest.round()
+    # twice each: the first is not timed
+    assert turns == ["a", "a", "b", "b"] * 3
+    assert [step.forward for step in contest.steps["a"]] == [2, 4, 6]
+    assert [step.backward for step in contest.steps["b"]] == [10, 10, 10]
+    assert contest.median("a") == 14 and contest.median("b") == 114
+    assert len(contest.copies) == 3
+
+    contest.round(leave_out="b")
+    assert turns[12:] == ["a", "a"]
+
+
+def test_floor_is_one_and_a_half_copies() -> None:
+    contest = timing.Contest(torch.zeros(2, 3), {})
+    contest.copies = [5.0, 1.0, 2.0]
+    assert contest.floor == 3
+    assert contest.noise > 1
+
+
+def test_each_turn_finds_fresh_logits(compiled_impl: str) -> None:
+    """A gradient in place destroys the logits of its turn alone."""
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    contest = timing.Contest(logits, timing.candidates(EXAMPLES[0], target, compiled=False))
+    expected = timing.expected(EXAMPLES[0], logits, target)
+    for _ in range(2):
+        for name in ("in place", "fused", "eager"):
+            timing.require(name, contest.result(name), expected)
+    contest.round()
+    assert set(contest.steps) == {"fused", "in place", "eager"}
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("wrong", [0.0, 1.01, float("nan")])
+def test_wrong_results_are_refused(part: int, wrong: float) -> None:
+    logits, target = torch.randn(5, 7), torch.randint(7, (5,))
+    right = timing.expected(EXAMPLES[0], logits, target)
+    timing.require("right", right, right)
+    result = list(right)
+    result[part] = result[part] * wrong
+    with pytest.raises(timing.WrongResult, match="wrong is wrong by"):
+        timing.require("wrong", (result[0], result[1]), right)
+
+
+def test_zeros_beside_the_target_are_refused() -> None:
+    """The many small elements count as much as the target's."""
+    logits, target = torch.randn(4, 5000), torch.arange(4)
+    loss, gradient = timing.expected(EXAMPLES[0], logits, target)
+    only_target = torch.zeros_like(gradient).scatter(1, target[:, None], gradient.gather(1, target[:, None]))
+    assert timing.distance((loss, only_target), (loss, gradient)) == pytest.approx(0.5, abs=0.01)
+
+
+def test_peak_memory_sees_what_was_freed() -> None:
+    peak_memory = _module("memory").peak_memory
+    size = 96 * 2**20
+    peak = peak_memory(lambda: torch.ones(size // 4).sum())
+    if peak is None:
+        pytest.skip("this kernel does not tell the peak of the memory")
+    assert size * 0.95 < peak < size * 1.5
+    assert peak_memory(lambda: None) < size * 0.1
+
+
+def _run(loss: str, dtype: str, **more: Any) -> dict[str, Any]:
+    seconds = {"fused": 0.02, "in place": 0.012, "eager": 0.2, "compiled": 0.15, "F.cross_entropy": 0.1}
+    return {
+        "loss": loss,
+        "same_as_cross_entropy": False,
+        "rows": 1024,
+        "classes": 32768,
+        "dtype": dtype,
+        "floor": 0.01,
+        "noise": 1.1,
+        "seconds": seconds,
+        "forward": {name: s / 4 for name, s in seconds.items()},
+        "backward": {name: s * 3 / 4 for name, s in seconds.items()},
+        "memory": {},
+        **more,
+    }
+
+
+@pytest.fixture
+def benchmark_json(tmp_path: Path) -> Path:
+    runs = [
+        _run("cross_entropy()", "float32", same_as_cross_entropy=True),
+        _run("focal_loss(gamma=2.0)", "float32", memory={"fused": 0.0, "eager": 2.0}),
+        _run("focal_loss(gamma=2.0)", "bfloat16"),
+    ]
+    del runs[2]["seconds"]["in place"]
+    own = {"threads": 2, "torch": "2.13.0", "version": "0.1.0", "impl": "cpu"}
+    machine = {
+        "node": "secret",
+        "machine": "x86_64",
+        "python_version": "3.12.1",
+        "cpu": {"brand_raw": "Abacus 9000"},
+        "fusedloss": own,
+    }
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": [{"extra_info": r} for r in runs]}))
+    return path
+
+
+def test_report(benchmark_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    report = _module("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    assert report.main([str(benchmark_json)]) == 0
+    table = (tmp_path / "results" / "abacus-9000-2-threads.md").read_text(encoding="utf-8")
+    assert (tmp_path / "results" / "abacus-9000-2-threads.png").read_bytes().startswith(b"\x89PNG")
+    assert "secret" not in table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in rows}) == 1
+    assert rows[2] == [
+        "`cross_entropy()`", "1024 × 32768", "float32", "10", "20 (5 + 15)", "2.00", "12", "1.20",
+        "10.0", "7.5", "5.0", "-",
+    ]  # fmt: skip
+    assert rows[3][-2:] == ["(5.0)", "0.00 - 2.00 -"]
+    assert rows[4][6:8] == ["-", "-"]
+
+
+def test_report_on_a_chosen_path(benchmark_json: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "v0.1"
+    done = subprocess.run(
+        [sys.executable, BENCH / "report.py", benchmark_json, "--output", output], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(f"{output}.md").exists() and Path(f"{output}.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read benchmarks"),
+        ("{", "cannot read benchmarks"),
+        ('{"benchmarks": []}', "holds no benchmark of a loss"),
+        ("[]", "cannot read benchmarks"),
+    ],
+)
+def test_report_on_what_is_no_benchmark(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bench.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        _module("report").main([str(path)])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_a_benchmark_from_measurement_to_report(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "bench", "--quick", "-k", "focal and 4096x9", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, f"--benchmark-json={path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
+    info = run["extra_info"]
+    assert info["loss"] == "focal_loss(gamma=2.0)" and info["floor"] > 0
+    peers = {"fused", "eager", "compiled", "F.cross_entropy"}
+    assert peers <= set(info["seconds"]) <= peers | {"in place"}
+    assert run["stats"]["rounds"] >= 3
+    assert _module("report").main([str(path), "--output", str(tmp_path / "report")]) == 0
+    assert "focal_loss" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert fl.__version__ in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -1,0 +1,453 @@
+"""The C++ engine: instruction sets, threads, number formats, bounds of memory, and what it refuses."""
+
+import ast
+import ctypes
+import mmap
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_as_accurate_as
+from row_losses import INPLACE, LOSSES, each_inplace_loss
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import backends, ops
+
+if backends.unavailable("cpu") is not None:
+    pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)
+
+from fusedloss import _engine
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=_engine.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _engine.instruction_set()
+    _engine.use_instruction_set(request.param)
+    yield request.param
+    _engine.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def problem(
+    rows: int, classes: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Logits of which every second target is likely."""
+    z = 2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    target = torch.randint(classes, (rows,), generator=generator)
+    z[torch.arange(0, rows, 2), target[::2]] += 8
+    return z.to(dtype), target
+
+
+def rows_and_gradient(loss: Callable[..., Tensor], z: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    rows = loss(z, target, reduction="none", **options)
+    upstream = torch.linspace(1, 2, rows.numel(), dtype=rows.dtype)
+    return rows.detach(), torch.autograd.grad(rows, z, upstream)[0]
+
+
+# Instruction sets
+
+
+def test_the_best_instruction_set_runs_by_default() -> None:
+    names = _engine.instruction_sets()
+    assert names[-1] == "generic"
+    before = _engine.instruction_set()
+    try:
+        for name in names:
+            _engine.use_instruction_set(name)
+            assert _engine.instruction_set() == name
+        _engine.use_instruction_set("")
+        assert _engine.instruction_set() == names[0]
+        with pytest.raises(ValueError, match="'sse9' is not available"):
+            _engine.use_instruction_set("sse9")
+        assert _engine.instruction_set() == names[0]
+    finally:
+        _engine.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_inplace_loss
+def test_instruction_sets_agree(
+    loss: Callable[..., Tensor], dtype: torch.dtype, instruction_set: str, generator: torch.Generator
+) -> None:
+    """Each is as good as the reference, at sizes below, at and beyond a vector, a block and a chunk of each."""
+    for rows, classes in ((7, 3), (5, 16), (4, 67), (3, 2049), (2, 8200)):
+        z, target = problem(rows, classes, generator, dtype)
+        options = {"weight": torch.linspace(0.5, 2, classes)} if rows % 2 else {}
+        truth, slope = rows_and_gradient(loss, z.double(), target, impl="reference", **options)
+        full = z.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        eager, eager_slope = rows_and_gradient(loss, full, target, impl="reference", **options)
+        got, got_slope = rows_and_gradient(loss, z, target, impl="cpu", **options)
+        if dtype == torch.float64:  # no better truth; DSC cancels in it
+            torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-14)
+            torch.testing.assert_close(got_slope, slope, rtol=1e-10, atol=1e-14)
+            continue
+        assert_as_accurate_as(got, eager, truth, ulps=8)
+        # Terms of a gradient are p_j, and 1 - p_t at the target: those that cancel are as small as they are.
+        p = z.double().softmax(-1)
+        others = p.scatter(1, target[:, None], 0)
+        scale = others.scatter(1, target[:, None], others.sum(-1, keepdim=True)) + slope.abs()
+        assert_as_accurate_as(got_slope, eager_slope.to(dtype), slope, 16, scale)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (3, 40_000), (129, 700), (5, 9000)], ids=str)
+@pytest.mark.parametrize("name", INPLACE)
+def test_bits_do_not_depend_on_threads(
+    name: str,
+    shape: tuple[int, int],
+    generator: torch.Generator,
+    threads: Callable[[int], None],
+) -> None:
+    """Few rows are split over the threads, many are dealt to them, and one thread takes all: the same bits."""
+    z, target = problem(*shape, generator)
+    target[shape[0] // 2 + 1 :: 5] = -100
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        results.append(rows_and_gradient(LOSSES[name], z, target, impl="cpu", z_loss=0.01))
+    for rows, slope in results[1:]:
+        assert torch.equal(rows, results[0][0])
+        assert torch.equal(slope, results[0][1])
+
+
+@pytest.mark.parametrize("name", INPLACE)
+def test_bits_do_not_depend_on_the_other_rows(
+    name: str, generator: torch.Generator, threads: Callable[[int], None]
+) -> None:
+    threads(2)
+    z, target = problem(40, 20_000, generator)
+    loss = LOSSES[name]
+    rows = loss(z, target, reduction="none", impl="cpu")
+    for i in (0, 21, 39):
+        alone = loss(z[i : i + 1], target[i : i + 1], reduction="none", impl="cpu")
+        assert torch.equal(alone, rows[i : i + 1])
+
+
+def test_the_gil_is_released(generator: torch.Generator, threads: Callable[[int], None]) -> None:
+    """While a kernel runs, other Python threads do: a data loader's, a progress bar's."""
+    threads(1)
+    z, target = problem(64, 60_000, generator, torch.float64)
+    arguments = (z, target, None, None, [], "cross_entropy", 0.0, "all", 0.0, -100, 0, "cpu")
+    saved = ops.row_loss(*arguments)[1:]
+    span: dict[str, float] = {}
+
+    def kernels() -> None:
+        span["begin"] = time.perf_counter()
+        for _ in range(2):
+            ops.row_loss(*arguments)
+            ops.row_gradient_(z, target, None, *saved, None, [], "cross_entropy", -100, "cpu")
+        span["end"] = time.perf_counter()
+
+    worker = threading.Thread(target=kernels)
+    ticks = []
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.0005)
+        ticks.append(time.perf_counter())
+    worker.join()
+    during = [tick for tick in ticks if span["begin"] < tick < span["end"]]
+    # Between the four calls the interpreter is free in any case.
+    assert len(during) > 8, f"{len(during)} ticks in {span['end'] - span['begin']:.3f} s"
+
+
+def test_calls_from_several_threads_do_not_mix(generator: torch.Generator) -> None:
+    problems = [problem(6, 9000, generator) for _ in range(4)]
+    expected = [rows_and_gradient(LOSSES["dsc_loss one_vs_rest"], *p, impl="cpu") for p in problems]
+    results: list[Any] = [None] * 4
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            results[i] = rows_and_gradient(LOSSES["dsc_loss one_vs_rest"], *problems[i], impl="cpu")
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for got, want in zip(results, expected, strict=True):
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+# Number formats. The kernels read logits into `max` and the target's logit, and write a gradient of a * exp(0).
+
+
+def all_bit_patterns(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_read_as_torch_reads_it(dtype: torch.dtype, instruction_set: str) -> None:
+    halves = all_bit_patterns(dtype)
+    wide = halves.float()
+    z = halves[:, None].expand(-1, 19)  # a vector of any set, and a tail
+    target = torch.zeros(len(halves), dtype=torch.int64)
+    for contiguous in (z.contiguous(), z[:, :3].contiguous()):
+        statistics, index = ops.row_statistics(contiguous, target, None, None, -100, 1, False, False, "cpu")
+        for name in (ops.TARGET_LOGIT, ops.STATISTICS):
+            read = statistics[name]
+            exact = ~wide.isnan()
+            if name == ops.TARGET_LOGIT:
+                assert read[~exact].isnan().all()
+            assert torch.equal(read[exact].view(torch.int32), wide[exact].view(torch.int32)) or (
+                # of zeros, either may be the largest
+                torch.equal(read[exact], wide[exact])
+            )
+        assert torch.equal(index[0], torch.zeros_like(target))
+        finite = wide.isfinite()
+        assert torch.equal(statistics[ops.MAX][finite], wide[finite])
+        assert statistics[ops.SUM_EXP][wide.isnan()].isnan().all()
+
+
+def roundings(dtype: torch.dtype) -> Tensor:
+    """Floats at which rounding to `dtype` changes: all of its numbers, the midpoints between them, and neighbours."""
+    numbers = all_bit_patterns(dtype).double()
+    numbers = numbers[numbers.isfinite()].sort().values
+    exact = numbers.float()
+    middle = ((numbers[:-1] + numbers[1:]) / 2).float()
+    infinity = torch.tensor(torch.inf)
+    parts = [x for y in (exact, middle) for x in (y, y.nextafter(infinity), y.nextafter(-infinity))]
+    top = torch.finfo(dtype).max
+    beyond = [top * 1.0001, top * 1.001, top * 1.01, 65519.996, 65520.0, 1e-8, 3e-8, 1e-40, 1e-45, torch.inf]
+    edges = torch.tensor(beyond, dtype=torch.float64).float()
+    return torch.cat([*parts, edges, -edges, torch.tensor([torch.nan])])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_float_is_written_as_torch_writes_it(dtype: torch.dtype, instruction_set: str) -> None:
+    """Ties to even, subnormal halves, overflow to infinity, NaN; in whole vectors, in tails and one by one."""
+    values = roundings(dtype)
+    expected = values.to(dtype)
+    rows, classes = len(values), 19
+    z = torch.zeros(rows, classes, dtype=dtype)
+    target = torch.full((rows,), classes - 1)
+    statistics = torch.zeros(ops.STATISTICS, rows)
+    statistics[ops.SUM_EXP] = 1
+    coefficients = torch.zeros(ops.COEFFICIENTS, rows)
+    coefficients[ops.A] = coefficients[ops.TARGET_GRADIENT] = values
+    index = torch.zeros(0, rows, dtype=torch.int64)
+    got = ops.row_gradient(z, target, None, statistics, index, coefficients, None, [], "", -100, "cpu")
+    assert expected.isinf().any() and (expected == 0).any() and expected.isnan().sum() == 1
+    for column in got.unbind(1):
+        assert torch.equal(column.isnan(), expected.isnan())
+        same = column.view(torch.int16) == expected.view(torch.int16)
+        wrong = values[~same & ~expected.isnan()]
+        assert not len(wrong), f"{len(wrong)} floats, such as {wrong[:4].tolist()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_exp_is_accurate_over_its_range(dtype: torch.dtype, instruction_set: str) -> None:
+    lowest, deepest = (-87.0, -200.0) if dtype == torch.float32 else (-708.0, -2000.0)
+    ln2 = 0.6931471805599453
+    x = torch.cat([
+        torch.linspace(lowest, 0, 60_000, dtype=torch.float64),
+        -torch.logspace(-30, 1.9, 20_000, dtype=torch.float64),
+        (torch.arange(-250, 1) * ln2 / 2).double().clamp(min=lowest),  # where the reduced argument is largest
+        torch.tensor([0.0, -0.0]).double(),
+    ]).to(dtype)[None]  # fmt: skip
+    got = _exponential(x)
+    error = (got.double() - x.double().exp()).abs() / x.double().exp()
+    if dtype == torch.float64:  # the truth is as coarse there
+        assert error.max() < 4 * torch.finfo(dtype).eps
+    else:
+        assert error.max() < 1.5 * torch.finfo(dtype).eps
+    beyond = torch.tensor([[lowest - 0.1, lowest - 10, deepest, -1e30, -torch.inf]], dtype=dtype)
+    assert not _exponential(beyond).any()
+    assert _exponential(torch.tensor([[torch.nan, -torch.nan]], dtype=dtype)).isnan().all()
+
+
+def _exponential(x: Tensor) -> Tensor:
+    """exp(x) as the gradient pass computes it, x (1, V)."""
+    padded = torch.cat([x, x.new_zeros(1, 1)], 1)  # the last column is the target, whose gradient is another
+    statistics = x.new_zeros(ops.STATISTICS, 1)
+    statistics[ops.SUM_EXP] = 1
+    coefficients = x.new_zeros(ops.COEFFICIENTS, 1)
+    coefficients[ops.A] = 1
+    index = torch.zeros(0, 1, dtype=torch.int64)
+    target = torch.tensor([x.shape[1]])
+    return ops.row_gradient(padded, target, None, statistics, index, coefficients, None, [], "", -100, "cpu")[:, :-1]
+
+
+@each_inplace_loss
+def test_huge_gaps_between_logits(loss: Callable[..., Tensor], instruction_set: str) -> None:
+    """Rows whose exponentials underflow but for one, either way around: finite, and exact where the limit is."""
+    z = torch.zeros(4, 50)
+    z[0, 7], z[1, 7], z[3] = 3e38, -3e38, -3e38
+    z[2] = torch.linspace(-3e38, 3e38, 50, dtype=torch.float64)
+    target = torch.tensor([7, 3, 49, 11])
+    rows, slope = rows_and_gradient(loss, z, target, impl="cpu")
+    truth, its_slope = rows_and_gradient(loss, z.double(), target, impl="reference")
+    mixes_others_in = "mixed" in repr(loss)
+    assert rows.isfinite().all() or mixes_others_in
+    torch.testing.assert_close(rows.double(), truth, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(slope.double(), its_slope, rtol=2e-6, atol=1e-7)
+
+
+# Bounds of memory
+
+
+def _map_with_guards(size: int) -> tuple[mmap.mmap, int]:
+    """Memory with `size` bytes, whole pages, between two pages that nobody may touch; and the offset of the first."""
+    page = mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + 2 * page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for guard in (address, address + page + size):
+        assert libc.mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    return memory, page
+
+
+def guarded(values: Tensor, at_end: bool) -> Tensor:
+    """A copy of `values` that starts right after, or ends right before, memory that nobody may touch."""
+    bytes_used = values.numel() * values.element_size()
+    size = -(-bytes_used // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory, offset = _map_with_guards(size)
+    if at_end:
+        offset += size - bytes_used
+    flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset)
+    return flat.view(values.shape).copy_(values)
+
+
+def in_a_child(body: Callable[..., None], *arguments: Any) -> None:
+    """Runs it in a forked process, which an access to the wrong memory ends with a signal."""
+    child = multiprocessing.get_context("fork").Process(target=body, args=arguments)
+    child.start()
+    child.join(60)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    assert child.exitcode == 0
+
+
+needs_guards = pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap and fork")
+
+
+def _touch(address: int) -> None:
+    ctypes.c_char.from_address(address).value  # noqa: B018
+
+
+@needs_guards
+def test_guards_do_guard() -> None:
+    data = guarded(torch.zeros(5), at_end=True)
+    for address in (data.data_ptr() + 20, data.data_ptr() + 20 - 2 * mmap.PAGESIZE):
+        with pytest.raises(AssertionError):
+            in_a_child(_touch, address)
+    in_a_child(_touch, data.data_ptr() + 19)
+
+
+def _run_between_guards(dtype: torch.dtype, classes: int, at_end: bool) -> None:
+    torch.use_deterministic_algorithms(False)  # whose filling of memory runs on threads, which a child lacks
+    generator = torch.Generator().manual_seed(1)
+    z, target = problem(2, classes, generator, dtype)
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = guarded(torch.linspace(0.5, 2, classes, dtype=full), at_end)
+    for name in INPLACE:
+        smooth = {} if name.startswith(("dsc", "dice")) else {"label_smoothing": 0.1}
+        for options in ({}, {"weight": weight, **smooth}):
+            expected = rows_and_gradient(LOSSES[name], z, target, impl="cpu", **options)[1]
+            logits, index = guarded(z, at_end), guarded(target, at_end)
+            got = rows_and_gradient(LOSSES[name], logits, index, impl="cpu", inplace_backward=True, **options)[1]
+            assert got.data_ptr() == logits.data_ptr()
+            assert torch.equal(got, expected)
+
+
+@needs_guards
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("at_end", [False, True])
+def test_nothing_outside_of_the_rows_is_touched(dtype: torch.dtype, at_end: bool, instruction_set: str) -> None:
+    """Vectors that reach beyond the last column, in reads of logits and weights and in writes of gradients."""
+    for classes in (2, 17, 95, 2049, 8193):
+        in_a_child(_run_between_guards, dtype, classes, at_end)
+
+
+def _ignore_rows(ignore_index: int) -> None:
+    torch.use_deterministic_algorithms(False)
+    for at_end in (False, True):
+        z = guarded(torch.randn(2, 512), at_end)  # whole pages: guards on both sides
+        weight = guarded(torch.ones(1024), at_end)[:512]
+        target = torch.tensor([ignore_index, ignore_index])
+        for loss in (LOSSES[name] for name in INPLACE):
+            rows, slope = rows_and_gradient(loss, z, target, weight=weight, ignore_index=ignore_index, impl="cpu")
+            assert not rows.any() and not slope.any()
+        candidates = torch.full((2, 2), 511)
+        fl.mixed_cross_entropy(z, target, alpha=0.5, candidates=candidates, ignore_index=ignore_index, impl="cpu")
+
+
+@needs_guards
+@pytest.mark.parametrize("ignore_index", [-100, -2000, 5000, 2**40])
+def test_ignore_index_is_looked_at_before_it_is_an_index(ignore_index: int) -> None:
+    """A read at z[-100], or beyond the row, or of the weight of class -100, for a row that counts for nothing."""
+    in_a_child(_ignore_rows, ignore_index)
+
+
+# What it is told
+
+
+def test_first_invalid() -> None:
+    def first_invalid(target: list[int], classes: int = 5, ignore_index: int = -100) -> int:
+        tensor = torch.tensor(target, dtype=torch.int64)
+        return _engine.first_invalid(tensor.data_ptr(), len(target), classes, ignore_index)
+
+    assert first_invalid([]) == -1
+    assert first_invalid([0, 4, -100, 2]) == -1
+    assert first_invalid([0, 5, -1]) == 1
+    assert first_invalid([0, 4, -1, 7]) == 2
+    assert first_invalid([-100, -99]) == 1
+    assert first_invalid([3], ignore_index=3) == -1
+    assert first_invalid([-100], ignore_index=3) == 0
+    for large in (2**32, 2**32 + 1, 2**63 - 1, -(2**63)):
+        assert first_invalid([1, large]) == 1
+        assert first_invalid([1, large], ignore_index=large) == -1
+    many = [1] * 5000
+    assert first_invalid(many) == -1
+    assert first_invalid([*many, 5]) == 5000
+
+
+def test_compiled_epilogues_are_those_of_the_losses() -> None:
+    names = _engine.epilogues()
+    assert sorted(names) == sorted(set(names))
+    assert {"cross_entropy", "focal", "mixed_cross_entropy", "dsc_target", "dsc_one_vs_rest"} <= set(names)
+    assert backends.has_epilogue("cpu", "focal")
+    assert not backends.has_epilogue("cpu", "") and not backends.has_epilogue("reference", "focal")
+
+
+def test_an_unknown_epilogue_raises() -> None:
+    z, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
+        ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "cpu")
+
+
+def test_too_many_parameters_raise() -> None:
+    z, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="at most 4 parameters"):
+        ops.row_loss(z, target, None, None, [torch.ones(())] * 5, "focal", 0.0, "all", 0.0, -100, 0, "cpu")
+
+
+def test_huge_pages_are_advice() -> None:
+    """For memory of any size and alignment; it holds what it held."""
+    for size in (0, 1, 5000, 3_000_000):
+        data = torch.arange(size, dtype=torch.int32)
+        _engine.advise_huge_pages(data.data_ptr(), 4 * size)
+        assert torch.equal(data, torch.arange(size, dtype=torch.int32))
+
+
+def test_the_stub_names_what_is_there() -> None:
+    stub = ast.parse((Path(fl.__file__).parent / "_engine.pyi").read_text(encoding="utf8"))
+    declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert declared == {name for name in dir(_engine) if not name.startswith("_")}

@@ -1,0 +1,513 @@
+"""The operators: schemas, fakes and kernels agree; losses through torch.compile and the rest of PyTorch."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from row_losses import LOSSES, each_inplace_loss, each_loss
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import fusedloss as fl
+from fusedloss import backends, ops
+
+needs_cpu = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
+
+ALL_OPTIONS: dict[str, Any] = {"z_loss": 0.01, "ignore_index": 1, "reduction": "none"}
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def problem(
+    rows: int, classes: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    z = 2 * torch.randn(rows, classes, generator=generator)
+    return z.to(dtype), torch.randint(classes, (rows,), generator=generator)
+
+
+def with_gradient(step: Callable[..., Tensor], z: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    z = z.detach().requires_grad_()
+    result = step(z, *arguments)
+    upstream = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view(result.shape)
+    (slope,) = torch.autograd.grad(result, z, upstream)
+    return result.detach(), slope
+
+
+def assert_same(compiled: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> None:
+    """Equal but for the order of a few additions."""
+    for x, y in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(x, y, rtol=4 * torch.finfo(y.dtype).eps, atol=1e-8)
+
+
+# Operators by themselves. Each case: the arguments of row_statistics (without impl), and the epilogues that take them.
+
+T = torch.tensor
+DSC = [T(0.5), T(1.0), T(1.0), T(1.0)]
+CASES: dict[str, tuple[dict[str, Any], list[tuple[str, list[Tensor]]]]] = {
+    "plain": ({}, [("cross_entropy", []), ("focal", [T(2.0)]), ("dsc_target", DSC)]),
+    "a parameter for each row": ({}, [("focal", [torch.linspace(0, 3, 5)])]),
+    "weights": ({"weight": torch.linspace(0.5, 2, 21)}, [("cross_entropy", []), ("focal", [T(0.5)])]),
+    "top 1": ({"top_k": 1}, [("mixed_cross_entropy", [T(0.25)]), ("dsc_one_vs_rest", DSC)]),
+    "top 2": ({"top_k": 2}, [("mixed_cross_entropy", [T(0.25)])]),
+    "candidates": ({"candidates": torch.arange(15).view(5, 3)}, [("mixed_cross_entropy", [T(0.25)])]),
+    "bfloat16": ({"dtype": torch.bfloat16, "top_k": 1}, [("mixed_cross_entropy", [T(0.25)])]),
+    "float16": ({"dtype": torch.float16}, [("cross_entropy", [])]),
+    "float64": ({"dtype": torch.float64}, [("focal", [T(2.0, dtype=torch.float64)])]),
+    "rows apart": ({"stride": 40}, [("cross_entropy", [])]),
+    "everything": (
+        {"top_k": 2, "below": True, "mean": True, "candidates": torch.arange(10).view(5, 2),
+         "weight": torch.linspace(0.5, 2, 21)},
+        [],
+    ),
+}  # fmt: skip
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def operator_arguments(case: dict[str, Any], rows: int, generator: torch.Generator) -> tuple[Any, ...]:
+    """(logits, target, weight, candidates), ignore_index, (top_k, below, mean)"""
+    z, target = problem(rows, 21, generator, case.get("dtype", torch.float32))
+    if "stride" in case:
+        z = z.new_zeros(rows, case["stride"])[:, :21].copy_(z)
+    target[rows // 2] = -100
+    candidates = case.get("candidates")
+    tensors = (z, target, case.get("weight"), None if candidates is None else candidates[:rows])
+    return tensors, -100, (case.get("top_k", 0), case.get("below", False), case.get("mean", False))
+
+
+def check_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(operator, arguments)
+
+
+@needs_cpu
+@each_case
+def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
+    tensors, ignore_index, picks = operator_arguments(case[0], 5, generator)
+    statistics = (*tensors, ignore_index, *picks, "cpu")
+    check_operator(ops.row_statistics, statistics)
+    for epilogue, params in case[1]:
+        forward = (*tensors, params, epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
+        check_operator(ops.row_loss, forward)
+        loss, *saved = ops.row_loss(*forward)
+        for grad_output in (torch.rand_like(loss), None, loss.new_ones(()).expand(5)):
+            backward = (tensors[1], tensors[2], *saved, grad_output, params, epilogue, ignore_index, "cpu")
+            check_operator(ops.row_gradient, (tensors[0], *backward))
+            check_operator(ops.row_gradient_, (tensors[0].clone(), *backward))
+
+
+@needs_cpu
+@pytest.mark.parametrize("rows", [5, 1, 0])
+@each_case
+def test_fakes_agree_with_kernels(
+    case: tuple[dict[str, Any], list[Any]], rows: int, generator: torch.Generator
+) -> None:
+    tensors, ignore_index, picks = operator_arguments(case[0], rows, generator) if rows else (None, 0, None)
+    if tensors is None:
+        tensors, ignore_index, picks = operator_arguments(case[0], 1, generator)
+        tensors = tuple(x if i == 2 or x is None else x[:0] for i, x in enumerate(tensors))
+
+    def agree(operator: Any, *arguments: Any) -> Any:
+        real = operator(*arguments)
+        mode = FakeTensorMode()
+        with mode:
+            fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+        reals, fakes = ([x] if isinstance(x, Tensor) else list(x) for x in (real, fake))
+        assert len(reals) == len(fakes)
+        for r, f in zip(reals, fakes, strict=True):
+            assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
+            assert not r.isnan().any()  # memory that no kernel wrote
+        return real
+
+    statistics, index = agree(ops.row_statistics, *tensors, ignore_index, *picks, "cpu")
+    count = picks[0] + picks[1] + (0 if tensors[3] is None else tensors[3].shape[1])
+    assert statistics.shape == (ops.STATISTICS + count, rows) and index.shape == (count, rows)
+    for epilogue, params in case[1]:
+        params = [p[:rows] if p.dim() else p for p in params]
+        loss, *saved = agree(ops.row_loss, *tensors, params, epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
+        assert loss.shape == (rows,)
+        grad = agree(
+            ops.row_gradient, *tensors[:3], *saved, torch.ones_like(loss), params, epilogue, ignore_index, "cpu"
+        )
+        assert grad.is_contiguous() and grad.dtype == tensors[0].dtype
+
+
+def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
+    for operator in (ops.row_statistics, ops.row_loss, ops.row_gradient, ops.row_gradient_):
+        name = operator.name()
+        assert torch._library.simple_registry.singleton.find(name.split(".")[0]).fake_impl.kernel is not None
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+        writes = [x.name for x in operator._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
+        assert writes == (["logits"] if operator is ops.row_gradient_ else [])
+
+
+@needs_cpu
+def test_gradient_in_place_is_the_gradient(generator: torch.Generator) -> None:
+    tensors, ignore_index, _ = operator_arguments({}, 5, generator)
+    z, target = tensors[:2]
+    loss, *saved = ops.row_loss(z, target, None, None, [], "cross_entropy", 0.1, "all", 0.0, ignore_index, 0, "cpu")
+    arguments = (target, None, *saved, torch.rand_like(loss), [], "cross_entropy", ignore_index, "cpu")
+    expected = ops.row_gradient(z, *arguments)
+    assert ops.row_gradient_(z, *arguments) is None
+    assert torch.equal(z, expected)
+
+
+# torch.compile
+
+
+COMPILED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    **{name: (loss, {}) for name, loss in LOSSES.items()},
+    "weights and smoothing": (fl.cross_entropy, {"weight": torch.linspace(0.5, 2, 33), "label_smoothing": 0.1}),
+    "no reduction": (LOSSES["focal_loss"], {"reduction": "none", "z_loss": 0.01}),
+    "normalizer": (LOSSES["dsc_loss target"], {"normalizer": T(7.0)}),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_equals_eager(name: str, generator: torch.Generator) -> None:
+    loss, options = COMPILED[name]
+
+    def step(z: Tensor, target: Tensor) -> Tensor:
+        return loss(z, target, ignore_index=2, **options)
+
+    z, target = problem(6, 33, generator)
+    target[[1, 3]] = torch.tensor([2, 0])
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert_same(with_gradient(compiled, z, target), with_gradient(step, z, target))
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_inductor_equals_eager_and_reuses_its_code(generator: torch.Generator) -> None:
+    """Through generated code, with logits made and statistics used inside of the compiled region."""
+
+    def step(hidden: Tensor, weight: Tensor, target: Tensor) -> Any:
+        z = torch.nn.functional.linear(hidden, weight).tanh()
+        result, stats = fl.mixed_cross_entropy(z, target, alpha=0.25, label_smoothing=0.1, return_stats=True)
+        return result, (stats.argmax == target).sum(), stats.lse.exp()
+
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    weight = torch.randn(33, 8, generator=generator, requires_grad=True)
+    for _ in range(2):
+        hidden = torch.randn(2, 3, 8, generator=generator, requires_grad=True)
+        target = torch.randint(33, (2, 3), generator=generator)
+        target[0, 1] = -100
+        outputs = [f(hidden, weight, target) for f in (compiled, step)]
+        torch.testing.assert_close(*outputs, equal_nan=True)
+        slopes = [torch.autograd.grad(3 * result, (hidden, weight)) for result, *_ in outputs]
+        torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-7)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("layout", ["transposed", "permuted"])
+def test_inductor_keeps_the_layout_that_the_kernels_rely_on(layout: str, generator: torch.Generator) -> None:
+    """Kernels take strides as they were traced; generated code must not hand over a tensor laid out otherwise."""
+    make, shape = {
+        "transposed": (lambda x: (2 * x).t(), (33, 6)),
+        "permuted": (lambda x: (x.sin() + 1).permute(2, 0, 1), (2, 33, 3)),
+    }[layout]
+
+    def step(x: Tensor, target: Tensor) -> Tensor:
+        return fl.focal_loss(make(x), target, reduction="none")
+
+    x = torch.randn(shape, generator=generator)
+    target = torch.randint(2, make(x).shape[:-1], generator=generator)
+    compiled = torch.compile(step, fullgraph=True)
+    assert_same(with_gradient(compiled, x, target), with_gradient(step, x, target))
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["cross_entropy", "mixed_cross_entropy", "dsc_loss one_vs_rest", "flex_loss rows"])
+def test_dynamic_rows_compile_once(name: str, generator: torch.Generator) -> None:
+    loss = LOSSES[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda z, target: loss(z, target), backend=counter, fullgraph=True)
+    for rows in (5, 7, 64, 2, 300):
+        z, target = problem(rows, 33, generator)
+        for tensor in (z, target):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        z.requires_grad_()
+        result = compiled(z, target)
+        (slope,) = torch.autograd.grad(result, z)
+        expected = loss(z, target)
+        assert_same((result, slope), (expected, *torch.autograd.grad(expected, z)))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_everything_dynamic(generator: torch.Generator) -> None:
+    """The vocabulary's size too, and rows down to none (which PyTorch compiles for themselves)."""
+
+    def step(z: Tensor, target: Tensor) -> Tensor:
+        return fl.mixed_cross_entropy(z, target, alpha=0.25, label_smoothing=0.1)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
+    counts = []
+    for rows, classes in ((5, 33), (9, 40), (4, 2100), (33, 5), (1, 33), (0, 33)):
+        z, target = problem(rows, classes, generator)
+        assert_same(with_gradient(compiled, z, target), with_gradient(step, z, target))
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[3]
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_changing_number_compiles_at_most_once_more(generator: torch.Generator) -> None:
+    def step(z: Tensor, target: Tensor, alpha: float) -> Tensor:
+        return fl.mixed_cross_entropy(z, target, alpha=alpha)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    z, target = problem(5, 33, generator)
+    for i, alpha in enumerate((0.1, 0.2, 0.3, 0.4, 0.5)):
+        assert_same(with_gradient(compiled, z, target, alpha), with_gradient(step, z, target, alpha))
+        if i == 1:
+            compilations = counter.frame_count
+    assert counter.frame_count == compilations
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_parameter_gets_its_gradient(generator: torch.Generator) -> None:
+    z, target = problem(5, 33, generator)
+    gamma = torch.tensor(1.5, requires_grad=True)
+
+    def step(z: Tensor, target: Tensor, gamma: Tensor) -> Tensor:
+        return fl.focal_loss(z, target, gamma=gamma)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    z.requires_grad_()
+    slopes = [torch.autograd.grad(f(z, target, gamma), (z, gamma)) for f in (compiled, step)]
+    assert_same(*slopes)
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_target_out_of_range_raises(generator: torch.Generator) -> None:
+    z, target = problem(5, 33, generator)
+    compiled = torch.compile(lambda z, target: fl.cross_entropy(z, target), backend="aot_eager", fullgraph=True)
+    compiled(z, target)
+    target[3] = 33
+    with pytest.raises(IndexError, match="target 33 is out of range for 33 classes"):
+        compiled(z, target)
+
+
+@needs_cpu
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_inplace_backward(backend: str, generator: torch.Generator) -> None:
+    def step(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return fl.focal_loss(x @ weight, target, inplace_backward=True)
+
+    x = torch.randn(6, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(8, 33, generator=generator, requires_grad=True)
+    target = torch.randint(33, (6,), generator=generator)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    slopes = [torch.autograd.grad(2 * f(x, weight, target), (x, weight)) for f in (compiled, step)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-7)
+
+
+@needs_cpu
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_inplace_backward_is_never_silently_wrong(backend: str, generator: torch.Generator) -> None:
+    """Logits made outside of the compiled region, which another loss still needs: its gradient is right or an error."""
+    z, target = problem(6, 33, generator)
+    compiled = torch.compile(
+        lambda z, target: fl.cross_entropy(z, target, inplace_backward=True), backend=backend, fullgraph=True
+    )
+
+    def both(leaf: Tensor, second: Callable[..., Tensor]) -> Tensor:
+        leaf.requires_grad_()
+        logits = 1 * leaf
+        first = fl.focal_loss(logits, target)  # its backward runs last
+        return torch.autograd.grad(first + second(logits, target), leaf)[0]
+
+    expected = both(z.clone(), fl.cross_entropy)
+    try:
+        got = both(z.clone(), compiled)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_the_reference_compiles_too(generator: torch.Generator) -> None:
+    def step(z: Tensor, target: Tensor) -> Tensor:
+        return fl.dsc_loss(z, target, impl="reference")
+
+    z, target = problem(6, 33, generator)
+    target[2] = -100
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert_same(with_gradient(compiled, z, target), with_gradient(step, z, target))
+
+
+# The rest of PyTorch
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@each_inplace_loss
+def test_create_graph_gives_the_reference_derivatives(
+    loss: Callable[..., Any], inplace: bool, compiled_impl: str, generator: torch.Generator
+) -> None:
+    """A gradient penalty: second derivatives are right, and an in-place gradient is not taken in place then."""
+    z, target = problem(4, 9, generator, torch.float64)
+    target[1] = -100
+
+    def penalty(impl: str, **options: Any) -> tuple[Tensor, Tensor]:
+        leaf = z.clone().requires_grad_()
+        logits = 1 * leaf
+        result = loss(logits, target, impl=impl, **options)
+        (slope,) = torch.autograd.grad(result, leaf, create_graph=True)
+        assert torch.equal(logits.detach(), z)
+        return slope.detach(), torch.autograd.grad(result + slope.square().sum(), leaf)[0]
+
+    expected = penalty("reference")
+    assert expected[1].abs().max() > 1e-3
+    torch.testing.assert_close(penalty(compiled_impl, inplace_backward=inplace), expected, rtol=1e-9, atol=1e-12)
+
+
+@each_loss
+def test_function_transforms_are_right_or_an_error(
+    loss: Callable[..., Any], impl: str, generator: torch.Generator
+) -> None:
+    z, target = problem(4, 9, generator)
+    _, expected = with_gradient(lambda z: loss(z, target, impl=impl), z)
+    expected = expected / -1  # the upstream gradient there
+    try:
+        got = torch.func.grad(lambda z: loss(z, target, impl=impl))(z)
+    except RuntimeError as error:
+        assert impl != "reference" and ("functorch" in str(error) or "torch.func" in str(error))
+    else:
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_is_right_or_an_error(impl: str, generator: torch.Generator) -> None:
+    z, target = problem(4, 9, generator)
+    direction = torch.randn(4, 9, generator=generator)
+    expected = (with_gradient(lambda z: -fl.cross_entropy(z, target), z)[1] * direction).sum()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, direction)
+        try:
+            result = fl.cross_entropy(dual, target, impl=impl)
+        except (NotImplementedError, RuntimeError):
+            assert impl != "reference"
+        else:
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(result).tangent, expected)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(
+    loss: Callable[..., Any], dtype: torch.dtype, impl: str, generator: torch.Generator
+) -> None:
+    z, target = problem(4, 50, generator, dtype)
+
+    def step(z: Tensor) -> Tensor:
+        return loss(z, target, impl=impl)
+
+    expected, slope = with_gradient(step, z)
+    z.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype):
+        result = step(z)
+    (got,) = torch.autograd.grad(-result, z)
+    assert result.dtype == torch.float32 and got.dtype == dtype
+    assert torch.equal(result, expected) and torch.equal(got, slope)
+
+
+def test_logits_of_an_autocast_layer(impl: str, generator: torch.Generator) -> None:
+    layer = torch.nn.Linear(8, 50)
+    hidden = torch.randn(4, 8, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = layer(hidden)
+        result = fl.cross_entropy(logits, torch.arange(4), impl=impl)
+    assert logits.dtype == torch.bfloat16 and result.dtype == torch.float32
+    torch.testing.assert_close(result, torch.nn.functional.cross_entropy(logits.float(), torch.arange(4)))
+    result.backward()
+    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+
+
+@each_loss
+def test_saved_tensor_hooks(loss: Callable[..., Any], impl: str, generator: torch.Generator) -> None:
+    """Saved tensors that go elsewhere and come back as copies."""
+    z, target = problem(4, 50, generator)
+    expected = with_gradient(lambda z: loss(z, target, impl=impl), z)[1]
+    packed = 0
+
+    def pack(tensor: Tensor) -> bytes:
+        nonlocal packed
+        packed += 1
+        return pickle.dumps(tensor.detach())
+
+    leaf = z.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, pickle.loads):
+        result = loss(1 * leaf, target, impl=impl)
+    assert packed
+    (slope,) = torch.autograd.grad(result, leaf, torch.tensor(-1.0))
+    assert torch.equal(slope, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@each_loss
+def test_activation_checkpointing(
+    loss: Callable[..., Any], reentrant: bool, impl: str, generator: torch.Generator
+) -> None:
+    hidden = torch.randn(4, 8, generator=generator, requires_grad=True)
+    weight = torch.randn(8, 50, generator=generator, requires_grad=True)
+    target = torch.randint(50, (4,), generator=generator)
+    options = {"impl": impl} | ({"inplace_backward": True} if impl != "reference" else {})
+
+    def step(hidden: Tensor, weight: Tensor) -> Tensor:
+        return loss(hidden @ weight, target, **options)
+
+    results = [step(hidden, weight), checkpoint(step, hidden, weight, use_reentrant=reentrant)]
+    assert torch.equal(*results)
+    for result in results:
+        result.backward()
+        if result is results[0]:
+            expected = hidden.grad, weight.grad
+            hidden.grad = weight.grad = None
+    assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
+
+
+def test_a_module_that_holds_the_loss_can_be_copied_and_pickled() -> None:
+    z = torch.randn(3, 5)
+    _, stats = fl.cross_entropy(z, torch.tensor([0, -100, 2]), return_stats=True)
+    for other in (copy.deepcopy(stats), pickle.loads(pickle.dumps(stats))):
+        assert isinstance(other, fl.RowStats)
+        torch.testing.assert_close(tuple(other), tuple(stats), equal_nan=True)
+    assert pickle.loads(pickle.dumps(fl.cross_entropy)) is fl.cross_entropy
+
+
+def test_statistics_can_be_copied() -> None:
+    seen = []
+
+    def keep(s: fl.Statistics) -> Tensor:
+        seen.append(copy.copy(s))
+        return s.ce
+
+    fl.flex_loss(torch.randn(3, 5), torch.arange(3), keep, statistics=("top",))
+    assert seen[0].top_index.shape == (3,)
+    with pytest.raises(AttributeError, match="second"):
+        _ = seen[0].second_ce
