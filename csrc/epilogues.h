@@ -36,13 +36,13 @@ struct RowStatistics {
     T log_sum;  // log S; lse = max + log_sum
     T ce;       // accurate for p_t -> 1
     T q;        // accurate for p_t -> 1
+    T p;        // p_t, accurate for p_t -> 0
     T mean_ce;  // (1/V) sum_j w_j (lse - z_j), where asked
     int64_t target;
     int picks;
     const T* pick_logit;        // [picks]
     const int64_t* pick_index;  // [picks]; negative: no such class
 
-    FUSEDLOSS_HD T p() const { return T(1) - q; }
     FUSEDLOSS_HD T pick_ce(int k) const { return pick_index[k] == target ? ce : log_sum + (max - pick_logit[k]); }
 };
 
@@ -79,7 +79,7 @@ struct Focal {
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
         const T gamma = params[0];
         const T modulation = power(s.q, gamma);
-        const T p = s.p();
+        const T p = s.p;
         const T ratio = s.q > T(0) ? s.ce / s.q : T(1);
         g.loss = modulation * s.ce;
         // p = 0 with an infinite ce would give 0 * inf; the limit is 0.
@@ -115,6 +115,12 @@ struct MixedCrossEntropy {
 // Parameters: alpha, s (smooth), squared (0 or 1), self_adjust (0: the factor (1 - p)^alpha is a constant).
 // Numerators are written without the cancelling "1 -".
 struct DscMath {
+    // 1 - (1 + alpha) p, which is du/dp over (1 - p)^(alpha - 1), from whichever of p and q = 1 - p keeps its digits.
+    template <typename T>
+    static FUSEDLOSS_HD T turn(T p, T q, T alpha) {
+        return p < T(0.5) ? T(1) - (T(1) + alpha) * p : (T(1) + alpha) * q - alpha;
+    }
+
     // y = 1. `q` = 1 - p. Returns the loss; `h` = (1 - p) dL/dp, finite where dL/dp itself is not (alpha < 1,
     // p -> 1).
     template <typename T>
@@ -124,10 +130,10 @@ struct DscMath {
         const T u = weight * p;
         // 1 - u without cancellation, from 1 - q^alpha = -expm1(alpha log q)
         const T rest = alpha == T(0) ? q : (q > T(0) ? q - p * std::expm1(alpha * std::log(q)) : T(1));
-        const T du = weight * (self_adjust != T(0) ? T(1) - (T(1) + alpha) * p : q);
+        const T du = weight * (self_adjust != T(0) ? turn(p, q, alpha) : q);
         if (squared != T(0)) {
             const T denominator = u * u + T(1) + smooth;
-            h = -T(2) * (T(1) + smooth - u * (u + smooth)) / (denominator * denominator) * du;
+            h = -T(2) * rest * (T(1) + u + smooth) / (denominator * denominator) * du;
             return rest * rest / denominator;
         }
         const T denominator = u + T(1) + smooth;
@@ -135,15 +141,30 @@ struct DscMath {
         return rest / denominator;
     }
 
-    // y = 0, on scalars or vectors. q = 1 - p, weight = q^alpha, weight1 = q^(alpha - 1). Returns the loss;
-    // `g` = dL/dp, or (1 - p) dL/dp where the caller passes q^alpha for weight1.
+    // y = 0. Returns the loss; `h` as above.
+    template <typename T>
+    static FUSEDLOSS_HD T negative(T p, T q, const T* params, T& h) {
+        const T weight = power(q, params[0]);
+        const T du = weight * (params[3] != T(0) ? turn(p, q, params[0]) : q);
+        return of_negative(p, weight, du, params, h);
+    }
+
+    // The same for p <= 0.5, where 1 - p is no matter, on scalars or vectors. weight = (1 - p)^alpha, weight1 =
+    // (1 - p)^(alpha - 1). Returns the loss; `g` = dL/dp.
     template <typename X, typename T>
-    static FUSEDLOSS_HD X negative(X p, X q, X weight, X weight1, const T* params, X& g) {
-        const T alpha = params[0], smooth = params[1], squared = params[2], self_adjust = params[3];
+    static FUSEDLOSS_HD X small_negative(X p, X weight, X weight1, const T* params, X& g) {
+        const T alpha = params[0];
+        const X du = params[3] != T(0) ? weight1 * (T(1) - p * (T(1) + alpha)) : weight;
+        return of_negative(p, weight, du, params, g);
+    }
+
+   private:
+    template <typename X, typename T>
+    static FUSEDLOSS_HD X of_negative(X p, X weight, X du, const T* params, X& g) {
+        const T smooth = params[1], squared = params[2];
         const X u = weight * p;
         const X top = u * (u * squared + (T(1) - squared));
         const X inverse = T(1) / (top + smooth);
-        const X du = weight1 * (self_adjust != T(0) ? T(1) - p * (T(1) + alpha) : q);
         g = (u * (T(2) * squared) + (T(1) - squared)) * (inverse * inverse) * du * smooth;
         return top * inverse;
     }
@@ -154,7 +175,7 @@ struct DscTarget {
     static constexpr const char* name = "dsc_target";
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
-        const T p = s.p();
+        const T p = s.p;
         T h;
         g.loss = DscMath::positive(p, s.q, params, h);
         // dL/dz_j = L'(p) p ([j == t] - p_j); where q underflows every p_j of the others is 0 too.

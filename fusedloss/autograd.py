@@ -146,7 +146,7 @@ def _coefficients(
     statistics: Tensor, target: Tensor, index: Tensor, weight: Tensor | None, g: Columns, classes: int
 ) -> Tensor:
     """Of dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], from the derivatives `g` by each column."""
-    q = statistics[ops.Q]
+    q, p = statistics[ops.Q], (-statistics[ops.CE]).exp()
     # A pick that is the target acts through the target's own statistics, which are the accurate ones.
     same = index == target
     g_ce = g.ce + (g.pick_ce * same).sum(0)
@@ -156,7 +156,7 @@ def _coefficients(
     weight_sum: Tensor | int = classes if weight is None else weight.sum()
     # d = a - b_target is summed without the terms that cancel in it
     d = g.lse + (g.pick_ce * ~same).sum(0) + u * weight_sum
-    a = d + g_ce + g.q * (1 - q)
+    a = d + g_ce + g.q * p
     at_target = d + g_target - a * q
     valid_target = target.clamp(0, classes - 1)  # ignored rows may hold any index
     at_target = at_target - (u if weight is None else u * weight[valid_target])

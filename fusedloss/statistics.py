@@ -83,8 +83,8 @@ class Statistics:
 
     @property
     def p(self) -> Tensor:
-        """The target's probability."""
-        return 1 - self.q
+        """p_t, accurate for p_t near 0."""
+        return (-self.ce).exp()
 
 
 class Picks(NamedTuple):
@@ -152,11 +152,12 @@ def dense_columns(
     mine = (target_logit - m).exp()
     total = rest + mine
     log_sum = total.log()
-    q = rest / total
-    # log(1 + rest/mine) keeps its digits for p_t -> 1; the guard keeps the branch not taken free of NaN gradients
+    # log(1 + rest/mine) keeps its digits for p_t -> 1; the guards keep the branch not taken free of NaN gradients
     near = rest < mine
     ratio = torch.where(near, rest, 0) / torch.where(near, mine, 1)
     ce = torch.where(near, ratio.log1p(), (m - target_logit) + log_sum)
+    # For p_t -> 0 it is the gradient of rest / total that would cancel.
+    q = torch.where(near, rest / total, 1 - (-ce).exp())
     hopeless = total == 0  # no finite logit at all
     ce = torch.where(hopeless, torch.inf, ce)
     q = torch.where(hopeless, 1, q)

@@ -37,7 +37,7 @@ class Case:
     derivative: bool = True
     #: Whether the loss of a target without probability is infinite.
     infinite: bool = True
-    #: (z, t, own, gradient) -> (N, V), the size of the loss's own terms that cancel in its gradient.
+    #: (z, t, own) -> (N, V), the size of the loss's own terms that cancel in its gradient.
     cancelling: Callable[..., Tensor] | None = None
 
     def __str__(self) -> str:
@@ -195,7 +195,7 @@ class Problem:
         if share or "z_loss" in self.shared:
             terms += one_hot(t, classes)
         if self.case.cancelling is not None:
-            terms += self.case.cancelling(self.z.double(), t, self.own, gradient / upstream[:, None])
+            terms += self.case.cancelling(self.z.double(), t, self.own)
         return gradient.abs() + terms * upstream.abs()[:, None]
 
     def check(self, loss: Tensor, gradient: Tensor, upstream: Tensor) -> None:

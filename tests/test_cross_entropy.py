@@ -55,7 +55,7 @@ def test_equals_torch(options, weighted, dtype, impl, generator):
 
 
 def test_the_oracle_is_right(generator):
-    """The formulas that the tests trust, against PyTorch's own and against 150 digits."""
+    """The formulas that the tests trust, against PyTorch's own and against 250 digits."""
     z, target = logits_and_targets(5, 7, generator)
     for options in SHARED_WITH_TORCH:
         weight = class_weights(7, generator)

@@ -14,7 +14,7 @@ import torch
 import fusedloss as fl
 
 FOLDER = Path(__file__).parents[1] / "examples" / "nmt"
-MODULES = ("data", "model", "optimizer", "options", "evaluate", "compare", "train")
+MODULES = ("data", "model", "optimizer", "options", "checkpoint", "evaluate", "trainer", "compare", "train")
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs", "house": "Haus"}
 TINY = (
     "--steps 12 --evaluate-every 4 --d-model 16 --heads 2 --layers 1 --vocab-size 60 --batch-tokens 128 --dropout 0.1"
@@ -32,7 +32,9 @@ def nmt():
     before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     sys.path.insert(0, str(FOLDER))
     threads = torch.get_num_threads()
-    yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "passive")  # as train.py would
+        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
     torch.set_num_threads(threads)
     sys.path.remove(str(FOLDER))
     for name in MODULES:
@@ -162,7 +164,7 @@ def _run(nmt, corpus, out, *more: str) -> int:
 def test_a_resumed_run_is_the_uninterrupted_one(nmt, corpus, tmp_path, monkeypatch, capsys, number):
     assert _run(nmt, corpus, tmp_path / "whole") == 0
 
-    update = nmt.train.Trainer.update
+    update = nmt.trainer.Trainer.update
 
     def interrupted(trainer):
         if trainer.step == 6:  # between two points of the curves, in the second half of the schedule
@@ -170,7 +172,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(nmt, corpus, tmp_path, monkeypat
         return update(trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(nmt.train.Trainer, "update", interrupted)
+        patch.setattr(nmt.trainer.Trainer, "update", interrupted)
         assert _run(nmt, corpus, tmp_path / "parts") == 128 + number
     assert "stopped after update 7" in capsys.readouterr().out
     assert not (tmp_path / "parts" / "metrics.json").exists()
@@ -200,15 +202,15 @@ def test_a_finished_run_is_measured_again(nmt, corpus, tmp_path, capsys):
 
 def test_a_checkpoint_of_another_run_is_refused(nmt, corpus, tmp_path):
     assert _run(nmt, corpus, tmp_path) == 0
-    with pytest.raises(nmt.train.CheckpointError, match="loss is 'mixed' there and 'focal' here; --fresh"):
+    with pytest.raises(nmt.checkpoint.CheckpointError, match="loss is 'mixed' there and 'focal' here; --fresh"):
         _run(nmt, corpus, tmp_path, "--loss", "focal")
     other = tmp_path / "other.tsv"
     other.write_text(corpus.read_text(encoding="utf-8") + "seven\tsieben\n", encoding="utf-8")
-    with pytest.raises(nmt.train.CheckpointError, match="corpus is"):
+    with pytest.raises(nmt.checkpoint.CheckpointError, match="corpus is"):
         _run(nmt, other, tmp_path)
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(nmt.train.CheckpointError, match="cannot be read"):
+    with pytest.raises(nmt.checkpoint.CheckpointError, match="cannot be read"):
         _run(nmt, corpus, tmp_path)
 
 

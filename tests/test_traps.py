@@ -575,6 +575,15 @@ def test_int32_targets_are_checked(value: int, impl: str) -> None:
         fl.cross_entropy(torch.zeros(2, 5), torch.tensor([1, value], dtype=torch.int32), impl=impl)
 
 
+def test_candidates_of_ignored_rows_are_not_looked_at(impl: str, generator: torch.Generator) -> None:
+    """An argmax from an earlier pass, which for ignored rows is none, refused or read at -1."""
+    z, target = problem(4, 9, generator)
+    target[1] = -100
+    _, stats = fl.cross_entropy(z, target, return_stats=True, impl=impl)
+    result = fl.mixed_cross_entropy(z, target, alpha=0.25, candidates=stats.argmax, impl=impl)
+    torch.testing.assert_close(result, fl.mixed_cross_entropy(z, target, alpha=0.25, impl=impl))
+
+
 @each_loss
 @pytest.mark.parametrize("ignore_index", [-100, 2, -1, 10**12])
 def test_every_row_of_output_is_written(

@@ -151,12 +151,13 @@ struct PowerSeries {
 // The class term at y = 0 of a vector of probabilities, p <= limit where Small.
 template <bool Small, typename Term, typename T, typename V>
 FUSEDLOSS_INLINE V negative_term(V p, const PowerSeries<T>& series, const T* params, V& g) {
-    const V q = T(1) - p;
     if (Small) {
-        return Term::negative(p, q, series.evaluate(series.weight, p), series.evaluate(series.weight1, p), params, g);
+        const V weight = series.evaluate(series.weight, p), weight1 = series.evaluate(series.weight1, p);
+        return Term::small_negative(p, weight, weight1, params, g);
     }
+    const V q = T(1) - p;
     const V weight = exp_nonpositive<T>(log_positive<T>(q) * Term::exponent(params));
-    return Term::negative(p, q, weight, weight / q, params, g);
+    return Term::small_negative(p, weight, weight / q, params, g);
 }
 
 // Sums of a class term over columns that are neither the target nor the top class, whose terms are singled
@@ -284,9 +285,11 @@ class Engine {
         s.sum_exp = rest + mine;
         s.log_sum = std::log(s.sum_exp);
         s.q = rest / s.sum_exp;
+        s.p = mine / s.sum_exp;
         s.ce = rest < mine ? std::log1p(rest / mine) : (s.max - target_logit) + s.log_sum;
         if (s.sum_exp == T(0)) {  // no finite logit at all
             s.q = T(1);
+            s.p = T(0);
             s.ce = kInfinity<T>;
         }
         if (rows_.mean) {
@@ -490,8 +493,7 @@ class Engine {
         if (s.target == top) {
             sum += weight_of(top) * Term::positive(top_p, top_q, params, h);
         } else {
-            const T weight = power(top_q, Term::exponent(params));
-            sum += weight_of(top) * Term::negative(top_p, top_q, weight, weight, params, h);
+            sum += weight_of(top) * Term::negative(top_p, top_q, params, h);
         }
         h *= weight_of(top);
         // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q

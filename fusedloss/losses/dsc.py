@@ -25,15 +25,16 @@ def _dice(
 ) -> Tensor:
     """1 - (2 u y + s) / (u^k + y + s), u = (1 - p)^alpha p, k = 2 if squared, of y = positive."""
     factor = power(q, alpha)
-    u = torch.where(adjust != 0, factor, factor.detach()) * p
-    y = positive.to(u.dtype)
-    size = torch.where(squared != 0, u * u, u)
-    # the numerator of the difference: y - 2 u y + u^k, without the cancelling "1 -"
-    return (size + y * (1 - 2 * u)) / (size + y + smooth)
+    shrink = torch.where(q > 0, torch.expm1(alpha * torch.where(q > 0, q, 1).log()), (alpha == 0).to(q.dtype) - 1)
+    adjusts = adjust != 0
+    u = torch.where(adjusts, factor, factor.detach()) * p
+    rest = q - torch.where(adjusts, shrink, shrink.detach()) * p  # 1 - u, which would cancel
+    size, rest = (torch.where(squared != 0, x * x, x) for x in (u, rest))
+    return torch.where(positive, rest / (size + 1 + smooth), size / (size + smooth))
 
 
 def _target(s: Statistics, *params: Tensor) -> Tensor:
-    return _dice(s.p, s.q, torch.ones_like(s.q), *params)
+    return _dice(s.p, s.q, torch.ones_like(s.q, dtype=torch.bool), *params)
 
 
 _EPILOGUES = {

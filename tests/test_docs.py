@@ -1,0 +1,178 @@
+"""What the documentation says: examples run, docstrings are whole, signatures show every option."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pydoc
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fusedloss as fl
+from fusedloss import row
+from fusedloss.statistics import OPTIONAL
+
+README = Path(__file__).parents[1] / "README.md"
+
+LOSSES = [getattr(fl, name) for name in fl.__all__ if hasattr(getattr(fl, name), "__signature__")]
+FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
+each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+
+#: The formula of each, as its docstring has it; and where it comes from, but for what has no paper.
+FORMULAS = {
+    "cross_entropy": "-log p_t",
+    "focal_loss": "-(1 - p_t)^gamma log p_t",
+    "mixed_cross_entropy": "-[(1 - alpha) log p_y + alpha log p_yhat]",
+    "dsc_loss": "1 - (2 u y + smooth) / (u^k + y + smooth)",
+    "dice_loss": "1 - (2 p y + smooth) / (p^k + y + smooth)",
+    "flex_loss": "loss_fn(s)",
+    "alpha_schedule": "maximum * step / total_steps",
+}
+SOURCES = {
+    "focal_loss": "arXiv:1708.02002",
+    "mixed_cross_entropy": "arXiv:2106.15880",
+    "dsc_loss": "arXiv:1911.02855",
+    "dice_loss": "arXiv:1911.02855",
+}
+
+
+def test_public_names_are_all_there() -> None:
+    assert sorted(fl.__all__) == fl.__all__
+    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule"}
+    assert {function.__name__ for function in FUNCTIONS} == set(FORMULAS)
+
+
+@pytest.mark.parametrize("name", fl.__all__)
+def test_examples_in_docstrings_run(name: str) -> None:
+    """In a namespace of their own: an example must import what it uses, as one that is pasted has to."""
+    thing = getattr(fl, name)
+    module = importlib.import_module(thing.__module__)
+    tests = doctest.DocTestFinder(recurse=False).find(thing, name, module, globs={name: thing})
+    assert len(tests) == 1
+    if name in FORMULAS:
+        assert tests[0].examples
+    out: list[str] = []
+    result = doctest.DocTestRunner().run(tests[0], out=out.append)
+    assert not result.failed, "".join(out)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_docstring_has_formula_and_source(function: Callable[..., Any]) -> None:
+    doc, name = function.__doc__ or "", function.__name__
+    assert FORMULAS[name] in " ".join(doc.split())
+    assert SOURCES.get(name, "") in doc
+    if name in SOURCES:
+        assert re.search(r"^Source: \S.*\d{4}", doc, re.M)
+    assert len(doc.splitlines()[0]) < 130 and doc.splitlines()[0].count(".")
+
+
+@each_loss
+def test_docstring_has_shapes_and_errors(loss: Callable[..., Any]) -> None:
+    doc = loss.__doc__ or ""
+    shapes, errors = doc.index("Shapes:"), doc.index("Raises:")
+    assert "input (*, V)" in doc[shapes:errors] and "target (*)" in doc[shapes:errors]
+    for name in ("float64", "float32", "bfloat16", "float16", "int64", "int32"):
+        assert name in doc[shapes:errors]
+    for error in ("TypeError", "ValueError", "IndexError", "RuntimeError"):
+        assert error in doc[errors:]
+
+
+@each_loss
+def test_signature_shows_the_shared_options(loss: Callable[..., Any]) -> None:
+    """`**options` in the source, spelled out for help() and for editors, with the defaults that hold."""
+    parameters = inspect.signature(loss).parameters
+    assert list(parameters)[:2] == ["input", "target"]
+    assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    without = {"label_smoothing", "smoothing_over"} if loss in (fl.dsc_loss, fl.dice_loss) else set()
+    for name in row.RowOptions.__annotations__:
+        if name in without:
+            assert name not in parameters
+            continue
+        assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
+        assert parameters[name].default == row._DEFAULTS[name]  # type: ignore[literal-required]
+    assert f"reduction: {row.RowOptions.__annotations__['reduction']}" in str(inspect.signature(loss))
+    assert "ignore_index" in pydoc.render_doc(loss)
+    first = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
+    assert [p.name for p in first] == ["input", "target"] + (["loss_fn"] if loss is fl.flex_loss else [])
+
+
+@each_loss
+def test_docstring_names_the_options_that_it_takes_and_no_other(loss: Callable[..., Any]) -> None:
+    documented: set[str] = set()
+    for names in re.findall(r"^ {4}([a-z_, ]+): \S", loss.__doc__ or "", re.M):
+        documented |= set(names.split(", "))
+    parameters = set(inspect.signature(loss).parameters) - {"input", "target"}
+    assert documented == parameters
+
+
+@each_loss
+def test_signature_can_be_called_as_it_stands(loss: Callable[..., Any]) -> None:
+    """Every default spelled out is one that the loss takes."""
+    parameters = inspect.signature(loss).parameters
+    given: dict[str, Any] = {"alpha": 0.25} if loss is fl.mixed_cross_entropy else {}
+    given |= {"loss_fn": lambda s: s.ce} if loss is fl.flex_loss else {}
+    defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    z, target = torch.randn(3, 5), torch.tensor([0, 1, -100])
+    plain = loss(z, target, **given)
+    assert torch.equal(loss(z, target, **given, **{k: v for k, v in defaults.items() if k not in given}), plain)
+
+
+def test_statistics_documents_what_it_holds() -> None:
+    doc = fl.Statistics.__doc__ or ""
+    names = list(fl.Statistics.__annotations__)
+    for name in names:
+        group = f"{name.split('_')[0]}_*"
+        assert f"``{name}``" in doc or f"``{group}``" in doc, name
+    for fields in OPTIONAL.values():
+        assert set(fields) <= set(names)
+    assert all(f"``{field}``" in doc for field in ("ce", "q", "lse", "target_logit", "target"))
+
+
+# README
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf8"), re.M | re.S)
+
+
+needs_readme = pytest.mark.skipif(not README.exists(), reason="runs in the repository, where README.md is")
+
+
+@needs_readme
+def test_readme_examples_run() -> None:
+    """One after the other, as a reader would paste them."""
+    blocks = python_blocks()
+    assert blocks
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{README.name}, block {i + 1}", "exec"), namespace)
+    assert namespace["loss"].isfinite() and namespace["logits"].grad is not None
+    assert 0 <= namespace["accuracy"] <= 1
+
+
+@needs_readme
+def test_readme_names_what_exists() -> None:
+    text = README.read_text(encoding="utf8")
+    for name in set(re.findall(r"\bfl\.(\w+)", text)):
+        assert name in fl.__all__, name
+    for loss in LOSSES:
+        assert f"`fl.{loss.__name__}`" in text
+    targets = (README.parent / "Makefile").read_text(encoding="utf8")
+    commands = set(re.findall(r"^make (\w+)", text, re.M)) | set(re.findall(r"`make (\w+)`", text))
+    assert {"demo", "test"} <= commands
+    for command in commands:
+        assert re.search(rf"^{command}:", targets, re.M), command
+    for path in re.findall(r"^((?:fusedloss|csrc|triton_kernels)/\S*) ", text, re.M):
+        assert (README.parent / path).exists(), path
+
+
+@needs_readme
+def test_examples_are_short_and_parse() -> None:
+    usage = python_blocks()[0]
+    assert ast.parse(usage).body
+    assert len([line for line in usage.splitlines() if line.strip()]) <= 12
