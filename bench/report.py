@@ -91,7 +91,7 @@ def _cells(run: dict[str, Any]) -> list[str]:
     in_place = seconds.get("in place")
     cells += ["-", "-"] if in_place is None else [_ms(in_place), f"{in_place / floor:.2f}"]
     for peer in PEERS:
-        faster = f"{seconds[peer] / seconds['fused']:.1f}"
+        faster = f"{seconds[peer] / seconds['fused']:.3g}"
         cells.append(f"({faster})" if peer == "F.cross_entropy" and not run["same_as_cross_entropy"] else faster)
     memory = [run["memory"].get(name) for name in ("fused", "in place", "eager", "compiled")]
     cells.append(" ".join("-" if m is None else f"{m:.2f}" for m in memory) if any(memory) else "-")

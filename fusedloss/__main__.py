@@ -205,7 +205,7 @@ def _bench_row(example: Example, contest: timing.Contest) -> tuple[str, ...]:
         else:
             cells += ["-", "-"]
     for name in ("eager", "compiled"):
-        cells.append(f"{contest.median(name) / fused:.1f}" if name in contest.losses else "-")
+        cells.append(f"{contest.median(name) / fused:.3g}" if name in contest.losses else "-")
     return tuple(cells)
 
 

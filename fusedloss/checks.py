@@ -129,5 +129,7 @@ def check_normalizer(normalizer: object, reduction: str) -> None:
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-    else:
-        check_number("normalizer", normalizer, 0, above=True)
+        if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # a look at the value would stall the stream, or break the graph
+        normalizer = normalizer.item()
+    check_number("normalizer", normalizer, 0, above=True)

@@ -35,6 +35,20 @@ class Epilogue:
     def picks(self) -> Picks:
         return Picks.of(("top",) if self.over == "classes" else self.statistics)
 
+    def of_rows(self, s: Statistics, params: list[Tensor]) -> Tensor:
+        return self._checked(self.function(s, *params), s.ce, "rows")
+
+    def of_classes(self, p: Tensor, q: Tensor, positive: Tensor, params: list[Tensor]) -> Tensor:
+        columns = (x[:, None] if x.dim() else x for x in params)
+        return self._checked(self.function(p, q, positive, *columns), p, "rows and classes")
+
+    def _checked(self, loss: object, like: Tensor, each: str) -> Tensor:
+        if isinstance(loss, Tensor) and loss.shape == like.shape:
+            return loss
+        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        size = like.shape[0] if like.dim() == 1 else tuple(like.shape)
+        raise ValueError(f"the loss function must give a loss for each of the {size} {each}, got {got}")
+
 
 class Shared(NamedTuple):
     """The terms that every loss shares: label smoothing and z-loss."""

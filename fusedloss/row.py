@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 #: Bytes of probabilities that a class term without a compiled epilogue holds at a time.
-DENSE_BYTES = 64 * 2**20
+DENSE_BYTES = 8 * 2**20
 
 
 class RowOptions(TypedDict, total=False):
@@ -50,29 +51,30 @@ _DEFAULTS: RowOptions = {
     "impl": None,
 }
 
-_OPTIONS_DOC = """
-    Options of every row loss:
-        weight: (V,) class weights w. A row's loss is multiplied by that of its target.
-        ignore_index: target value whose rows count for nothing: no loss, no gradient, not looked at.
-        reduction: "mean" over the targets not ignored, "sum", or "none" for losses of the target's shape.
-        label_smoothing: eps in [0, 1]: (1 - eps) * loss + (eps / V) * sum_j w_j (-log p_j).
-        smoothing_over: "all" V classes as above, or "others": eps / (V - 1) for each class but the target,
-            (1 - eps - eps / (V - 1)) * loss + eps / (V - 1) * sum_j w_j (-log p_j), as in fairseq.
-        z_loss: adds z_loss * lse^2 to each row, lse = log sum_j exp z_j (weighted as the row is).
-        normalizer: number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation.
-        return_stats: also return :class:`~fusedloss.RowStats` of each row, detached.
-        inplace_backward: let the gradient take the logits' memory in the backward pass. The logits must not be
-            needed after that; a second backward raises. Needs a compiled implementation.
-        impl: "cpu" or "reference"; None takes FUSEDLOSS_IMPL or else the fastest that is ready.
+_OPTIONS_DOC = {
+    "weight": "(V,) class weights w. A row's loss is multiplied by that of its target.",
+    "ignore_index": "target value whose rows count for nothing: no loss, no gradient, not looked at.",
+    "reduction": '"mean" over the targets not ignored, "sum", or "none" for losses of the target\'s shape.',
+    "label_smoothing": "eps in [0, 1]: (1 - eps) * loss + (eps / V) * sum_j w_j (-log p_j).",
+    "smoothing_over": """"all" V classes as above, or "others": eps / (V - 1) for each class but the target,
+(1 - eps - eps / (V - 1)) * loss + eps / (V - 1) * sum_j w_j (-log p_j), as in fairseq.""",
+    "z_loss": "adds z_loss * lse^2 to each row, lse = log sum_j exp z_j (weighted as the row is).",
+    "normalizer": 'number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation.',
+    "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
+    "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
+needed after that; a second backward raises. Needs a compiled implementation.""",
+    "impl": '"cpu" or "reference"; None takes FUSEDLOSS_IMPL or else the fastest that is ready.',
+}
 
-    Shapes:
-        input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of int64 or int32. The
-        loss is float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
+_SHAPES_DOC = """
+Shapes:
+    input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of int64 or int32. The loss is
+    float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
 
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or range.
-        IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
-        RuntimeError: the named implementation cannot run here.
+Raises:
+    TypeError, ValueError: an argument of the wrong kind, shape or range.
+    IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
+    RuntimeError: the named implementation cannot run here.
 """
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
@@ -95,7 +97,12 @@ def row_form(*without: str) -> Callable[[_Loss], _Loss]:
             if name not in without
         ]
         loss.__signature__ = signature.replace(parameters=own + shared)  # type: ignore[attr-defined]
-        loss.__doc__ = f"{inspect.cleandoc(loss.__doc__ or '')}\n{inspect.cleandoc(_OPTIONS_DOC)}\n"
+        options = "".join(
+            textwrap.indent(f"{name}: {textwrap.indent(text, '    ').strip()}\n", "    ")
+            for name, text in _OPTIONS_DOC.items()
+            if name not in without
+        )
+        loss.__doc__ = f"{inspect.cleandoc(loss.__doc__ or '')}\n\nOptions of every row loss:\n{options}{_SHAPES_DOC}"
         return loss
 
     return document
@@ -223,6 +230,8 @@ def _dispatch(
         rows = _composed(*tensors, params, epilogue, shared, ignore_index, picks, inplace, impl)
         top_k = 0
     else:
+        if inplace:
+            raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
         rows = _dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index)
         top_k = 0
     if not return_stats:
@@ -254,10 +263,7 @@ def _composed(
     ignored = target == ignore_index
     valid_target = target.masked_fill(ignored, 0)
     s = assemble(columns, valid_target, index, picks, weight)
-    base = epilogue.function(s, *params)
-    if not isinstance(base, Tensor) or base.shape != target.shape:
-        got = tuple(base.shape) if isinstance(base, Tensor) else type(base).__name__
-        raise ValueError(f"the loss function must give a loss for each of the {target.shape[0]} rows, got {got}")
+    base = epilogue.of_rows(s, params)
     loss = shared.apply(base, s, weight, logits.shape[-1], weighted=False)
     return loss.masked_fill(ignored, 0)
 

@@ -2,6 +2,7 @@
 
 import ast
 import ctypes
+import faulthandler
 import mmap
 import multiprocessing
 import threading
@@ -339,6 +340,7 @@ needs_guards = pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="ne
 
 
 def _touch(address: int) -> None:
+    faulthandler.disable()  # the signal is what is asked for
     ctypes.c_char.from_address(address).value  # noqa: B018
 
 

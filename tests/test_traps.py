@@ -355,6 +355,30 @@ def test_only_the_target_is_finite(loss: Callable[..., Any], impl: str) -> None:
         assert not gradient(loss, z, torch.tensor([2 * CHUNK]), impl=impl).any()
 
 
+@each_loss
+@pytest.mark.parametrize("hidden", ["the target", "all classes"])
+def test_a_target_without_probability_spoils_nothing_else(
+    loss: Callable[..., Any], hidden: str, impl: str, generator: torch.Generator
+) -> None:
+    """-inf at the target, or everywhere: a loss that is NaN rather than infinite, or one that reaches other rows."""
+    z, target = problem(3, 50, generator)
+    expected = loss(z, target, reduction="none", impl=impl)
+    slopes = gradient(loss, z, target, upstream=torch.ones(3), reduction="none", impl=impl)
+    if hidden == "the target":
+        z[1, target[1]] = -torch.inf
+    else:
+        z[1] = -torch.inf
+    result = loss(z, target, reduction="none", impl=impl)
+    bounded = any(name in repr(loss) for name in ("dice", "dsc", "brier"))
+    if hidden == "the target":
+        assert result[1].isfinite() if bounded else result[1] == torch.inf
+    else:  # there is no softmax of such a row
+        assert result[1] == torch.inf if loss is fl.cross_entropy else not (result[1] < 0)
+    assert torch.equal(result[::2], expected[::2])
+    got = gradient(loss, z, target, upstream=torch.ones(3), reduction="none", impl=impl)
+    assert torch.equal(got[::2], slopes[::2])
+
+
 # A quiet NaN may carry any payload; arithmetic on the bits of floats can lose those with low bits set.
 NANS = [0x7FC00000, 0xFFC00000, 0x7FC00001, 0x7FFFFFFF, 0xFFC00123]
 

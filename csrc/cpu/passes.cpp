@@ -70,7 +70,7 @@ void insert(Best<T>& top, Best<T>& second, const Best<T>& x) {
 
 // `y` comes from columns to the right of `x`: on equal values the lower index stays.
 template <typename T>
-void merge(Partial<T>& x, const Partial<T>& y) {
+FUSEDLOSS_ONE_COPY void merge(Partial<T>& x, const Partial<T>& y) {
     const T max = std::max(x.max, y.max);
     const double reference = finite_max(max);
     // A part without a finite logit has an empty sum (or a NaN that must pass through).
@@ -269,7 +269,8 @@ class Engine {
 
     // --- statistics pass ---
 
-    RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch, const Outputs& out) const {
+    FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch,
+                                                   const Outputs& out) const {
         const S* z = logits(row);
         const int64_t target = rows_.target[row];
         const T target_logit = read(z + target);
@@ -327,7 +328,8 @@ class Engine {
         return s;
     }
 
-    Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit, T reference) const {
+    FUSEDLOSS_ONE_COPY Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit,
+                                       T reference) const {
         Partial<T> part;
         Block<T> block;
         for (int64_t from = begin; from < end; from += kBlock) {
@@ -432,7 +434,8 @@ class Engine {
     }
 
     template <typename Functor>
-    void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch, const Outputs& out) const {
+    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch,
+                                   const Outputs& out) const {
         T params[kMaxParams];
         params_of(row, params);
         const int64_t n = rows_.rows;
@@ -507,8 +510,8 @@ class Engine {
     }
 
     template <typename Term>
-    ClassPartial sweep(const S* z, int64_t begin, int64_t end, const RowStatistics<T>& s, int64_t top, const T* params,
-                       const PowerSeries<T>& series) const {
+    FUSEDLOSS_ONE_COPY ClassPartial sweep(const S* z, int64_t begin, int64_t end, const RowStatistics<T>& s,
+                                          int64_t top, const T* params, const PowerSeries<T>& series) const {
         ClassPartial part;
         Block<T> block;
         double unused = 0;
@@ -564,7 +567,8 @@ class Engine {
     // --- gradient pass ---
 
     template <typename Functor>
-    void write_gradient(int64_t row, int threads, Scratch<T>& scratch, const Gradient& gradient) const {
+    FUSEDLOSS_ONE_COPY void write_gradient(int64_t row, int threads, Scratch<T>& scratch,
+                                           const Gradient& gradient) const {
         const S* z = logits(row);
         S* grad = static_cast<S*>(gradient.grad) + row * gradient.grad_row_stride;
         if (ignored(row)) {
@@ -632,7 +636,7 @@ class Engine {
 
     // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
     template <int Smooth>
-    void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
+    FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
         const auto formula = [&](V x, V w) {
             const V p = exp_nonpositive<T>(x - max) * a;
             return Smooth == 0 ? p : Smooth == 1 ? p - u : p - w * u;
@@ -652,8 +656,8 @@ class Engine {
 
     // p (w g - shift)
     template <typename Term>
-    void class_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T inverse, T upstream, T shift,
-                        const T* params, const PowerSeries<T>& series) const {
+    FUSEDLOSS_ONE_COPY void class_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T inverse,
+                                           T upstream, T shift, const T* params, const PowerSeries<T>& series) const {
         Block<T> block;
         double unused = 0;
         for (int64_t from = begin; from < end; from += kBlock) {

@@ -7,6 +7,14 @@
 #include <cstring>
 #include <limits>
 
+// One copy of a piece of arithmetic: where it is compiled into several loops, multiplications and additions may be
+// fused differently in each, and a result's last bit would depend on which loop ran.
+#if defined(__clang__)
+#define FUSEDLOSS_ONE_COPY __attribute__((noinline))
+#else
+#define FUSEDLOSS_ONE_COPY __attribute__((noinline, noclone))
+#endif
+
 // Vectors that cross a call go through memory.
 #define FUSEDLOSS_INLINE inline __attribute__((always_inline))
 

@@ -99,7 +99,7 @@ def _help_tsv() -> Path:
         if (installed / "en-US/text").is_dir() and (installed / "de/text").is_dir():
             pages = installed
         else:
-            print(f"fetching {' and '.join(PACKAGES)} (5 MB) with apt-get download", flush=True)
+            print(f"fetching {' and '.join(PACKAGES)} (5 MB) with apt-get download")
             pages = _download(Path(scratch)) / HELP
         pairs = _help_pairs(pages)
         if len(pairs) < 1000:

@@ -78,6 +78,8 @@ def report(trainer: Trainer, held_pairs: list[Pair], options: argparse.Namespace
     for pair, translation in list(zip(chosen, translations, strict=True))[: options.samples]:
         print(f"  source       {pair.source}\n  reference    {pair.target}\n  translation  {translation}\n")
     how = "greedy" if options.beam == 1 else f"beam {options.beam}"
+    last = trainer.curves[-1]
+    print(f"held-out cross-entropy {last['held_out_loss']:.3f}, token accuracy {last['accuracy']:.1%}")
     print(f"BLEU {score:.1f} on {len(chosen)} held-out sentences ({how}, {seconds:.0f} s)")
     speed = trainer.pieces / trainer.seconds
     print(f"training: {trainer.pieces:,} target tokens in {trainer.seconds:.0f} s, {speed:,.0f} tokens/s")
@@ -121,6 +123,7 @@ def draw_curves(curves: list[dict[str, float]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line when it is due
     try:
         sys.exit(main())
     except (DataError, CheckpointError, compare.ComparisonError, OSError) as error:

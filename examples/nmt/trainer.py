@@ -162,7 +162,6 @@ def run_training(trainer: Trainer, held: list[Example], interval: int, checkpoin
                     f"held-out: cross-entropy {measured.loss:.3f}, token accuracy {measured.accuracy:.1%}",
                     file=sys.stdout,
                 )
-                sys.stdout.flush()
                 save_checkpoint(checkpoint, trainer.state())
         if interruption.signal is not None:
             save_checkpoint(checkpoint, trainer.state())

@@ -40,11 +40,9 @@ def row_losses(
     picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or shared.label_smoothing != 0)
     columns, pick_index = dense_columns(z, index, weight, candidates, picks)
     s = assemble(columns, index, pick_index, picks, weight)
-    if epilogue.over == "rows":
-        base = epilogue.function(s, *params)
-    else:
-        base = _sum_over_classes(z, s, weight, params, epilogue)
-    loss = shared.apply(base, s, weight, classes, weighted=epilogue.over == "classes")
+    over_classes = epilogue.over == "classes"
+    base = _sum_over_classes(z, s, weight, params, epilogue) if over_classes else epilogue.of_rows(s, params)
+    loss = shared.apply(base, s, weight, classes, weighted=over_classes)
     loss = loss.masked_fill(ignored, 0)
     return loss.masked_fill(invalid, torch.nan), s
 
@@ -60,5 +58,5 @@ def _sum_over_classes(
     p = e / total
     q = (1 - p).scatter(-1, top, others / total)
     positive = torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], True)
-    terms = epilogue.function(p, q, positive, *(x[:, None] if x.dim() else x for x in params))
+    terms = epilogue.of_classes(p, q, positive, params)
     return (terms if weight is None else terms * weight).sum(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_parameter
+from ..checks import check_choice, check_logits, check_number, check_parameter
 from ..epilogue import Epilogue, power
 from ..examples import example
 from ..row import RowOptions, row_form, row_loss
@@ -96,6 +96,7 @@ def dsc_loss(
     >>> logits = torch.randn(8, 9, requires_grad=True)
     >>> fl.dsc_loss(logits, torch.arange(8), alpha=0.01).backward()
     """
+    check_logits(input, target)
     check_parameter("alpha", alpha, target, 0)
     return _dsc("dsc_loss", input, target, alpha, smooth, squared, form, level, detach_weight, options)
 

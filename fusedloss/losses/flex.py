@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, check_logits
 from ..epilogue import Epilogue
 from ..examples import example
 from ..row import RowOptions, row_form, row_loss
@@ -69,6 +69,7 @@ def flex_loss(
     >>> logits = torch.randn(8, 1000, requires_grad=True)
     >>> fl.flex_loss(logits, torch.arange(8), poly1).backward()
     """
+    check_logits(input, target)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {loss_fn!r}")
     if isinstance(statistics, str):

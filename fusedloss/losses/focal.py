@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checks import check_parameter
+from ..checks import check_logits, check_parameter
 from ..epilogue import Epilogue, power
 from ..examples import example
 from ..row import RowOptions, row_form, row_loss
@@ -50,5 +50,6 @@ def focal_loss(input: Tensor, target: Tensor, *, gamma: float | Tensor = 2.0, **
     >>> logits = torch.randn(8, 1000, requires_grad=True)
     >>> fl.focal_loss(logits, torch.arange(8), gamma=3.0).backward()
     """
+    check_logits(input, target)
     check_parameter("gamma", gamma, target, 0)
     return row_loss("focal_loss", input, target, FOCAL, (gamma,), **options)

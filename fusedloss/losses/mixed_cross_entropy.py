@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..checks import check_number, check_parameter
+from ..checks import check_logits, check_number, check_parameter
 from ..epilogue import Epilogue
 from ..examples import example
 from ..row import RowOptions, row_form, row_loss
@@ -71,6 +71,7 @@ def mixed_cross_entropy(
     >>> alpha = fl.alpha_schedule(step=100, total_steps=1000)
     >>> fl.mixed_cross_entropy(logits, torch.arange(8), alpha=alpha, label_smoothing=0.1).backward()
     """
+    check_logits(input, target)
     check_parameter("alpha", alpha, target, 0, 1)
     if top_k not in (1, 2) or isinstance(top_k, bool):
         raise ValueError(f"top_k must be 1 or 2, got {top_k!r}")
