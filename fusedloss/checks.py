@@ -131,5 +131,6 @@ def check_normalizer(normalizer: object, reduction: str) -> None:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
         if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
             return  # a look at the value would stall the stream, or break the graph
-        normalizer = normalizer.item()
-    check_number("normalizer", normalizer, 0, above=True)
+        check_number("normalizer", normalizer.item(), 0)  # 0: a count of no targets
+    else:
+        check_number("normalizer", normalizer, 0, above=True)

@@ -137,7 +137,9 @@ def row_loss(
     if weight is not None:
         weight = weight.to(dtype).contiguous()
     if candidates is not None:
-        candidates = candidates.reshape(index.shape[0], -1).to(torch.int64).contiguous()
+        # Those of ignored rows may hold anything.
+        candidates = candidates.reshape(index.shape[0], -1).to(torch.int64)
+        candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0)
     columns = [_parameter(p, dtype, input.device) for p in params]
     shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
 
@@ -312,6 +314,10 @@ def _reduce(rows: Tensor, target: Tensor, weight: Tensor | None, o: RowOptions) 
         return total
     normalizer = o["normalizer"]
     if normalizer is not None:
+        if isinstance(normalizer, Tensor):
+            # A count of no targets at all; anything else over 0 stays infinite.
+            nothing = (normalizer == 0) & (total == 0)
+            return total / torch.where(nothing, 1, normalizer)
         return total / normalizer
     counted = target != o["ignore_index"]
     if weight is None:

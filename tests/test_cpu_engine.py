@@ -329,7 +329,7 @@ def in_a_child(body: Callable[..., None], *arguments: Any) -> None:
     """Runs it in a forked process, which an access to the wrong memory ends with a signal."""
     child = multiprocessing.get_context("fork").Process(target=body, args=arguments)
     child.start()
-    child.join(60)
+    child.join(30)
     if child.is_alive():
         child.kill()
         child.join()

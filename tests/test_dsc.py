@@ -42,7 +42,7 @@ class TestRowLoss(RowLossSuite):
         _case(
             f"{form}-{'squared' if squared else 'linear'}-alpha={alpha}{'-detached' * detach}",
             {"alpha": alpha, "squared": squared, "form": form, "detach_weight": detach},
-            to_the_row=True,
+            of_probabilities=True,
         )
         for form, squared, alpha, detach in product(
             ("one_vs_rest", "target"), (True, False), (0.0, 0.01, 0.5, 1.0, 2.0), (False, True)

@@ -222,7 +222,8 @@ template <typename T>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-    static constexpr float rounder = 0x1.8p23f, lowest = -87.0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+    static constexpr float rounder = 0x1.8p23f + 127, lowest = -87.0f, ln2_high = 0x1.62e4p-1f,
+                           ln2_low = 0x1.7f7d1cp-20f;
     static constexpr int shift = 23, degree = 6;
     // Minimax for the relative error, 3e-9, with the first two coefficients exact.
     static constexpr float polynomial[degree + 1] = {1.0f,           1.0f,           0x1.000002p-1f, 0x1.5553b8p-3f,
@@ -230,7 +231,7 @@ struct ExpConstants<float> {
 };
 template <>
 struct ExpConstants<double> {
-    static constexpr double rounder = 0x1.8p52, lowest = -708.0, ln2_high = 0x1.62e42fefap-1,
+    static constexpr double rounder = 0x1.8p52 + 1023, lowest = -708.0, ln2_high = 0x1.62e42fefap-1,
                             ln2_low = 0x1.cf79abc9e3b39p-40;
     static constexpr int shift = 52, degree = 13;
     // Taylor: 1 / k!
@@ -244,13 +245,15 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_nonpositive(typename VectorOf<T
     using C = ExpConstants<T>;
     using V = typename VectorOf<T>::Value;
     using Bits = typename VectorOf<T>::Bits;
-    const V shifted = x * T(1.4426950408889634) + C::rounder;  // its low bits hold n = round(x / log 2)
+    const V shifted =
+        x * T(1.4426950408889634) + C::rounder;  // low bits: the exponent field of 2^n, n = round(x / log 2)
     const V n = shifted - C::rounder;
     const V r = (x - n * C::ln2_high) - n * C::ln2_low;
     V poly = splat(C::polynomial[C::degree]);
 #pragma GCC unroll 16
     for (int k = C::degree - 1; k >= 0; --k) poly = poly * r + C::polynomial[k];
-    const V result = bit_cast<V>(bit_cast<Bits>(poly) + (bit_cast<Bits>(shifted) << C::shift));
+    // A product, not a sum of bits, lets a NaN through whatever its payload.
+    const V result = poly * bit_cast<V>(bit_cast<Bits>(shifted) << C::shift);
     return x < C::lowest ? V{} : result;
 }
 

@@ -39,8 +39,13 @@ def make_config(options: argparse.Namespace, corpus: str) -> Config:
     names = [field.name for field in dataclasses.fields(Config) if field.name != "corpus"]
     values = {name: getattr(options, name) for name in names}
     if options.dtype == "auto":
-        values["dtype"] = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+        values["dtype"] = "bf16" if _computes_in_bf16() else "fp32"
     return Config(**values, corpus=corpus)
+
+
+def _computes_in_bf16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
+    return probe is not None and bool(probe())
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("ce", "focal", "mixed", "dsc"), default="mixed", help="the loss after the warm-up")
-    add("--ce-warmup", type=_share, default=0.3, help="share of the updates that plain cross-entropy makes first")
+    add("--ce-warmup", type=_share, default=0.5, help="share of the updates that plain cross-entropy makes first")
     add("--label-smoothing", type=_share, default=0.1, help="of every loss but dsc")
     add("--gamma", type=_number(0), default=2.0, help="of the focal loss")
     add("--impl", choices=("reference", "cpu"), help="of the loss; else the fastest that runs here")

@@ -58,10 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"stopped after update {trainer.step}; the same command goes on from there")
             return 128 + number
 
+    curves, figures = options.out / "curves.png", options.out / "metrics.json"
+    draw_curves(trainer.curves, curves)
     metrics = report(trainer, held_pairs, options)
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    draw_curves(trainer.curves, options.out / "curves.png")
-    print(f"\ncurves: {options.out / 'curves.png'}   figures: {options.out / 'metrics.json'}")
+    figures.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    if options.compare_updates:
+        stream = iter(TrainingBatches(train, config.batch_tokens, config.seed))
+        batches = [next(stream) for _ in range(compare.WARMUP + options.compare_updates)]
+        metrics["comparison"] = compare.compare(
+            trainer.model.size, batches, config.lr, config.dtype, config.seed, options.threads, options.impl
+        )
+        figures.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print(f"\ncurves: {curves}   figures: {figures}")
     return 0
 
 
@@ -83,7 +91,7 @@ def report(trainer: Trainer, held_pairs: list[Pair], options: argparse.Namespace
     print(f"BLEU {score:.1f} on {len(chosen)} held-out sentences ({how}, {seconds:.0f} s)")
     speed = trainer.pieces / trainer.seconds
     print(f"training: {trainer.pieces:,} target tokens in {trainer.seconds:.0f} s, {speed:,.0f} tokens/s")
-    metrics: dict[str, Any] = {
+    return {
         "config": dataclasses.asdict(config),
         "bleu": score,
         "beam": options.beam,
@@ -92,13 +100,6 @@ def report(trainer: Trainer, held_pairs: list[Pair], options: argparse.Namespace
         "target_tokens": trainer.pieces,
         "curves": trainer.curves,
     }
-    if options.compare_updates:
-        stream = iter(TrainingBatches(trainer.examples, config.batch_tokens, config.seed))
-        batches = [next(stream) for _ in range(compare.WARMUP + options.compare_updates)]
-        metrics["comparison"] = compare.compare(
-            trainer.model.size, batches, config.lr, config.dtype, config.seed, options.threads, options.impl
-        )
-    return metrics
 
 
 def draw_curves(curves: list[dict[str, float]], path: Path) -> None:

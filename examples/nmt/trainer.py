@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(self, config: Config, examples: list[Example], vocabulary: Vocabulary, impl: str | None) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.examples, self.vocabulary, self.impl = config, examples, vocabulary, impl
+        self.config, self.vocabulary, self.impl = config, vocabulary, impl
         self.model = Transformer(
             Size(
                 len(vocabulary),
