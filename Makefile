@@ -19,8 +19,9 @@ help: ## list the targets
 demo: .venv/installed ## train a small translation model, about 3 minutes on 2 cores
 	$(BIN)/python examples/nmt/train.py $(ARGS)
 
+# Two at a time; pytest-benchmark, which wants to be alone, has no part in it.
 test: .venv/installed ## run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 -p no:benchmark $(ARGS)
 
 bench: .venv/installed ## run the benchmarks; writes a table and a plot
 	@mkdir -p build

@@ -36,7 +36,7 @@ class Epilogue:
         return Picks.of(("top",) if self.over == "classes" else self.statistics)
 
     def of_rows(self, s: Statistics, params: list[Tensor]) -> Tensor:
-        return self._checked(self.function(s, *params), s.ce, "rows")
+        return self._checked(self.function(s.only(self.statistics), *params), s.ce, "rows")
 
     def of_classes(self, p: Tensor, q: Tensor, positive: Tensor, params: list[Tensor]) -> Tensor:
         columns = (x[:, None] if x.dim() else x for x in params)

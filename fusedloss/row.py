@@ -62,7 +62,8 @@ _OPTIONS_DOC = {
     "normalizer": 'number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation.',
     "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
     "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
-needed after that; a second backward raises. Needs a compiled implementation.""",
+needed after that; a second backward raises. Needs an implementation with kernels. Under
+torch.compile the gradient is a new tensor all the same.""",
     "impl": '"cpu" or "reference"; None takes FUSEDLOSS_IMPL or else the fastest that is ready.',
 }
 
@@ -132,20 +133,23 @@ def row_loss(
 
     dtype = checks.compute_dtype(input.dtype)
     logits = _matrix(input, o["inplace_backward"])
+    # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
+    inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     index = target.reshape(-1).to(torch.int64).contiguous()
     weight = o["weight"]
     if weight is not None:
         weight = weight.to(dtype).contiguous()
     if candidates is not None:
         # Those of ignored rows may hold anything.
-        candidates = candidates.reshape(index.shape[0], -1).to(torch.int64)
-        candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0)
+        count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
+        candidates = candidates.reshape(-1, count).to(torch.int64)
+        candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0).contiguous()
     columns = [_parameter(p, dtype, input.device) for p in params]
     shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
 
     rows, stats = _dispatch(
         logits, index, weight, candidates, columns, epilogue, shared, impl,
-        o["ignore_index"], o["inplace_backward"], o["return_stats"],
+        o["ignore_index"], inplace, o["return_stats"],
     )  # fmt: skip
     loss = _reduce(rows, index, weight if mean_over_weights else None, o).reshape(
         target.shape if o["reduction"] == "none" else ()

@@ -73,6 +73,11 @@ class Statistics:
         for name, value in fields.items():
             setattr(self, name, value)
 
+    def only(self, statistics: tuple[str, ...]) -> Statistics:
+        """Without the optional ones that are not named, which may be here for other reasons."""
+        hidden = {field for name, fields in OPTIONAL.items() if name not in statistics for field in fields}
+        return Statistics(**{name: value for name, value in self.__dict__.items() if name not in hidden})
+
     def __getattr__(self, name: str) -> Tensor:
         for statistic, fields in OPTIONAL.items():
             if name in fields:

@@ -244,6 +244,10 @@ CASES: dict[str, Bad] = {
         ),
         ValueError, "inplace_backward", "(20, 5, 1)",
     ),
+    "a loss over the classes in place": flex(
+        ValueError, "inplace_backward", "compiled", loss_fn=lambda p, q, positive: p * q, over="classes",
+        inplace_backward=True,
+    ),
     "the reference in place": bad(
         lambda z, t: fl.cross_entropy(z, t, inplace_backward=True, impl="reference"),
         ValueError, "inplace_backward", "'reference'",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_losses import LOSSES, each_inplace_loss, each_loss
+from row_losses import INPLACE, LOSSES, each_inplace_loss, each_loss
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,7 +124,7 @@ def test_fakes_agree_with_kernels(
         assert len(reals) == len(fakes)
         for r, f in zip(reals, fakes, strict=True):
             assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
-            assert not r.isnan().any()  # memory that no kernel wrote
+            assert not (r.isnan() if r.is_floating_point() else r >= 21).any()  # memory that no kernel wrote
         return real
 
     statistics, index = agree(ops.row_statistics, *tensors, ignore_index, *picks, "cpu")
@@ -469,17 +469,15 @@ def test_saved_tensor_hooks(loss: Callable[..., Any], impl: str, generator: torc
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@each_loss
-def test_activation_checkpointing(
-    loss: Callable[..., Any], reentrant: bool, impl: str, generator: torch.Generator
-) -> None:
+@pytest.mark.parametrize("name", LOSSES)
+def test_activation_checkpointing(name: str, reentrant: bool, impl: str, generator: torch.Generator) -> None:
     hidden = torch.randn(4, 8, generator=generator, requires_grad=True)
     weight = torch.randn(8, 50, generator=generator, requires_grad=True)
     target = torch.randint(50, (4,), generator=generator)
-    options = {"impl": impl} | ({"inplace_backward": True} if impl != "reference" else {})
+    inplace = impl != "reference" and name in INPLACE
 
     def step(hidden: Tensor, weight: Tensor) -> Tensor:
-        return loss(hidden @ weight, target, **options)
+        return LOSSES[name](hidden @ weight, target, inplace_backward=inplace, impl=impl)
 
     results = [step(hidden, weight), checkpoint(step, hidden, weight, use_reentrant=reentrant)]
     assert torch.equal(*results)

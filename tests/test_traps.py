@@ -327,7 +327,7 @@ def test_first_block_all_minus_inf(
     loss: Callable[..., Any], masked: int, impl: str, generator: torch.Generator
 ) -> None:
     """An online softmax that starts from a block without a finite logit: exp(-inf - -inf) is NaN."""
-    visible, target = problem(2, CHUNK + 100, generator, torch.float64)
+    visible, target = problem(2, 500, generator, torch.float64)
     expected = loss(visible, target, reduction="none", impl=impl)
     slope = gradient(loss, visible, target, impl=impl)
     hidden = torch.full((2, masked), -torch.inf, dtype=torch.float64)
@@ -335,7 +335,7 @@ def test_first_block_all_minus_inf(
         result = loss(z, target + first, reduction="none", impl=impl)
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
         got = gradient(loss, z, target + first, impl=impl)
-        torch.testing.assert_close(got[:, first : first + CHUNK + 100], slope, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(got[:, first : first + 500], slope, rtol=1e-9, atol=1e-14)
         assert got.count_nonzero() == slope.count_nonzero()
 
 
@@ -820,16 +820,15 @@ def test_the_environment_names_the_default(
 
 
 @each_loss
-@pytest.mark.parametrize("shape", [(3, 40_000), (300, 700)], ids=["rows shared by threads", "rows to each thread"])
+@pytest.mark.parametrize("shape", [(3, 20_000), (300, 300)], ids=["rows shared by threads", "rows to each thread"])
 def test_same_bits_twice(
-    loss: Callable[..., Any], shape: tuple[int, int], impl: str, generator: torch.Generator
+    loss: Callable[..., Any], shape: tuple[int, int], compiled_impl: str, generator: torch.Generator
 ) -> None:
     """Sums whose order is that in which threads happen to finish."""
     z, target = problem(*shape, generator)
-    results = [(loss(z, target, impl=impl), gradient(loss, z, target, impl=impl)) for _ in range(3)]
-    for result, slope in results[1:]:
-        assert torch.equal(result, results[0][0])
-        assert torch.equal(slope, results[0][1])
+    results = [(loss(z, target, impl=compiled_impl), gradient(loss, z, target, impl=compiled_impl)) for _ in range(2)]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
 
 
 #: Losses with a compiled epilogue; the others call torch.log, of which the note below is true too.

@@ -444,6 +444,7 @@ class Engine {
         if constexpr (is_class_term<Functor>(ClassTerms{})) {
             const T z_slope = add_z_loss(s, loss);
             finish_class_term<Functor>(row, threads, s, params, z_slope, out.index[row], loss, coefficient);
+            for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = T(0);
         } else {
             RowGradient<T> g;
             g.b = scratch.b.data();

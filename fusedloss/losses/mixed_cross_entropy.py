@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..checks import check_logits, check_number, check_parameter
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def _mix(s: Statistics, alpha: Tensor, predicted_ce: Tensor) -> Tensor:
-    return (1 - alpha) * s.ce + alpha * predicted_ce
+    # A share of nothing is nothing, also of an infinite loss.
+    own = torch.where(alpha < 1, (1 - alpha) * s.ce, 0)
+    return own + torch.where(alpha > 0, alpha * predicted_ce, 0)
 
 
 _TOP_1 = Epilogue("mixed_cross_entropy", lambda s, alpha: _mix(s, alpha, s.top_ce), statistics=("top",))
