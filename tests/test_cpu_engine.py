@@ -108,16 +108,19 @@ def test_instruction_sets_agree(
 # Threads
 
 
-@pytest.mark.parametrize("shape", [(1, 100_000), (3, 40_000), (129, 700), (5, 9000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 60_000), (3, 25_000), (129, 700), (5, 9000)], ids=str)
 @pytest.mark.parametrize("name", INPLACE)
 def test_bits_do_not_depend_on_threads(
     name: str,
     shape: tuple[int, int],
+    dtype: torch.dtype,
     generator: torch.Generator,
     threads: Callable[[int], None],
 ) -> None:
     """Few rows are split over the threads, many are dealt to them, and one thread takes all: the same bits."""
-    z, target = problem(*shape, generator)
+    z, target = problem(*shape, generator, dtype)
+    z[:, shape[1] // 3] = z[:, -1] = z.max() + 1  # a tie that may fall to different threads
     target[shape[0] // 2 + 1 :: 5] = -100
     results = []
     for count in (1, 2, 3, 5):
@@ -141,31 +144,33 @@ def test_bits_do_not_depend_on_the_other_rows(
         assert torch.equal(alone, rows[i : i + 1])
 
 
-def test_the_gil_is_released(generator: torch.Generator, threads: Callable[[int], None]) -> None:
-    """While a kernel runs, other Python threads do: a data loader's, a progress bar's."""
+@pytest.mark.parametrize("pass_name", ["forward", "backward"])
+def test_the_gil_is_released(
+    pass_name: str, generator: torch.Generator, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a pass runs, other Python threads do: a data loader's, a progress bar's."""
     threads(1)
-    z, target = problem(64, 60_000, generator, torch.float64)
-    arguments = (z, target, None, None, [], "cross_entropy", 0.0, "all", 0.0, -100, 0, "cpu")
-    saved = ops.row_loss(*arguments)[1:]
-    span: dict[str, float] = {}
+    z, target = problem(128, 60_000, generator, torch.float64)
+    engine_pass = getattr(_engine, pass_name)
+    span = []
 
-    def kernels() -> None:
-        span["begin"] = time.perf_counter()
-        for _ in range(2):
-            ops.row_loss(*arguments)
-            ops.row_gradient_(z, target, None, *saved, None, [], "cross_entropy", -100, "cpu")
-        span["end"] = time.perf_counter()
+    def timed(*arguments: Any) -> None:
+        span.append(time.perf_counter())
+        engine_pass(*arguments)
+        span.append(time.perf_counter())
 
-    worker = threading.Thread(target=kernels)
+    monkeypatch.setattr(_engine, pass_name, timed)
+    arguments = (fl.cross_entropy, z, target)
+    worker = threading.Thread(target=rows_and_gradient, args=arguments, kwargs={"impl": "cpu"})
     ticks = []
     worker.start()
     while worker.is_alive():
         time.sleep(0.0005)
         ticks.append(time.perf_counter())
     worker.join()
-    during = [tick for tick in ticks if span["begin"] < tick < span["end"]]
-    # Between the four calls the interpreter is free in any case.
-    assert len(during) > 8, f"{len(during)} ticks in {span['end'] - span['begin']:.3f} s"
+    begin, end = span
+    during = [tick for tick in ticks if begin < tick < end]
+    assert len(during) > 3, f"{len(during)} ticks in {end - begin:.3f} s"
 
 
 def test_calls_from_several_threads_do_not_mix(generator: torch.Generator) -> None:
@@ -267,7 +272,8 @@ def test_exp_is_accurate_over_its_range(dtype: torch.dtype, instruction_set: str
     if dtype == torch.float64:  # the truth is as coarse there
         assert error.max() < 4 * torch.finfo(dtype).eps
     else:
-        assert error.max() < 1.5 * torch.finfo(dtype).eps
+        # Log(2) is rounded once: 2e-9 for each power of two, under what rounding x itself does to exp(x).
+        assert (error / (1.5 + x.abs() / 64)).max() < torch.finfo(dtype).eps
     beyond = torch.tensor([[lowest - 0.1, lowest - 10, deepest, -1e30, -torch.inf]], dtype=dtype)
     assert not _exponential(beyond).any()
     assert _exponential(torch.tensor([[torch.nan, -torch.nan]], dtype=dtype)).isnan().all()
@@ -453,3 +459,18 @@ def test_the_stub_names_what_is_there() -> None:
     stub = ast.parse((Path(fl.__file__).parent / "_engine.pyi").read_text(encoding="utf8"))
     declared = {node.name for node in stub.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     assert declared == {name for name in dir(_engine) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_very_different_height(dtype: torch.dtype, generator: torch.Generator, instruction_set: str) -> None:
+    """Exponentials are taken relative to a logit seen early, which later ones may exceed by little or by far."""
+    steps = torch.tensor([0.0, 5, 30, 31.5, 33, 60, 90, 300])
+    rise = steps[torch.randint(len(steps), (200, 20), generator=generator)].repeat_interleave(512, 1)
+    z = (torch.randn(200, 10_240, generator=generator) + rise).to(dtype)
+    z[:40, :300] = -torch.inf
+    z[20:60, 3000:9000] = -torch.inf
+    target = torch.randint(z.shape[1], (200,), generator=generator)
+    stats = fl.cross_entropy(z, target, reduction="none", return_stats=True, impl="cpu")[1]
+    exact = z.double().logsumexp(1)
+    torch.testing.assert_close(stats.lse.double(), exact, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=0)
+    assert torch.equal(stats.argmax, z.double().argmax(1))

@@ -22,6 +22,8 @@ namespace {
 
 constexpr int64_t kBlock = 2048;        // columns widened at a time: 8 KB of float stay in the L1 cache
 constexpr int64_t kChunk = 4 * kBlock;  // columns of one partial statistic
+constexpr int64_t kProbe = 256;         // columns whose largest logit is taken for about the largest of a chunk
+constexpr int kSlack = 32;              // how far a block's largest logit may be above it
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -38,7 +40,7 @@ struct alignas(64) Block {
 template <typename T>
 struct Best {
     T value;
-    int64_t index;  // negative: none
+    int64_t index;  // the first column of its block; negative: none
 };
 
 template <typename T>
@@ -83,40 +85,11 @@ FUSEDLOSS_ONE_COPY void merge(Partial<T>& x, const Partial<T>& y) {
     if (y.below.index >= 0 && (x.below.index < 0 || y.below.value > x.below.value)) x.below = y.below;
 }
 
-// The first of `count` columns that holds the value, or -1.
-template <typename T>
-int64_t find(const Block<T>& block, T value, int64_t count) {
-    using Bits = typename VectorOf<T>::Bits;
-    constexpr int width = VectorOf<T>::width;
-    Bits column = lanes<T>(), first = Bits{} + kBlock;
-    for (int64_t v = 0; v < block.vectors; ++v) {
-        const Bits here = block.at(v) == value ? column : Bits{} + kBlock;
-        first = here < first ? here : first;
-        column += width;
-    }
-    int64_t index = kBlock;
-    for (int lane = 0; lane < width; ++lane) index = std::min<int64_t>(index, first[lane]);
-    return index < count ? index : -1;
-}
-
 template <typename T>
 T max_of(const Block<T>& block) {
     auto max = splat(-kInfinity<T>);
     for (int64_t v = 0; v < block.vectors; ++v) max = greater(block.at(v), max);
     return largest<T>(max);
-}
-
-// sum of exp(value - max) over the block
-template <typename T>
-double sum_exp(const Block<T>& block, T max) {
-    auto sum0 = splat(T(0)), sum1 = splat(T(0));
-    int64_t v = 0;
-    for (; v + 1 < block.vectors; v += 2) {
-        sum0 += exp_nonpositive<T>(block.at(v) - max);
-        sum1 += exp_nonpositive<T>(block.at(v + 1) - max);
-    }
-    if (v < block.vectors) sum0 += exp_nonpositive<T>(block.at(v) - max);
-    return total<T>(sum0 + sum1);
 }
 
 template <typename T>
@@ -156,7 +129,7 @@ FUSEDLOSS_INLINE V negative_term(V p, const PowerSeries<T>& series, const T* par
         return Term::small_negative(p, weight, weight1, params, g);
     }
     const V q = T(1) - p;
-    const V weight = exp_nonpositive<T>(log_positive<T>(q) * Term::exponent(params));
+    const V weight = exp_bounded<T>(log_positive<T>(q) * Term::exponent(params));
     return Term::small_negative(p, weight, weight / q, params, g);
 }
 
@@ -309,18 +282,19 @@ class Engine {
         statistic[kTargetLogit * n] = target_logit;
         statistic[kMeanCe * n] = s.mean_ce;
         int k = 0;
-        const auto pick = [&](Best<T> best) {
-            scratch.pick_logit[k] = statistic[(kStatistics + k) * n] = best.value;
-            scratch.pick_index[k] = out.index[k * n + row] = best.index;
+        const auto pick = [&](T logit, int64_t index) {
+            scratch.pick_logit[k] = statistic[(kStatistics + k) * n] = logit;
+            scratch.pick_index[k] = out.index[k * n + row] = index;
             ++k;
         };
+        const int64_t top = rows_.top_k > 0 ? column_of(z, part.top) : -1;
         // A row of NaN alone has no largest logit; its loss is NaN, and any index will do.
-        if (rows_.top_k > 0) pick({part.top.value, std::max<int64_t>(part.top.index, 0)});
-        if (rows_.top_k > 1) pick(part.second);
-        if (rows_.below) pick(part.below);
+        if (rows_.top_k > 0) pick(part.top.value, std::max<int64_t>(top, 0));
+        if (rows_.top_k > 1) pick(part.second.value, column_of(z, part.second, top));
+        if (rows_.below) pick(part.below.value, column_of(z, part.below));
         for (int c = 0; c < rows_.candidate_count; ++c) {
             const int64_t index = rows_.candidates[row * rows_.candidate_count + c];
-            pick({read(z + index), index});
+            pick(read(z + index), index);
         }
         s.picks = k;
         s.pick_logit = scratch.pick_logit.data();
@@ -331,79 +305,160 @@ class Engine {
     FUSEDLOSS_ONE_COPY Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit,
                                        T reference) const {
         Partial<T> part;
-        Block<T> block;
+        // Exponentials are taken relative to some logit, at most kSlack below the largest so far: so each block is read
+        // once, for its maximum and its sum together.
+        T base = -kInfinity<T>;
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
-            block.vectors = vectors_for<T>(count);
-            T max = rows_.mean ? load_block<true>(z, from, count, reference, block, part.mean)
-                               : load_block<false>(z, from, count, reference, block, part.mean);
-            find_picks(block, from, count, max, target_logit, part);
-            if (target >= from && target < from + count) block.value[target - from] = -kInfinity<T>;
-            if (max > part.max) {
-                if (part.rest != 0) part.rest *= std::exp(double(part.max) - double(max));
-                part.max = max;
+            if (base == -kInfinity<T>) base = max_of(z + from, std::min(count, kProbe));
+            BlockSums sums = sum_block(z, from, count, target, base, reference);
+            if (sums.max > base + kSlack) {
+                if (part.rest != 0) part.rest *= std::exp(double(base) - double(sums.max));
+                base = sums.max;
+                sums = sum_block(z, from, count, target, base, reference);
             }
-            part.rest += sum_exp(block, finite_max(part.max));
+            part.max = std::max(part.max, sums.max);
+            part.rest += sums.rest;
+            part.mean += sums.mean;
+            keep_picks(z + from, from, count, sums.max, target_logit, part);
         }
+        if (part.max != base && part.rest != 0) part.rest *= std::exp(double(base) - double(part.max));
         return part;
     }
 
-    // Widens columns into the block; returns their maximum and adds up w (z - reference) where asked.
-    template <bool Mean>
-    T load_block(const S* z, int64_t from, int64_t count, T reference, Block<T>& block, double& mean) const {
-        V max0 = splat(-kInfinity<T>), sum = splat(T(0));
-        const T* const weight = class_weight();
-        const int64_t whole = count / width;
-        const S* const source = z + from;
-        int64_t v = 0;
-        for (; v < whole; ++v) {
-            const V x = load(source + v * width);
-            store(block.value + v * width, x);
-            max0 = greater(x, max0);
-            if (Mean) sum += weight ? (x - reference) * load(weight + from + v * width) : x - reference;
+    struct BlockSums {
+        T max;              // the largest logit
+        double rest, mean;  // as in Partial, but relative to the base
+    };
+
+    BlockSums sum_block(const S* z, int64_t from, int64_t count, int64_t target, T base, T reference) const {
+        base = finite_max(base);
+        const bool target_here = target >= from && target < from + count;
+        const int hole = target_here ? static_cast<int>(target - from) : -1;
+        if (rows_.mean) {
+            return target_here || class_weight() ? sum_columns<true, true>(z, from, count, hole, base, reference)
+                                                 : sum_columns<true, false>(z, from, count, hole, base, reference);
         }
-        if (v < block.vectors) {
-            const int rest = static_cast<int>(count - v * width);
-            const V x = load_part(source + v * width, rest, -kInfinity<T>, limit());
-            store(block.value + v * width, x);
-            max0 = greater(x, max0);
-            if (Mean) {
-                for (int lane = 0; lane < rest; ++lane) {
-                    mean += double(x[lane] - reference) * weight_of(from + v * width + lane);
-                }
-            }
-        }
-        if (Mean) mean += total<T>(sum);
-        return largest<T>(max0);
+        return target_here ? sum_columns<false, true>(z, from, count, hole, base, reference)
+                           : sum_columns<false, false>(z, from, count, hole, base, reference);
     }
 
-    void find_picks(Block<T>& block, int64_t from, int64_t count, T max, T target_logit, Partial<T>& part) const {
-        const auto best = [&](T value) {
-            const int64_t at = find(block, value, count);
-            return Best<T>{value, at < 0 ? -1 : from + at};
-        };
+    // The hole (the target's column in the block, or -1) and class weights need the columns in order.
+    template <bool Mean, bool InOrder>
+    BlockSums sum_columns(const S* z, int64_t from, int64_t count, int hole, T base, T reference) const {
+        V max = splat(-kInfinity<T>), rest = splat(T(0)), mean = splat(T(0));
+        const T* const weight = class_weight();
+        typename VectorOf<T>::Bits to_hole = lanes<T>() - hole;
+        each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
+            max = greater(x, max);
+            V e = exp_bounded<T>(x - base);
+            if (InOrder) {
+                e = to_hole == 0 ? V{} : e;
+                to_hole += width;
+            }
+            rest += e;
+            if (Mean) {
+                V ce = x - reference;
+                if (InOrder && weight) ce *= load_weight(from + at, size);
+                mean += size == width ? ce : lanes<T>() < size ? ce : V{};
+            }
+        });
+        return {largest<T>(max), total<T>(rest), total<T>(mean)};
+    }
+
+    V load_weight(int64_t column, int size) const {
+        const T* const weight = class_weight() + column;
+        return size == width ? load(weight) : load_part(weight, size, T(0), weight_limit());
+    }
+
+    // body(logits, first column, columns) for each vector of the columns; beyond them it is -inf. Out of order, where
+    // that is faster, the vectors of a pair begin at the same column.
+    template <bool InOrder, typename Body>
+    FUSEDLOSS_INLINE void each_vector(const S* z, int64_t count, const Body& body) const {
+        int64_t at = 0;
+        if constexpr (!InOrder && sizeof(S) == 2) {
+            for (; at + 2 * width <= count; at += 2 * width) {
+                prefetch_after(z + at);
+                const Pair x = load_pair(z + at);
+                body(x.even, at, width);
+                body(x.odd, at, width);
+            }
+        }
+        for (; at + width <= count; at += width) {
+            prefetch_after(z + at);
+            body(load(z + at), at, width);
+        }
+        const int rest = static_cast<int>(count - at);
+        if (rest > 0) body(load_part(z + at, rest, -kInfinity<T>, limit()), at, rest);
+    }
+
+    // Top, second and below are kept as values and the blocks that hold them.
+    void keep_picks(const S* z, int64_t from, int64_t count, T max, T target_logit, Partial<T>& part) const {
         const Best<T>& least = rows_.top_k > 1 ? part.second : part.top;
         if (rows_.top_k > 0 && (least.index < 0 || max > least.value)) {
-            const Best<T> top = best(max);
-            insert(part.top, part.second, top);
-            if (rows_.top_k > 1 && top.index >= 0) {
-                block.value[top.index - from] = -kInfinity<T>;
-                Best<T> second = best(max_of(block));
-                // where all else is -inf, the hole itself may be found first
-                if (second.index == top.index) second.index = count > 1 ? from + (top.index == from ? 1 : 0) : -1;
-                insert(part.top, part.second, second);
-                block.value[top.index - from] = top.value;
-            }
+            insert(part.top, part.second, {max, from});
+            if (rows_.top_k > 1) insert(part.top, part.second, {max_but(z, count, find(z, count, max)), from});
         }
         if (rows_.below) {
-            V below = splat(-kInfinity<T>);
-            for (int64_t v = 0; v < block.vectors; ++v) {
-                const V x = block.at(v);
-                below = greater(x < target_logit ? x : splat(-kInfinity<T>), below);
-            }
-            const T value = largest<T>(below);
-            if (value > part.below.value) part.below = best(value);
+            const T below = max_below(z, count, target_logit);
+            if (below > part.below.value) part.below = {below, from};
         }
+    }
+
+    // The column of a kept pick that is not `but`; negative if there is none.
+    int64_t column_of(const S* z, const Best<T>& pick, int64_t but = -1) const {
+        if (pick.index < 0) return -1;
+        const int64_t count = std::min(kBlock, rows_.classes - pick.index);
+        int64_t column = find(z + pick.index, count, pick.value);
+        if (column >= 0 && pick.index + column == but) {
+            const int64_t next = column + 1;
+            column = find(z + but + 1, count - next, pick.value);
+            if (column >= 0) column += next;
+        }
+        return column < 0 ? -1 : pick.index + column;
+    }
+
+    // The first of the columns that holds the value; negative if none does.
+    FUSEDLOSS_ONE_COPY int64_t find(const S* z, int64_t count, T value) const {
+        using Bits = typename VectorOf<T>::Bits;
+        Bits column = lanes<T>(), first = Bits{} + kBlock;
+        each_vector<true>(z, count, [&](V x, int64_t, int) {
+            const Bits here = x == value ? column : Bits{} + kBlock;
+            first = here < first ? here : first;
+            column += width;
+        });
+        int64_t index = kBlock;
+        for (int lane = 0; lane < width; ++lane) index = std::min<int64_t>(index, first[lane]);
+        return index < count ? index : -1;
+    }
+
+    FUSEDLOSS_ONE_COPY T max_of(const S* z, int64_t count) const {
+        V max = splat(-kInfinity<T>);
+        each_vector<false>(z, count, [&](V x, int64_t, int) { max = greater(x, max); });
+        return largest<T>(max);
+    }
+
+    // The largest logit of the columns but one.
+    T max_but(const S* z, int64_t count, int64_t but) const {
+        return but < 0 ? max_of(z, count) : std::max(max_of(z, but), max_of(z + but + 1, count - but - 1));
+    }
+
+    // The largest logit below a bound.
+    FUSEDLOSS_ONE_COPY T max_below(const S* z, int64_t count, T bound) const {
+        V max = splat(-kInfinity<T>);
+        each_vector<false>(z, count,
+                           [&](V x, int64_t, int) { max = greater(x < bound ? x : splat(-kInfinity<T>), max); });
+        return largest<T>(max);
+    }
+
+    // Widens columns into the block; returns their maximum.
+    T load_block(const S* z, int64_t from, int64_t count, Block<T>& block) const {
+        V max = splat(-kInfinity<T>);
+        each_vector<true>(z + from, count, [&](V x, int64_t at, int) {
+            store(block.value + at, x);
+            max = greater(x, max);
+        });
+        return largest<T>(max);
     }
 
     // An ignored row is not looked at. It gets the statistics of two equal logits, one of them the target, so
@@ -515,19 +570,18 @@ class Engine {
                                           int64_t top, const T* params, const PowerSeries<T>& series) const {
         ClassPartial part;
         Block<T> block;
-        double unused = 0;
         const T inverse = T(1) / s.sum_exp;
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             block.vectors = vectors_for<T>(count);
-            T max = load_block<false>(z, from, count, T(0), block, unused);
+            T max = load_block(z, from, count, block);
             bool holes = false;
             for (const int64_t column : {top, s.target}) {
                 if (column < from || column >= from + count) continue;
                 block.value[column - from] = -kInfinity<T>;  // p = 0 adds nothing
                 holes = true;
             }
-            if (holes) max = max_of(block);
+            if (holes) max = FUSEDLOSS_ISA::max_of(block);
             const bool small = std::exp(max - s.max) * inverse <= series.limit;
             if (small) {
                 sum_terms<true, Term>(block, from, count, s.max, inverse, params, series, part);
@@ -542,17 +596,15 @@ class Engine {
     void sum_terms(const Block<T>& block, int64_t from, int64_t count, T max, T inverse, const T* params,
                    const PowerSeries<T>& series, ClassPartial& part) const {
         V rest = splat(T(0)), loss = splat(T(0)), slope = splat(T(0));
-        const T* const weight = class_weight();
+        const bool weight = class_weight() != nullptr;
         for (int64_t v = 0; v < block.vectors; ++v) {
-            const V e = exp_nonpositive<T>(block.at(v) - max);
+            const V e = exp_bounded<T>(block.at(v) - max);
             const V p = e * inverse;
             V g;
             V f = negative_term<Small, Term>(p, series, params, g);
             if (weight) {
-                const int64_t left = count - v * width;
-                const V w = left >= width
-                                ? load(weight + from + v * width)
-                                : load_part(weight + from + v * width, static_cast<int>(left), T(0), weight_limit());
+                const V w =
+                    load_weight(from + v * width, static_cast<int>(std::min<int64_t>(count - v * width, width)));
                 f *= w;
                 g *= w;
             }
@@ -638,20 +690,25 @@ class Engine {
     // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
     template <int Smooth>
     FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
-        const auto formula = [&](V x, V w) {
-            const V p = exp_nonpositive<T>(x - max) * a;
-            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - w * u;
+        const auto formula = [&](V x, int64_t column, int size) {
+            const V p = exp_bounded<T>(x - max) * a;
+            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
         };
-        const T* const weight = class_weight();
         int64_t column = begin;
+        if constexpr (Smooth < 2 && sizeof(S) == 2) {
+            for (; column + 2 * width <= end; column += 2 * width) {
+                prefetch_after(z + column);
+                const Pair x = load_pair(z + column);
+                store_pair(grad + column, {formula(x.even, column, width), formula(x.odd, column, width)});
+            }
+        }
         for (; column + width <= end; column += width) {
-            store(grad + column, formula(load(z + column), Smooth == 2 ? load(weight + column) : V{}));
+            prefetch_after(z + column);
+            store(grad + column, formula(load(z + column), column, width));
         }
         if (column < end) {
             const int rest = static_cast<int>(end - column);
-            store_part(grad + column, rest,
-                       formula(load_part(z + column, rest, T(0), limit()),
-                               Smooth == 2 ? load_part(weight + column, rest, T(0), weight_limit()) : V{}));
+            store_part(grad + column, rest, formula(load_part(z + column, rest, T(0), limit()), column, rest));
         }
     }
 
@@ -660,11 +717,10 @@ class Engine {
     FUSEDLOSS_ONE_COPY void class_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T inverse,
                                            T upstream, T shift, const T* params, const PowerSeries<T>& series) const {
         Block<T> block;
-        double unused = 0;
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             block.vectors = vectors_for<T>(count);
-            const T block_max = load_block<false>(z, from, count, T(0), block, unused);
+            const T block_max = load_block(z, from, count, block);
             const bool small = std::exp(block_max - max) * inverse <= series.limit;
             if (small) {
                 write_terms<true, Term>(block, grad + from, from, count, max, inverse, upstream, shift, params, series);
@@ -678,17 +734,14 @@ class Engine {
     template <bool Small, typename Term>
     void write_terms(const Block<T>& block, S* grad, int64_t from, int64_t count, T max, T inverse, T upstream, T shift,
                      const T* params, const PowerSeries<T>& series) const {
-        const T* const weight = class_weight();
+        const bool weight = class_weight() != nullptr;
         for (int64_t v = 0; v < block.vectors; ++v) {
             const int64_t column = v * width;
             const int left = static_cast<int>(std::min<int64_t>(count - column, width));
-            const V p = exp_nonpositive<T>(block.at(v) - max) * inverse;
+            const V p = exp_bounded<T>(block.at(v) - max) * inverse;
             V g;
             negative_term<Small, Term>(p, series, params, g);
-            if (weight) {
-                g *= left == width ? load(weight + from + column)
-                                   : load_part(weight + from + column, left, T(0), weight_limit());
-            }
+            if (weight) g *= load_weight(from + column, left);
             const V value = p * (g - shift) * upstream;
             if (left == width) {
                 store(grad + column, value);
