@@ -21,7 +21,8 @@
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
 #else
-#define FUSEDLOSS_HD inline
+// Inlined always, because vectors that cross a call go through memory.
+#define FUSEDLOSS_HD inline __attribute__((always_inline))
 #endif
 
 namespace fusedloss {
@@ -126,10 +127,11 @@ struct DscMath {
     template <typename T>
     static FUSEDLOSS_HD T positive(T p, T q, const T* params, T& h) {
         const T alpha = params[0], smooth = params[1], squared = params[2], self_adjust = params[3];
-        const T weight = power(q, alpha);
+        // 1 - u without cancellation, from q^alpha - 1 = expm1(alpha log q)
+        const T weight_1 = alpha == T(0) ? T(0) : q > T(0) ? std::expm1(alpha * std::log(q)) : T(-1);
+        const T weight = weight_1 > T(-0.5) ? T(1) + weight_1 : power(q, alpha);
         const T u = weight * p;
-        // 1 - u without cancellation, from 1 - q^alpha = -expm1(alpha log q)
-        const T rest = alpha == T(0) ? q : (q > T(0) ? q - p * std::expm1(alpha * std::log(q)) : T(1));
+        const T rest = q - p * weight_1;
         const T du = weight * (self_adjust != T(0) ? turn(p, q, alpha) : q);
         if (squared != T(0)) {
             const T denominator = u * u + T(1) + smooth;

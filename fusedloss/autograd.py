@@ -53,10 +53,13 @@ class _RowLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, target, weight, candidates, statistics, index, coefficients, *params)
         ctx.settings = settings
         ctx.mark_non_differentiable(statistics, index)
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
         return loss, statistics, index
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         logits, target, weight, candidates, statistics, index, coefficients, *params = ctx.saved_tensors
         epilogue, shared, ignore_index, _, inplace, impl = ctx.settings
         if torch.is_grad_enabled():

@@ -20,22 +20,13 @@ namespace fusedloss {
 namespace FUSEDLOSS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;        // columns widened at a time: 8 KB of float stay in the L1 cache
+constexpr int64_t kBlock = 2048;        // columns looked at together: 8 KB of float stay in the L1 cache
 constexpr int64_t kChunk = 4 * kBlock;  // columns of one partial statistic
 constexpr int64_t kProbe = 256;         // columns whose largest logit is taken for about the largest of a chunk
 constexpr int kSlack = 32;              // how far a block's largest logit may be above it
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
-// Widened columns of a row; the tail of the last vector is -inf, which adds nothing to a sum of exponentials.
-template <typename T>
-struct alignas(64) Block {
-    T value[kBlock];
-    int64_t vectors;
-
-    auto at(int64_t v) const { return load(value + v * VectorOf<T>::width); }
-};
 
 template <typename T>
 struct Best {
@@ -85,18 +76,6 @@ FUSEDLOSS_ONE_COPY void merge(Partial<T>& x, const Partial<T>& y) {
     if (y.below.index >= 0 && (x.below.index < 0 || y.below.value > x.below.value)) x.below = y.below;
 }
 
-template <typename T>
-T max_of(const Block<T>& block) {
-    auto max = splat(-kInfinity<T>);
-    for (int64_t v = 0; v < block.vectors; ++v) max = greater(block.at(v), max);
-    return largest<T>(max);
-}
-
-template <typename T>
-int64_t vectors_for(int64_t columns) {
-    return (columns + VectorOf<T>::width - 1) / VectorOf<T>::width;
-}
-
 // (1 - p)^alpha and (1 - p)^(alpha - 1) as series: exact to the type up to `limit`, which almost every
 // probability of a large vocabulary is below.
 template <typename T>
@@ -107,8 +86,8 @@ struct PowerSeries {
     explicit PowerSeries(T alpha) {
         weight[0] = weight1[0] = 1;
         for (int k = 1; k < terms; ++k) {
-            weight[k] = weight[k - 1] * (T(k - 1) - alpha) / T(k);
-            weight1[k] = weight1[k - 1] * (T(k) - alpha) / T(k);
+            weight[k] = weight[k - 1] * (T(k - 1) - alpha) * (T(1) / T(k));
+            weight1[k] = weight1[k - 1] * (T(k) - alpha) * (T(1) / T(k));
         }
         limit = (sizeof(T) == 4 ? T(0x1p-6) : T(0x1p-12)) / (T(1) + alpha);
     }
@@ -153,9 +132,9 @@ template <typename T>
 struct Scratch {
     std::vector<T> pick_logit, b;
     std::vector<int64_t> pick_index;
-    std::vector<Exception<T>> exceptions;
+    std::vector<Exception<T>> exceptions;  // room for every pick, the target and the top class
 
-    explicit Scratch(int picks) : pick_logit(picks), b(picks), pick_index(picks) {}
+    explicit Scratch(int picks) : pick_logit(picks), b(picks), pick_index(picks), exceptions(picks + 2) {}
 };
 
 template <typename S>
@@ -397,7 +376,8 @@ class Engine {
         const Best<T>& least = rows_.top_k > 1 ? part.second : part.top;
         if (rows_.top_k > 0 && (least.index < 0 || max > least.value)) {
             insert(part.top, part.second, {max, from});
-            if (rows_.top_k > 1) insert(part.top, part.second, {max_but(z, count, find(z, count, max)), from});
+            if (rows_.top_k > 1)
+                insert(part.top, part.second, {max_but(z, count, static_cast<int>(find(z, count, max))), from});
         }
         if (rows_.below) {
             const T below = max_below(z, count, target_logit);
@@ -427,8 +407,7 @@ class Engine {
             first = here < first ? here : first;
             column += width;
         });
-        int64_t index = kBlock;
-        for (int lane = 0; lane < width; ++lane) index = std::min<int64_t>(index, first[lane]);
+        const int64_t index = least<T>(first);
         return index < count ? index : -1;
     }
 
@@ -438,9 +417,16 @@ class Engine {
         return largest<T>(max);
     }
 
-    // The largest logit of the columns but one.
-    T max_but(const S* z, int64_t count, int64_t but) const {
-        return but < 0 ? max_of(z, count) : std::max(max_of(z, but), max_of(z + but + 1, count - but - 1));
+    // The largest logit of the columns but two (-1: none).
+    FUSEDLOSS_ONE_COPY T max_but(const S* z, int64_t count, int hole, int other = -1) const {
+        V max = splat(-kInfinity<T>);
+        auto to_hole = lanes<T>() - hole, to_other = lanes<T>() - other;
+        each_vector<true>(z, count, [&](V x, int64_t, int) {
+            max = greater((to_hole == 0) | (to_other == 0) ? splat(-kInfinity<T>) : x, max);
+            to_hole += width;
+            to_other += width;
+        });
+        return largest<T>(max);
     }
 
     // The largest logit below a bound.
@@ -448,16 +434,6 @@ class Engine {
         V max = splat(-kInfinity<T>);
         each_vector<false>(z, count,
                            [&](V x, int64_t, int) { max = greater(x < bound ? x : splat(-kInfinity<T>), max); });
-        return largest<T>(max);
-    }
-
-    // Widens columns into the block; returns their maximum.
-    T load_block(const S* z, int64_t from, int64_t count, Block<T>& block) const {
-        V max = splat(-kInfinity<T>);
-        each_vector<true>(z + from, count, [&](V x, int64_t at, int) {
-            store(block.value + at, x);
-            max = greater(x, max);
-        });
         return largest<T>(max);
     }
 
@@ -538,9 +514,8 @@ class Engine {
         double rest = part.rest, slope = part.slope, sum = part.loss;
         T target_p = 0, target_g = 0;
         if (s.target != top) {
-            const T e = std::exp(read(z + s.target) - s.max);
-            rest += e;
-            target_p = e * inverse;
+            rest += s.p * s.sum_exp;
+            target_p = s.p;
             T h;
             sum += weight_of(s.target) * Term::positive(target_p, T(1) - target_p, params, h);
             target_g = weight_of(s.target) * h / (T(1) - target_p);
@@ -569,49 +544,54 @@ class Engine {
     FUSEDLOSS_ONE_COPY ClassPartial sweep(const S* z, int64_t begin, int64_t end, const RowStatistics<T>& s,
                                           int64_t top, const T* params, const PowerSeries<T>& series) const {
         ClassPartial part;
-        Block<T> block;
         const T inverse = T(1) / s.sum_exp;
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
-            block.vectors = vectors_for<T>(count);
-            T max = load_block(z, from, count, block);
-            bool holes = false;
-            for (const int64_t column : {top, s.target}) {
-                if (column < from || column >= from + count) continue;
-                block.value[column - from] = -kInfinity<T>;  // p = 0 adds nothing
-                holes = true;
-            }
-            if (holes) max = FUSEDLOSS_ISA::max_of(block);
-            const bool small = std::exp(max - s.max) * inverse <= series.limit;
-            if (small) {
-                sum_terms<true, Term>(block, from, count, s.max, inverse, params, series, part);
+            const auto here = [&](int64_t column) {
+                return column >= from && column < from + count ? static_cast<int>(column - from) : -1;
+            };
+            const int hole = here(top), other = here(s.target);
+            const bool holes = hole >= 0 || other >= 0;
+            const auto max = [&] { return holes ? max_but(z + from, count, hole, other) : max_of(z + from, count); };
+            const bool small = count > width && std::exp(max() - s.max) * inverse <= series.limit;
+            const auto add = [&](auto is_small, auto in_order) {
+                sum_terms<is_small, in_order, Term>(z, from, count, hole, other, s.max, inverse, params, series, part);
+            };
+            using Yes = std::true_type;
+            using No = std::false_type;
+            if (holes || class_weight()) {
+                small ? add(Yes(), Yes()) : add(No(), Yes());
             } else {
-                sum_terms<false, Term>(block, from, count, s.max, inverse, params, series, part);
+                small ? add(Yes(), No()) : add(No(), No());
             }
         }
         return part;
     }
 
-    template <bool Small, typename Term>
-    void sum_terms(const Block<T>& block, int64_t from, int64_t count, T max, T inverse, const T* params,
+    template <bool Small, bool InOrder, typename Term>
+    void sum_terms(const S* z, int64_t from, int64_t count, int hole, int other, T max, T inverse, const T* params,
                    const PowerSeries<T>& series, ClassPartial& part) const {
         V rest = splat(T(0)), loss = splat(T(0)), slope = splat(T(0));
-        const bool weight = class_weight() != nullptr;
-        for (int64_t v = 0; v < block.vectors; ++v) {
-            const V e = exp_bounded<T>(block.at(v) - max);
+        auto to_hole = lanes<T>() - hole, to_other = lanes<T>() - other;
+        each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
+            V e = exp_bounded<T>(x - max);
+            if (InOrder) {
+                e = (to_hole == 0) | (to_other == 0) ? V{} : e;  // p = 0 adds nothing
+                to_hole += width;
+                to_other += width;
+            }
             const V p = e * inverse;
             V g;
             V f = negative_term<Small, Term>(p, series, params, g);
-            if (weight) {
-                const V w =
-                    load_weight(from + v * width, static_cast<int>(std::min<int64_t>(count - v * width, width)));
+            if (InOrder && class_weight()) {
+                const V w = load_weight(from + at, size);
                 f *= w;
                 g *= w;
             }
             rest += e;
             loss += f;
             slope += p * g;
-        }
+        });
         part.rest += total<T>(rest);
         part.loss += total<T>(loss);
         part.slope += total<T>(slope);
@@ -640,14 +620,14 @@ class Engine {
         const T target_gradient = coefficient[kTargetGradient * n] * upstream;
 
         // Read before the logits are overwritten, written after.
-        std::vector<Exception<T>>& exceptions = scratch.exceptions;
-        exceptions.clear();
-        exceptions.push_back({target, target_gradient});
+        Exception<T>* const exceptions = scratch.exceptions.data();
+        Exception<T>* last = exceptions;
+        *last++ = {target, target_gradient};
         if constexpr (is_class_term<Functor>(ClassTerms{})) {
             T params[kMaxParams];
             params_of(row, params);
             const PowerSeries<T> series(Functor::exponent(params));
-            exceptions.push_back({gradient.index[row], coefficient[kTopGradient * n] * upstream});
+            *last++ = {gradient.index[row], coefficient[kTopGradient * n] * upstream};
             const T shift = coefficient[kShift * n];
             over_chunks(threads, [&](int64_t begin, int64_t end) {
                 class_gradient<Functor>(z, grad, begin, end, max, inverse, upstream, shift, params, series);
@@ -660,11 +640,8 @@ class Engine {
                 const T b = coefficient[(kCoefficients + k) * n] * upstream;
                 if (column < 0 || b == T(0)) continue;
                 const auto same = [&](const Exception<T>& x) { return x.column == column; };
-                auto at = std::find_if(exceptions.begin(), exceptions.end(), same);
-                if (at == exceptions.end()) {
-                    const T value = a * std::exp(read(z + column) - max) - u * weight_of(column);
-                    at = exceptions.insert(at, Exception<T>{column, value});
-                }
+                Exception<T>* const at = std::find_if(exceptions, last, same);
+                if (at == last) *last++ = {column, a * std::exp(read(z + column) - max) - u * weight_of(column)};
                 at->value -= b;
             }
             over_chunks(threads, [&](int64_t begin, int64_t end) {
@@ -677,7 +654,7 @@ class Engine {
                 }
             });
         }
-        for (const Exception<T>& x : exceptions) write(grad + x.column, x.value);
+        for (const Exception<T>* x = exceptions; x != last; ++x) write(grad + x->column, x->value);
     }
 
     template <typename Body>
@@ -687,15 +664,11 @@ class Engine {
                      [&](int64_t begin, int64_t end) { body(begin * kChunk, std::min(end * kChunk, rows_.classes)); });
     }
 
-    // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
-    template <int Smooth>
-    FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
-        const auto formula = [&](V x, int64_t column, int size) {
-            const V p = exp_bounded<T>(x - max) * a;
-            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
-        };
+    // grad[column] = formula(logits, column, columns), a vector at a time; the two may be the same memory.
+    template <bool InOrder, typename Formula>
+    FUSEDLOSS_INLINE void transform(const S* z, S* grad, int64_t begin, int64_t end, const Formula& formula) const {
         int64_t column = begin;
-        if constexpr (Smooth < 2 && sizeof(S) == 2) {
+        if constexpr (!InOrder && sizeof(S) == 2) {
             for (; column + 2 * width <= end; column += 2 * width) {
                 prefetch_after(z + column);
                 const Pair x = load_pair(z + column);
@@ -712,41 +685,38 @@ class Engine {
         }
     }
 
+    // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
+    template <int Smooth>
+    FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
+        transform<Smooth == 2>(z, grad, begin, end, [&](V x, int64_t column, int size) {
+            const V p = exp_bounded<T>(x - max) * a;
+            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
+        });
+    }
+
     // p (w g - shift)
     template <typename Term>
     FUSEDLOSS_ONE_COPY void class_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T inverse,
                                            T upstream, T shift, const T* params, const PowerSeries<T>& series) const {
-        Block<T> block;
+        const auto formula = [&](auto small) {
+            return [&, small](V x, int64_t column, int size) {
+                const V p = exp_bounded<T>(x - max) * inverse;
+                V g;
+                negative_term<small, Term>(p, series, params, g);
+                if (class_weight()) g *= load_weight(column, size);
+                return p * (g - shift) * upstream;
+            };
+        };
         for (int64_t from = begin; from < end; from += kBlock) {
-            const int64_t count = std::min(kBlock, end - from);
-            block.vectors = vectors_for<T>(count);
-            const T block_max = load_block(z, from, count, block);
-            const bool small = std::exp(block_max - max) * inverse <= series.limit;
-            if (small) {
-                write_terms<true, Term>(block, grad + from, from, count, max, inverse, upstream, shift, params, series);
+            const int64_t to = std::min(from + kBlock, end);
+            const bool small =
+                to - from > width && std::exp(max_of(z + from, to - from) - max) * inverse <= series.limit;
+            if (class_weight()) {
+                small ? transform<true>(z, grad, from, to, formula(std::true_type()))
+                      : transform<true>(z, grad, from, to, formula(std::false_type()));
             } else {
-                write_terms<false, Term>(block, grad + from, from, count, max, inverse, upstream, shift, params,
-                                         series);
-            }
-        }
-    }
-
-    template <bool Small, typename Term>
-    void write_terms(const Block<T>& block, S* grad, int64_t from, int64_t count, T max, T inverse, T upstream, T shift,
-                     const T* params, const PowerSeries<T>& series) const {
-        const bool weight = class_weight() != nullptr;
-        for (int64_t v = 0; v < block.vectors; ++v) {
-            const int64_t column = v * width;
-            const int left = static_cast<int>(std::min<int64_t>(count - column, width));
-            const V p = exp_bounded<T>(block.at(v) - max) * inverse;
-            V g;
-            negative_term<Small, Term>(p, series, params, g);
-            if (weight) g *= load_weight(from + column, left);
-            const V value = p * (g - shift) * upstream;
-            if (left == width) {
-                store(grad + column, value);
-            } else {
-                store_part(grad + column, left, value);
+                small ? transform<false>(z, grad, from, to, formula(std::true_type()))
+                      : transform<false>(z, grad, from, to, formula(std::false_type()));
             }
         }
     }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 // One copy of a piece of arithmetic: where it is compiled into several loops, multiplications and additions may be
 // fused differently in each, and a result's last bit would depend on which loop ran.
@@ -215,26 +216,35 @@ FUSEDLOSS_INLINE V greater(V x, V y) {
 }
 
 // Folds the lanes of a vector, half against half.
-template <typename T, typename Fold>
-FUSEDLOSS_INLINE T fold_lanes(typename VectorOf<T>::Value v, const Fold& fold) {
-    T lane[VectorOf<T>::width];
-    std::memcpy(lane, &v, sizeof lane);
-#pragma GCC unroll 4
-    for (int half = VectorOf<T>::width / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-        for (int i = 0; i < half; ++i) lane[i] = fold(lane[i], lane[i + half]);
+template <typename T, int bytes, typename V, typename Fold>
+FUSEDLOSS_INLINE T fold_lanes(const V& v, const Fold& fold) {
+    if constexpr (bytes <= 16) {
+        T lane[bytes / sizeof(T)];
+        std::memcpy(lane, &v, bytes);
+        if constexpr (sizeof(T) == 8) return fold(lane[0], lane[1]);
+        return fold(fold(lane[0], lane[2]), fold(lane[1], lane[3]));
+    } else {
+        typedef T Half __attribute__((vector_size(bytes / 2)));
+        Half half[2];
+        std::memcpy(half, &v, bytes);
+        return fold_lanes<T, bytes / 2>(fold(half[0], half[1]), fold);
     }
-    return lane[0];
 }
 
 template <typename T>
 FUSEDLOSS_INLINE T largest(typename VectorOf<T>::Value v) {
-    return fold_lanes<T>(v, [](T x, T y) { return x > y ? x : y; });
+    return fold_lanes<T, kVectorBytes>(v, [](auto x, auto y) { return x > y ? x : y; });
 }
 
 template <typename T>
 FUSEDLOSS_INLINE T total(typename VectorOf<T>::Value v) {
-    return fold_lanes<T>(v, [](T x, T y) { return x + y; });
+    return fold_lanes<T, kVectorBytes>(v, [](auto x, auto y) { return x + y; });
+}
+
+template <typename T>
+FUSEDLOSS_INLINE auto least(typename VectorOf<T>::Bits v) {
+    using Bit = std::remove_reference_t<decltype(v[0])>;
+    return fold_lanes<Bit, kVectorBytes>(v, [](auto x, auto y) { return x < y ? x : y; });
 }
 
 // --- exp(x) for x <= 80 (or NaN): 2^n times a polynomial on [-log(2)/2, log(2)/2] ---
