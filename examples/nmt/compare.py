@@ -138,7 +138,7 @@ def _child(side: str, path: str) -> None:
     torch.manual_seed(plan["seed"])
     size, batches = Size(*plan["size"]), [Batch(*batch) for batch in plan["batches"]]
     model = Transformer(size, PAD)
-    optimizer = MuonAdamW(model, plan["lr"], plan["dtype"])
+    optimizer = MuonAdamW(model, plan["lr"])
 
     def loss_of(logits: Tensor, target: Tensor) -> Tensor:
         if side == "fused":

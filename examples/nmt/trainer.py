@@ -64,7 +64,7 @@ class Trainer:
             ),
             PAD,
         )
-        self.optimizer = MuonAdamW(self.model, config.lr, config.dtype)
+        self.optimizer = MuonAdamW(self.model, config.lr)
         self.sampler = TrainingBatches(examples, config.batch_tokens, config.seed)
         self._batches = iter(self.sampler)
         self.step = 0  # updates made; the learning rate and alpha follow from it
