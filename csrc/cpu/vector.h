@@ -196,12 +196,17 @@ template <typename S>
 FUSEDLOSS_INLINE typename ComputeOf<S>::type read(const S* source) {
     return load_part(source, 1, typename ComputeOf<S>::type(0), source + 1)[0];
 }
+FUSEDLOSS_INLINE float read(const bfloat16* source) { return bit_cast<float>(uint32_t(source->bits) << 16); }
 FUSEDLOSS_INLINE float read(const float* source) { return *source; }
 FUSEDLOSS_INLINE double read(const double* source) { return *source; }
 
 template <typename S>
 FUSEDLOSS_INLINE void write(S* to, typename ComputeOf<S>::type value) {
     store_part(to, 1, splat(value));
+}
+FUSEDLOSS_INLINE void write(bfloat16* to, float value) {
+    const uint32_t w = bit_cast<uint32_t>(value);
+    to->bits = static_cast<uint16_t>((value == value ? w + 0x7fffu + ((w >> 16) & 1u) : w | 0x400000u) >> 16);
 }
 FUSEDLOSS_INLINE void write(float* to, float value) { *to = value; }
 FUSEDLOSS_INLINE void write(double* to, double value) { *to = value; }
