@@ -48,7 +48,7 @@ BOTH = FLOAT + HALF
 
 QUICK = Extent({(4096, 9): FLOAT, MAIN: FLOAT}, variants=(), seconds=1, rounds=3)
 DEFAULT = Extent(
-    {(4096, 9): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): HALF}, variants=FLOAT, seconds=2, rounds=3
+    {(4096, 9): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): HALF}, variants=FLOAT, seconds=2, rounds=5
 )
 # From the tags of named entities through translation to the largest vocabularies.
 FULL = Extent(

@@ -2,11 +2,11 @@
 
 from importlib.metadata import version as _version
 
-from .losses.cross_entropy import cross_entropy
-from .losses.dsc import dice_loss, dsc_loss
-from .losses.flex import flex_loss
-from .losses.focal import focal_loss
-from .losses.mixed_cross_entropy import alpha_schedule, mixed_cross_entropy
+from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
+from .losses.flex import flex_loss, linear_flex_loss
+from .losses.focal import focal_loss, linear_focal_loss
+from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .statistics import RowStats, Statistics
 
 __version__ = _version("fusedloss")
@@ -20,5 +20,10 @@ __all__ = [
     "dsc_loss",
     "flex_loss",
     "focal_loss",
+    "linear_cross_entropy",
+    "linear_dsc_loss",
+    "linear_flex_loss",
+    "linear_focal_loss",
+    "linear_mixed_cross_entropy",
     "mixed_cross_entropy",
 ]

@@ -1,10 +1,12 @@
 """The autograd functions over the operators. Thin: an operator forward, an operator backward.
 
-A backward that is itself to be differentiated (create_graph=True) goes through the dense reference instead.
+Their source is logits in hand, or a :class:`~fusedloss.projection.Projection`: hidden states, weight and bias. A
+backward that is itself to be differentiated (create_graph=True) goes through the dense reference instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +15,20 @@ from torch import Tensor
 from . import ops
 from .backends import reference
 from .epilogue import Epilogue, Shared
+from .projection import Form, Projection, dense_logits
 from .statistics import Columns, Picks, dense_columns
+
+Source = Tensor | Projection
+
+
+def _apply(function: type[torch.autograd.Function], source: Source, settings: tuple[Any, ...], *tensors: Any) -> Any:
+    if isinstance(source, Projection):
+        return function.apply(source.hidden, source.weight, source.bias, (source.form, *settings), *tensors)
+    return function.apply(source, None, None, (None, *settings), *tensors)
 
 
 def row_loss(
-    logits: Tensor,
+    source: Source,
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
@@ -29,28 +40,51 @@ def row_loss(
     inplace: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Row losses (N,) by a compiled epilogue, with detached statistics and pick indices; differentiable in logits."""
+    """Row losses (N,) by a compiled epilogue, differentiable, and detached statistics and pick indices."""
     settings = (epilogue, shared, ignore_index, top_k, inplace, impl)
-    return _RowLoss.apply(logits, target, weight, candidates, settings, *params)
+    return _apply(_RowLoss, source, settings, target, weight, candidates, *params)
+
+
+def linear_sum(
+    source: Projection,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    row_weight: Tensor | None,
+    epilogue: Epilogue,
+    shared: Shared,
+    ignore_index: int,
+    top_k: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the row losses times `row_weight`, whose gradients are made with it, while the logits are at hand."""
+    # Asked here, because within the function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
+    needed = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad
+        for x in (source.hidden, source.weight, source.bias)
+    ]
+    settings = (epilogue, shared, ignore_index, top_k, needed, impl)
+    return _apply(_LinearSum, source, settings, target, weight, candidates, row_weight, *params)
 
 
 class _RowLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, target, weight, candidates, settings, *params):  # type: ignore[no-untyped-def]
-        epilogue, shared, ignore_index, top_k, _, impl = settings
-        loss, statistics, index, coefficients = ops.row_loss(
-            logits,
-            target,
-            weight,
-            candidates,
-            list(params),
-            epilogue.name,
-            *shared,
-            ignore_index,
-            top_k,
-            impl,
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, candidates, *params
+    ):
+        form, epilogue, shared, ignore_index, top_k, _, impl = settings
+        rows = (target, weight, candidates, list(params))
+        names = (epilogue.name, *shared, ignore_index, top_k)
+        if form is None:
+            result = ops.row_loss(logits, *rows, *names, impl)
+        else:
+            no_gradients = (None, [False] * 3)
+            result = ops.linear_row_loss(logits, linear_weight, linear_bias, *rows, *no_gradients, *names, *form, impl)
+        loss, statistics, index, coefficients = result[:4]
+        ctx.save_for_backward(
+            logits, linear_weight, linear_bias, target, weight, candidates, statistics, index, coefficients, *params
         )
-        ctx.save_for_backward(logits, target, weight, candidates, statistics, index, coefficients, *params)
         ctx.settings = settings
         ctx.mark_non_differentiable(statistics, index)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
@@ -58,38 +92,140 @@ class _RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
         if grad_output is None:
-            return (None,) * len(ctx.needs_input_grad)
-        logits, target, weight, candidates, statistics, index, coefficients, *params = ctx.saved_tensors
-        epilogue, shared, ignore_index, _, inplace, impl = ctx.settings
+            return (None, None, None, *nothing)
+        saved = ctx.saved_tensors  # once: under activation checkpointing a second look computes all anew
+        *sources, target, weight, candidates, statistics, index, coefficients = saved[:9]
+        params = list(saved[9:])
+        form, epilogue, shared, ignore_index, _, inplace, impl = ctx.settings
+        needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            with torch.enable_grad():
-                loss, _statistics = reference.row_losses(
-                    logits, target, weight, candidates, params, epilogue, shared, ignore_index
-                )
-                (grad,) = torch.autograd.grad(loss, logits, grad_output, create_graph=True)
+
+            def losses(z: Tensor) -> Tensor:
+                return reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)[0]
+
+            grads = _dense_gradients(sources, form, needed, lambda z: [losses(z)], [grad_output])
         else:
-            grad = _gradient(
-                logits,
-                inplace,
-                (target, weight, statistics, index, coefficients, grad_output, params),
-                (epilogue.name, ignore_index, impl),
-            )
-        return grad, *([None] * (len(ctx.needs_input_grad) - 1))
+            tensors = (target, weight, statistics, index, coefficients, grad_output, params)
+            grads = _gradients(sources, form, needed, inplace, tensors, (epilogue.name, ignore_index), impl)
+        return *grads, *nothing
 
 
-def _gradient(logits: Tensor, inplace: bool, tensors: tuple[Any, ...], settings: tuple[Any, ...]) -> Tensor:
+class _LinearSum(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, hidden, linear_weight, linear_bias, settings, target, weight, candidates, row_weight, *params
+    ):
+        form, epilogue, shared, ignore_index, top_k, needed, impl = settings
+        loss, statistics, index, _, *gradients = ops.linear_row_loss(
+            hidden,
+            linear_weight,
+            linear_bias,
+            target,
+            weight,
+            candidates,
+            list(params),
+            row_weight,
+            needed,
+            epilogue.name,
+            *shared,
+            ignore_index,
+            top_k,
+            *form,
+            impl,
+        )
+        ctx.save_for_backward(
+            hidden, linear_weight, linear_bias, target, weight, candidates, row_weight, *gradients, *params
+        )
+        ctx.settings = settings
+        ctx.mark_non_differentiable(statistics, index)
+        ctx.set_materialize_grads(False)
+        return _weighted_sum(loss, row_weight), statistics, index
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
+        if grad_output is None:
+            return (None, None, None, *nothing)
+        saved = ctx.saved_tensors
+        *sources, target, weight, candidates, row_weight = saved[:7]
+        gradients, params = saved[7:10], list(saved[10:])
+        form, epilogue, shared, ignore_index, _, needed, _ = ctx.settings
+        if torch.is_grad_enabled():
+
+            def total(z: Tensor) -> Tensor:
+                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
+                return _weighted_sum(rows, row_weight)
+
+            return *_dense_gradients(sources, form, needed, lambda z: [total(z)], [grad_output]), *nothing
+        last = not torch.compiler.is_compiling() and not _graph_is_kept()
+        scaled = (
+            _scaled(gradient, grad_output, source.dtype, last) if need else None
+            for need, gradient, source in zip(needed, gradients, sources, strict=True)
+        )
+        return *scaled, *nothing
+
+
+def _weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:
+    return rows.sum() if row_weight is None else rows @ row_weight
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running may run again (retain_graph); True where that cannot be known."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asked is None else bool(asked())
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
+    """In place where nobody will look at the saved gradient again: the weight's is as large as the weight."""
+    scaled = gradient.mul_(factor) if last else gradient * factor
+    return scaled.to(dtype)
+
+
+def _gradients(
+    sources: Sequence[Any],
+    form: Form | None,
+    needed: Sequence[bool],
+    inplace: bool,
+    tensors: tuple[Any, ...],
+    names: tuple[Any, ...],
+    impl: str,
+) -> tuple[Tensor | None, ...]:
+    """By the gradient pass. `tensors`: of the rows, up to the parameters; `names`: epilogue and ignore_index."""
+    logits, linear_weight, linear_bias = sources
+    if form is not None:
+        grads = ops.linear_gradient(logits, linear_weight, linear_bias, *tensors, list(needed), *names, *form, impl)
+        return tuple(
+            grad.to(source.dtype) if need else None for need, grad, source in zip(needed, grads, sources, strict=True)
+        )
     if not inplace:
-        return ops.row_gradient(logits, *tensors, *settings)
+        return ops.row_gradient(logits, *tensors, *names, impl), None, None
     grad = logits.detach()
-    ops.row_gradient_(grad, *tensors, *settings)
+    ops.row_gradient_(grad, *tensors, *names, impl)
     # A later use of the logits by autograd, a second backward above all, must fail rather than read gradients.
     torch.autograd.graph.increment_version(logits)
-    return grad
+    return grad, None, None
+
+
+def _dense_gradients(
+    sources: Sequence[Any],
+    form: Form | None,
+    needed: Sequence[bool],
+    outputs_of: Callable[[Tensor], Sequence[Tensor]],
+    grad_outputs: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients by `sources` of a function of their logits."""
+    with torch.enable_grad():
+        logits = sources[0] if form is None else dense_logits(sources[0], sources[1], sources[2], form)
+        pairs = [(x, g) for x, g in zip(outputs_of(logits), grad_outputs, strict=True) if x.requires_grad]
+        wanted = [source for source, need in zip(sources, needed, strict=True) if need]
+        grads = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
+    return tuple(next(grads) if need else None for need in needed)
 
 
 def row_statistics(
-    logits: Tensor,
+    source: Source,
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
@@ -99,18 +235,35 @@ def row_statistics(
     impl: str,
 ) -> tuple[Columns, Tensor]:
     """The statistics of rows as differentiable columns, and the picks' indices (K, N)."""
-    *columns, index = _RowStatistics.apply(
-        logits, target, weight, candidates, (ignore_index, tuple(picks), inplace, impl)
+    *columns, index = _apply(
+        _RowStatistics, source, (ignore_index, tuple(picks), inplace, impl), target, weight, candidates
     )
     return Columns(*columns), index
 
 
+def detached_statistics(
+    source: Source, target: Tensor, weight: Tensor | None, ignore_index: int, picks: Picks, impl: str
+) -> tuple[Tensor, Tensor]:
+    """The operator's statistics and pick indices."""
+    rows = (target, weight, None, ignore_index, *picks)
+    if not isinstance(source, Projection):
+        return ops.row_statistics(source.detach(), *rows, impl)
+    sources = [None if x is None else x.detach() for x in (source.hidden, source.weight, source.bias)]
+    return ops.linear_row_statistics(*sources, *rows, *source.form, impl)
+
+
 class _RowStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits, target, weight, candidates, settings):  # type: ignore[no-untyped-def]
-        ignore_index, picks, _, impl = settings
-        statistics, index = ops.row_statistics(logits, target, weight, candidates, ignore_index, *picks, impl)
-        ctx.save_for_backward(logits, target, weight, candidates, statistics, index)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, candidates
+    ):
+        form, ignore_index, picks, _, impl = settings
+        rows = (target, weight, candidates, ignore_index, *picks)
+        if form is None:
+            statistics, index = ops.row_statistics(logits, *rows, impl)
+        else:
+            statistics, index = ops.linear_row_statistics(logits, linear_weight, linear_bias, *rows, *form, impl)
+        ctx.save_for_backward(logits, linear_weight, linear_bias, target, weight, candidates, statistics, index)
         ctx.settings = settings
         ctx.mark_non_differentiable(index)
         m, ce = statistics[ops.MAX], statistics[ops.CE].clone()
@@ -130,19 +283,23 @@ class _RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, weight, candidates, statistics, index = ctx.saved_tensors
-        ignore_index, picks, inplace, impl = ctx.settings
+        *sources, target, weight, candidates, statistics, index = ctx.saved_tensors
+        form, ignore_index, picks, inplace, impl = ctx.settings
+        needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
-            grad = _dense_gradient(logits, target, weight, candidates, ignore_index, Picks(*picks), grads[:-1])
+
+            def columns(z: Tensor) -> Columns:
+                ignored = target == ignore_index
+                z = z.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
+                return dense_columns(z, target.masked_fill(ignored, 0), weight, candidates, Picks(*picks))[0]
+
+            result = _dense_gradients(sources, form, needed, columns, grads[:-1])
         else:
-            coefficients = _coefficients(statistics, target, index, weight, Columns(*grads[:-1]), logits.shape[-1])
-            grad = _gradient(
-                logits,
-                inplace,
-                (target, weight, statistics, index, coefficients, None, []),
-                ("", ignore_index, impl),
-            )
-        return grad, None, None, None, None
+            classes = sources[0].shape[-1] if form is None else sources[1].shape[0]
+            coefficients = _coefficients(statistics, target, index, weight, Columns(*grads[:-1]), classes)
+            tensors: tuple[Any, ...] = (target, weight, statistics, index, coefficients, None, [])
+            result = _gradients(sources, form, needed, inplace, tensors, ("", ignore_index), impl)
+        return *result, None, None, None, None
 
 
 def _coefficients(
@@ -164,21 +321,3 @@ def _coefficients(
     valid_target = target.clamp(0, classes - 1)  # ignored rows may hold any index
     at_target = at_target - (u if weight is None else u * weight[valid_target])
     return torch.cat([torch.stack([a, u, at_target]), b])
-
-
-def _dense_gradient(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    ignore_index: int,
-    picks: Picks,
-    grads: tuple[Tensor, ...],
-) -> Tensor:
-    ignored = target == ignore_index
-    with torch.enable_grad():
-        z = logits.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
-        columns, _ = dense_columns(z, target.masked_fill(ignored, 0), weight, candidates, picks)
-        pairs = [(c, g) for c, g in zip(columns, grads, strict=True) if c.requires_grad]
-        (grad,) = torch.autograd.grad([c for c, _ in pairs], logits, [g for _, g in pairs], create_graph=True)
-    return grad

@@ -8,6 +8,8 @@ import numbers
 import torch
 from torch import Tensor
 
+from .projection import Projection
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -62,7 +64,7 @@ def _range(low: float, high: float, above: bool = False) -> str:
 
 
 def check_logits(input: object, target: object) -> None:
-    if not isinstance(input, Tensor):
+    if not isinstance(input, Tensor | Projection):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
@@ -81,7 +83,7 @@ def check_logits(input: object, target: object) -> None:
         raise ValueError(f"target is on {target.device}, but input on {input.device}")
 
 
-def check_weight(weight: object, input: Tensor) -> None:
+def check_weight(weight: object, input: Tensor | Projection) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a floating point tensor, got {kind}")
@@ -123,9 +125,27 @@ def raise_index_error(name: str, value: int, classes: int, ignore_index: int | N
     raise IndexError(f"{name} {value} is out of range for {classes} classes{ignored}")
 
 
-def check_normalizer(normalizer: object, reduction: str) -> None:
+def check_token_weight(token_weight: object, target: Tensor) -> None:
+    if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
+        kind = token_weight.dtype if isinstance(token_weight, Tensor) else type(token_weight).__name__
+        raise TypeError(f"token_weight must be a floating point tensor, got {kind}")
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"token_weight must be of the target's shape {tuple(target.shape)}, got {tuple(token_weight.shape)}"
+        )
+    if token_weight.device != target.device:
+        raise ValueError(f"token_weight is on {token_weight.device}, but target on {target.device}")
+
+
+def check_normalizer(normalizer: object, reduction: str, token_weight: object) -> None:
     if reduction != "mean":
         raise ValueError(f"normalizer replaces the divisor of reduction='mean', got reduction={reduction!r}")
+    if isinstance(normalizer, str):
+        if normalizer != "token_weight":
+            raise ValueError(f"normalizer must be a number, a 0-d tensor or 'token_weight', got {normalizer!r}")
+        if token_weight is None:
+            raise ValueError("normalizer='token_weight' needs a token_weight")
+        return
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")

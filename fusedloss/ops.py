@@ -3,13 +3,18 @@
 ``row_statistics``  the statistics pass alone, for a loss that is PyTorch code
 ``row_loss``        the statistics pass and a compiled epilogue: losses, and the coefficients of their gradient
 ``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
+``linear_...``      the same of hidden states and a weight, (N, D) and (V, D), whose logits are made a chunk at a time:
+                    ``linear_row_loss`` also gives the gradients of its ``row_weight``-weighted sum by hidden states,
+                    weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
+                    logits made once more
 
 Tensors of rows lie one after the other: ``statistics`` (6 + K, N) holds max, sum_exp (of exp(z - max)), q, ce,
 target logit, mean_ce and the logits of the K picks; ``index`` (K, N) the picks' classes, -1 for none; ``coefficients``
 (3 + K, N) what the gradient pass needs: dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the
 target given as it is. K counts the top_k largest, then `below`, then the candidates.
 
-Backends register kernels with :func:`register`; PyTorch's dispatcher picks the device, ``impl`` the backend there.
+Backends register kernels of the row operators with :func:`register`; PyTorch's dispatcher picks the device, ``impl``
+the backend there. The linear operators are made of row operators and need none.
 """
 
 from __future__ import annotations
@@ -45,10 +50,31 @@ _GRADIENT_ARGUMENTS = (
 _library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 
+_LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
+_FORM = "float softcap, int budget, bool drop_ignored, str impl"
+_library.define(
+    f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
+    f"bool below, bool mean, {_FORM}) -> (Tensor statistics, Tensor index)"
+)
+_library.define(
+    f"linear_row_loss({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, "
+    "Tensor? row_weight, bool[] needed, str epilogue, float label_smoothing, str smoothing_over, float z_loss, "
+    f"int ignore_index, int top_k, {_FORM}) -> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, "
+    "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+_library.define(
+    f"linear_gradient({_LINEAR}, Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, "
+    f"Tensor? grad_output, Tensor[] params, bool[] needed, str epilogue, int ignore_index, {_FORM}) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
 row_statistics = torch.ops.fusedloss.row_statistics.default
 row_loss = torch.ops.fusedloss.row_loss.default
 row_gradient = torch.ops.fusedloss.row_gradient.default
 row_gradient_ = torch.ops.fusedloss.row_gradient_.default
+linear_row_statistics = torch.ops.fusedloss.linear_row_statistics.default
+linear_row_loss = torch.ops.fusedloss.linear_row_loss.default
+linear_gradient = torch.ops.fusedloss.linear_gradient.default
 
 _kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
 
@@ -60,6 +86,12 @@ def register(device: str, impl: str, **kernels: Callable[..., Any]) -> None:
         _kernels[name, device, impl] = kernel
         if first:
             _library.impl(name, _by_impl(name, device), device)
+
+
+def register_for_every_device(**kernels: Callable[..., Any]) -> None:
+    """Registers operators that are made of others; they do take ``impl``."""
+    for name, kernel in kernels.items():
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
 def _by_impl(name: str, device: str) -> Callable[..., Any]:
@@ -110,3 +142,66 @@ def _(logits, *arguments):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fusedloss::row_gradient_", lib=_library)
 def _(logits, *arguments):  # type: ignore[no-untyped-def]
     return None
+
+
+def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    whole = (hidden.shape, linear_weight.shape, linear_weight.shape[:1])
+    shapes = [shape if need else (0,) for shape, need in zip(whole, needed, strict=True)]
+    dtype = compute_dtype(linear_weight.dtype)
+    return (
+        hidden.new_empty(shapes[0]),
+        linear_weight.new_empty(shapes[1], dtype=dtype),
+        linear_weight.new_empty(shapes[2], dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fusedloss::linear_row_statistics", lib=_library)
+def _(  # type: ignore[no-untyped-def]
+    hidden, linear_weight, linear_bias, target, weight, candidates, ignore_index, top_k, below, mean, *form
+):
+    picks = top_k + below + (0 if candidates is None else candidates.shape[1])
+    return _fake_forward(hidden, target, picks)
+
+
+@torch.library.register_fake("fusedloss::linear_row_loss", lib=_library)
+def _(  # type: ignore[no-untyped-def]
+    hidden,
+    linear_weight,
+    linear_bias,
+    target,
+    weight,
+    candidates,
+    params,
+    row_weight,
+    needed,
+    epilogue,
+    label_smoothing,
+    smoothing_over,
+    z_loss,
+    ignore_index,
+    top_k,
+    *form,
+):
+    picks = top_k + (0 if candidates is None else candidates.shape[1])
+    statistics, index = _fake_forward(hidden, target, picks)
+    coefficients = statistics.new_empty((COEFFICIENTS + picks, hidden.shape[0]))
+    loss = statistics.new_empty(hidden.shape[0])
+    return loss, statistics, index, coefficients, *_fake_gradients(hidden, linear_weight, needed)
+
+
+@torch.library.register_fake("fusedloss::linear_gradient", lib=_library)
+def _(  # type: ignore[no-untyped-def]
+    hidden,
+    linear_weight,
+    linear_bias,
+    target,
+    weight,
+    statistics,
+    index,
+    coefficients,
+    grad_output,
+    params,
+    needed,
+    *form,
+):
+    return _fake_gradients(hidden, linear_weight, needed)

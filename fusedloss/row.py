@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import autograd, backends, checks, ops
+from .autograd import Source
 from .backends import reference
 from .epilogue import Epilogue, Shared
+from .projection import Projection
 from .statistics import Picks, RowStats, Statistics, assemble
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ class RowOptions(TypedDict, total=False):
     label_smoothing: float
     smoothing_over: str
     z_loss: float
-    normalizer: float | Tensor | None
+    token_weight: Tensor | None
+    normalizer: float | Tensor | str | None
     return_stats: bool
     inplace_backward: bool
     impl: str | None
@@ -45,6 +48,7 @@ _DEFAULTS: RowOptions = {
     "label_smoothing": 0.0,
     "smoothing_over": "all",
     "z_loss": 0.0,
+    "token_weight": None,
     "normalizer": None,
     "return_stats": False,
     "inplace_backward": False,
@@ -59,7 +63,10 @@ _OPTIONS_DOC = {
     "smoothing_over": """"all" V classes as above, or "others": eps / (V - 1) for each class but the target,
 (1 - eps - eps / (V - 1)) * loss + eps / (V - 1) * sum_j w_j (-log p_j), as in fairseq.""",
     "z_loss": "adds z_loss * lse^2 to each row, lse = log sum_j exp z_j (weighted as the row is).",
-    "normalizer": 'number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation.',
+    "token_weight": "tensor of the target's shape by which each target's loss is multiplied. Differentiated if it\n"
+    "requires grad.",
+    "normalizer": """number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation; or
+"token_weight" for the sum of the token weights of the targets that count.""",
     "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
     "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
 needed after that; a second backward raises. Needs an implementation with kernels. Under
@@ -111,7 +118,7 @@ def row_form(*without: str) -> Callable[[_Loss], _Loss]:
 
 def row_loss(
     name: str,
-    input: Tensor,
+    input: Source,
     target: Tensor,
     epilogue: Epilogue,
     params: Sequence[float | Tensor] = (),
@@ -121,10 +128,11 @@ def row_loss(
     mean_over_weights: bool = False,
     **options: Unpack[RowOptions],
 ) -> Any:
-    """The loss `epilogue` of logits in hand; `name` is the public function's."""
+    """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits."""
+    linear = isinstance(input, Projection)
     for option in options:
-        if option not in _DEFAULTS or option in without:
-            raise TypeError(f"{name}() got an unexpected keyword argument {option!r}")
+        if option not in _DEFAULTS or option in without or (linear and option == "inplace_backward"):
+            raise TypeError(f"{'linear_' * linear}{name}() got an unexpected keyword argument {option!r}")
     o: RowOptions = {**_DEFAULTS, **options}
     _check(input, target, o)
     if candidates is not None:
@@ -132,7 +140,7 @@ def row_loss(
     impl = backends.resolve(o["impl"], input.device)
 
     dtype = checks.compute_dtype(input.dtype)
-    logits = _matrix(input, o["inplace_backward"])
+    logits = input.flatten() if isinstance(input, Projection) else _matrix(input, o["inplace_backward"])
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     index = target.reshape(-1).to(torch.int64).contiguous()
@@ -145,21 +153,26 @@ def row_loss(
         candidates = candidates.reshape(-1, count).to(torch.int64)
         candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0).contiguous()
     columns = [_parameter(p, dtype, input.device) for p in params]
+    token_weight = o["token_weight"]
+    if token_weight is not None:
+        # Those of ignored rows may hold anything.
+        token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == o["ignore_index"], 0)
     shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
 
-    rows, stats = _dispatch(
-        logits, index, weight, candidates, columns, epilogue, shared, impl,
-        o["ignore_index"], inplace, o["return_stats"],
+    loss, stats = _dispatch(
+        logits, index, weight, candidates, columns, token_weight, epilogue, shared, impl,
+        o["ignore_index"], inplace, o["return_stats"], o["reduction"] == "none",
     )  # fmt: skip
-    loss = _reduce(rows, index, weight if mean_over_weights else None, o).reshape(
-        target.shape if o["reduction"] == "none" else ()
-    )
+    if o["reduction"] == "none":
+        loss = loss.reshape(target.shape)
+    elif o["reduction"] == "mean":
+        loss = _mean(loss, index, weight if mean_over_weights else None, token_weight, o)
     if stats is None:
         return loss
     return loss, RowStats(*(column.reshape(target.shape) for column in stats))
 
 
-def _check(input: Tensor, target: Tensor, o: RowOptions) -> None:
+def _check(input: Source, target: Tensor, o: RowOptions) -> None:
     checks.check_logits(input, target)
     checks.check_choice("reduction", o["reduction"], checks.REDUCTIONS)
     checks.check_choice("smoothing_over", o["smoothing_over"], ("all", "others"))
@@ -169,8 +182,10 @@ def _check(input: Tensor, target: Tensor, o: RowOptions) -> None:
         raise TypeError(f"ignore_index must be an int, got {o['ignore_index']!r}")
     if o["weight"] is not None:
         checks.check_weight(o["weight"], input)
+    if o["token_weight"] is not None:
+        checks.check_token_weight(o["token_weight"], target)
     if o["normalizer"] is not None:
-        checks.check_normalizer(o["normalizer"], o["reduction"])
+        checks.check_normalizer(o["normalizer"], o["reduction"], o["token_weight"])
 
 
 def _matrix(input: Tensor, inplace: bool) -> Tensor:
@@ -201,58 +216,77 @@ def _parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
 
 
 def _dispatch(
-    logits: Tensor,
+    logits: Source,
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
+    token_weight: Tensor | None,
     epilogue: Epilogue,
     shared: Shared,
     impl: str,
     ignore_index: int,
     inplace: bool,
     return_stats: bool,
+    unreduced: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Row losses (N,), and the columns of RowStats where asked."""
+    """Row losses (N,) or their sum, times the token weights, and the columns of RowStats where asked."""
+
+    def reduced(rows: Tensor) -> Tensor:
+        if unreduced:
+            return rows if token_weight is None else rows * token_weight
+        return rows.sum() if token_weight is None else rows @ token_weight
+
     picks = epilogue.picks
     tensors = (logits, target, weight, candidates)
     if impl == "reference":
         if inplace:
             raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
-        rows, s = reference.row_losses(*tensors, params, epilogue, shared, ignore_index)
+        dense = logits.logits() if isinstance(logits, Projection) else logits
+        rows, s = reference.row_losses(dense, target, weight, candidates, params, epilogue, shared, ignore_index)
         top = (s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach())
-        return rows, _row_stats(*top, target, ignore_index) if return_stats else None
+        return reduced(rows), _row_stats(*top, target, ignore_index) if return_stats else None
 
     fused = backends.has_epilogue(impl, epilogue.name) and not any(p.requires_grad for p in params)
     if fused:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(picks.top_k, int(return_stats and candidates is None))
-        rows, statistics, index = autograd.row_loss(
-            *tensors, params, epilogue, shared, ignore_index, top_k, inplace, impl
-        )
+        fixed = token_weight is None or not token_weight.requires_grad
+        if isinstance(logits, Projection) and not unreduced and fixed:
+            loss, statistics, index = autograd.linear_sum(
+                logits, target, weight, candidates, params, token_weight, epilogue, shared, ignore_index, top_k, impl
+            )
+        else:
+            rows, statistics, index = autograd.row_loss(
+                *tensors, params, epilogue, shared, ignore_index, top_k, inplace, impl
+            )
+            loss = reduced(rows)
     elif epilogue.over == "rows":
         top_k = max(picks.top_k, int(return_stats))
         picks = picks._replace(top_k=top_k, mean=picks.mean or shared.label_smoothing != 0)
-        rows = _composed(*tensors, params, epilogue, shared, ignore_index, picks, inplace, impl)
+        loss = reduced(_composed(*tensors, params, epilogue, shared, ignore_index, picks, inplace, impl))
         top_k = 0
+    elif isinstance(logits, Projection):
+        raise ValueError(
+            "a linear form over the classes needs a compiled epilogue, which a loss function over the classes and "
+            "parameters that require grad have not; compute the logits and use the row form"
+        )
     else:
         if inplace:
             raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-        rows = _dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index)
+        loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
         top_k = 0
     if not return_stats:
-        return rows, None
+        return loss, None
     if top_k == 0:
-        statistics, index = ops.row_statistics(
-            logits.detach(), target, weight, None, ignore_index, 1, False, False, impl
-        )
+        statistics, index = autograd.detached_statistics(logits, target, weight, ignore_index, Picks(1), impl)
     log_sum = statistics[ops.SUM_EXP].log()
     top = (statistics[ops.MAX] + log_sum, statistics[ops.CE], index[0], log_sum)
-    return rows, _row_stats(*top, target, ignore_index)
+    return loss, _row_stats(*top, target, ignore_index)
 
 
 def _composed(
-    logits: Tensor,
+    logits: Source,
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
@@ -310,18 +344,17 @@ def _row_stats(
     )
 
 
-def _reduce(rows: Tensor, target: Tensor, weight: Tensor | None, o: RowOptions) -> Tensor:
-    if o["reduction"] == "none":
-        return rows
-    total = rows.sum()
-    if o["reduction"] == "sum":
-        return total
+def _mean(total: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, o: RowOptions) -> Tensor:
     normalizer = o["normalizer"]
+    if normalizer == "token_weight":
+        assert token_weight is not None
+        normalizer = token_weight.detach().sum()
+    if isinstance(normalizer, Tensor):
+        # A count of no targets at all; anything else over 0 stays infinite.
+        nothing = (normalizer == 0) & (total == 0)
+        return total / torch.where(nothing, 1, normalizer)
     if normalizer is not None:
-        if isinstance(normalizer, Tensor):
-            # A count of no targets at all; anything else over 0 stays infinite.
-            nothing = (normalizer == 0) & (total == 0)
-            return total / torch.where(nothing, 1, normalizer)
+        assert not isinstance(normalizer, str)
         return total / normalizer
     counted = target != o["ignore_index"]
     if weight is None:

@@ -19,8 +19,9 @@ from fusedloss.statistics import OPTIONAL
 
 README = Path(__file__).parents[1] / "README.md"
 
-LOSSES = [getattr(fl, name) for name in fl.__all__ if hasattr(getattr(fl, name), "__signature__")]
 FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
+LINEAR = [function for function in FUNCTIONS if function.__name__.startswith("linear_")]
+LOSSES = [f for f in FUNCTIONS if hasattr(f, "__signature__") and f not in LINEAR]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
 #: The formula of each, as its docstring has it; and where it comes from, but for what has no paper.
@@ -44,7 +45,7 @@ SOURCES = {
 def test_public_names_are_all_there() -> None:
     assert sorted(fl.__all__) == fl.__all__
     assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule"}
-    assert {function.__name__ for function in FUNCTIONS} == set(FORMULAS)
+    assert {function.__name__.removeprefix("linear_") for function in FUNCTIONS} == set(FORMULAS)
 
 
 @pytest.mark.parametrize("name", fl.__all__)
@@ -54,7 +55,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(thing.__module__)
     tests = doctest.DocTestFinder(recurse=False).find(thing, name, module, globs={name: thing})
     assert len(tests) == 1
-    if name in FORMULAS:
+    if name.removeprefix("linear_") in FORMULAS:
         assert tests[0].examples
     out: list[str] = []
     result = doctest.DocTestRunner().run(tests[0], out=out.append)
@@ -63,11 +64,11 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_docstring_has_formula_and_source(function: Callable[..., Any]) -> None:
-    doc, name = function.__doc__ or "", function.__name__
+    doc, name = function.__doc__ or "", function.__name__.removeprefix("linear_")
     assert FORMULAS[name] in " ".join(doc.split())
     assert SOURCES.get(name, "") in doc
     if name in SOURCES:
-        assert re.search(r"^Source: \S.*\d{4}", doc, re.M)
+        assert re.search(r"^ *Source: \S.*\d{4}", doc, re.M)
     assert len(doc.splitlines()[0]) < 130 and doc.splitlines()[0].count(".")
 
 
@@ -122,6 +123,21 @@ def test_signature_can_be_called_as_it_stands(loss: Callable[..., Any]) -> None:
     assert torch.equal(loss(z, target, **given, **{k: v for k, v in defaults.items() if k not in given}), plain)
 
 
+@pytest.mark.parametrize("linear", LINEAR, ids=lambda linear: linear.__name__)
+def test_linear_form_documents_all_that_it_takes(linear: Callable[..., Any]) -> None:
+    loss = getattr(fl, linear.__name__.removeprefix("linear_"))
+    parameters, of_row = inspect.signature(linear).parameters, inspect.signature(loss).parameters
+    assert list(parameters)[:3] == ["input", "linear_weight", "target"]
+    own = {"linear_weight", "linear_bias", "softcap", "budget", "drop_ignored"}
+    assert set(parameters) == set(of_row) - {"inplace_backward"} | own
+    for name in set(parameters) & set(of_row):
+        assert parameters[name].default == of_row[name].default
+    doc = linear.__doc__ or ""
+    for name in parameters:
+        assert re.search(rf"^ *([a-z_, ]*, )?{name}(, [a-z_, ]*)?: \S", doc, re.M), name
+    assert "Returns" in doc and "ValueError" in doc and linear.__module__ == loss.__module__
+
+
 def test_statistics_documents_what_it_holds() -> None:
     doc = fl.Statistics.__doc__ or ""
     names = list(fl.Statistics.__annotations__)
@@ -160,7 +176,7 @@ def test_readme_names_what_exists() -> None:
     text = README.read_text(encoding="utf8")
     for name in set(re.findall(r"\bfl\.(\w+)", text)):
         assert name in fl.__all__, name
-    for loss in LOSSES:
+    for loss in (*LOSSES, *LINEAR):
         assert f"`fl.{loss.__name__}`" in text
     targets = (README.parent / "Makefile").read_text(encoding="utf8")
     commands = set(re.findall(r"^make (\w+)", text, re.M)) | set(re.findall(r"`make (\w+)`", text))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ..checks import check_choice
 from . import cpu
@@ -35,3 +37,11 @@ def resolve(impl: str | None, device: torch.device) -> str:
 def has_epilogue(impl: str, name: str) -> bool:
     """Whether the implementation has this loss as a compiled epilogue."""
     return impl == "cpu" and name in cpu.EPILOGUES
+
+
+def new_buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised memory on the device of `like` that the caller writes next, in whatever way is cheapest there."""
+    buffer = like.new_empty(shape, dtype=dtype)
+    if buffer.device.type == "cpu":
+        cpu.advise_huge_pages(buffer)
+    return buffer

@@ -25,6 +25,12 @@ def unavailable() -> str | None:
     return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
 
 
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Before memory is first written: page faults would cost more than the arithmetic."""
+    if _engine:
+        _engine.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -160,7 +166,7 @@ def row_gradient(
     ignore_index: int,
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _engine.advise_huge_pages(grad.data_ptr(), grad.numel() * grad.element_size())
+    advise_huge_pages(grad)
     _write_gradient(
         grad,
         logits,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..epilogue import Epilogue
 from ..examples import example
+from ..linear import linear_form
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -45,3 +46,6 @@ def cross_entropy(input: Tensor, target: Tensor, **options: Unpack[RowOptions]) 
     >>> loss.backward()
     """
     return row_loss("cross_entropy", input, target, CROSS_ENTROPY, mean_over_weights=True, **options)
+
+
+linear_cross_entropy = linear_form(cross_entropy)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import check_choice, check_logits, check_number, check_parameter
 from ..epilogue import Epilogue, power
 from ..examples import example
+from ..linear import linear_form
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -125,6 +126,9 @@ def dice_loss(
     >>> fl.dice_loss(logits, torch.arange(8)).backward()
     """
     return _dsc("dice_loss", input, target, 0.0, smooth, squared, form, level, False, options)
+
+
+linear_dsc_loss = linear_form(dsc_loss)
 
 
 def _dsc(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_logits
 from ..epilogue import Epilogue
 from ..examples import example
+from ..linear import linear_form
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import OPTIONAL, Statistics
 
@@ -86,3 +87,6 @@ def flex_loss(
         names = ("top", *names)
     epilogue = Epilogue("", loss_fn, over="classes" if over == "classes" else "rows", statistics=names)
     return row_loss("flex_loss", input, target, epilogue, candidates=candidates, **options)
+
+
+linear_flex_loss = linear_form(flex_loss)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..checks import check_logits, check_parameter
 from ..epilogue import Epilogue, power
 from ..examples import example
+from ..linear import linear_form
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -53,3 +54,6 @@ def focal_loss(input: Tensor, target: Tensor, *, gamma: float | Tensor = 2.0, **
     check_logits(input, target)
     check_parameter("gamma", gamma, target, 0)
     return row_loss("focal_loss", input, target, FOCAL, (gamma,), **options)
+
+
+linear_focal_loss = linear_form(focal_loss)

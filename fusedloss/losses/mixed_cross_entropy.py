@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checks import check_logits, check_number, check_parameter
 from ..epilogue import Epilogue
 from ..examples import example
+from ..linear import linear_form
 from ..row import RowOptions, row_form, row_loss
 from ..statistics import Statistics
 
@@ -84,6 +85,9 @@ def mixed_cross_entropy(
         raise ValueError(f"top_k=2 needs at least 2 classes, got {input.shape[-1]}")
     epilogue = _CANDIDATES if candidates is not None else _TOP_2 if top_k == 2 else _TOP_1
     return row_loss("mixed_cross_entropy", input, target, epilogue, (alpha,), candidates=candidates, **options)
+
+
+linear_mixed_cross_entropy = linear_form(mixed_cross_entropy)
 
 
 def alpha_schedule(step: int, total_steps: int, maximum: float = 0.5) -> float:

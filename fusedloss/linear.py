@@ -1,0 +1,413 @@
+"""The linear forms: losses of hidden states, whose logits are made a chunk at a time and never stored.
+
+The operators here know no loss and no device: they are matrix products around the row operators. A chunk holds whole
+rows, as many as a byte budget allows; its logits are read by the statistics pass, overwritten by their gradient, and
+give way to the next one's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .checks import check_number, compute_dtype
+from .projection import Form, Projection
+
+#: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
+DEFAULT_BUDGET = 128 * 2**20
+
+#: Classes of a block of the weight's gradient in half precision: what is rounded to it before it is summed stays small.
+WEIGHT_BLOCK = 4096
+
+_DOC = """{summary}
+
+The linear form of :func:`~fusedloss.{row}`: the same loss of the logits ``input @ linear_weight.T + linear_bias``,
+which are made a chunk at a time and never stored. "mean" and "sum" make the gradients together with the loss (three
+matrix products in all); "none", flex losses and parameters that require grad make the logits once more for them (four).
+The weight's gradient is summed in float32 at least. Gradients are computed only for what requires them.
+
+Args:
+    input: hidden states (*, D) of float64, float32, bfloat16 or float16. Under autocast it, the weight and the bias
+        are cast as by torch.nn.functional.linear.
+    linear_weight: (V, D), such as the weight of the output layer, tied or not.
+    target: (*) class indices, int64 or int32.
+    linear_bias: (V,) or None.
+    softcap: cap c > 0 of the logits, z = c tanh(z / c); None for none.
+    budget: bytes that a chunk of logits may take (with softcap, and its slope); None takes FUSEDLOSS_LINEAR_BUDGET or
+        else 128 MiB.
+    drop_ignored: leave ignored rows out of the products. Their number is read by the host, so that None does it on a
+        CPU only.
+    {arguments}: as below.
+
+Returns and raises as the row form, and ValueError for sizes, dtypes or devices that do not fit together and for a
+budget too small for the logits of one row.
+
+The row form, :func:`~fusedloss.{row}`:
+
+{document}
+"""
+
+
+def linear_form(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The form over hidden states of a loss over logits."""
+
+    def linear(
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        *arguments: Any,
+        linear_bias: Tensor | None = None,
+        softcap: float | None = None,
+        budget: int | None = None,
+        drop_ignored: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        projection = project(input, linear_weight, linear_bias, softcap, budget, drop_ignored)
+        return loss(projection, target, *arguments, **options)
+
+    shared = inspect.signature(linear).parameters
+    own = list(inspect.signature(loss).parameters.values())
+    positional = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keyword = [p for p in own if p.kind is p.KEYWORD_ONLY and p.name != "inplace_backward"]
+    form = [p for p in shared.values() if p.kind is p.KEYWORD_ONLY]
+    sources = [shared[name] for name in ("input", "linear_weight")]
+    linear.__signature__ = inspect.Signature([*sources, *positional[1:], *form, *keyword])  # type: ignore[attr-defined]
+    linear.__name__ = f"linear_{loss.__name__}"
+    linear.__qualname__ = linear.__name__
+    linear.__module__ = loss.__module__
+    linear.__doc__ = _DOC.format(
+        summary=inspect.getdoc(loss).splitlines()[0].replace("of logits", "of hidden states"),  # type: ignore[union-attr]
+        row=loss.__name__,
+        arguments=", ".join(p.name for p in (*positional[2:], *keyword)),
+        document=textwrap.indent(inspect.getdoc(loss) or "", "    "),
+    )
+    return linear
+
+
+def project(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    budget: int | None,
+    drop_ignored: bool | None,
+) -> Projection:
+    """Checks what makes the logits and casts it under autocast."""
+    for name, value in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias)):
+        if value is None and name == "linear_bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if type(value).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is a DTensor, which the linear forms do not take yet; pass the whole tensor "
+                f"({name}.full_tensor()), or compute the logits and use the row form"
+            )
+    if hidden.dim() < 1 or weight.dim() != 2:
+        raise ValueError(
+            f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input has D = {hidden.shape[-1]} features, but linear_weight {weight.shape[1]}")
+    if weight.shape[0] < 1:
+        raise ValueError(f"linear_weight must have at least one class, got shape {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_bias must be ({weight.shape[0]},), one a class, got shape {tuple(bias.shape)}")
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    for name, value in (("linear_weight", weight), ("linear_bias", bias)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, but input on {hidden.device}")
+        if value.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {value.dtype}, but input {hidden.dtype}")
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
+        if not math.isfinite(softcap):
+            raise ValueError(f"softcap must be finite, got {softcap!r}")
+    row = weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2)
+    budget = _budget(budget)
+    if budget < row:
+        raise ValueError(f"budget of {budget} bytes is too small for one row of logits, {row} bytes")
+    if drop_ignored is None:
+        drop_ignored = hidden.device.type == "cpu"
+    return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored))
+
+
+def _budget(budget: int | None) -> int:
+    if budget is None:
+        text = os.environ.get("FUSEDLOSS_LINEAR_BUDGET")
+        if not text:
+            return DEFAULT_BUDGET
+        if not text.isdecimal():
+            raise ValueError(f"FUSEDLOSS_LINEAR_BUDGET must be a number of bytes, got {text!r}")
+        return int(text)
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"budget must be an int, got {budget!r}")
+    return budget
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    device = tensors[0].device.type  # type: ignore[union-attr]
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+class _Chunks:
+    """Chunks of logits, each in the place of the one before."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form, valid: int, gradient: bool):
+        self.hidden, self.weight, self.bias, self.softcap, self.valid = hidden, weight, bias, form.softcap, valid
+        rows, classes = hidden.shape[0], weight.shape[0]
+        self._keeps_slope = gradient and form.softcap != 0
+        most = max(1, form.budget // (classes * hidden.element_size() * (1 + self._keeps_slope)))
+        self.count = max(1, -(-rows // most))
+        self.rows = -(-rows // self.count)
+        self._buffer = backends.new_buffer(hidden, (self.rows, classes))
+        self._slope = backends.new_buffer(hidden, (self.rows, classes)) if self._keeps_slope else None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        rows = self.hidden.shape[0]
+        for begin in range(0, max(rows, 1), max(self.rows, 1)):
+            end = min(begin + self.rows, rows)
+            logits = self._buffer[: end - begin]
+            if begin < self.valid:
+                self._write(self.hidden[begin:end], logits)
+            yield slice(begin, end), logits
+
+    def _write(self, hidden: Tensor, logits: Tensor) -> None:
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=logits)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
+        if self.softcap:
+            logits.div_(self.softcap).tanh_()
+            if self._slope is not None:
+                slope = self._slope[: len(logits)]
+                torch.mul(logits, logits, out=slope).neg_().add_(1)
+            logits.mul_(self.softcap)
+
+    def before_softcap(self, gradient: Tensor) -> Tensor:
+        """The gradient of a chunk's logits as that of its products, in place."""
+        return gradient if self._slope is None else gradient.mul_(self._slope[: len(gradient)])
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias, by chunks; (0,) where not needed; sums are in float32 at least."""
+
+    def __init__(self, chunks: _Chunks, needed: list[bool]):
+        self._chunks = chunks
+        hidden, weight = chunks.hidden, chunks.weight
+        dtype = compute_dtype(weight.dtype)
+        self._needed = needed
+        self.hidden = backends.new_buffer(hidden, hidden.shape if needed[0] else (0,))
+        self.weight = backends.new_buffer(weight, weight.shape if needed[1] else (0,), dtype)
+        self.bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=dtype)
+
+    def add(self, rows: slice, gradient: Tensor) -> None:
+        chunks = self._chunks
+        if rows.start >= chunks.valid:
+            if self._needed[0]:
+                self.hidden[rows] = 0
+            if self._needed[1] and rows.start == 0:
+                self.weight.zero_()
+            return
+        gradient = chunks.before_softcap(gradient)
+        if self._needed[0]:
+            torch.mm(gradient, chunks.weight, out=self.hidden[rows])
+        if self._needed[1]:
+            self._add_weight(gradient, chunks.hidden[rows], first=rows.start == 0)
+        if self._needed[2]:
+            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+
+    def _add_weight(self, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+        if self.weight.dtype == gradient.dtype:
+            if first:
+                torch.mm(gradient.t(), hidden, out=self.weight)
+            else:
+                self.weight.addmm_(gradient.t(), hidden)
+            return
+        # The product comes rounded to half precision. Where many are to be summed, a second one gives what was lost.
+        for begin in range(0, len(self.weight), WEIGHT_BLOCK):
+            part, total = gradient[:, begin : begin + WEIGHT_BLOCK].t(), self.weight[begin : begin + WEIGHT_BLOCK]
+            product = torch.mm(part, hidden)
+            if first:
+                total.copy_(product)
+            else:
+                total.add_(product)
+            if self._chunks.count > 1:
+                total.add_(torch.addmm(product, part, hidden, beta=-1))
+
+
+def _order(target: Tensor, ignore_index: int, drop_ignored: bool) -> tuple[Tensor | None, int]:
+    """An order of the rows with the ignored ones last, None for that in hand, and the number of the others."""
+    if not drop_ignored:
+        return None, len(target)
+    ignored = target == ignore_index
+    valid = len(target) - int(ignored.sum())
+    return (None if valid == len(target) else ignored.to(torch.int8).argsort(stable=True)), valid
+
+
+def _take(order: Tensor | None, *tensors: Tensor | None) -> list[Any]:
+    """Rows (dimension 0) in that order; what is not by rows stays."""
+    if order is None:
+        return list(tensors)
+    return [x if x is None or x.dim() == 0 else x.index_select(0, order) for x in tensors]
+
+
+def _put_back(order: Tensor | None, dim: int, *tensors: Tensor) -> list[Tensor]:
+    if order is None:
+        return list(tensors)
+    return [torch.empty_like(x).index_copy_(dim, order, x) for x in tensors]
+
+
+def _part(rows: slice, tensors: list[Tensor]) -> list[Tensor]:
+    return [x[rows] if x.dim() else x for x in tensors]
+
+
+def _optional_part(rows: slice, x: Tensor | None) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def linear_row_statistics(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    top_k: int,
+    below: bool,
+    mean: bool,
+    softcap: float,
+    budget: int,
+    drop_ignored: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    order, valid = _order(target, ignore_index, drop_ignored)
+    hidden, target, candidates = _take(order, hidden, target, candidates)
+    chunks = _Chunks(hidden, linear_weight, linear_bias, Form(softcap, budget, drop_ignored), valid, gradient=False)
+    parts = [
+        ops.row_statistics(
+            logits,
+            target[rows],
+            weight,
+            _optional_part(rows, candidates),
+            ignore_index,
+            top_k,
+            below,
+            mean,
+            impl,
+        )
+        for rows, logits in chunks
+    ]
+    statistics, index = (torch.cat(columns, -1) for columns in zip(*parts, strict=True))
+    statistics, index = _put_back(order, 1, statistics, index)
+    return statistics, index
+
+
+def linear_row_loss(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    row_weight: Tensor | None,
+    needed: list[bool],
+    epilogue: str,
+    label_smoothing: float,
+    smoothing_over: str,
+    z_loss: float,
+    ignore_index: int,
+    top_k: int,
+    softcap: float,
+    budget: int,
+    drop_ignored: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    order, valid = _order(target, ignore_index, drop_ignored)
+    hidden, target, candidates, row_weight, *params = _take(order, hidden, target, candidates, row_weight, *params)
+    form = Form(softcap, budget, drop_ignored)
+    chunks = _Chunks(hidden, linear_weight, linear_bias, form, valid, gradient=any(needed))
+    gradients = _Gradients(chunks, needed)
+    parts = []
+    for rows, logits in chunks:
+        part = (target[rows], weight)
+        own = _part(rows, params)
+        result = ops.row_loss(
+            logits,
+            *part,
+            _optional_part(rows, candidates),
+            own,
+            epilogue,
+            label_smoothing,
+            smoothing_over,
+            z_loss,
+            ignore_index,
+            top_k,
+            impl,
+        )
+        parts.append(result)
+        if any(needed):
+            upstream = _optional_part(rows, row_weight)
+            ops.row_gradient_(logits, *part, *result[1:], upstream, own, epilogue, ignore_index, impl)
+            gradients.add(rows, logits)
+    columns = [torch.cat(column, -1) for column in zip(*parts, strict=True)]
+    (loss,) = _put_back(order, 0, columns[0])
+    statistics, index, coefficients = _put_back(order, 1, *columns[1:])
+    (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)
+    return loss, statistics, index, coefficients, grad_hidden, gradients.weight, gradients.bias
+
+
+def linear_gradient(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    grad_output: Tensor | None,
+    params: list[Tensor],
+    needed: list[bool],
+    epilogue: str,
+    ignore_index: int,
+    softcap: float,
+    budget: int,
+    drop_ignored: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    order, valid = _order(target, ignore_index, drop_ignored)
+    hidden, target, grad_output, *params = _take(order, hidden, target, grad_output, *params)
+    if order is not None:
+        statistics, index, coefficients = (x.index_select(1, order) for x in (statistics, index, coefficients))
+    chunks = _Chunks(hidden, linear_weight, linear_bias, Form(softcap, budget, drop_ignored), valid, gradient=True)
+    gradients = _Gradients(chunks, needed)
+    for rows, logits in chunks:
+        saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))
+        upstream = _optional_part(rows, grad_output)
+        ops.row_gradient_(
+            logits, target[rows], weight, *saved, upstream, _part(rows, params), epilogue, ignore_index, impl
+        )
+        gradients.add(rows, logits)
+    (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)
+    return grad_hidden, gradients.weight, gradients.bias
+
+
+ops.register_for_every_device(
+    linear_row_statistics=linear_row_statistics, linear_row_loss=linear_row_loss, linear_gradient=linear_gradient
+)

@@ -1,0 +1,58 @@
+"""Logits before they are made: hidden states, the weight and bias that project them, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Form(NamedTuple):
+    """How the logits of a projection are made."""
+
+    softcap: float
+    """z = softcap * tanh(z / softcap); 0 for none."""
+    budget: int
+    """Bytes of a chunk of logits, and of what is kept beside them."""
+    drop_ignored: bool
+    """Leave ignored rows out of the products. Counting them is a host read."""
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """The logits hidden @ weight.T + bias, (*, V), before they are made. A loss takes it in place of logits."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    form: Form
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    def flatten(self) -> Projection:
+        """With hidden states (N, D)."""
+        return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+
+    def logits(self) -> Tensor:
+        """All of them, differentiable: the definition."""
+        return dense_logits(self.hidden, self.weight, self.bias, self.form)
+
+
+def dense_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits if form.softcap == 0 else (logits / form.softcap).tanh() * form.softcap

@@ -1,0 +1,499 @@
+"""The linear forms: the same losses and gradients as the row forms on logits that were stored."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_accurate_as
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedloss as fl
+from fusedloss import linear, ops
+
+ROWS, FEATURES, CLASSES = 37, 19, 131
+IGNORED = -1
+
+
+def _poly(s: fl.Statistics) -> Tensor:
+    return s.ce + 0.5 * s.q + 0.1 * s.top_ce + 0.01 * s.mean_ce
+
+
+class Pair(NamedTuple):
+    linear: Callable[..., Any]
+    row: Callable[..., Any]
+
+
+def _pair(name: str, **own: Any) -> Pair:
+    return Pair(partial(getattr(fl, f"linear_{name}"), **own), partial(getattr(fl, name), **own))
+
+
+LOSSES = {
+    "cross_entropy": _pair("cross_entropy"),
+    "focal": _pair("focal_loss", gamma=1.5),
+    "mixed": _pair("mixed_cross_entropy", alpha=0.3),
+    "mixed top 2": _pair("mixed_cross_entropy", alpha=0.3, top_k=2),
+    "dsc one-vs-rest": _pair("dsc_loss", alpha=0.5),
+    "dsc target": _pair("dsc_loss", alpha=0.5, form="target"),
+    "flex": _pair("flex_loss", loss_fn=_poly, statistics=("top", "mean")),
+}
+each_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+class Data(NamedTuple):
+    """What the losses take; `sources` are hidden states, weight and bias."""
+
+    sources: tuple[Tensor, ...]
+    target: Tensor
+    token_weight: Tensor
+    class_weight: Tensor
+
+    @staticmethod
+    def make(
+        generator: torch.Generator, dtype: torch.dtype = torch.float64, rows: int = ROWS, bias: bool = True
+    ) -> "Data":
+        hidden = torch.randn(rows, FEATURES, generator=generator, dtype=torch.float64)
+        weight = torch.randn(CLASSES, FEATURES, generator=generator, dtype=torch.float64) * 0.5
+        sources = [hidden, weight]
+        if bias:
+            sources.append(torch.randn(CLASSES, generator=generator, dtype=torch.float64))
+        target = torch.randint(CLASSES, (rows,), generator=generator)
+        target[::5] = IGNORED
+        token_weight = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.2
+        class_weight = torch.rand(CLASSES, generator=generator, dtype=torch.float64) + 0.2
+        return Data(tuple(x.to(dtype).requires_grad_() for x in sources), target, token_weight, class_weight)
+
+    def options(self, name: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"weight": self.class_weight, "ignore_index": IGNORED, "z_loss": 1e-3}
+        if not name.startswith("dsc"):
+            options["label_smoothing"] = 0.1
+        return options
+
+
+def logits_of(sources: tuple[Tensor, ...], softcap: float | None = None) -> Tensor:
+    z = F.linear(*sources)
+    return z if softcap is None else (z / softcap).tanh() * softcap
+
+
+def run_linear(loss: Callable[..., Any], sources: tuple[Tensor, ...], target: Tensor, **options: Any) -> Any:
+    bias = sources[2] if len(sources) > 2 else None
+    return loss(sources[0], sources[1], target=target, linear_bias=bias, **options)
+
+
+def budget_for(rows: int, sources: tuple[Tensor, ...], softcap: float | None = None) -> int:
+    return rows * sources[1].shape[0] * sources[1].element_size() * (1 if softcap is None else 2)
+
+
+# --- equal to the row form ---
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [1, 2, 10, ROWS, 10 * ROWS])
+@each_loss
+def test_equals_the_row_form(
+    name: str, chunk: int, softcap: float | None, reduction: str, generator: torch.Generator
+) -> None:
+    data = Data.make(generator)
+    options = data.options(name) | {"reduction": reduction, "token_weight": data.token_weight}
+    if reduction == "mean":
+        options["normalizer"] = "token_weight"
+    budget = budget_for(chunk, data.sources, softcap)
+    got, stats = run_linear(
+        LOSSES[name].linear, data.sources, data.target, softcap=softcap, budget=budget, return_stats=True, **options
+    )
+    logits = logits_of(data.sources, softcap)
+    expected, expected_stats = LOSSES[name].row(logits, data.target, return_stats=True, **options)
+    upstream = torch.rand(got.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(stats, expected_stats, equal_nan=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, data.sources, upstream), torch.autograd.grad(expected, data.sources, upstream)
+    )
+
+
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@each_loss
+def test_leading_dimensions_and_stride_0_upstream(name: str, drop_ignored: bool, generator: torch.Generator) -> None:
+    data = Data.make(generator, rows=36, bias=False)
+    hidden, weight = data.sources
+    shaped = hidden.reshape(4, 9, FEATURES).transpose(0, 1)
+    target = data.target.reshape(4, 9).t()
+    loss = LOSSES[name].linear(
+        shaped, weight, target, reduction="none", ignore_index=IGNORED, drop_ignored=drop_ignored,
+        budget=budget_for(7, data.sources),
+    )  # fmt: skip
+    expected = LOSSES[name].row(shaped @ weight.t(), target, reduction="none", ignore_index=IGNORED)
+    torch.testing.assert_close(loss, expected)
+    upstream = torch.rand((), generator=generator, dtype=torch.float64).expand(9, 4)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, data.sources, upstream), torch.autograd.grad(expected, data.sources, upstream)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@each_loss
+def test_gradcheck(name: str, reduction: str, generator: torch.Generator) -> None:
+    data = Data.make(generator)
+    sources = (data.sources[0][:5], data.sources[1][:11, :], data.sources[2][:11])
+    sources = tuple(x.detach().requires_grad_() for x in sources)
+    target = torch.tensor([3, 10, IGNORED, 0, 7])
+
+    def loss(*sources: Tensor) -> Tensor:
+        return run_linear(
+            LOSSES[name].linear, sources, target, reduction=reduction, ignore_index=IGNORED, softcap=4.0,
+            budget=budget_for(2, sources, 4.0),
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, sources)
+    assert torch.autograd.gradgradcheck(loss, sources)
+
+
+@each_loss
+def test_candidates_rows_of_parameters_and_no_rows(name: str, generator: torch.Generator) -> None:
+    data = Data.make(generator, bias=False)
+    for rows in (0, 1):
+        hidden, weight = data.sources[0][:rows], data.sources[1]
+        loss = LOSSES[name].linear(hidden, weight, data.target[:rows] * 0 + IGNORED, ignore_index=IGNORED)
+        assert loss == 0
+        for gradient in torch.autograd.grad(loss, data.sources):
+            assert not gradient.any()
+    gamma = torch.rand(ROWS, generator=generator, dtype=torch.float64)
+    candidates = torch.randint(CLASSES, (ROWS, 2), generator=generator)
+    pairs = (
+        (_pair("focal_loss", gamma=gamma), {}),
+        (_pair("mixed_cross_entropy", alpha=gamma, candidates=candidates), {}),
+        (_pair("dsc_loss", alpha=gamma), {}),
+    )
+    for pair, options in pairs:
+        budget = budget_for(5, data.sources)
+        got = pair.linear(*data.sources, data.target, ignore_index=IGNORED, budget=budget, **options)
+        expected = pair.row(logits_of(data.sources), data.target, ignore_index=IGNORED, **options)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, data.sources), torch.autograd.grad(expected, data.sources))
+
+
+def test_learnt_parameters_and_token_weights(generator: torch.Generator) -> None:
+    data = Data.make(generator)
+    gamma = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    token_weight = data.token_weight.requires_grad_()
+    leaves = (*data.sources, gamma, token_weight)
+    options: dict[str, Any] = {"gamma": gamma, "token_weight": token_weight, "ignore_index": IGNORED}
+    got = run_linear(fl.linear_focal_loss, data.sources, data.target, **options)
+    expected = fl.focal_loss(logits_of(data.sources), data.target, **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_tied_weight(generator: torch.Generator) -> None:
+    """The output layer's weight is also the embedding's: its gradients add up."""
+    data = Data.make(generator, bias=False)
+    weight = data.sources[1]
+    tokens = torch.randint(CLASSES, (ROWS,), generator=generator)
+    got = fl.linear_cross_entropy(F.embedding(tokens, weight), weight, data.target, ignore_index=IGNORED)
+    expected = fl.cross_entropy(F.embedding(tokens, weight) @ weight.t(), data.target, ignore_index=IGNORED)
+    torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(expected, weight))
+
+
+# --- accuracy ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@each_loss
+def test_as_accurate_as_pytorch(name: str, reduction: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Against float64, beside the row form on the logits of F.linear in the same dtype."""
+    data = Data.make(generator, dtype, rows=200)
+    exact = tuple(x.detach().double().requires_grad_() for x in data.sources)
+    upstream = torch.rand((200,) if reduction == "none" else (), generator=generator)
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": IGNORED}
+
+    def gradients(loss: Tensor, sources: tuple[Tensor, ...]) -> list[Tensor]:
+        return [loss, *torch.autograd.grad(loss, sources, upstream.to(loss.dtype))]
+
+    got = gradients(
+        run_linear(LOSSES[name].linear, data.sources, data.target, budget=budget_for(30, data.sources), **options),
+        data.sources,
+    )
+    eager = gradients(LOSSES[name].row(logits_of(data.sources), data.target, impl="reference", **options), data.sources)
+    truth = gradients(LOSSES[name].row(logits_of(exact), data.target, impl="reference", **options), exact)
+    assert got[0].dtype == torch.float32
+    for mine, theirs, true in zip(got, eager, truth, strict=True):
+        assert mine.dtype == theirs.dtype
+        # sums of products: an error is one of their size, whatever cancels in the single element
+        scale = true.abs().max().expand_as(true)
+        worst = (theirs.double() - true).abs().max().expand_as(true)
+        assert_as_accurate_as(mine, true.to(theirs.dtype) + worst.to(theirs.dtype), true, ulps=4, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weight_gradient_over_many_chunks(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Trap: summed in half precision over chunks, it loses digits with each of them."""
+    rows, features, classes = 2048, 64, 512
+    hidden = torch.randn(rows, features, generator=generator).to(dtype)
+    weight = torch.randn(classes, features, generator=generator).to(dtype).requires_grad_()
+    target = torch.randint(classes, (rows,), generator=generator)
+
+    def error(budget: int) -> float:
+        loss = fl.linear_cross_entropy(hidden, weight, target, reduction="sum", budget=budget)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert gradient.dtype == dtype
+        return float((gradient.double() - truth).norm())
+
+    exact = weight.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(fl.cross_entropy(hidden.double() @ exact.t(), target, reduction="sum"), exact)
+    row = classes * 2
+    assert error(rows // 64 * row) <= error(rows * row)
+
+
+def test_mean_over_many_rows_in_fp16(generator: torch.Generator) -> None:
+    """1 / N and p / N are subnormal in fp16; the gradients wait for a loss scale in float32."""
+    hidden = torch.randn(70_000, 4, generator=generator).half().requires_grad_()
+    weight = torch.randn(7, 4, generator=generator).half().requires_grad_()
+    target = torch.randint(7, (70_000,), generator=generator)
+    scale = 2.0**16
+    loss = fl.linear_cross_entropy(hidden, weight, target, budget=2**18)
+    got = torch.autograd.grad(loss * scale, (hidden, weight))
+    exact = tuple(x.detach().double().requires_grad_() for x in (hidden, weight))
+    truth = torch.autograd.grad(fl.cross_entropy(logits_of(exact), target) * scale, exact)
+    for mine, true in zip(got, truth, strict=True):
+        assert mine.dtype == torch.float16
+        assert (mine.double() - true).abs().max() < 2e-3 * true.abs().max()
+
+
+# --- what is computed ---
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, and the rows of logits that they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.logit_rows = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
+        name = function.name()
+        if name in ("aten::mm", "aten::mm.out", "aten::addmm", "aten::addmm.out", "aten::addmm_"):
+            self.calls[name] += 1
+            result = function(*arguments, **(kwargs or {}))
+            if result.shape[-1] == CLASSES:
+                self.logit_rows += len(result)
+            return result
+        return function(*arguments, **(kwargs or {}))
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Products]:
+    # The operators are opaque to the mode; call what is in them.
+    for name in ("linear_row_statistics", "linear_row_loss", "linear_gradient"):
+        monkeypatch.setattr(ops, name, getattr(linear, name))
+    with Products() as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("needs", range(8))
+def test_only_what_requires_grad_is_computed(needs: int, generator: torch.Generator, products: Products) -> None:
+    data = Data.make(generator)
+    for k, source in enumerate(data.sources):
+        source.requires_grad_(bool(needs >> k & 1))
+    loss = run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED)
+    assert loss.requires_grad == bool(needs)
+    assert products.calls.total() == 1 + (needs & 1) + (needs >> 1 & 1)
+    if needs:
+        wanted = [x for x in data.sources if x.requires_grad]
+        assert len(torch.autograd.grad(loss, wanted)) == len(wanted)
+    assert products.calls.total() == 1 + (needs & 1) + (needs >> 1 & 1)
+
+
+def test_three_products_for_mean_and_four_for_none(generator: torch.Generator, products: Products) -> None:
+    data = Data.make(generator)
+    for reduction, count in (("mean", 3), ("sum", 3), ("none", 4)):
+        products.calls.clear()
+        loss = run_linear(fl.linear_focal_loss, data.sources, data.target, reduction=reduction, ignore_index=IGNORED)
+        torch.autograd.grad(loss.sum(), data.sources)
+        assert products.calls.total() == count
+    products.calls.clear()
+    with torch.no_grad():
+        run_linear(fl.linear_focal_loss, data.sources, data.target, ignore_index=IGNORED)
+    assert products.calls.total() == 1
+
+
+def test_ignored_rows_take_no_product(generator: torch.Generator, products: Products) -> None:
+    data = Data.make(generator)
+    valid = int((data.target != IGNORED).sum())
+    run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED, drop_ignored=False)
+    assert products.logit_rows == ROWS
+    products.logit_rows = 0
+    run_linear(
+        fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED,
+        budget=budget_for(1, data.sources),
+    )  # fmt: skip
+    assert products.logit_rows == valid
+
+
+@pytest.mark.parametrize("keep_first", [True, False])
+def test_backward_twice(keep_first: bool, generator: torch.Generator) -> None:
+    """Trap: a saved gradient that is scaled in place is wrong the second time."""
+    data = Data.make(generator, torch.float32)
+    loss = run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED)
+    first = torch.autograd.grad(loss * 3, data.sources, retain_graph=keep_first)
+    if not keep_first:
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, data.sources)
+        return
+    second = torch.autograd.grad(loss * 5, data.sources, retain_graph=True)
+    third = torch.autograd.grad(loss * 3, data.sources)
+    for a, b, c in zip(first, second, third, strict=True):
+        torch.testing.assert_close(b, a * 5 / 3)
+        assert torch.equal(a, c)
+
+
+def test_autocast(generator: torch.Generator) -> None:
+    data = Data.make(generator, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED)
+        expected = fl.cross_entropy(F.linear(*data.sources), data.target, ignore_index=IGNORED)
+    torch.testing.assert_close(got, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(x, data.sources) for x in (got, expected)), strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.01 * float(theirs.abs().max()))
+
+
+_MEMORY = """
+import resource, torch, fusedloss as fl
+rows, features, classes, budget = 2048, 32, 131_072, 64 * 2**20
+hidden = torch.randn(rows, features, requires_grad=True)
+weight = torch.randn(classes, features, requires_grad=True)
+target = torch.randint(classes, (rows,))
+torch.autograd.grad(fl.linear_cross_entropy(hidden[:8], weight, target[:8]), (hidden, weight))
+gradients = weight.nbytes + hidden.nbytes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.autograd.grad(fl.linear_cross_entropy(hidden, weight, target, budget=budget), (hidden, weight))
+extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(extra / budget)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
+def test_peak_memory_keeps_to_the_budget() -> None:
+    """Beside the gradients, which the first call made room for; the logits would take a gigabyte."""
+    text = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True).stdout
+    assert float(text) < 1.2, text
+
+
+# --- compiled ---
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_once_for_any_rows_and_alpha(reduction: str, generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(hidden: Tensor, weight: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+        return fl.linear_mixed_cross_entropy(hidden, weight, target, alpha=alpha, reduction=reduction).sum()
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    first = 0
+    for rows, alpha in ((8, 0.1), (13, 0.2), (29, 0.3)):
+        data = Data.make(generator, rows=rows, bias=False)
+        hidden, weight = data.sources
+        target = data.target.clamp(min=0)
+        torch._dynamo.mark_dynamic(hidden, 0)
+        torch._dynamo.mark_dynamic(target, 0)
+        share = torch.tensor(alpha, dtype=torch.float64)
+        got, expected = compiled(hidden, weight, target, share), step(hidden, weight, target, share)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, data.sources), torch.autograd.grad(expected, data.sources))
+        first = first or counter.frame_count  # dynamo may take two turns at it
+    assert counter.frame_count == first
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["linear_row_statistics", "linear_row_loss", "linear_gradient"])
+def test_opcheck(name: str, generator: torch.Generator) -> None:
+    data = Data.make(generator, torch.float32)
+    sources = [x.detach() for x in data.sources]
+    rows = (data.target, data.class_weight.float(), None)
+    form = (0.0, budget_for(8, data.sources), True, "cpu")
+    loss_arguments = (
+        *sources, *rows, [], data.token_weight.float(), [True] * 3, "cross_entropy", 0.1, "all", 0.0, IGNORED, 1, *form,
+    )  # fmt: skip
+    if name == "linear_row_statistics":
+        arguments: tuple[Any, ...] = (*sources, *rows, IGNORED, 1, True, True, *form)
+    elif name == "linear_row_loss":
+        arguments = loss_arguments
+    else:
+        _, statistics, index, coefficients, *_ = ops.linear_row_loss(*loss_arguments)
+        arguments = (
+            *sources, *rows[:2], statistics, index, coefficients, None, [], [True, False, True], "cross_entropy",
+            IGNORED, *form,
+        )  # fmt: skip
+    torch.library.opcheck(getattr(ops, name), arguments)
+
+
+# --- refused ---
+
+
+class DTensor(torch.Tensor):
+    """By its name."""
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"input": torch.zeros(3, 5)}, ValueError, "D = 5 features, but linear_weight 4"),
+        ({"linear_weight": torch.zeros(4)}, ValueError, r"linear_weight \(V, D\)"),
+        (
+            {"linear_weight": torch.zeros(7, 4).double()},
+            ValueError,
+            "linear_weight is torch.float64, but input torch.float32",
+        ),
+        ({"linear_weight": torch.zeros(7, 4, device="meta")}, ValueError, "linear_weight is on meta"),
+        ({"linear_bias": torch.zeros(6)}, ValueError, r"linear_bias must be \(7,\)"),
+        ({"linear_weight": torch.zeros(7, 4).as_subclass(DTensor)}, ValueError, "full_tensor"),
+        ({"linear_weight": None}, TypeError, "NoneType"),
+        ({"softcap": 0.0}, ValueError, "softcap must be greater than 0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
+        ({"budget": 27}, ValueError, "budget of 27 bytes is too small for one row of logits, 28 bytes"),
+        ({"budget": 27.5}, TypeError, "budget must be an int"),
+        ({"target": torch.tensor([0, 7, 1])}, IndexError, "target 7 is out of range for 7 classes"),
+        ({"inplace_backward": True}, TypeError, "linear_cross_entropy"),
+        ({"token_weight": torch.ones(2)}, ValueError, r"token_weight must be of the target's shape \(3,\)"),
+        ({"token_weight": torch.ones(3, dtype=torch.int64)}, TypeError, "token_weight"),
+        ({"normalizer": "token_weight"}, ValueError, "needs a token_weight"),
+        ({"normalizer": "tokens"}, ValueError, "'tokens'"),
+    ],
+    ids=str,
+)
+def test_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"input": torch.zeros(3, 4), "linear_weight": torch.zeros(7, 4), "target": torch.tensor([0, 6, 1])}
+    with pytest.raises(error, match=message):
+        fl.linear_cross_entropy(**(arguments | change))
+
+
+def test_losses_over_classes_in_pytorch_are_refused() -> None:
+    hidden, weight, target = torch.zeros(3, 4), torch.zeros(7, 4), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="over the classes needs a compiled epilogue"):
+        fl.linear_flex_loss(hidden, weight, target, lambda p, q, positive: p, over="classes")
+
+
+def test_budget_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (torch.zeros(3, 4), torch.zeros(7, 4), torch.tensor([0, 6, 1]))
+    monkeypatch.setenv("FUSEDLOSS_LINEAR_BUDGET", "27")
+    with pytest.raises(ValueError, match="27 bytes"):
+        fl.linear_cross_entropy(*arguments)
+    monkeypatch.setenv("FUSEDLOSS_LINEAR_BUDGET", "much")
+    with pytest.raises(ValueError, match="'much'"):
+        fl.linear_cross_entropy(*arguments)
+    assert fl.linear_cross_entropy(*arguments, budget=28) == pytest.approx(float(torch.tensor(7.0).log()))
+    assert os.environ["FUSEDLOSS_LINEAR_BUDGET"] == "much"
