@@ -250,7 +250,7 @@ def test_decoding_with_the_past_is_decoding_without(nmt):
             written = [nmt.data.BOS]
             row = row[row != nmt.data.PAD][None]
             while len(written) <= model.size.max_length:
-                logits = model(row, torch.tensor([written]))[0, -1]
+                logits = model.logits(model(row, torch.tensor([written])))[0, -1]
                 logits[[nmt.data.PAD, nmt.data.BOS]] = -torch.inf
                 written.append(int(logits.argmax()))
                 if written[-1] == nmt.data.EOS:
@@ -267,7 +267,7 @@ def test_a_wider_beam_finds_the_better_target(nmt):
     def score(row, target):
         pieces = torch.tensor([*target, nmt.data.EOS][: model.size.max_length])
         inputs = torch.cat((torch.tensor([nmt.data.BOS]), pieces[:-1]))
-        log_prob = model(row[None], inputs[None])[0].log_softmax(-1)
+        log_prob = model.logits(model(row[None], inputs[None]))[0].log_softmax(-1)
         return log_prob[torch.arange(len(pieces)), pieces].mean()
 
     greedy, wide = (nmt.evaluate.beam_search(model, source, beam) for beam in (1, 8))

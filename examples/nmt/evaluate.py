@@ -20,13 +20,14 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def held_out(model: Transformer, batches: list[Batch], impl: str | None = None) -> HeldOut:
-    """One pass; `return_stats` gives the accuracy from the same reading of the logits."""
+    """One pass; `return_stats` gives the accuracy from the same pass."""
     training = model.training
     model.eval()
     loss, right, count = 0.0, 0, 0
     for batch in batches:
-        rows, stats = fl.cross_entropy(
+        rows, stats = fl.linear_cross_entropy(
             model(batch.source, batch.target_in),
+            model.output_weight,
             batch.target_out,
             ignore_index=PAD,
             reduction="sum",

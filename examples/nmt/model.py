@@ -116,8 +116,8 @@ class Transformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=size.d_model**-0.5)
 
     def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
-        """source (B, S), target_in (B, T) -> logits (B, T, V)."""
-        return self.logits(self.decode(target_in, self.encode(source))[0])
+        """source (B, S), target_in (B, T) -> hidden states (B, T, D): the linear losses make no logits of them."""
+        return self.decode(target_in, self.encode(source))[0]
 
     def encode(self, source: Tensor) -> Memory:
         mask = torch.zeros(source.shape).masked_fill_(source == self.pad, -torch.inf)[:, None, None, :]
@@ -145,7 +145,12 @@ class Transformer(nn.Module):
         return cast("list[DecoderLayer]", list(self.decoder))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.embedding.weight)
+        return F.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D), tied to the embedding."""
+        return self.embedding.weight
 
     def _embed(self, pieces: Tensor, start: int) -> Tensor:
         x = self.embedding(pieces) * math.sqrt(self.size.d_model)

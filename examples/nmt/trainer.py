@@ -31,20 +31,23 @@ def alpha_at(config: Config, step: int) -> float:
     return fl.alpha_schedule(step, config.steps)
 
 
-def training_loss(config: Config, step: int, logits: Tensor, target: Tensor, impl: str | None) -> Tensor:
-    """logits (B, T, V), target (B, T) -> 0-d loss: plain cross-entropy first, then the loss that was asked for.
+def training_loss(
+    config: Config, step: int, hidden: Tensor, weight: Tensor, target: Tensor, impl: str | None
+) -> Tensor:
+    """hidden (B, T, D), weight (V, D), target (B, T) -> 0-d loss: plain cross-entropy first, then the one asked for.
 
-    The gradient takes the memory of the logits: the backward of F.linear, which made them, does not read them.
+    The logits are never stored, and those of padding never made.
     """
-    shared: dict[str, Any] = {"ignore_index": PAD, "inplace_backward": True, "impl": impl}
+    shared: dict[str, Any] = {"ignore_index": PAD, "impl": impl}
     smoothing = config.label_smoothing
     if config.loss == "ce" or step < config.ce_warmup * config.steps:
-        return fl.cross_entropy(logits, target, label_smoothing=smoothing, **shared)
+        return fl.linear_cross_entropy(hidden, weight, target, label_smoothing=smoothing, **shared)
     if config.loss == "focal":
-        return fl.focal_loss(logits, target, gamma=config.gamma, label_smoothing=smoothing, **shared)
+        return fl.linear_focal_loss(hidden, weight, target, gamma=config.gamma, label_smoothing=smoothing, **shared)
     if config.loss == "dsc":
-        return fl.dsc_loss(logits, target, **shared)
-    return fl.mixed_cross_entropy(logits, target, alpha=alpha_at(config, step), label_smoothing=smoothing, **shared)
+        return fl.linear_dsc_loss(hidden, weight, target, **shared)
+    alpha = alpha_at(config, step)
+    return fl.linear_mixed_cross_entropy(hidden, weight, target, alpha=alpha, label_smoothing=smoothing, **shared)
 
 
 class Trainer:
@@ -77,8 +80,9 @@ class Trainer:
         start = time.perf_counter()
         batch = next(self._batches)
         with autocast(self.config.dtype):
-            logits = self.model(batch.source, batch.target_in)
-        loss = training_loss(self.config, self.step, logits, batch.target_out, self.impl)
+            hidden = self.model(batch.source, batch.target_in)
+            weight = self.model.output_weight
+            loss = training_loss(self.config, self.step, hidden, weight, batch.target_out, self.impl)
         loss.backward()
         self.optimizer.step(schedule(self.step, self.config.steps))
         self.step += 1
