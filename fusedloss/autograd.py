@@ -102,10 +102,11 @@ class _RowLoss(torch.autograd.Function):
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
 
-            def losses(z: Tensor) -> Tensor:
-                return reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)[0]
+            def losses(z: Tensor) -> tuple[Tensor]:
+                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
+                return (rows,)
 
-            grads = _dense_gradients(sources, form, needed, lambda z: [losses(z)], [grad_output])
+            grads = _dense_gradients(sources, form, needed, losses, [grad_output])
         else:
             tensors = (target, weight, statistics, index, coefficients, grad_output, params)
             grads = _gradients(sources, form, needed, inplace, tensors, (epilogue.name, ignore_index), impl)
@@ -141,7 +142,7 @@ class _LinearSum(torch.autograd.Function):
         ctx.settings = settings
         ctx.mark_non_differentiable(statistics, index)
         ctx.set_materialize_grads(False)
-        return _weighted_sum(loss, row_weight), statistics, index
+        return weighted_sum(loss, row_weight), statistics, index
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -154,11 +155,11 @@ class _LinearSum(torch.autograd.Function):
         form, epilogue, shared, ignore_index, _, needed, _ = ctx.settings
         if torch.is_grad_enabled():
 
-            def total(z: Tensor) -> Tensor:
+            def total(z: Tensor) -> tuple[Tensor]:
                 rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
-                return _weighted_sum(rows, row_weight)
+                return (weighted_sum(rows, row_weight),)
 
-            return *_dense_gradients(sources, form, needed, lambda z: [total(z)], [grad_output]), *nothing
+            return *_dense_gradients(sources, form, needed, total, [grad_output]), *nothing
         last = not torch.compiler.is_compiling() and not _graph_is_kept()
         scaled = (
             _scaled(gradient, grad_output, source.dtype, last) if need else None
@@ -167,7 +168,8 @@ class _LinearSum(torch.autograd.Function):
         return *scaled, *nothing
 
 
-def _weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:
+def weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:
+    """Of the losses of rows (N,), those of ignored ones 0."""
     return rows.sum() if row_weight is None else rows @ row_weight
 
 

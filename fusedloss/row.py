@@ -235,7 +235,7 @@ def _dispatch(
     def reduced(rows: Tensor) -> Tensor:
         if unreduced:
             return rows if token_weight is None else rows * token_weight
-        return rows.sum() if token_weight is None else rows @ token_weight
+        return autograd.weighted_sum(rows, token_weight)
 
     picks = epilogue.picks
     tensors = (logits, target, weight, candidates)
