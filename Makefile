@@ -41,6 +41,7 @@ dist: .venv/installed-lint ## build dist/*.tar.gz, and the wheel from it
 sanitize: $(SANITIZED)/installed ## run the tests on an engine built with ASan and UBSan (g++)
 	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    FUSEDLOSS_KEEP_BYTES=0 \
 	    $(SANITIZED)/venv/bin/python -m pytest -n 2 -p no:benchmark -m "not compile" $(ARGS)
 
 clean: ## remove everything that these targets made

@@ -111,48 +111,46 @@ struct MixedCrossEntropy {
     }
 };
 
+// z^x, and z^x - 1 where that would cancel.
+template <typename X>
+struct Power {
+    X value, minus_1;
+};
+
+template <typename T>
+FUSEDLOSS_HD Power<T> power_pair(T z, T x) {
+    const T minus_1 = x == T(0) ? T(0) : z > T(0) ? std::expm1(x * std::log(z)) : T(-1);
+    return {minus_1 > T(-0.5) ? T(1) + minus_1 : power(z, x), minus_1};
+}
+
 // The binary dice loss of one probability, u = (1 - p)^alpha p:
 //   linear   1 - (2 u y + s) / (u + y + s)        squared   1 - (2 u y + s) / (u^2 + y + s)
 // Parameters: alpha, s (smooth), squared (0 or 1), self_adjust (0: the factor (1 - p)^alpha is a constant).
-// Numerators are written without the cancelling "1 -".
+// Numerators are written without the cancelling "1 -". Probabilities X and parameters P are scalars or vectors of rows;
+// powers of q = 1 - p come from the caller, who knows how to compute them for either.
 struct DscMath {
-    // 1 - (1 + alpha) p, which is du/dp over (1 - p)^(alpha - 1), from whichever of p and q = 1 - p keeps its digits.
-    template <typename T>
-    static FUSEDLOSS_HD T turn(T p, T q, T alpha) {
-        return p < T(0.5) ? T(1) - (T(1) + alpha) * p : (T(1) + alpha) * q - alpha;
-    }
-
-    // y = 1. `q` = 1 - p. Returns the loss; `h` = (1 - p) dL/dp, finite where dL/dp itself is not (alpha < 1,
-    // p -> 1).
-    template <typename T>
-    static FUSEDLOSS_HD T positive(T p, T q, const T* params, T& h) {
-        const T alpha = params[0], smooth = params[1], squared = params[2], self_adjust = params[3];
-        // 1 - u without cancellation, from q^alpha - 1 = expm1(alpha log q)
-        const T weight_1 = alpha == T(0) ? T(0) : q > T(0) ? std::expm1(alpha * std::log(q)) : T(-1);
-        const T weight = weight_1 > T(-0.5) ? T(1) + weight_1 : power(q, alpha);
-        const T u = weight * p;
-        const T rest = q - p * weight_1;
-        const T du = weight * (self_adjust != T(0) ? turn(p, q, alpha) : q);
-        if (squared != T(0)) {
-            const T denominator = u * u + T(1) + smooth;
-            h = -T(2) * rest * (T(1) + u + smooth) / (denominator * denominator) * du;
-            return rest * rest / denominator;
-        }
-        const T denominator = u + T(1) + smooth;
-        h = -(T(2) + smooth) / (denominator * denominator) * du;
-        return rest / denominator;
+    // y = 1. Returns the loss; `h` = (1 - p) dL/dp, finite where dL/dp itself is not (alpha < 1, p -> 1).
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, const P* params, X& h) {
+        const P smooth = params[1];
+        const X u = weight.value * p;
+        const X rest = q - p * weight.minus_1;  // 1 - u without cancellation
+        const X du = weight.value * adjusted(p, q, params);
+        const auto squared = params[2] != 0;
+        const X denominator = (squared ? u * u : u) + 1 + smooth;
+        const X slope = squared ? rest * (u + 1 + smooth) * 2 : X{} + 2 + smooth;
+        h = -slope / (denominator * denominator) * du;
+        return (squared ? rest * rest : rest) / denominator;
     }
 
     // y = 0. Returns the loss; `h` as above.
-    template <typename T>
-    static FUSEDLOSS_HD T negative(T p, T q, const T* params, T& h) {
-        const T weight = power(q, params[0]);
-        const T du = weight * (params[3] != T(0) ? turn(p, q, params[0]) : q);
-        return of_negative(p, weight, du, params, h);
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X negative(X p, X q, const Power<X>& weight, const P* params, X& h) {
+        return of_negative(p, weight.value, X(weight.value * adjusted(p, q, params)), params, h);
     }
 
-    // The same for p <= 0.5, where 1 - p is no matter, on scalars or vectors. weight = (1 - p)^alpha, weight1 =
-    // (1 - p)^(alpha - 1). Returns the loss; `g` = dL/dp.
+    // The same for p <= 0.5, where 1 - p is no matter. weight = (1 - p)^alpha, weight1 = (1 - p)^(alpha - 1). Returns
+    // the loss; `g` = dL/dp.
     template <typename X, typename T>
     static FUSEDLOSS_HD X small_negative(X p, X weight, X weight1, const T* params, X& g) {
         const T alpha = params[0];
@@ -161,13 +159,21 @@ struct DscMath {
     }
 
    private:
-    template <typename X, typename T>
-    static FUSEDLOSS_HD X of_negative(X p, X weight, X du, const T* params, X& g) {
-        const T smooth = params[1], squared = params[2];
+    // (1 - p) du/dp over (1 - p)^alpha: 1 - (1 + alpha) p, from whichever of p and q keeps its digits, or q.
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X adjusted(X p, X q, const P* params) {
+        const P alpha = params[0];
+        const X turn = p < 0.5f ? 1 - (alpha + 1) * p : (alpha + 1) * q - alpha;
+        return params[3] != 0 ? turn : q;
+    }
+
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X of_negative(X p, X weight, X du, const P* params, X& g) {
+        const P smooth = params[1], squared = params[2];
         const X u = weight * p;
-        const X top = u * (u * squared + (T(1) - squared));
-        const X inverse = T(1) / (top + smooth);
-        g = (u * (T(2) * squared) + (T(1) - squared)) * (inverse * inverse) * du * smooth;
+        const X top = u * (u * squared + (1 - squared));
+        const X inverse = 1 / (top + smooth);
+        g = (u * (2 * squared) + (1 - squared)) * (inverse * inverse) * du * smooth;
         return top * inverse;
     }
 };
@@ -179,7 +185,7 @@ struct DscTarget {
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
         const T p = s.p;
         T h;
-        g.loss = DscMath::positive(p, s.q, params, h);
+        g.loss = DscMath::positive(p, s.q, power_pair(s.q, params[0]), params, h);
         // dL/dz_j = L'(p) p ([j == t] - p_j); where q underflows every p_j of the others is 0 too.
         g.a = s.q > T(0) ? -p * h / s.q : T(0);
         g.d = T(0);

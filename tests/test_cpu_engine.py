@@ -144,6 +144,33 @@ def test_bits_do_not_depend_on_the_other_rows(
         assert torch.equal(alone, rows[i : i + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 15, 16, 17, 50])
+@pytest.mark.parametrize("classes", [1, 2, 9, 64, 65])
+def test_narrow_rows_side_by_side_are_as_if_alone(
+    rows: int, classes: int, dtype: torch.dtype, generator: torch.Generator, instruction_set: str
+) -> None:
+    """Whatever the others hold: logits that are not finite, no target; each row with its own alpha and class weight."""
+    z, target = problem(rows, classes, generator, dtype)
+    z[1::7, 0], z[2::7, -1], z[3::7, -1] = torch.inf, torch.nan, -torch.inf
+    target[::5] = -100
+    alpha = torch.tensor([0.0, 0.01, 0.5, 1.0, 2.0]).repeat(rows)[:rows]
+    weight = 0.5 + torch.rand(classes, generator=generator)
+
+    def run(z: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        return rows_and_gradient(fl.dsc_loss, z, target, alpha=alpha, weight=weight, z_loss=0.1, impl="cpu")
+
+    loss, gradient = run(z, target, alpha)
+    upstream = torch.linspace(1, 2, rows, dtype=loss.dtype)
+    for i in range(rows):
+        row, alone = run(z[i : i + 1], target[i : i + 1], alpha[i : i + 1])
+        torch.testing.assert_close(loss[i], row[0], rtol=0, atol=0, equal_nan=True)
+        wide = alone[0].to(loss.dtype) * upstream[i]
+        torch.testing.assert_close(
+            gradient[i].to(loss.dtype), wide, rtol=0.02 if z.itemsize == 2 else 1e-6, atol=1e-30, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("pass_name", ["forward", "backward"])
 def test_the_gil_is_released(
     pass_name: str, generator: torch.Generator, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch

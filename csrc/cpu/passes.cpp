@@ -24,6 +24,7 @@ constexpr int64_t kBlock = 2048;        // columns looked at together: 8 KB of f
 constexpr int64_t kChunk = 4 * kBlock;  // columns of one partial statistic
 constexpr int64_t kProbe = 256;         // columns whose largest logit is taken for about the largest of a chunk
 constexpr int kSlack = 32;              // how far a block's largest logit may be above it
+constexpr int64_t kNarrow = 64;         // columns of rows that are looked at side by side, one in each lane
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -148,11 +149,18 @@ class Engine {
 
     template <typename Functor>
     void forward(const Outputs& out) const {
-        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
-            if (ignored(row)) return write_ignored(row, out);
-            const RowStatistics<T> s = statistics(row, threads, scratch, out);
-            if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch, out);
-        });
+        if constexpr (is_class_term<Functor>(ClassTerms{})) {
+            if (rows_.classes <= kNarrow && rows_.picks() == 1) return side_by_side<Functor>(out);
+        }
+        over_rows(
+            [&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch, out); });
+    }
+
+    template <typename Functor>
+    void one_by_one(int64_t row, int threads, Scratch<T>& scratch, const Outputs& out) const {
+        if (ignored(row)) return write_ignored(row, out);
+        const RowStatistics<T> s = statistics(row, threads, scratch, out);
+        if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch, out);
     }
 
     template <typename Functor>
@@ -177,13 +185,17 @@ class Engine {
         }
     }
 
+    int threads_for(int64_t rows) const {
+        // in elements: less work than a grain is not worth a thread
+        constexpr int64_t grain = 16384, row_cost = 64;
+        const int64_t useful = rows * (rows_.classes + row_cost) / grain + 1;
+        return static_cast<int>(std::min<int64_t>(rows_.threads, useful));
+    }
+
     // each(row, threads, scratch): rows in parallel, or the chunks of a row where there are few rows.
     template <typename Each>
     void over_rows(const Each& each) const {
-        constexpr int64_t grain = 16384,
-                          row_cost = 64;  // in elements: less work than this is not worth a thread
-        const int64_t useful = rows_.rows * (rows_.classes + row_cost) / grain + 1;
-        const int threads = static_cast<int>(std::min<int64_t>(rows_.threads, useful));
+        const int threads = threads_for(rows_.rows);
         if (rows_.rows < 2 * threads && chunks() > 1) {
             Scratch<T> scratch(rows_.picks());
             for (int64_t row = 0; row < rows_.rows; ++row) each(row, threads, scratch);
@@ -517,7 +529,7 @@ class Engine {
             rest += s.p * s.sum_exp;
             target_p = s.p;
             T h;
-            sum += weight_of(s.target) * Term::positive(target_p, T(1) - target_p, params, h);
+            sum += weight_of(s.target) * positive_term<Term>(target_p, T(1) - target_p, params, h);
             target_g = weight_of(s.target) * h / (T(1) - target_p);
             slope += double(target_p) * target_g;
         }
@@ -525,9 +537,10 @@ class Engine {
         const T top_p = T(1) - top_q;
         T h;
         if (s.target == top) {
-            sum += weight_of(top) * Term::positive(top_p, top_q, params, h);
+            sum += weight_of(top) * positive_term<Term>(top_p, top_q, params, h);
         } else {
-            sum += weight_of(top) * Term::negative(top_p, top_q, params, h);
+            const Power<T> weight = {power(top_q, Term::exponent(params)), T(0)};
+            sum += weight_of(top) * Term::negative(top_p, top_q, weight, params, h);
         }
         h *= weight_of(top);
         // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q
@@ -538,6 +551,11 @@ class Engine {
         coefficient[kShift * n] = shift;
         coefficient[kTopGradient * n] = top_gradient;
         coefficient[kTargetGradient * n] = s.target == top ? top_gradient : target_p * (target_g - shift);
+    }
+
+    template <typename Term>
+    static T positive_term(T p, T q, const T* params, T& h) {
+        return Term::positive(p, q, power_pair(q, Term::exponent(params)), params, h);
     }
 
     template <typename Term>
@@ -595,6 +613,124 @@ class Engine {
         part.rest += total<T>(rest);
         part.loss += total<T>(loss);
         part.slope += total<T>(slope);
+    }
+
+    // --- both of these for narrow rows: as many side by side as a vector has lanes ---
+
+    template <typename Term>
+    void side_by_side(const Outputs& out) const {
+        const int64_t groups = (rows_.rows + width - 1) / width;
+        parallel_for(groups, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
+            Scratch<T> scratch(rows_.picks());
+            for (int64_t i = begin; i < end; ++i) group<Term>(i * width, scratch, out);
+        });
+    }
+
+    // A row without finite logits alone is left to the scalar code, and an ignored one to neither: in their lanes, and
+    // in those after the last row, the logits are 0.
+    template <typename Term>
+    FUSEDLOSS_ONE_COPY void group(int64_t first, Scratch<T>& scratch, const Outputs& out) const {
+        using Bits = typename VectorOf<T>::Bits;
+        const int count = static_cast<int>(std::min<int64_t>(width, rows_.rows - first));
+        const int classes = static_cast<int>(rows_.classes);
+        T lane[kNarrow][width] = {}, param[kMaxParams][width], target_weight[width];
+        bool alone[width] = {};
+        Bits target{};
+        for (int i = 0; i < width; ++i) {
+            const int64_t row = first + std::min(i, count - 1);
+            alone[i] = ignored(row);
+            if (i < count && !alone[i]) {
+                const S* const z = logits(row);
+                T sum = 0;
+                for (int j = 0; j < classes; ++j) sum += (lane[j][i] = read(z + j)) * T(0);
+                alone[i] = sum != T(0);
+                if (alone[i]) {
+                    for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
+                } else {
+                    target[i] = static_cast<int>(rows_.target[row]);
+                }
+            }
+            target_weight[i] = weight_of(target[i]);
+            T params[kMaxParams];
+            params_of(row, params);
+            for (int k = 0; k < kMaxParams; ++k) param[k][i] = k < epilogue_.param_count ? params[k] : T(0);
+        }
+        V params[kMaxParams], x[kNarrow];
+        for (int k = 0; k < kMaxParams; ++k) params[k] = load(param[k]);
+        for (int j = 0; j < classes; ++j) x[j] = load(lane[j]);
+
+        V max = x[0], target_logit = x[0];
+        Bits top{};
+        for (int j = 1; j < classes; ++j) {
+            const auto above = x[j] > max;
+            max = above ? x[j] : max;
+            top = above ? Bits{} + j : top;
+            target_logit = target == j ? x[j] : target_logit;
+        }
+        V rest{}, top_rest{}, mine{};
+        for (int j = 0; j < classes; ++j) {
+            x[j] = exp_bounded<T>(x[j] - max);
+            rest += target == j ? V{} : x[j];
+            mine = target == j ? x[j] : mine;
+            top_rest += top == j ? V{} : x[j];
+        }
+        const V sum_exp = rest + mine, inverse = T(1) / sum_exp, log_sum = log_positive<T>(sum_exp);
+        const V near = log1p_positive<T>(rest < mine ? rest / mine : V{});
+        const V ce = rest < mine ? near : (max - target_logit) + log_sum;
+        const V q = rest * inverse, p = mine * inverse;
+
+        const T z_loss = T(epilogue_.z_loss);
+        const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
+        const V z_slope = z_weight * lse * T(2);
+        const V top_q = top_rest * inverse, top_p = T(1) - top_q;
+        const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
+        V target_h, top_h{}, slope{};
+        const V positive =
+            Term::positive(target_p, target_q, power_vector(target_q, Term::exponent(params)), params, target_h);
+        V loss = z_weight * lse * lse + positive * load(target_weight);
+        target_h *= load(target_weight);
+        for (int j = 0; j < classes; ++j) {
+            const V p_j = top == j ? top_p : x[j] * inverse;
+            const V q_j = top == j ? top_q : T(1) - p_j;
+            V h;
+            V f = Term::negative(p_j, q_j, power_vector(q_j, Term::exponent(params)), params, h);
+            const T w = weight_of(j);
+            h = target == j ? target_h : h * w;
+            loss += target == j ? V{} : f * w;
+            top_h = top == j ? h : top_h;
+            slope += top == j ? V{} : p_j * h / q_j;
+        }
+        const V shift = slope + (top_q > T(0) ? top_p * top_h / top_q : V{}) - z_slope;
+        const V top_gradient = top_p * (top_h - slope + z_slope);
+        const V target_gradient = target == top ? top_gradient : p * (target_h / target_q - shift);
+
+        const int64_t n = rows_.rows;
+        T* const statistic = static_cast<T*>(out.statistics) + first;
+        T* const coefficient = static_cast<T*>(out.coefficients) + first;
+        const auto put = [&](T* to, V v) { count == width ? store(to, v) : store_part(to, count, v); };
+        put(statistic + kMax * n, max);
+        put(statistic + kSumExp * n, sum_exp);
+        put(statistic + kQ * n, q);
+        put(statistic + kCe * n, ce);
+        put(statistic + kTargetLogit * n, target_logit);
+        put(statistic + kMeanCe * n, V{});
+        put(statistic + kStatistics * n, max);
+        put(coefficient + kShift * n, shift);
+        put(coefficient + kTopGradient * n, top_gradient);
+        put(coefficient + kTargetGradient * n, target_gradient);
+        put(coefficient + kCoefficients * n, V{});
+        put(static_cast<T*>(out.loss) + first, loss);
+        for (int i = 0; i < count; ++i) out.index[first + i] = top[i];
+        for (int i = 0; i < count; ++i) {
+            if (alone[i]) one_by_one<Term>(first + i, 1, scratch, out);
+        }
+    }
+
+    // q^x, for x >= 0
+    static Power<V> power_vector(V q, V x) {
+        V value;
+        const V minus_1 = powm1_bounded<T>(q, x, value);
+        return {x == T(0) ? splat(T(1)) : value, x == T(0) ? V{} : minus_1};
     }
 
     // --- gradient pass ---

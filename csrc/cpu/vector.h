@@ -284,39 +284,106 @@ struct ExpConstants<double> {
         1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
+// x = n log(2) + r: returns r, and 2^n in the bits of `power`.
 template <typename T>
-FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_bounded(typename VectorOf<T>::Value x) {
+FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_remainder(typename VectorOf<T>::Value x,
+                                                           typename VectorOf<T>::Value& power) {
     using C = ExpConstants<T>;
     using V = typename VectorOf<T>::Value;
     using Words = typename VectorOf<T>::Words;
     const V shifted =
         x * T(1.4426950408889634) + C::rounder;  // low bits: the exponent field of 2^n, n = round(x / log 2)
     const V n = shifted - C::rounder;
+    power = bit_cast<V>(bit_cast<Words>(shifted) << C::shift);
     // With a fused product, which compilers make of this from -O2 on, one rounded log(2) gives r within 2e-9 |n|.
-    const V r = kFma && sizeof(T) == 4 ? x - n * T(0.6931471805599453) : (x - n * C::ln2_high) - n * C::ln2_low;
+    return kFma && sizeof(T) == 4 ? x - n * T(0.6931471805599453) : (x - n * C::ln2_high) - n * C::ln2_low;
+}
+
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_bounded(typename VectorOf<T>::Value x) {
+    using C = ExpConstants<T>;
+    using V = typename VectorOf<T>::Value;
+    V power;
+    const V r = exp_remainder<T>(x, power);
     V poly = splat(C::polynomial[C::degree]);
 #pragma GCC unroll 16
     for (int k = C::degree - 1; k >= 0; --k) poly = poly * r + C::polynomial[k];
     // A product, not a sum of bits, lets a NaN through whatever its payload.
-    const V result = poly * bit_cast<V>(bit_cast<Words>(shifted) << C::shift);
+    const V result = poly * power;
     return x < C::lowest ? V{} : result;
 }
 
-// log(x) for x in (0, 1] (anything elsewhere): x = 2^n m with m in [2/3, 4/3), log m = 2 atanh((m - 1) / (m + 1)).
+// exp(x) - 1, and exp(x) in `exp`.
 template <typename T>
-FUSEDLOSS_INLINE typename VectorOf<T>::Value log_positive(typename VectorOf<T>::Value x) {
+FUSEDLOSS_INLINE typename VectorOf<T>::Value expm1_bounded(typename VectorOf<T>::Value x,
+                                                           typename VectorOf<T>::Value& exp) {
+    using C = ExpConstants<T>;
+    using V = typename VectorOf<T>::Value;
+    V power;
+    const V r = exp_remainder<T>(x, power);
+    V poly = splat(C::polynomial[C::degree]);
+#pragma GCC unroll 16
+    for (int k = C::degree - 1; k >= 1; --k) poly = poly * r + C::polynomial[k];
+    const V tail = poly * r;  // exp(r) - 1
+    exp = x < C::lowest ? V{} : (tail + T(1)) * power;
+    return x < C::lowest ? splat(T(-1)) : tail * power + (power - T(1));
+}
+
+// x = 2^n m with m in [2/3, 4/3), x > 0 and normal (anything elsewhere): returns log m = 2 atanh((m - 1) / (m + 1)).
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value log_mantissa(typename VectorOf<T>::Value x,
+                                                          typename VectorOf<T>::Value& n) {
     using V = typename VectorOf<T>::Value;
     using Bits = typename VectorOf<T>::Bits;
     using Words = typename VectorOf<T>::Words;
     constexpr int shift = ExpConstants<T>::shift, terms = sizeof(T) == 4 ? 5 : 12;
     const Bits exponent = (bit_cast<Bits>(x * T(1.5)) >> shift) - (bit_cast<Bits>(splat(T(1))) >> shift);
+    n = __builtin_convertvector(exponent, V);
     const V m = bit_cast<V>(bit_cast<Words>(x) - (bit_cast<Words>(exponent) << shift));
     const V y = (m - T(1)) / (m + T(1));
     const V y2 = y * y;
     V poly = splat(T(1.0 / (2 * terms + 1)));
 #pragma GCC unroll 16
     for (int k = terms - 1; k >= 0; --k) poly = poly * y2 + T(1.0 / (2 * k + 1));
-    return __builtin_convertvector(exponent, V) * T(0.6931471805599453) + T(2) * y * poly;
+    return T(2) * y * poly;
+}
+
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value log_positive(typename VectorOf<T>::Value x) {
+    typename VectorOf<T>::Value n;
+    const auto log_m = log_mantissa<T>(x, n);
+    return n * T(0.6931471805599453) + log_m;
+}
+
+// log(1 + x) for x in [0, 1]
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value log1p_positive(typename VectorOf<T>::Value x) {
+    const auto u = x + T(1);
+    return log_positive<T>(u) + (x - (u - T(1))) / u;
+}
+
+// z^x - 1, and z^x in `power`, for z in [0, 1] and x >= 0; z below the normal numbers counts as 0. Of x log z, which
+// may be large, only what is left after the power of two is rounded.
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value powm1_bounded(typename VectorOf<T>::Value z, typename VectorOf<T>::Value x,
+                                                           typename VectorOf<T>::Value& power) {
+    using C = ExpConstants<T>;
+    using V = typename VectorOf<T>::Value;
+    using Words = typename VectorOf<T>::Words;
+    constexpr T ln2 = T(0.6931471805599453), rounder = C::rounder;
+    V n;
+    const V log_m = log_mantissa<T>(z, n);
+    // x = high + low, where high times n is exact
+    const V high = bit_cast<V>((bit_cast<Words>(x) >> (C::shift / 2 + 1)) << (C::shift / 2 + 1));
+    const V whole = high * n;
+    const V shifted = whole + log_m * x * (1 / ln2) + rounder;  // low bits: the exponent field of 2^k
+    const V k = shifted - rounder;
+    const V two_k = bit_cast<V>(bit_cast<Words>(shifted) << C::shift);
+    V exp;
+    const V minus_1 = expm1_bounded<T>((whole - k) * ln2 + ((x - high) * n * ln2 + log_m * x), exp);
+    const auto none = (z < std::numeric_limits<T>::min()) | (k < C::lowest / ln2);
+    power = none ? V{} : exp * two_k;
+    return none ? splat(T(-1)) : minus_1 * two_k + (two_k - T(1));
 }
 
 }  // namespace FUSEDLOSS_ISA

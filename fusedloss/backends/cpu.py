@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import compute_dtype, raise_index_error
 from ..epilogue import Shared
+from . import memory
 
 try:
     from .. import _engine
@@ -165,7 +166,7 @@ def row_gradient(
     epilogue: str,
     ignore_index: int,
 ) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad = memory.empty_gradient(logits)
     advise_huge_pages(grad)
     _write_gradient(
         grad,

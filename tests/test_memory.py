@@ -1,0 +1,125 @@
+"""The memory of gradients that is kept from step to step."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import backends
+from fusedloss.backends import memory
+
+if backends.unavailable("cpu") is not None:
+    pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)
+if not hasattr(memory.mmap, "MAP_ANONYMOUS"):
+    pytest.skip("this system has no anonymous memory maps: every gradient is torch's", allow_module_level=True)
+
+ROWS, CLASSES = 256, 8192  # 8 MB of float32
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FUSEDLOSS_KEEP_BYTES", raising=False)
+    gc.collect()
+    memory._kept.clear()
+
+
+def problem(rows: int = ROWS, classes: int = CLASSES, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, classes, generator=generator)
+    return z.requires_grad_(), torch.randint(classes, (rows,), generator=generator)
+
+
+def gradient(z: Tensor, target: Tensor) -> Tensor:
+    return torch.autograd.grad(fl.cross_entropy(z, target, impl="cpu"), z)[0]
+
+
+def expected(z: Tensor, target: Tensor) -> Tensor:
+    return torch.autograd.grad(torch.nn.functional.cross_entropy(z, target), z)[0]
+
+
+def test_the_memory_of_a_gradient_that_is_gone_is_taken_again() -> None:
+    z, target = problem()
+    first = gradient(z, target)
+    where = first.data_ptr()
+    assert not memory._kept
+    del first
+    assert len(memory._kept) == 1
+    again = gradient(z, target)
+    assert again.data_ptr() == where and not memory._kept
+    torch.testing.assert_close(again, expected(z, target))
+
+
+@pytest.mark.parametrize("hold", ["view", "numpy", "detached", "leaf"])
+def test_a_gradient_that_someone_holds_keeps_its_values(hold: str) -> None:
+    z, target = problem()
+    other, other_target = problem(seed=1)
+    truth = expected(z, target)
+    held = gradient(z, target)
+    if hold == "view":
+        held, truth = held[5:, ::3], truth[5:, ::3]
+    elif hold == "numpy":
+        held = held.numpy()
+    elif hold == "detached":
+        held = held.detach()
+    else:
+        fl.cross_entropy(z, target, impl="cpu").backward()
+        held = z.grad
+    gc.collect()
+    for _ in range(3):
+        torch.testing.assert_close(gradient(other, other_target), expected(other, other_target))
+    torch.testing.assert_close(torch.as_tensor(held), truth)
+
+
+def test_a_small_gradient_holds_no_large_block() -> None:
+    z, target = problem(4 * ROWS)
+    gradient(z, target)
+    assert len(memory._kept[0]) == 4 * ROWS * CLASSES * 4
+    gradient(*problem(ROWS // 2))  # 4 MB
+    assert len(memory._kept[0]) == 4 * 2**20
+    gradient(*problem(64))  # torch's own memory
+    assert len(memory._kept[0]) == 4 * 2**20
+
+
+@pytest.mark.parametrize("limit", ["0", str(2**20)])
+def test_no_more_is_kept_than_allowed(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
+    z, target = problem()
+    torch.testing.assert_close(gradient(z, target), expected(z, target))
+    assert not memory._kept
+
+
+@pytest.mark.parametrize("limit", ["-1", "much", "1.5"])
+def test_a_bad_limit_raises(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
+    with pytest.raises(ValueError, match=f"FUSEDLOSS_KEEP_BYTES .* got '{limit}'"):
+        memory.empty_gradient(problem()[0])
+
+
+def test_threads_do_not_share_a_block() -> None:
+    wrong: list[int] = []
+
+    def train(seed: int) -> None:
+        z, target = problem(seed=seed)
+        truth = expected(z, target)
+        for _ in range(10):
+            if not torch.allclose(gradient(z, target), truth, atol=1e-8):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=train, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_every_dtype_and_stride() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        z, target = problem(2 * ROWS)
+        z = z.detach().to(dtype)[::2].requires_grad_()
+        g = gradient(z, target[::2].contiguous())
+        assert g.is_contiguous() and g.dtype == dtype and g.shape == z.shape
+        torch.testing.assert_close(g, expected(z, target[::2]), rtol=0.02, atol=1e-5)
