@@ -63,11 +63,23 @@ def _range(low: float, high: float, above: bool = False) -> str:
     return f"{'greater than' if above else 'at least'} {low:g}"
 
 
+def check_local(name: str, value: Tensor) -> None:
+    # By its name, since importing the class would import half of torch.distributed.
+    if type(value).__name__ == "DTensor":
+        raise ValueError(
+            f"{name} is a DTensor, and the losses take the tensors of one process; pass the whole tensor, "
+            f"{name}.full_tensor()"
+        )
+
+
 def check_logits(input: object, target: object) -> None:
     if not isinstance(input, Tensor | Projection):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
+    for name, value in (("input", input), ("target", target)):
+        if isinstance(value, Tensor):
+            check_local(name, value)
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
     if target.dtype not in (torch.int64, torch.int32):

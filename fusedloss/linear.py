@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
-from .checks import check_number, compute_dtype
+from .checks import check_local, check_number, compute_dtype
 from .projection import Form, Projection
 
 #: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
@@ -106,11 +106,7 @@ def project(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if type(value).__name__ == "DTensor":
-            raise ValueError(
-                f"{name} is a DTensor, which the linear forms do not take yet; pass the whole tensor "
-                f"({name}.full_tensor()), or compute the logits and use the row form"
-            )
+        check_local(name, value)
     if hidden.dim() < 1 or weight.dim() != 2:
         raise ValueError(
             f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
@@ -444,8 +447,34 @@ def test_opcheck(name: str, generator: torch.Generator) -> None:
 # --- refused ---
 
 
-class DTensor(torch.Tensor):
-    """By its name."""
+@pytest.fixture
+def distributed() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Makes a DTensor, on a mesh of this process alone."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    yield lambda x: distribute_tensor(x, mesh, [Shard(0)])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "target"])
+def test_distributed_tensors_are_refused(name: str, distributed: Callable[[Tensor], Tensor]) -> None:
+    arguments = {"input": torch.zeros(3, 4), "linear_weight": torch.zeros(7, 4), "linear_bias": torch.zeros(7)}
+    arguments["target"] = torch.tensor([0, 6, 1])
+    arguments[name] = distributed(arguments[name])
+    with pytest.raises(ValueError, match=rf"{name} is a DTensor.*{name}\.full_tensor\(\)"):
+        fl.linear_cross_entropy(**arguments)
+    assert fl.linear_cross_entropy(**(arguments | {name: arguments[name].full_tensor()})) == pytest.approx(
+        float(torch.tensor(7.0).log())
+    )
+
+
+@pytest.mark.parametrize("name", ["input", "target"])
+def test_distributed_logits_are_refused(name: str, distributed: Callable[[Tensor], Tensor]) -> None:
+    arguments = {"input": torch.zeros(3, 4), "target": torch.tensor([0, 3, 1])}
+    arguments[name] = distributed(arguments[name])
+    with pytest.raises(ValueError, match=f"{name} is a DTensor"):
+        fl.focal_loss(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +489,6 @@ class DTensor(torch.Tensor):
         ),
         ({"linear_weight": torch.zeros(7, 4, device="meta")}, ValueError, "linear_weight is on meta"),
         ({"linear_bias": torch.zeros(6)}, ValueError, r"linear_bias must be \(7,\)"),
-        ({"linear_weight": torch.zeros(7, 4).as_subclass(DTensor)}, ValueError, "full_tensor"),
         ({"linear_weight": None}, TypeError, "NoneType"),
         ({"softcap": 0.0}, ValueError, "softcap must be greater than 0"),
         ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
