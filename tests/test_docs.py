@@ -48,7 +48,7 @@ def test_public_names_are_all_there() -> None:
     assert {function.__name__.removeprefix("linear_") for function in FUNCTIONS} == set(FORMULAS)
 
 
-@pytest.mark.parametrize("name", fl.__all__)
+@pytest.mark.parametrize("name", [name for name in fl.__all__ if not inspect.ismodule(getattr(fl, name))])
 def test_examples_in_docstrings_run(name: str) -> None:
     """In a namespace of their own: an example must import what it uses, as one that is pasted has to."""
     thing = getattr(fl, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -90,16 +90,23 @@ def mixed_cross_entropy(
 linear_mixed_cross_entropy = linear_form(mixed_cross_entropy)
 
 
-def alpha_schedule(step: int, total_steps: int, maximum: float = 0.5) -> float:
+@overload
+def alpha_schedule(step: int, total_steps: int, maximum: float = 0.5) -> float: ...
+@overload
+def alpha_schedule(step: Tensor, total_steps: int, maximum: float = 0.5) -> Tensor: ...
+def alpha_schedule(step: int | Tensor, total_steps: int, maximum: float = 0.5) -> float | Tensor:
     """alpha for an update of mixed cross-entropy: it grows from 0 by equal steps, maximum * step / total_steps.
 
     `step` counts every update from the first, those of a warm-up on plain cross-entropy included; beyond
-    `total_steps` alpha stays at `maximum`.
+    `total_steps` alpha stays at `maximum`. A step that is a tensor gives a float64 tensor on its device; see also
+    :class:`fusedloss.nn.AlphaSchedule`, which counts.
 
     >>> alpha_schedule(50, 100)
     0.25
     """
-    check_number("step", step, 0)
     check_number("total_steps", total_steps, 0, above=True)
     check_number("maximum", maximum, 0, 1)
+    if isinstance(step, Tensor):
+        return maximum * (step.to(torch.float64) / total_steps).clamp(max=1)
+    check_number("step", step, 0)
     return maximum * min(step / total_steps, 1.0)

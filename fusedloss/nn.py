@@ -1,0 +1,382 @@
+"""The losses as modules: made with a loss's options, called with tensors.
+
+A class here is derived from its function's signature: each argument becomes one of the constructor and an attribute,
+but for those that a batch brings along, which are arguments of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from . import backends
+from .checks import check_choice
+from .linear import project
+from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
+from .losses.flex import flex_loss, linear_flex_loss
+from .losses.focal import focal_loss, linear_focal_loss
+from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
+from .row import RowOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+#: Arguments that every loss takes, and that are shown only where they are not the default.
+_SHARED = {*RowOptions.__annotations__, "softcap", "budget", "drop_ignored"}
+
+_DOC = """{summary}
+
+The module form of :func:`~fusedloss.{function}`.
+
+Args:
+{own}    {values}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives one when called,
+        such as :class:`AlphaSchedule`.
+    weight: class weights (V,), a buffer.
+{arguments}
+
+{call}
+
+Raises as the function does; what an argument of the constructor can be known to be wrong by, the constructor raises.
+
+>>> import torch, fusedloss as fl
+>>> loss = fl.nn.{name}({example})
+>>> {input} = torch.randn(8, {size}, requires_grad=True)
+>>> loss({input}, torch.arange(8)).backward()
+
+The function, :func:`~fusedloss.{function}`:
+
+{document}
+"""
+
+
+class _Called(Exception):
+    """A function of the user's was reached, past all checks."""
+
+
+def _called(*_: Any) -> Tensor:
+    raise _Called
+
+
+def _sample(value: Any) -> Any:
+    """For an argument, one that is as right or wrong and can be tried on a CPU."""
+    if isinstance(value, Tensor):
+        return value if value.device.type == "cpu" else torch.ones_like(value, device="cpu")
+    return _called if callable(value) else value
+
+
+def _types(parameter: inspect.Parameter) -> list[str]:
+    """["float", "Tensor"] of an argument annotated as float | Tensor."""
+    annotation = parameter.annotation
+    return str(getattr(annotation, "__forward_arg__", annotation)).split(" | ")
+
+
+def _retyped(parameter: inspect.Parameter, also: str) -> inspect.Parameter:
+    return parameter.replace(annotation=" | ".join(dict.fromkeys([*_types(parameter), also])))
+
+
+def _wrapped(text: str, first: str = "", later: str = "") -> str:
+    return textwrap.fill(text, 120, initial_indent=first, subsequent_indent=later)
+
+
+def _sign(cls: type, name: str, parameters: list[inspect.Parameter]) -> None:
+    """Gives the class a method of its own that does what the inherited one does, and shows that signature."""
+    inherited = getattr(cls, name)
+
+    @functools.wraps(inherited)
+    def method(*arguments: Any, **options: Any) -> Any:
+        return inherited(*arguments, **options)
+
+    method.__qualname__ = f"{cls.__qualname__}.{name}"
+    method.__module__ = cls.__module__
+    this = inspect.Parameter("self", _POSITIONAL)
+    method.__signature__ = inspect.Signature([this, *parameters])  # type: ignore[attr-defined]
+    setattr(cls, name, method)
+
+
+class _Loss(nn.Module):
+    """A loss of logits; ``class FocalLoss(_Loss, loss=focal_loss): ...`` derives the rest.
+
+    `example`: arguments of the constructor for the docstring's example.
+    """
+
+    #: What the function takes and the constructor does not, and the other way round.
+    _sources: ClassVar[tuple[str, ...]] = ("input", "target")
+    _own: ClassVar[tuple[inspect.Parameter, ...]] = ()
+    #: For the docstring: of `_own`, and the example's constructor arguments, input and size of the input.
+    _own_doc: ClassVar[str] = ""
+    _example: ClassVar[tuple[str, str, int]] = ("", "logits", 1000)
+
+    _function: ClassVar[Callable[..., Any]]
+    _constructor: ClassVar[inspect.Signature]
+    _arguments: ClassVar[tuple[str, ...]]  # of the function that are attributes
+    _per_call: ClassVar[tuple[str, ...]]  # of the function that forward takes
+
+    def __init_subclass__(cls, loss: Callable[..., Any] | None = None, example: str = "", **others: Any) -> None:
+        super().__init_subclass__(**others)
+        if loss is None:
+            return
+        every = [p for p in inspect.signature(loss).parameters.values() if p.name not in cls._sources]
+        # Class weights are those of the task; any other argument that is a tensor or nothing comes with a batch.
+        batch = [p.name for p in every if p.name != "weight" and set(_types(p)) == {"Tensor", "None"}]
+        values = [p.name for p in every if p.name not in ("weight", *batch) and "Tensor" in _types(p)]
+        kept = [_retyped(p, "nn.Module") if p.name in values else p for p in every if p.name not in batch]
+        per_call = [_retyped(p, "None").replace(default=None) for p in every if p.name in (*batch, *values)]
+        cls._function = staticmethod(loss)
+        cls._constructor = inspect.Signature(sorted((*cls._own, *kept), key=lambda p: p.kind))
+        cls._arguments = tuple(p.name for p in kept)
+        cls._per_call = tuple(p.name for p in per_call)
+        tensors = [inspect.Parameter(name, _POSITIONAL, annotation="Tensor") for name in ("input", "target")]
+        _sign(cls, "__init__", list(cls._constructor.parameters.values()))
+        _sign(cls, "forward", [*tensors, *per_call])
+        document = inspect.getdoc(loss) or ""
+        first, input, size = cls._example
+        tensors_of_a_call = ", ".join(f"{p.name}=None" for p in per_call)
+        as_below = [name for name in cls._arguments if name not in ("weight", *values)]
+        cls.__doc__ = _DOC.format(
+            summary=document.splitlines()[0],
+            function=loss.__name__,
+            own=cls._own_doc,
+            values=", ".join(values),
+            arguments=_wrapped(f"{', '.join(as_below)}: as below.", "    ", "        "),
+            call=_wrapped(
+                f"The loss's arguments are attributes. forward(input, target, *, {tensors_of_a_call}) takes what a "
+                f"batch brings along; {', '.join(values)} in the call stand in for the module's own."
+            ),
+            name=cls.__name__,
+            example=", ".join(filter(None, (first, example))),
+            input=input,
+            size=size,
+            document=textwrap.indent(document, "    "),
+        )
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__()
+        try:
+            bound = self._constructor.bind(*arguments, **options)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}(): {error}") from None
+        bound.apply_defaults()
+        self._make(**{p.name: bound.arguments.pop(p.name) for p in self._own})
+        for name, value in bound.arguments.items():
+            if (value is None and name == "weight") or (isinstance(value, Tensor) and not isinstance(value, Parameter)):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self._try()
+
+    def _make(self) -> None:
+        """From the arguments that the function does not take."""
+
+    def _given(self, input: Tensor) -> dict[str, Any]:
+        """The function's `_sources`, but the target."""
+        return {"input": input}
+
+    def _one_row(self) -> dict[str, Any]:
+        """The same of a single row, with no data."""
+        weight = self.weight
+        classes = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 2
+        return {"input": torch.zeros(classes, device="cpu")}
+
+    def _try(self) -> None:
+        """Lets the function check its arguments, on one row, without what belongs to a device."""
+        if self.impl is not None:
+            check_choice("impl", self.impl, backends.IMPLS)
+        options = {name: _sample(value) for name, value in self._values().items()}
+        options |= {"impl": "reference", "token_weight": torch.ones((), device="cpu")}
+        options.pop("inplace_backward", None)
+        target = torch.zeros((), dtype=torch.int64, device="cpu")
+        with torch.no_grad(), suppress(_Called):
+            self._function(target=target, **self._one_row(), **options)
+
+    def _values(self) -> dict[str, Any]:
+        """The arguments as they are now."""
+        values = {name: getattr(self, name) for name in self._arguments}
+        for name in self._per_call:
+            if isinstance(values.get(name), nn.Module):
+                values[name] = values[name]()
+        return values
+
+    def forward(self, input: Tensor, target: Tensor, **tensors: Any) -> Any:
+        values = self._values()
+        for name, value in tensors.items():
+            if name not in self._per_call:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
+            if value is not None:
+                values[name] = value
+        return self._function(target=target, **self._given(input), **values)
+
+    def extra_repr(self) -> str:
+        shown = []
+        for name in self._arguments:
+            value = getattr(self, name)
+            if isinstance(value, nn.Module):
+                continue  # shown as a child
+            if isinstance(value, Tensor):
+                shown.append(f"{name}={tuple(value.shape) if value.dim() else value.tolist()}")
+            elif name not in _SHARED or value != self._constructor.parameters[name].default:
+                shown.append(f"{name}={getattr(value, '__name__', repr(value))}")
+        return ", ".join(shown)
+
+
+class _LinearLoss(_Loss):
+    """A loss of hidden states, with the output layer that makes their logits."""
+
+    _sources = ("input", "linear_weight", "target", "linear_bias")
+    _own = (
+        inspect.Parameter("in_features", _POSITIONAL, annotation="int"),
+        inspect.Parameter("num_classes", _POSITIONAL, annotation="int"),
+        inspect.Parameter("bias", _KEYWORD, annotation="bool", default=False),
+        inspect.Parameter("device", _KEYWORD, annotation="torch.device | str | None", default=None),
+        inspect.Parameter("dtype", _KEYWORD, annotation="torch.dtype | None", default=None),
+    )
+    _own_doc = """\
+    in_features, num_classes, bias, device, dtype: of the child ``linear``, a :class:`torch.nn.Linear`, which holds the
+        output layer's weight (V, D) and bias. :meth:`tied` takes somebody else's instead.
+"""
+    _example = ("64, 1000", "hidden", 64)
+
+    def _make(  # type: ignore[override]
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.linear: nn.Module = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def tied(cls, layer: nn.Module, *arguments: Any, **options: Any) -> Self:
+        """A loss whose output layer is that of somebody else, such as the model's nn.Embedding or lm_head.
+
+        `layer` has a weight (V, D), a bias (V,) or None or none, and becomes the child ``linear``: one module with two
+        parents, whose parameters count once, and whose state_dict keys come once from each. It stays the same one
+        under `.to()`, load_state_dict and a deepcopy of a module that holds both. The other arguments are the
+        constructor's, without those of the layer.
+        """
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2:
+            got = tuple(weight.shape) if isinstance(weight, Tensor) else weight
+            raise ValueError(f"layer must have a weight (V, D), but that of {layer!r} is {got}")
+        for name in ("bias", "device", "dtype"):
+            if name in options:
+                raise TypeError(f"{cls.__name__}.tied() got {name}={options[name]!r}, which the layer has of its own")
+        classes, features = weight.shape
+        loss = cls(features, classes, *arguments, device="meta", dtype=weight.dtype, **options)
+        loss.linear = layer
+        return loss
+
+    def logits(self, input: Tensor) -> Tensor:
+        """All the logits (*, V) of hidden states (*, D), to evaluate or to generate with."""
+        form: Any = (self.softcap, self.budget, self.drop_ignored)
+        return project(input, *self._layer(), *form).logits()
+
+    def _given(self, input: Tensor) -> dict[str, Any]:
+        weight, bias = self._layer()
+        return {"input": input, "linear_weight": weight, "linear_bias": bias}
+
+    def _one_row(self) -> dict[str, Any]:
+        weight, _ = self._layer()
+        weight = torch.zeros(len(weight), 1, dtype=weight.dtype, device="cpu")
+        return {"input": weight[0], "linear_weight": weight}
+
+    def _layer(self) -> tuple[Any, Any]:
+        return self.linear.weight, getattr(self.linear, "bias", None)
+
+
+class CrossEntropyLoss(_Loss, loss=cross_entropy, example="label_smoothing=0.1"): ...
+
+
+class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"): ...
+
+
+class DiceLoss(_Loss, loss=dice_loss): ...
+
+
+class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"): ...
+
+
+class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"): ...
+
+
+class MixedCrossEntropyLoss(_Loss, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"): ...
+
+
+class LinearCrossEntropyLoss(_LinearLoss, loss=linear_cross_entropy, example="label_smoothing=0.1"): ...
+
+
+class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"): ...
+
+
+class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce + s.q"): ...
+
+
+class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"): ...
+
+
+class LinearMixedCrossEntropyLoss(
+    _LinearLoss, loss=linear_mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"
+): ...
+
+
+class AlphaSchedule(nn.Module):
+    """:func:`~fusedloss.alpha_schedule` with its own count of updates, to be the alpha of a loss.
+
+    Like a scheduler of learning rates it counts when told: call :meth:`step` after each update of the optimizer. The
+    count is a buffer, ``updates`` (0-d int64), so that training that goes on from a state_dict goes on with it.
+    Several losses may share one.
+
+    Args:
+        total_steps: the updates after which alpha stays at `maximum`.
+        maximum: the last alpha, in [0, 1].
+
+    Calling it gives alpha as a 0-d float64 tensor on the buffer's device: neither a host read nor, under
+    torch.compile, a compilation anew.
+
+    >>> import torch, fusedloss as fl
+    >>> loss = fl.nn.MixedCrossEntropyLoss(alpha=fl.nn.AlphaSchedule(total_steps=100))
+    >>> loss.alpha.step()
+    >>> loss
+    MixedCrossEntropyLoss(
+      top_k=1
+      (alpha): AlphaSchedule(updates=1, total_steps=100, maximum=0.5)
+    )
+    """
+
+    updates: Tensor
+
+    def __init__(self, total_steps: int, maximum: float = 0.5) -> None:
+        super().__init__()
+        alpha_schedule(0, total_steps, maximum)
+        self.total_steps = total_steps
+        self.maximum = maximum
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+
+    def step(self) -> None:
+        """Counts an update."""
+        self.updates += 1
+
+    def forward(self) -> Tensor:
+        return alpha_schedule(self.updates, self.total_steps, self.maximum)
+
+    def extra_repr(self) -> str:
+        return f"updates={self.updates.tolist()}, total_steps={self.total_steps}, maximum={self.maximum}"

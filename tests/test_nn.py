@@ -1,0 +1,473 @@
+"""The modules: their functions with the options held, the layer owned or tied, the schedule counted."""
+
+import copy
+import doctest
+import inspect
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusedloss as fl
+from fusedloss.nn import AlphaSchedule
+
+ROWS, FEATURES, CLASSES = 12, 5, 7
+IGNORED = -1
+
+
+def poly1(s: fl.Statistics) -> Tensor:
+    return s.ce + s.q
+
+
+MODULES = {name: cls for name, cls in vars(fl.nn).items() if inspect.isclass(cls) and hasattr(cls, "_function")}
+LINEAR = [name for name in MODULES if name.startswith("Linear")]
+each_module = pytest.mark.parametrize("name", MODULES)
+each_linear = pytest.mark.parametrize("name", LINEAR)
+
+#: Arguments that are not the defaults, by the row form's name; positional ones first.
+OWN: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "cross_entropy": ((), {"label_smoothing": 0.1}),
+    "focal_loss": ((), {"gamma": 1.5}),
+    "mixed_cross_entropy": ((), {"alpha": 0.3, "top_k": 2}),
+    "dsc_loss": ((), {"alpha": 0.5, "squared": False}),
+    "dice_loss": ((), {"smooth": 0.5}),
+    "flex_loss": ((poly1,), {}),
+}
+
+
+def own(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return OWN.get(MODULES[name]._function.__name__.removeprefix("linear_"), ((), {}))
+
+
+def make(name: str, **options: Any) -> Any:
+    positional, keywords = own(name)
+    sizes = (FEATURES, CLASSES) if name in LINEAR else ()
+    if sizes:
+        options = {"dtype": torch.float64, **options}
+    return MODULES[name](*sizes, *positional, **{**keywords, **options})
+
+
+@pytest.fixture
+def batch(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, targets and token weights."""
+    hidden = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(CLASSES, (ROWS,), generator=generator)
+    target[::4] = IGNORED
+    return hidden, target, torch.rand(ROWS, generator=generator, dtype=torch.float64)
+
+
+def input_for(name: str, hidden: Tensor) -> Tensor:
+    return hidden if name in LINEAR else torch.cat([hidden, hidden[:, : CLASSES - FEATURES]], 1)
+
+
+# --- all of them ---
+
+
+def test_every_loss_has_its_module() -> None:
+    functions = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
+    losses = {f for f in functions if next(iter(inspect.signature(f).parameters)) == "input"}
+    assert {cls._function for cls in MODULES.values()} == losses
+
+
+@each_module
+def test_equals_the_function(name: str, batch: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> None:
+    hidden, target, token_weight = batch
+    class_weight = torch.rand(CLASSES, generator=generator, dtype=torch.float64) + 0.5
+    options: dict[str, Any] = {"weight": class_weight, "ignore_index": IGNORED, "z_loss": 0.01, "return_stats": True}
+    module = make(name, **options, **({"bias": True, "softcap": 2.0} if name in LINEAR else {}))
+    leaves = [hidden, *module.parameters()]
+    got, stats = module(input_for(name, hidden), target, token_weight=token_weight, normalizer=7.0)
+    positional, keywords = own(name)
+    expected, expected_stats = module._function(
+        input_for(name, hidden), *([module.linear.weight] if name in LINEAR else []), target, *positional,
+        token_weight=token_weight, normalizer=7.0, **keywords, **options,
+        **({"linear_bias": module.linear.bias, "softcap": 2.0} if name in LINEAR else {}),
+    )  # fmt: skip
+    assert len(leaves) == (3 if name in LINEAR else 1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(stats, expected_stats, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), rtol=0, atol=0)
+    assert "weight" in module.state_dict()
+
+
+@each_module
+def test_signatures_are_the_functions(name: str) -> None:
+    """help() and editors show each argument once: in the constructor, in forward, or where a value may be in both."""
+    cls = MODULES[name]
+    of_function = inspect.signature(cls._function).parameters
+    constructor = inspect.signature(cls).parameters
+    forward = {k: p for k, p in inspect.signature(cls.forward).parameters.items() if k != "self"}
+    assert list(forward)[:2] == ["input", "target"]
+    layer = {"in_features", "num_classes", "bias", "device", "dtype"} if name in LINEAR else set()
+    assert set(constructor) | set(forward) == set(of_function) - {"linear_weight", "linear_bias"} | layer
+    assert {"token_weight", "normalizer"} <= set(forward) and "token_weight" not in constructor
+    assert set(forward) & set(constructor) == {"normalizer"} | ({"alpha", "gamma"} & set(of_function))
+    for k in set(constructor) & set(of_function):
+        assert constructor[k].default == of_function[k].default
+    assert "weight" in constructor and "weight" not in forward
+    assert cls.__module__ == "fusedloss.nn" and cls.__qualname__ == name
+
+
+@pytest.mark.parametrize("name", [*MODULES, "AlphaSchedule"])
+def test_docstring_and_its_examples(name: str) -> None:
+    cls = getattr(fl.nn, name)
+    test = doctest.DocTestParser().get_doctest(cls.__doc__, {}, name, None, None)
+    assert any(f"fl.nn.{name}(" in example.source for example in test.examples) or name == "AlphaSchedule"
+    out: list[str] = []
+    assert not doctest.DocTestRunner().run(test, out=out.append).failed, "".join(out)
+    assert max(map(len, cls.__doc__.split("The function,")[0].splitlines())) <= 120
+    if name in MODULES:
+        documented = cls.__doc__.split("Raises")[0]
+        assert not [k for k in inspect.signature(cls).parameters if k not in documented and k not in own(name)[0]]
+
+
+@each_module
+def test_copies_do_as_the_original(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    module = make(name, weight=torch.arange(1.0, CLASSES + 1), ignore_index=IGNORED)
+    expected = module(input_for(name, hidden), target)
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    again = make(name, weight=torch.ones(CLASSES), ignore_index=IGNORED)
+    again.load_state_dict(module.state_dict())
+    for other in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(saved, weights_only=False),
+        again,
+    ):
+        assert type(other) is MODULES[name] and repr(other) == repr(module)
+        assert torch.equal(other(input_for(name, hidden), target), expected)
+
+
+@each_module
+def test_moves_with_to(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    module = make(name, weight=torch.ones(CLASSES), ignore_index=IGNORED).to(torch.float32)
+    assert {x.dtype for x in module.state_dict().values()} == {torch.float32}
+    assert module(input_for(name, hidden.float()), target).isfinite()
+    assert {x.device.type for x in module.to("meta").state_dict().values()} == {"meta"}
+
+
+@each_module
+def test_made_on_meta(name: str) -> None:
+    """The options are tried on a CPU all the same."""
+    with torch.device("meta"):
+        module = make(name, weight=torch.ones(CLASSES), normalizer=torch.tensor(3.0))
+        with pytest.raises(ValueError, match="z_loss"):
+            make(name, z_loss=-1)
+    assert {x.device.type for x in module.state_dict().values()} == {"meta"}
+
+
+@each_module
+def test_subclass(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+
+    class Doubled(MODULES[name]):  # type: ignore[misc]
+        """Mine."""
+
+        def __init__(self, factor: float, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.factor = factor
+
+        def forward(self, *arguments: Any, **options: Any) -> Tensor:
+            return self.factor * super().forward(*arguments, **options)
+
+    positional, keywords = own(name)
+    sizes = (FEATURES, CLASSES) if name in LINEAR else ()
+    module = Doubled(2.0, *sizes, *positional, **keywords, ignore_index=IGNORED)
+    plain = MODULES[name](*sizes, *positional, **keywords, ignore_index=IGNORED)
+    plain.load_state_dict(module.state_dict())
+    z = input_for(name, hidden.float())
+    assert torch.equal(module(z, target), 2 * plain(z, target))
+    assert next(iter(inspect.signature(Doubled).parameters)) == "factor" and Doubled.__doc__ == "Mine."
+
+
+@pytest.mark.compile
+@each_module
+def test_compiles(name: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch._dynamo.reset()
+    hidden, target, token_weight = batch
+    module = make(name, weight=torch.ones(CLASSES), ignore_index=IGNORED)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    leaves = [hidden, *module.parameters()]
+    z = input_for(name, hidden)
+    got, expected = compiled(z, target, token_weight=token_weight), module(z, target, token_weight=token_weight)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+
+
+# --- values ---
+
+
+def test_values_in_the_call_stand_in(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, token_weight = batch
+    module = fl.nn.FocalLoss(gamma=3.0, ignore_index=IGNORED)
+    gamma = token_weight * 2
+    assert torch.equal(
+        module(hidden, target.clamp(max=4), gamma=gamma),
+        fl.focal_loss(hidden, target.clamp(max=4), gamma=gamma, ignore_index=IGNORED),
+    )
+    candidates = target[:, None].clamp(0, 4).expand(ROWS, 3)
+    mixed = fl.nn.MixedCrossEntropyLoss(alpha=0.3, ignore_index=IGNORED)
+    assert torch.equal(
+        mixed(hidden, target.clamp(max=4), candidates=candidates),
+        fl.cross_entropy(hidden, target.clamp(max=4), ignore_index=IGNORED),
+    )
+    module.gamma = 0.0
+    assert torch.equal(
+        module(hidden, target.clamp(max=4)), fl.cross_entropy(hidden, target.clamp(max=4), ignore_index=IGNORED)
+    )
+
+
+def test_values_that_are_tensors(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    z, target = hidden.detach(), target.clamp(0, 4)
+    learnt = fl.nn.FocalLoss(gamma=nn.Parameter(torch.tensor(1.5)))
+    assert [name for name, _ in learnt.named_parameters()] == ["gamma"]
+    learnt(z, target).backward()
+    assert learnt.gamma.grad is not None and learnt.gamma.grad != 0
+    held = fl.nn.FocalLoss(gamma=torch.tensor(1.5))
+    assert list(held.state_dict()) == ["gamma"] and not list(held.parameters())
+    assert repr(held) == "FocalLoss(gamma=1.5)"
+    torch.testing.assert_close(held(z, target), learnt(z, target))
+
+
+def test_flex_module_of_a_module(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A loss function with parameters of its own is a child, and is not called before there is a batch."""
+
+    class Poly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.epsilon = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.calls = 0
+
+        def forward(self, s: fl.Statistics) -> Tensor:
+            self.calls += 1
+            return s.ce + self.epsilon * s.q
+
+    hidden, target, _ = batch
+    function = Poly()
+    module = fl.nn.FlexLoss(function, ignore_index=IGNORED)
+    assert function.calls == 0 and [name for name, _ in module.named_parameters()] == ["loss_fn.epsilon"]
+    loss = module(hidden, target.clamp(max=4))
+    torch.testing.assert_close(loss, fl.flex_loss(hidden, target.clamp(max=4), poly1, ignore_index=IGNORED))
+    loss.backward()
+    assert function.epsilon.grad is not None and function.epsilon.grad != 0
+
+
+# --- the schedule ---
+
+
+def test_schedule_counts_when_told(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    module = fl.nn.MixedCrossEntropyLoss(alpha=AlphaSchedule(4, maximum=0.6), ignore_index=IGNORED)
+    target = target.clamp(max=4)
+    for step in range(6):
+        alpha = module.alpha()
+        assert alpha.dtype == torch.float64 and float(alpha) == fl.alpha_schedule(step, 4, 0.6)
+        for _ in range(2):  # a forward is not an update
+            got = module(hidden, target)
+            assert torch.equal(got, fl.mixed_cross_entropy(hidden, target, alpha=alpha, ignore_index=IGNORED))
+        module.alpha.step()
+    assert "AlphaSchedule(updates=6, total_steps=4, maximum=0.6)" in repr(module)
+
+
+def test_schedule_goes_on_where_it_was() -> None:
+    first = fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10))
+    for _ in range(3):
+        first.alpha.step()
+    state = first.state_dict()
+    assert state["alpha.updates"].dtype == torch.int64 and set(state) == {"linear.weight", "alpha.updates"}
+    second = fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10))
+    second.load_state_dict(state)
+    for module in (first, second):
+        module.alpha.step()
+        assert float(module.alpha()) == fl.alpha_schedule(4, 10)
+    assert second.to(torch.bfloat16).alpha.updates.dtype == torch.int64
+
+
+def test_schedule_is_shared() -> None:
+    schedule = AlphaSchedule(10)
+    losses = nn.ModuleList(fl.nn.MixedCrossEntropyLoss(alpha=schedule, top_k=k) for k in (1, 2))
+    schedule.step()
+    assert [float(loss.alpha()) for loss in losses] == [0.05, 0.05]
+    copies = copy.deepcopy(losses)
+    assert copies[0].alpha is copies[1].alpha is not schedule
+
+
+@pytest.mark.compile
+def test_schedule_does_not_compile_anew(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch._dynamo.reset()
+    hidden, target, _ = batch
+    module = fl.nn.MixedCrossEntropyLoss(alpha=AlphaSchedule(4), ignore_index=IGNORED)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    target = target.clamp(max=4)
+    for _ in range(5):
+        torch.testing.assert_close(compiled(hidden, target), module(hidden, target))
+        module.alpha.step()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0,), ValueError, "total_steps must be greater than 0, got 0"),
+        (("ten",), TypeError, "total_steps must be a number, got 'ten'"),
+        ((10, 1.5), ValueError, "maximum must be between 0 and 1, got 1.5"),
+    ],
+)
+def test_schedule_refuses(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AlphaSchedule(*arguments)
+
+
+# --- the output layer ---
+
+
+@each_linear
+def test_layer_is_that_of_nn_linear(name: str) -> None:
+    torch.manual_seed(1)
+    module = make(name, bias=True)
+    torch.manual_seed(1)
+    layer = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+    assert list(module.state_dict()) == ["linear.weight", "linear.bias"]
+    assert torch.equal(module.linear.weight, layer.weight) and torch.equal(module.linear.bias, layer.bias)
+    assert list(make(name).state_dict()) == ["linear.weight"]
+    module = make(name, softcap=1.5)
+    hidden = torch.randn(2, 3, FEATURES, dtype=torch.float64)
+    expected = (hidden @ module.linear.weight.t() / 1.5).tanh() * 1.5
+    torch.testing.assert_close(module.logits(hidden), expected)
+
+
+class Tagger(nn.Module):
+    """An embedding that is the output layer too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        positional, keywords = own(name)
+        self.embedding = nn.Embedding(CLASSES, FEATURES, dtype=torch.float64)
+        self.loss = MODULES[name].tied(self.embedding, *positional, **keywords, ignore_index=IGNORED)
+
+    def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
+        return self.loss(self.embedding(tokens), target)
+
+
+@each_linear
+def test_tied_gradient_is_the_sum_of_both_uses(name: str, generator: torch.Generator) -> None:
+    model = Tagger(name)
+    tokens, target = torch.randint(CLASSES, (2, ROWS), generator=generator)
+    assert [key for key, _ in model.named_parameters()] == ["embedding.weight"]
+    model(tokens, target).backward()
+    weights = [model.embedding.weight.detach().clone().requires_grad_() for _ in range(2)]
+    positional, keywords = own(name)
+    loss = model.loss._function(
+        nn.functional.embedding(tokens, weights[0]), weights[1], target, *positional, **keywords, ignore_index=IGNORED
+    )
+    parts = torch.autograd.grad(loss, weights)
+    assert all(part.any() for part in parts)
+    torch.testing.assert_close(model.embedding.weight.grad, parts[0] + parts[1])
+
+
+def test_tie_stays() -> None:
+    model = Tagger("LinearFocalLoss")
+    assert list(model.state_dict()) == ["embedding.weight", "loss.linear.weight"]
+    other = Tagger("LinearFocalLoss")
+    other.load_state_dict(model.state_dict())
+    empty = Tagger("LinearFocalLoss").to("meta").to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    for kept in (model, other, empty, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other.to(torch.float32)):
+        assert kept.loss.linear.weight is kept.embedding.weight
+        assert len(list(kept.parameters())) == 1
+    torch.testing.assert_close(empty.embedding.weight, model.embedding.weight)
+    torch.testing.assert_close(other.embedding.weight.double(), model.embedding.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_tied_to_a_linear_layer_with_a_bias() -> None:
+    layer = nn.Linear(FEATURES, CLASSES)
+    loss = fl.nn.LinearCrossEntropyLoss.tied(layer, softcap=3.0, budget=4096, drop_ignored=False)
+    hidden, target = torch.randn(ROWS, FEATURES), torch.arange(ROWS) % CLASSES
+    expected = fl.linear_cross_entropy(hidden, layer.weight, target, linear_bias=layer.bias, softcap=3.0)
+    torch.testing.assert_close(loss(hidden, target), expected)
+    assert (loss.softcap, loss.budget, loss.drop_ignored) == (3.0, 4096, False)
+
+
+# --- refused ---
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "message"),
+    [
+        ("FocalLoss", {"gamma": -1.0}, ValueError, "gamma must be at least 0, got -1.0"),
+        ("FocalLoss", {"gamma": torch.ones(3)}, ValueError, "gamma must be a number, a 0-d tensor"),
+        ("FocalLoss", {"gama": 1.0}, TypeError, r"FocalLoss\(\): .*'gama'"),
+        ("FocalLoss", {"token_weight": torch.ones(3)}, TypeError, "'token_weight'"),
+        ("FocalLoss", {"normalizer": 2.0, "reduction": "sum"}, ValueError, "reduction='sum'"),
+        ("FocalLoss", {"normalizer": "tokens"}, ValueError, "'tokens'"),
+        ("CrossEntropyLoss", {"reduction": "average"}, ValueError, "'average'"),
+        ("CrossEntropyLoss", {"weight": [1.0, 2.0]}, TypeError, "weight must be a floating point tensor, got list"),
+        ("CrossEntropyLoss", {"weight": torch.ones(2, 2)}, ValueError, r"got shape \(2, 2\)"),
+        ("CrossEntropyLoss", {"weight": torch.tensor(1.0)}, ValueError, r"got shape \(\)"),
+        ("CrossEntropyLoss", {"label_smoothing": 1.1}, ValueError, "1.1"),
+        ("CrossEntropyLoss", {"impl": "fast"}, ValueError, "'fast'"),
+        ("MixedCrossEntropyLoss", {}, TypeError, r"MixedCrossEntropyLoss\(\): .*'alpha'"),
+        ("MixedCrossEntropyLoss", {"alpha": AlphaSchedule(10), "top_k": 3}, ValueError, "top_k must be 1 or 2, got 3"),
+        ("MixedCrossEntropyLoss", {"alpha": nn.Linear(1, 1)}, TypeError, "argument"),
+        ("DSCLoss", {"form": "all"}, ValueError, "'all'"),
+        ("DiceLoss", {"label_smoothing": 0.1}, TypeError, "'label_smoothing'"),
+        ("FlexLoss", {"loss_fn": "ce"}, TypeError, "loss_fn must be callable, got 'ce'"),
+        ("FlexLoss", {"loss_fn": poly1, "statistics": ("entropy",)}, ValueError, "'entropy'"),
+    ],
+)  # fmt: skip
+def test_refused_at_construction(name: str, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MODULES[name](**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"in_features": 2.5}, TypeError, "in_features must be an int, got 2.5"),
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be greater than 0, got -1.0"),
+        ({"budget": 10}, ValueError, "budget of 10 bytes is too small"),
+        ({"weight": torch.ones(CLASSES - 1)}, ValueError, rf"weight must be \({CLASSES},\)"),
+        ({"inplace_backward": True}, TypeError, "'inplace_backward'"),
+    ],
+)
+def test_refused_by_linear_losses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fl.nn.LinearCrossEntropyLoss(**({"in_features": FEATURES, "num_classes": CLASSES} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "error", "message"),
+    [
+        (torch.ones(CLASSES, FEATURES), {}, TypeError, "layer must be a module"),
+        (nn.ReLU(), {}, ValueError, r"that of ReLU\(\) is None"),
+        (nn.Conv1d(2, 3, 1), {}, ValueError, r"is \(3, 2, 1\)"),
+        (nn.Linear(2, 3), {"bias": True}, TypeError, "bias=True, which the layer has"),
+        (nn.Linear(2, 3), {"weight": torch.ones(2)}, ValueError, r"weight must be \(3,\)"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_refused_by_tied(layer: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fl.nn.LinearCrossEntropyLoss.tied(layer, **options)
+
+
+def test_refused_in_the_call() -> None:
+    module = fl.nn.FocalLoss()
+    z, target = torch.zeros(2, 3), torch.tensor([0, 2])
+    with pytest.raises(TypeError, match=r"FocalLoss\.forward\(\) got an unexpected keyword argument 'reduction'"):
+        module(z, target, reduction="sum")
+    with pytest.raises(ValueError, match="gamma must be at least 0"):
+        module(z, target, gamma=-1.0)
+    with pytest.raises(IndexError, match="target 3 is out of range"):
+        module(z, target + 1)
