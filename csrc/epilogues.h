@@ -73,6 +73,17 @@ struct CrossEntropy {
     }
 };
 
+// L = lse
+struct LogSumExp {
+    static constexpr const char* name = "log_sum_exp";
+    template <typename T>
+    static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T*, RowGradient<T>& g) {
+        g.loss = s.max + s.log_sum;
+        g.a = T(1);
+        g.d = T(1);
+    }
+};
+
 // L = q^gamma ce; a = b_t = q^gamma (1 + gamma p_t r), r = ce / q -> 1, finite for every gamma >= 0.
 struct Focal {
     static constexpr const char* name = "focal";
@@ -204,7 +215,7 @@ struct DscOneVsRest : DscMath {
 template <typename... Functors>
 struct FunctorList {};
 
-using RowEpilogues = FunctorList<CrossEntropy, Focal, MixedCrossEntropy, DscTarget>;
+using RowEpilogues = FunctorList<CrossEntropy, LogSumExp, Focal, MixedCrossEntropy, DscTarget>;
 using ClassTerms = FunctorList<DscOneVsRest>;
 
 // What every loss shares: label smoothing, z-loss and class weight.

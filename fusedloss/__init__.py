@@ -9,6 +9,7 @@ from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .statistics import RowStats, Statistics
+from .supcon import supcon_loss
 
 __version__ = _version("fusedloss")
 
@@ -28,4 +29,5 @@ __all__ = [
     "linear_mixed_cross_entropy",
     "mixed_cross_entropy",
     "nn",
+    "supcon_loss",
 ]

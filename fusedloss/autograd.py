@@ -106,7 +106,7 @@ class _RowLoss(torch.autograd.Function):
                 rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
                 return (rows,)
 
-            grads = _dense_gradients(sources, form, needed, losses, [grad_output])
+            grads = _dense_gradients(sources, form, target, needed, losses, [grad_output])
         else:
             tensors = (target, weight, statistics, index, coefficients, grad_output, params)
             grads = _gradients(sources, form, needed, inplace, tensors, (epilogue.name, ignore_index), impl)
@@ -159,7 +159,7 @@ class _LinearSum(torch.autograd.Function):
                 rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
                 return (weighted_sum(rows, row_weight),)
 
-            return *_dense_gradients(sources, form, needed, total, [grad_output]), *nothing
+            return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
         last = not torch.compiler.is_compiling() and not _graph_is_kept()
         scaled = (
             _scaled(gradient, grad_output, source.dtype, last) if need else None
@@ -170,7 +170,7 @@ class _LinearSum(torch.autograd.Function):
 
 def weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:
     """Of the losses of rows (N,), those of ignored ones 0."""
-    return rows.sum() if row_weight is None else rows @ row_weight
+    return rows.sum() if row_weight is None else (rows * row_weight).sum()  # autocast would round a dot product
 
 
 def _graph_is_kept() -> bool:
@@ -213,13 +213,14 @@ def _gradients(
 def _dense_gradients(
     sources: Sequence[Any],
     form: Form | None,
+    target: Tensor,
     needed: Sequence[bool],
     outputs_of: Callable[[Tensor], Sequence[Tensor]],
     grad_outputs: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
     """Differentiable gradients by `sources` of a function of their logits."""
     with torch.enable_grad():
-        logits = sources[0] if form is None else dense_logits(sources[0], sources[1], sources[2], form)
+        logits = sources[0] if form is None else dense_logits(sources[0], sources[1], sources[2], form, target)
         pairs = [(x, g) for x, g in zip(outputs_of(logits), grad_outputs, strict=True) if x.requires_grad]
         wanted = [source for source, need in zip(sources, needed, strict=True) if need]
         grads = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
@@ -295,7 +296,7 @@ class _RowStatistics(torch.autograd.Function):
                 z = z.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
                 return dense_columns(z, target.masked_fill(ignored, 0), weight, candidates, Picks(*picks))[0]
 
-            result = _dense_gradients(sources, form, needed, columns, grads[:-1])
+            result = _dense_gradients(sources, form, target, needed, columns, grads[:-1])
         else:
             classes = sources[0].shape[-1] if form is None else sources[1].shape[0]
             coefficients = _coefficients(statistics, target, index, weight, Columns(*grads[:-1]), classes)

@@ -162,8 +162,18 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
 class _Chunks:
     """Chunks of logits, each in the place of the one before."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form, valid: int, gradient: bool):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        form: Form,
+        valid: int,
+        gradient: bool,
+    ):
         self.hidden, self.weight, self.bias, self.softcap, self.valid = hidden, weight, bias, form.softcap, valid
+        self._masked = target.clamp(min=0)[:, None] if form.mask_target else None
         rows, classes = hidden.shape[0], weight.shape[0]
         self._keeps_slope = gradient and form.softcap != 0
         most = max(1, form.budget // (classes * hidden.element_size() * (1 + self._keeps_slope)))
@@ -179,6 +189,8 @@ class _Chunks:
             logits = self._buffer[: end - begin]
             if begin < self.valid:
                 self._write(self.hidden[begin:end], logits)
+                if self._masked is not None:
+                    logits.scatter_(1, self._masked[begin:end], -torch.inf)
             yield slice(begin, end), logits
 
     def _write(self, hidden: Tensor, logits: Tensor) -> None:
@@ -289,11 +301,13 @@ def linear_row_statistics(
     softcap: float,
     budget: int,
     drop_ignored: bool,
+    mask_target: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates = _take(order, hidden, target, candidates)
-    chunks = _Chunks(hidden, linear_weight, linear_bias, Form(softcap, budget, drop_ignored), valid, gradient=False)
+    form = Form(softcap, budget, drop_ignored, mask_target)
+    chunks = _Chunks(hidden, linear_weight, linear_bias, target, form, valid, gradient=False)
     parts = [
         ops.row_statistics(
             logits,
@@ -332,12 +346,13 @@ def linear_row_loss(
     softcap: float,
     budget: int,
     drop_ignored: bool,
+    mask_target: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates, row_weight, *params = _take(order, hidden, target, candidates, row_weight, *params)
-    form = Form(softcap, budget, drop_ignored)
-    chunks = _Chunks(hidden, linear_weight, linear_bias, form, valid, gradient=any(needed))
+    form = Form(softcap, budget, drop_ignored, mask_target)
+    chunks = _Chunks(hidden, linear_weight, linear_bias, target, form, valid, gradient=any(needed))
     gradients = _Gradients(chunks, needed)
     parts = []
     for rows, logits in chunks:
@@ -385,13 +400,15 @@ def linear_gradient(
     softcap: float,
     budget: int,
     drop_ignored: bool,
+    mask_target: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, grad_output, *params = _take(order, hidden, target, grad_output, *params)
     if order is not None:
         statistics, index, coefficients = (x.index_select(1, order) for x in (statistics, index, coefficients))
-    chunks = _Chunks(hidden, linear_weight, linear_bias, Form(softcap, budget, drop_ignored), valid, gradient=True)
+    form = Form(softcap, budget, drop_ignored, mask_target)
+    chunks = _Chunks(hidden, linear_weight, linear_bias, target, form, valid, gradient=True)
     gradients = _Gradients(chunks, needed)
     for rows, logits in chunks:
         saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))

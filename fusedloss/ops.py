@@ -51,7 +51,7 @@ _library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 
 _LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
-_FORM = "float softcap, int budget, bool drop_ignored, str impl"
+_FORM = "float softcap, int budget, bool drop_ignored, bool mask_target, str impl"
 _library.define(
     f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
     f"bool below, bool mean, {_FORM}) -> (Tensor statistics, Tensor index)"

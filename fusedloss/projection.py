@@ -18,6 +18,8 @@ class Form(NamedTuple):
     """Bytes of a chunk of logits, and of what is kept beside them."""
     drop_ignored: bool
     """Leave ignored rows out of the products. Counting them is a host read."""
+    mask_target: bool = False
+    """Take the target's logit for -inf: a row is compared with all but itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +50,18 @@ class Projection:
         """With hidden states (N, D)."""
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
 
-    def logits(self) -> Tensor:
+    def logits(self, target: Tensor | None = None) -> Tensor:
         """All of them, differentiable: the definition."""
-        return dense_logits(self.hidden, self.weight, self.bias, self.form)
+        return dense_logits(self.hidden, self.weight, self.bias, self.form, target)
 
 
-def dense_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> Tensor:
+def dense_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form, target: Tensor | None = None
+) -> Tensor:
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    return logits if form.softcap == 0 else (logits / form.softcap).tanh() * form.softcap
+    if form.softcap != 0:
+        logits = (logits / form.softcap).tanh() * form.softcap
+    if form.mask_target:
+        assert target is not None
+        logits = logits.scatter(-1, target.clamp(min=0)[..., None], -torch.inf)  # ignored rows are not looked at
+    return logits

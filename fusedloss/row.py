@@ -242,7 +242,7 @@ def _dispatch(
     if impl == "reference":
         if inplace:
             raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
-        dense = logits.logits() if isinstance(logits, Projection) else logits
+        dense = logits.logits(target) if isinstance(logits, Projection) else logits
         rows, s = reference.row_losses(dense, target, weight, candidates, params, epilogue, shared, ignore_index)
         top = (s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach())
         return reduced(rows), _row_stats(*top, target, ignore_index) if return_stats else None

@@ -95,6 +95,35 @@ def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
     return -((1 - at(p, t) + below) ** gamma) * at(log_p, t)
 
 
+def supervised_contrastive(
+    x: Tensor,
+    y: Tensor,
+    temperature: float | Tensor,
+    positives: str = "out",
+    normalize: bool = True,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+) -> Tensor:
+    """(N,) from the whole matrix of similarities, an anchor at a time."""
+    others = x if contrast is None else contrast
+    labels = y if contrast_labels is None else contrast_labels
+    if normalize:
+        x, others = (v / v.square().sum(1, keepdim=True).sqrt() for v in (x, others))
+    rows = []
+    for i, row in enumerate(x @ others.t() / temperature):
+        keep = torch.ones(len(others), dtype=torch.bool)
+        if contrast is None:
+            keep[i] = False
+        same = keep & (labels == y[i])
+        if not same.any():
+            rows.append(row.sum() * 0 if len(row) else row.sum())
+        elif positives == "out":
+            rows.append((row[keep].logsumexp(0) - row[same]).mean())
+        else:
+            rows.append(row[keep].logsumexp(0) - row[same].logsumexp(0) + same.sum().log())
+    return torch.stack(rows) if rows else x.sum(1)
+
+
 # --- what all the losses share ---
 
 

@@ -360,11 +360,14 @@ def test_backward_twice(keep_first: bool, generator: torch.Generator) -> None:
         assert torch.equal(a, c)
 
 
-def test_autocast(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("token_weight", [False, True])
+def test_autocast(token_weight: bool, generator: torch.Generator) -> None:
     data = Data.make(generator, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        got = run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED)
-        expected = fl.cross_entropy(F.linear(*data.sources), data.target, ignore_index=IGNORED)
+        options: dict[str, Any] = {"token_weight": data.token_weight} if token_weight else {}
+        got = run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED, **options)
+        expected = fl.cross_entropy(F.linear(*data.sources), data.target, ignore_index=IGNORED, **options)
+    assert got.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(got, expected)
     for mine, theirs in zip(*(torch.autograd.grad(x, data.sources) for x in (got, expected)), strict=True):
         assert mine.dtype == torch.float32
@@ -422,12 +425,13 @@ def test_compiles_once_for_any_rows_and_alpha(reduction: str, generator: torch.G
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["linear_row_statistics", "linear_row_loss", "linear_gradient"])
-def test_opcheck(name: str, generator: torch.Generator) -> None:
+def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
     data = Data.make(generator, torch.float32)
     sources = [x.detach() for x in data.sources]
     rows = (data.target, data.class_weight.float(), None)
-    form = (0.0, budget_for(8, data.sources), True, "cpu")
+    form = (0.0, budget_for(8, data.sources), True, masked, "cpu")
     loss_arguments = (
         *sources, *rows, [], data.token_weight.float(), [True] * 3, "cross_entropy", 0.1, "all", 0.0, IGNORED, 1, *form,
     )  # fmt: skip

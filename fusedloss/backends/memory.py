@@ -14,6 +14,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 #: Below this, in bytes, the C library's own memory does as well.
 SMALL = 4 * 2**20
@@ -33,7 +34,10 @@ def empty_gradient(logits: Tensor) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     view = memoryview(block)  # lives as long as the tensors on it
     weakref.finalize(view, _keep, block).atexit = False
-    return torch.frombuffer(view, dtype=logits.dtype, count=logits.numel()).view(logits.shape)
+    gradient = torch.frombuffer(view, dtype=logits.dtype, count=logits.numel()).view(logits.shape)
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+        gradient.fill_(torch.nan)  # as torch.empty does
+    return gradient
 
 
 def _limit() -> int:

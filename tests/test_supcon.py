@@ -1,0 +1,287 @@
+"""Supervised contrastive loss: against the matrix of all pairs, chunk by chunk."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from oracle import assert_as_accurate_as, supervised_contrastive
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import supcon
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+KINDS = {
+    "itself": {},
+    "a bank": {"bank": True},
+    "as they are": {"normalize": False},
+    "in": {"positives": "in"},
+    "in a bank": {"positives": "in", "bank": True},
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS.keys())
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return dict(request.param)
+
+
+@pytest.fixture(params=[1, 7, 1000])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows of similarities held at a time, of 31 float64 each."""
+    monkeypatch.setattr(supcon, "BUDGET", request.param * 31 * 8)
+    return request.param
+
+
+def problem(
+    generator: torch.Generator, kind: dict[str, Any], rows: int = 31, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Labels of one row and of many; options that hold the bank, which requires grad."""
+    options = {name: value for name, value in kind.items() if name != "bank"}
+    x = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
+    if options.get("normalize") is False:
+        x = x / 2
+    y = torch.randint(9, (rows,), generator=generator)
+    y[::10] = 100 + torch.arange(len(y[::10]))
+    if kind.get("bank"):
+        options["contrast"] = torch.randn(31, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        options["contrast_labels"] = torch.randint(-2, 9, (31,), generator=generator).int()
+    return x.to(dtype).requires_grad_(), y, options
+
+
+def sources(x: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    return [v for v in (x, options.get("contrast"), options.get("temperature")) if isinstance(v, Tensor)]
+
+
+def exactly(x: Tensor, y: Tensor, options: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """The rows' losses in float64, and the same leaves in float64."""
+    options = {n: v.detach().double().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+               for n, v in options.items() if n not in ("reduction", "impl")}  # fmt: skip
+    x = x.detach().double().requires_grad_()
+    return supervised_contrastive(x, y, **{"temperature": 0.3, **options}), sources(x, options)
+
+
+def test_known_values() -> None:
+    x = torch.tensor([[1, 0], [0.6, 0.8], [0, 1], [-1, 0], [0.8, -0.6]], dtype=torch.float64)
+    y = torch.tensor([0, 0, 1, 1, 2])
+    rows = fl.supcon_loss(x, y, reduction="none")
+    expected = torch.tensor([1.12749037, 1.13184877, 2.80501062, 0.21550866, 0], dtype=torch.float64)
+    torch.testing.assert_close(rows, expected, rtol=0, atol=6e-9)
+    assert fl.supcon_loss(x, y, reduction="sum").item() == pytest.approx(5.27985842, abs=6e-9)
+    assert fl.supcon_loss(x, y).item() == pytest.approx(1.31996460, abs=6e-9)
+    assert fl.supcon_loss(x, y, reduction="mean_all").item() == pytest.approx(5.27985842 / 5, abs=6e-9)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_all"])
+def test_equals_the_matrix_of_all_pairs(
+    reduction: str, kind: dict[str, Any], chunk: int, impl: str, generator: torch.Generator
+) -> None:
+    x, y, options = problem(generator, kind)
+    options["temperature"] = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    got = fl.supcon_loss(x, y, reduction=reduction, impl=impl, **options)
+    rows, leaves = exactly(x, y, options)
+    divisor = {"none": 1, "sum": 1, "mean": int((rows != 0).sum()), "mean_all": len(rows)}[reduction]
+    expected = rows if reduction == "none" else rows.sum() / divisor
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    for mine, truth in zip(
+        torch.autograd.grad(got, sources(x, options), upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.3])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_as_accurate_as_pytorch(
+    reduction: str, temperature: float, kind: dict[str, Any], dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Also where one pair has all the probability; in half precision beside the same in float32."""
+    x, y, options = problem(generator, kind, dtype=dtype)
+    with torch.no_grad():
+        x[3] = x[4]  # as near as can be, of whatever labels
+    options["temperature"] = temperature
+    got = fl.supcon_loss(x, y, reduction=reduction, **options)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    rows, leaves = exactly(x, y, options)
+    compute = {n: v.detach().to(got.dtype).requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+               for n, v in options.items()}  # fmt: skip
+    eager_x = x.detach().to(got.dtype).requires_grad_()
+    eager_rows = supervised_contrastive(eager_x, y, **compute)
+    upstream = torch.randn(len(y), generator=generator, dtype=torch.float64)
+    if reduction == "mean":
+        upstream = (rows != 0).double() / (rows != 0).sum()
+        expected, eager = (rows * upstream).sum(), (eager_rows * upstream.to(got.dtype)).sum()
+        gradients = torch.autograd.grad(got, sources(x, options))
+    else:
+        expected, eager = rows, eager_rows
+        gradients = torch.autograd.grad(got, sources(x, options), upstream.to(got.dtype))
+    # log-sum-exp and mean similarity cancel where an anchor's positives are all there is to see
+    size = 2 / temperature * (1 if options.get("normalize", True) else float(x.detach().double().square().sum(1).max()))
+    assert_as_accurate_as(got.detach(), eager.detach(), expected.detach(), 8, torch.full_like(expected, size))
+    assert torch.isfinite(got).all()
+    eager_gradients = torch.autograd.grad(eager_rows, sources(eager_x, compute), upstream.to(got.dtype))
+    for mine, same_dtype, truth in zip(
+        gradients, eager_gradients, torch.autograd.grad(rows, leaves, upstream), strict=True
+    ):
+        assert mine.dtype == dtype
+        assert torch.isfinite(mine).all()
+        rough = same_dtype.to(dtype)
+        scale = truth.abs().amax() / temperature
+        assert_as_accurate_as(mine, rough, truth, 64 if dtype in DTYPES[:2] else 2, torch.ones_like(truth) * scale)
+
+
+def test_gradcheck(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.setattr(supcon, "BUDGET", 3 * 31 * 8)
+    x, y, options = problem(generator, kind, rows=7)
+    y[:4] = torch.tensor([1, 1, 2, 2])
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    bank = options.pop("contrast", None)
+
+    for reduction in ("none", "mean"):
+
+        def loss(x: Tensor, t: Tensor, bank: Tensor | None = None, reduction: str = reduction) -> Tensor:
+            return fl.supcon_loss(x, y, temperature=t, contrast=bank, reduction=reduction, **options)
+
+        inputs = (x, temperature) if bank is None else (x, temperature, bank[:5].detach().requires_grad_())
+        if bank is not None:
+            options["contrast_labels"] = options["contrast_labels"][:5]
+        assert torch.autograd.gradcheck(loss, inputs)
+        assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_nothing_to_compare_with(kind: dict[str, Any], impl: str, generator: torch.Generator) -> None:
+    """No rows, one row, labels that are all distinct: the loss is 0, attached, and so are the gradients."""
+    for rows in (0, 1, 5):
+        x, _, options = problem(generator, kind, rows=rows)
+        y = 1000 + torch.arange(rows)
+        for reduction in supcon.REDUCTIONS:
+            if rows:
+                with pytest.warns(UserWarning, match="no anchor has a positive"):
+                    loss = fl.supcon_loss(x, y, reduction=reduction, impl=impl, **options)
+            else:
+                loss = fl.supcon_loss(x, y, reduction=reduction, impl=impl, **options)
+            assert loss.shape == ((rows,) if reduction == "none" else ())
+            assert torch.equal(loss, torch.zeros_like(loss))
+            for gradient in torch.autograd.grad(loss.sum(), sources(x, options)):
+                assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_an_empty_bank() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.warns(UserWarning, match="no anchor has a positive"):
+        loss = fl.supcon_loss(
+            x, torch.arange(4), contrast=torch.zeros(0, 3), contrast_labels=torch.zeros(0, dtype=torch.int64)
+        )
+    assert loss == 0
+    assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros(4, 3))
+
+
+def test_one_pair_is_certain() -> None:
+    """Two rows of one label have nothing but each other: no loss, to the last digit that a difference leaves."""
+    x = torch.tensor([[1.0, 2], [2, -1]], requires_grad=True)
+    loss = fl.supcon_loss(x, torch.tensor([7, 7]), temperature=0.01)
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.zeros(2, 2), rtol=0, atol=1e-4)
+
+
+def test_lengths_out_of_the_ordinary_do_not_matter(generator: torch.Generator) -> None:
+    x, y, _ = problem(generator, {}, dtype=torch.float32)
+    expected = fl.supcon_loss(x, y)
+    for size in (1e-30, 1e30):
+        scaled = (x.detach() * size).requires_grad_()
+        loss = fl.supcon_loss(scaled, y)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, scaled)[0] * size, torch.autograd.grad(fl.supcon_loss(x, y), x)[0]
+        )
+
+
+def test_under_autocast(kind: dict[str, Any], generator: torch.Generator) -> None:
+    """Similarities are in float32: rounded to bfloat16 and divided by the temperature they would tell nothing."""
+    x, y, options = problem(generator, kind, dtype=torch.float32)
+    expected = fl.supcon_loss(x, y, temperature=0.05, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fl.supcon_loss(x, y, temperature=0.05, **options)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
+
+
+def test_the_same_bits_twice(kind: dict[str, Any], chunk: int, generator: torch.Generator) -> None:
+    x, y, options = problem(generator, kind)
+    first, second = (fl.supcon_loss(x, y, **options) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.autograd.grad(first, x)[0], torch.autograd.grad(second, x)[0])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_whole(reduction: str, generator: torch.Generator) -> None:
+    x, y, _ = problem(generator, {}, dtype=torch.float32)
+
+    def step(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
+        return fl.supcon_loss(x, y, temperature=temperature, reduction=reduction).sum()
+
+    temperature = torch.tensor(0.3, requires_grad=True)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got, expected = compiled(x, y, temperature), step(x, y, temperature)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (x, temperature)), torch.autograd.grad(expected, (x, temperature))
+    )
+
+
+_MEMORY = """
+import resource, torch, fusedloss as fl
+x, y = torch.randn(6144, 64, requires_grad=True), torch.randint(50, (6144,))
+torch.autograd.grad(fl.supcon_loss(x[:64], y[:64]), x)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+torch.autograd.grad(fl.supcon_loss(x, y), x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss")
+def test_similarities_are_not_stored() -> None:
+    """144 MB of them, several times in eager PyTorch."""
+    text = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True).stdout
+    assert float(text) < 48, text
+
+
+X, Y = torch.eye(3), torch.tensor([0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": [1.0]}, TypeError, "features must be a tensor, got list"),
+        ({"features": X.long()}, TypeError, "torch.int64"),
+        ({"features": X[0]}, ValueError, r"features must be \(N, D\).*\(3,\)"),
+        ({"labels": Y[:2]}, ValueError, r"labels must be \(3,\).*\(2,\)"),
+        ({"labels": Y.float()}, TypeError, "labels must be int64 or int32, got torch.float32"),
+        ({"labels": Y.to("meta")}, ValueError, "labels is on meta"),
+        ({"temperature": 0.0}, ValueError, "temperature must be greater than 0, got 0.0"),
+        ({"temperature": -1}, ValueError, "temperature must be greater than 0, got -1"),
+        ({"temperature": torch.tensor(0.0)}, ValueError, "temperature must be greater than 0, got 0.0"),
+        ({"temperature": torch.ones(3)}, ValueError, r"shape \(3,\)"),
+        ({"temperature": "low"}, TypeError, "'low'"),
+        ({"normalize": 1}, TypeError, "normalize must be a bool, got 1"),
+        ({"positives": "all"}, ValueError, "'all'"),
+        ({"reduction": "median"}, ValueError, "'median'"),
+        ({"contrast": X}, TypeError, "contrast was given without contrast_labels"),
+        ({"contrast_labels": Y}, TypeError, "contrast_labels was given without contrast"),
+        ({"contrast": X[:, :2], "contrast_labels": Y}, ValueError, "contrast has D = 2 features, but features 3"),
+        ({"contrast": X.double(), "contrast_labels": Y}, TypeError, "contrast is torch.float64"),
+        ({"contrast": X, "contrast_labels": Y[:1]}, ValueError, r"contrast_labels must be \(3,\)"),
+        ({"features": X * torch.tensor([[1.0], [0], [1]])}, ValueError, "row 1 of features is zero"),
+        ({"contrast": X * 0, "contrast_labels": Y}, ValueError, "row 0 of contrast is zero"),
+        ({"impl": "abacus"}, ValueError, "'abacus'"),
+    ],
+    ids=str,
+)
+def test_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fl.supcon_loss(**({"features": X, "labels": Y} | change))
