@@ -1,0 +1,670 @@
+"""Hugging Face transformers: any row loss as a Trainer's, and models that train on the linear form.
+
+A model is fused on the instance. In a forward pass with labels its output layer gets, in place of the hidden states, a
+stand-in that answers the projection with a stand-in for the logits. That one follows what models do to logits before
+the loss (casts, shapes, shifts, a scale, a bias, soft-capping), refuses whatever else, and turns
+torch.nn.functional.cross_entropy into the linear form. Shifts and num_items_in_batch stay the model's own business.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fusedloss
+
+try:
+    from transformers import PreTrainedModel
+except ImportError as error:
+    raise ImportError(
+        "fusedloss.integrations.transformers needs transformers: pip install 'fusedloss[transformers]'"
+    ) from error
+
+__all__ = ["fuse", "trainer_loss", "unfuse"]
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
+
+#: Where a fused model keeps what it is fused with.
+_ATTRIBUTE = "_fusedloss"
+
+#: Arguments of the losses that come from the model: from its output layer and its own call of cross-entropy.
+_OF_THE_MODEL = frozenset(
+    ("input", "target", "linear_weight", "linear_bias", "softcap", "ignore_index", "reduction", "normalizer")
+)
+_UNUSABLE = frozenset(("return_stats", "inplace_backward"))
+_LINEAR_ONLY = frozenset(("budget", "drop_ignored"))
+
+#: Largest difference of a probe's loss and gradients, relative to the largest element. Models cast to float32.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> Callable[..., Tensor]:
+    """A row loss as the `compute_loss_func` of transformers.Trainer: f(outputs, labels, num_items_in_batch=None).
+
+    The logits are the model's; :func:`fuse` does without them. With ``num_items_in_batch``, the targets that count
+    in all batches of an update, the loss is its sum over them divided by that number, so that accumulated gradients
+    are those of the whole batch; without it, the mean of the batch in hand.
+
+    Args:
+        loss: :func:`fusedloss.focal_loss` or any other row loss.
+        shift: True for causal language models, where the logits of a token predict the next one; False where logits and
+            labels are aligned: encoder-decoder models, masked language models, token classification.
+        arguments: of the loss. A callable (but for ``loss_fn``) is called at each step for its value.
+
+    Raises TypeError and ValueError as the loss does, and TypeError where there are no labels.
+
+    >>> import torch, fusedloss as fl
+    >>> compute_loss_func = trainer_loss(fl.focal_loss, shift=True, gamma=2.0)  # for a Trainer
+    >>> logits, labels = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
+    >>> loss = compute_loss_func({"logits": logits}, labels, num_items_in_batch=16)
+    """
+    if not isinstance(shift, bool):
+        raise TypeError(f"shift must be True or False, got {shift!r}")
+    _check_arguments(loss, arguments, _OF_THE_MODEL - {"ignore_index"} | {"return_stats"})
+    ignore_index = arguments.get("ignore_index", -100)
+
+    def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        if labels is None:
+            raise TypeError("the loss needs labels, got None")
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        labels = labels.to(logits.device)
+        if shift:
+            labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return loss(logits, labels, normalizer=num_items_in_batch, **_current(arguments))
+
+    return compute_loss
+
+
+def fuse(
+    model: _Model,
+    loss: str | Callable[..., Any] = "cross_entropy",
+    *,
+    probe: Mapping[str, Any] | None = None,
+    eval_logits: bool = True,
+    **arguments: Any,
+) -> _Model:
+    """Makes a language model of transformers train with a linear form: with labels, its logits are never built.
+
+    For causal, masked and sequence-to-sequence models that project hidden states by their output layer and call
+    torch.nn.functional.cross_entropy, as their own loss functions do. Shifted labels, ``shift_labels``,
+    ``num_items_in_batch`` and further terms of the loss, such as that of a router, stay as they are. A model whose
+    loss takes the mean whatever ``num_items_in_batch`` is (T5, Marian) divides by it here.
+
+    - In training with labels, ``outputs.logits`` stands for logits that do not exist, and says so when it is used.
+    - In evaluation with labels the logits are built as without fusing, and the loss is the row form of them;
+      ``eval_logits=False`` takes the linear form there too.
+    - Without labels nothing changes: generation, or a Trainer that takes the labels away for its
+      ``compute_loss_func`` or ``label_smoothing_factor``. In training that earns a warning.
+
+    Everything is on the instance: its ``forward``, and hooks of it and of its output layer; state_dict,
+    save_pretrained and copy.deepcopy work as before. :func:`unfuse` takes it back. Fuse before wrapping the model
+    (accelerate, DDP, torch.compile, PEFT) and after resizing its embeddings. torch.nn.DataParallel and pickling are
+    refused. Under torch.compile, evaluation with labels and models that call torch.nn.CrossEntropyLoss break the graph.
+
+    Args:
+        loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
+        probe: inputs of the model with labels to compare with; None makes ``input_ids`` and ``labels`` of two short
+            sequences. Loss and gradients of this batch must be those of the model as it was (of the row form of its
+            logits where the loss is another). This leaves no trace in the model or in the random numbers.
+        eval_logits: see above.
+        arguments: of the linear form, such as ``gamma``, ``label_smoothing`` or ``budget``. A callable (but for
+            ``loss_fn``) is called at each step for its value, a tensor may be changed in place by the caller.
+
+    Returns the model.
+
+    Raises:
+        TypeError: not a model of transformers; an argument that the loss does not take.
+        ValueError: a model that cannot be fused, with what it does; one that is fused already; a probe that differs.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> import torch, fusedloss as fl
+    >>> sizes = dict(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = fuse(LlamaForCausalLM(LlamaConfig(**sizes)), fl.linear_focal_loss, gamma=2.0)
+    >>> tokens = torch.randint(100, (2, 8))
+    >>> model.train()(input_ids=tokens, labels=tokens).loss.backward()
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; fuse before wrapping it"
+        )
+    name = type(model).__name__
+    if _ATTRIBUTE in model.__dict__:
+        raise ValueError(f"{name} is fused already; unfuse it first")
+    if "forward" in model.__dict__:
+        raise ValueError(f"the forward of {name} is replaced already; fuse before wrapping or dispatching it")
+    fusion = _Fusion(_Loss.of(loss, arguments), eval_logits)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name} has no output layer (get_output_embeddings() gives None)")
+    if "labels" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(f"the forward of {name} takes no labels")
+    if probe is None:
+        probe = _probe_inputs(model, head)
+    fusion.install(model, head)
+    try:
+        _compare(model, head, fusion, probe)
+    except BaseException:
+        unfuse(model)
+        raise
+    return model
+
+
+def unfuse(model: _Model) -> _Model:
+    """Takes back :func:`fuse` and returns the model; ValueError where it is not fused."""
+    fusion = model.__dict__.pop(_ATTRIBUTE, None)
+    if fusion is None:
+        raise ValueError(f"{type(model).__name__} is not fused")
+    for handle in fusion.handles:
+        handle.remove()
+    if getattr(model.__dict__.get("forward"), "__func__", None) is fusion.forward:
+        del model.forward
+    return model
+
+
+class _Loss(NamedTuple):
+    """A loss in its two forms."""
+
+    row: Callable[..., Any]
+    linear: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    @staticmethod
+    def of(loss: str | Callable[..., Any], arguments: dict[str, Any]) -> _Loss:
+        name = (loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss))).removeprefix("linear_")
+        linear, row = getattr(fusedloss, f"linear_{name}", None), getattr(fusedloss, name, None)
+        if linear is None or row is None or not (isinstance(loss, str) or loss in (row, linear)):
+            names = [n.removeprefix("linear_") for n in fusedloss.__all__ if n.startswith("linear_")]
+            raise ValueError(f"loss must be one of {', '.join(names)} or its function, got {loss!r}")
+        _check_arguments(linear, arguments, _OF_THE_MODEL | _UNUSABLE)
+        return _Loss(row, linear, arguments)
+
+    @property
+    def is_the_models(self) -> bool:
+        """Whether it is what the model computes by itself."""
+        return self.row is fusedloss.cross_entropy and not self.arguments.keys() - _LINEAR_ONLY - {"impl"}
+
+    def of_logits(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+        own = {name: value for name, value in self.arguments.items() if name not in _LINEAR_ONLY}
+        return self.row(logits, target, **_current(own), **options)
+
+    def of_hidden(self, hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return self.linear(hidden, weight, target, **_current(self.arguments), **options)
+
+
+def _check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], excluded: frozenset[str]) -> None:
+    if not callable(loss):
+        raise TypeError(f"loss must be a function, got {loss!r}")
+    name, parameters = getattr(loss, "__name__", repr(loss)), inspect.signature(loss).parameters
+    for argument in arguments:
+        if argument in excluded:
+            raise TypeError(f"{name}() gets {argument!r} from the model and its labels, or cannot be used with it here")
+        if argument not in parameters:
+            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
+    for parameter in list(parameters.values())[2:]:
+        if parameter.default is parameter.empty and parameter.name not in (*arguments, *_OF_THE_MODEL):
+            raise TypeError(f"{name}() needs the argument {parameter.name!r}")
+
+
+def _current(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value() if callable(value) and name != "loss_fn" else value for name, value in arguments.items()}
+
+
+class _Fusion:
+    """What a model is fused with, and how its forward pass under way is to compute the loss."""
+
+    def __init__(self, loss: _Loss, eval_logits: bool) -> None:
+        self.loss = loss
+        self.eval_logits = eval_logits
+        self.way: str | None = None  # "linear" or "row" within a forward pass with labels
+        self.normalizer: Any = None
+        self.calls = 0
+        self.handles: list[Any] = []
+        self.forward: Callable[..., Any]
+
+    def install(self, model: PreTrainedModel, head: nn.Module) -> None:
+        self.forward = _fused_forward(type(model).forward)
+        self.handles = [
+            model.register_forward_pre_hook(self.before_model),
+            head.register_forward_pre_hook(self.before_head),
+            head.register_forward_hook(self.after_head),
+        ]
+        setattr(model, _ATTRIBUTE, self)
+        model.forward = self.forward.__get__(model)
+
+    def before_model(self, model: nn.Module, _: Any) -> None:
+        # Its replicas share the forward of the model that they are of.
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError("a fused model does not run under torch.nn.DataParallel; use DistributedDataParallel")
+
+    def before_head(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (_Hidden(self, inputs[0]), *inputs[1:]) if self.way == "linear" else None
+
+    def after_head(self, _: nn.Module, inputs: tuple[Any, ...], logits: Any) -> Any:
+        return _RowLogits.of(self, logits) if self.way == "row" else None
+
+    def run(self, way: str, forward: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        self.way, self.normalizer, self.calls = way, kwargs.get("num_items_in_batch"), 0
+        try:
+            outputs = forward(model, *args, **kwargs)
+        finally:
+            self.way = None
+        if self.calls == 0:
+            raise RuntimeError(
+                f"{type(model).__name__} computed its loss by itself: not by torch.nn.functional.cross_entropy of what "
+                "its output layer gave when it was fused; unfuse it, and fuse it again if its output layer is another"
+            )
+        return _finished(outputs)
+
+    def cross_entropy(
+        self,
+        logits: _Logits | _RowLogits,
+        target: Tensor,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """torch.nn.functional.cross_entropy, as the model calls it, with the loss in its place."""
+        for name, value in (("weight", weight), ("size_average", size_average), ("reduce", reduce)):
+            if value is not None:
+                raise ValueError(f"the model calls cross_entropy with {name}, which the fused loss does not take over")
+        if label_smoothing:
+            raise ValueError(f"the model smooths its labels by {label_smoothing}; pass label_smoothing to fuse instead")
+        if logits.dim() != 2:
+            raise ValueError(f"the model calls cross_entropy with {logits.dim()} dimensions instead of (tokens, V)")
+        self.calls += 1
+        options = {"ignore_index": ignore_index, "reduction": reduction}
+        if reduction == "mean":
+            options["normalizer"] = self.normalizer
+        if isinstance(logits, _Logits):
+            return logits.loss(self.loss, target, **options)
+        return self.loss.of_logits(logits.as_subclass(Tensor), target, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fusion:
+        copied = object.__new__(_Fusion)
+        memo[id(self)] = copied
+        # The arguments stay the caller's, who may be changing them.
+        copied.__dict__.update(self.__dict__, handles=copy.deepcopy(self.handles, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a fused model cannot be pickled; unfuse it first, or save it with save_pretrained")
+
+
+def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+    position = list(signature.parameters).index("labels")  # with self
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        fusion = self.__dict__.get(_ATTRIBUTE)
+        if fusion is None:  # unfused, while a wrapper still holds this function
+            return original(self, *args, **kwargs)
+        labels = kwargs.get("labels", args[position - 1] if len(args) >= position else None)
+        if labels is None:
+            if self.training:
+                warnings.warn(f"{type(self).__name__} is fused, but in training without labels", stacklevel=2)
+            return original(self, *args, **kwargs)
+        way = "linear" if self.training or not fusion.eval_logits else "row"
+        return fusion.run(way, original, self, *args, **kwargs)
+
+    # Trainer reads the signature; accelerate unwraps a forward as far as it can.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    del forward.__wrapped__
+    return forward
+
+
+def _finished(outputs: Any) -> Any:
+    """Outputs without what carries the loss."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, _Logits):
+            return UnbuiltLogits(value.shape)
+        return value.as_subclass(Tensor) if isinstance(value, _RowLogits) else value
+
+    if isinstance(outputs, Mapping):
+        for name, value in list(outputs.items()):
+            outputs[name] = plain(value)  # type: ignore[index]
+        return outputs
+    return tuple(plain(value) for value in outputs)
+
+
+class _Hidden:
+    """Hidden states on their way into the output layer, whose product it puts off."""
+
+    def __init__(self, fusion: _Fusion, hidden: Tensor) -> None:
+        self.fusion, self.hidden = fusion, hidden
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is not F.linear:
+            raise _refusal(function, "the input of the output layer")
+        return _product(*args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        raise _refusal(name, "the input of the output layer")
+
+
+def _product(input: Any, weight: Tensor, bias: Tensor | None = None) -> _Logits:
+    if not isinstance(input, _Hidden):
+        raise _refusal(F.linear, "a tensor and the input of the output layer")
+    return _Logits(input.fusion, input.hidden, weight, bias)
+
+
+def _refusal(what: Any, of: str) -> AttributeError:
+    """An AttributeError, since a name that is not there may be asked for to know that."""
+    name = what if isinstance(what, str) else getattr(what, "__name__", repr(what))
+    return AttributeError(f"{name!r} of {of} is not understood by the fused loss")
+
+
+class _Logits:
+    """z = scale * (hidden @ weight.T + bias) or softcap * tanh(z / softcap), (*, V), of which only the loss is made."""
+
+    def __init__(
+        self,
+        fusion: _Fusion,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.fusion, self.hidden, self.weight, self.bias = fusion, hidden, weight, bias
+        self.scale, self.softcap = scale, softcap
+        self.dtype = dtype or _product_dtype(hidden)
+
+    def loss(self, loss: _Loss, target: Tensor, **options: Any) -> Tensor:
+        hidden, bias = self.hidden, self.bias
+        if not math.isclose(self.scale, 1.0, rel_tol=1e-12):  # dividing by a cap and multiplying by it leaves almost 1
+            hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
+        return loss.of_hidden(hidden, self.weight, target, linear_bias=bias, softcap=self.softcap, **options)
+
+    def _but(self, **changed: Any) -> _Logits:
+        kept = {name: value for name, value in self.__dict__.items() if name not in changed}
+        return _Logits(**kept, **changed)
+
+    # What is asked of them
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    @property
+    def ndim(self) -> int:
+        return self.hidden.dim()
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    # Casts, which the loss does not need: it computes in float32, and in float64 for float64
+
+    def float(self) -> _Logits:
+        return self._but(dtype=torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> _Logits:
+        to = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
+        if to.device != self.device:
+            raise _refusal(f"to({to.device})", "the logits")
+        if to.dtype not in (self.dtype, torch.float32, torch.float64):
+            raise _refusal(f"to({to.dtype})", "the logits")
+        return self._but(dtype=to.dtype)
+
+    # Shapes: those of the hidden states, as long as the classes stay together
+
+    def contiguous(self) -> _Logits:
+        return self
+
+    def view(self, *shape: Any) -> _Logits:
+        if len(shape) == 1 and isinstance(shape[0], tuple | list):
+            shape = tuple(shape[0])
+        if not shape or shape[-1] != self.shape[-1]:
+            raise _refusal(f"view{shape}", f"logits of shape {tuple(self.shape)}")
+        return self._but(hidden=self.hidden.reshape(*shape[:-1], self.hidden.shape[-1]))
+
+    reshape = view
+
+    def __getitem__(self, index: Any) -> _Logits:
+        parts = index if isinstance(index, tuple) else (index,)
+        taken = sum(part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
+        last = taken == self.dim() or any(part is Ellipsis for part in parts)
+        if any(part is None for part in parts) or taken > self.dim() or (last and parts[-1] != slice(None)):
+            raise _refusal(f"[{index}]", f"logits of shape {tuple(self.shape)}")
+        return self._but(hidden=self.hidden[index])
+
+    # Arithmetic that the linear form knows
+
+    def __mul__(self, factor: Any) -> _Logits:
+        if not _is_number(factor) or (self.softcap is not None and factor <= 0):
+            raise _refusal("multiplication", f"the logits and {_described(factor)}")
+        softcap = None if self.softcap is None else self.softcap * factor
+        return self._but(scale=self.scale * factor, softcap=softcap)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> _Logits:
+        if not _is_number(divisor) or divisor == 0:
+            raise _refusal("division", f"the logits and {_described(divisor)}")
+        return self * (1 / divisor)
+
+    def __add__(self, bias: Any) -> _Logits:
+        of_classes = isinstance(bias, Tensor) and bias.dim() and bias.shape[-1] == bias.numel() == self.shape[-1]
+        if not of_classes or bias.dim() > self.dim() or self.softcap is not None:
+            raise _refusal("addition", f"the logits and {_described(bias)}")
+        bias = bias.reshape(-1) / self.scale if self.scale != 1 else bias.reshape(-1)
+        return self._but(bias=bias if self.bias is None else self.bias + bias)
+
+    __radd__ = __add__
+
+    def tanh(self) -> _Logits:
+        if self.softcap is not None:
+            raise _refusal("tanh", "soft-capped logits")
+        return self._but(softcap=1.0)
+
+    # Whatever else
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.cross_entropy and isinstance(args[0], _Logits):
+            return args[0].fusion.cross_entropy(*args, **(kwargs or {}))
+        if function is torch.tanh:
+            return args[0].tanh()
+        raise _refusal(function, "the logits")
+
+    def __getattr__(self, name: str) -> Any:
+        raise _refusal(name, "the logits")
+
+    def __eq__(self, other: object) -> bool:
+        raise _refusal("==", "the logits")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _refusal("assignment to elements", "the logits")
+
+    def __bool__(self) -> bool:
+        raise _refusal("bool", "the logits")
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+class UnbuiltLogits:
+    """In the outputs of a fused model in training: it has the shape of the logits, which were never built."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+
+    def __getattr__(self, name: str) -> Any:
+        raise _unbuilt(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise _unbuilt(f"[{index}]")
+
+    def __repr__(self) -> str:
+        return f"UnbuiltLogits(shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise _unbuilt(getattr(function, "__name__", repr(function)))
+
+
+def _unbuilt(what: str) -> AttributeError:
+    return AttributeError(
+        f"{what}: the logits of a fused model in training were never built, only their loss; call it without labels "
+        "or in evaluation, or unfuse it"
+    )
+
+
+class _RowLogits(Tensor):
+    """Logits in evaluation: those of the model in every respect, but that their cross-entropy is the fused loss's."""
+
+    fusion: _Fusion
+
+    @staticmethod
+    def of(fusion: _Fusion, logits: Tensor) -> _RowLogits:
+        marked = logits.as_subclass(_RowLogits)
+        marked.fusion = fusion
+        return marked
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.cross_entropy and isinstance(args[0], _RowLogits):
+            return args[0].fusion.cross_entropy(*args, **kwargs)
+        result = super().__torch_function__(function, types, args, kwargs)
+        source = next((x for x in args if isinstance(x, _RowLogits)), None)
+        if isinstance(result, _RowLogits) and source is not None:
+            result.fusion = source.fusion
+        return result
+
+
+def _probe_inputs(model: PreTrainedModel, head: nn.Module) -> dict[str, Tensor]:
+    """Two sequences of eight tokens, one of them ignored as a label."""
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{type(model).__name__} takes {model.main_input_name}; pass inputs with labels as probe=...")
+    weight: Any = model.get_input_embeddings().weight
+    tokens = (torch.arange(16, device=weight.device) * 7919 + 11).reshape(2, 8) % len(weight)
+    labels = tokens.clone()
+    labels[1, 3] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def _compare(model: PreTrainedModel, head: nn.Module, fusion: _Fusion, probe: Mapping[str, Any]) -> None:
+    """Raises where the fused loss and its gradients are not those of the model as it was."""
+    name, original = type(model).__name__, type(model).forward
+    as_it_was = functools.partial(original, model)
+    if not fusion.loss.is_the_models:
+        as_it_was = functools.partial(fusion.run, "row", original, model)
+    try:
+        with _untouched(model):
+            expected = _loss_and_gradients(model, head, as_it_was, probe)
+        with _untouched(model):
+            got = _loss_and_gradients(model, head, functools.partial(fusion.run, "linear", original, model), probe)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be fused: {error}") from error
+    tolerance = max(_TOLERANCE[value.dtype] for value in expected.values())
+    for what, value in expected.items():
+        largest = value.abs().max().item()
+        difference = (got[what] - value).abs().max().item()
+        if not difference <= tolerance * largest:
+            raise ValueError(
+                f"{name} cannot be fused: {what} differs by {difference:.3g} from that of the model, "
+                f"whose largest element is {largest:.3g}"
+            )
+
+
+def _loss_and_gradients(
+    model: PreTrainedModel, head: nn.Module, forward: Callable[..., Any], probe: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The loss, and its gradients by the hidden states, the output layer's parameters and the model's first one."""
+    sources: dict[str, Tensor] = {}
+
+    def capture(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        sources["hidden states"] = inputs[0]
+
+    handle = head.register_forward_pre_hook(capture, prepend=True)
+    try:
+        outputs = forward(**probe)
+    finally:
+        handle.remove()
+    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    first = next((x for x in model.named_parameters() if x[1].requires_grad), None)
+    sources.update(head.named_parameters(prefix="output layer"))
+    sources.update([first] if first else [])
+    sources = {name: source for name, source in sources.items() if source.requires_grad}
+    gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True, materialize_grads=True)
+    named = {f"the gradient of {name}": gradient for name, gradient in zip(sources, gradients, strict=True)}
+    return {"the loss": loss.detach(), **named}
+
+
+@contextmanager
+def _untouched(model: PreTrainedModel) -> Iterator[None]:
+    """In training with gradients; buffers, flags and random numbers are afterwards what they were."""
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    # A reentrant checkpoint gives no gradients of chosen tensors.
+    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+    buffers = [(module, dict(module._buffers)) for module in modules]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({x.device.index for x in model.parameters() if x.device.type != "cpu"})
+    kind = next((x.device.type for x in model.parameters() if x.device.type != "cpu"), "cuda")
+    numbers = random.getstate()
+    try:
+        with torch.random.fork_rng(devices, device_type=kind), torch.enable_grad():
+            model.train()
+            for module in checkpointed:
+                module.gradient_checkpointing = False  # type: ignore[assignment]
+            yield
+    finally:
+        random.setstate(numbers)
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+        for module, before in buffers:
+            module._buffers.update(before)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

@@ -1,0 +1,852 @@
+"""Models of transformers on the linear form: the same losses and gradients as unfused, and no logits."""
+
+import copy
+import doctest
+import filecmp
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedloss as fl
+from fusedloss import linear, ops
+
+transformers = pytest.importorskip("transformers", reason="the integration needs the extra [transformers]")
+from fusedloss.integrations import transformers as integration  # noqa: E402
+from fusedloss.integrations.transformers import fuse, trainer_loss, unfuse  # noqa: E402
+
+VOCABULARY = 1031
+BATCH, LENGTH = 2, 12
+#: Room for three rows of float64 logits, of 22.
+BUDGET = 3 * VOCABULARY * 8
+
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+SEQ2SEQ = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 1,
+    "forced_eos_token_id": 1,
+    "dropout": 0.0,
+}
+
+
+def _llama(kind: type[Any] | None = None) -> Any:
+    return (kind or transformers.LlamaForCausalLM)(transformers.LlamaConfig(**DECODER))
+
+
+def _gpt2() -> Any:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 1}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **dropout))
+
+
+def _gemma2() -> Any:
+    # a cap that the logits of untrained weights reach
+    return transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**DECODER, head_dim=8, final_logit_softcapping=0.3, initializer_range=0.3)
+    )
+
+
+def _t5() -> Any:
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    )
+
+
+def _marian() -> Any:
+    model = transformers.MarianMTModel(transformers.MarianConfig(**SEQ2SEQ))
+    nn.init.normal_(model.final_logits_bias)
+    return model
+
+
+def _mixtral() -> Any:
+    config = transformers.MixtralConfig(**DECODER, num_local_experts=3, output_router_logits=True)
+    model = transformers.MixtralForCausalLM(config)
+    model.set_experts_implementation("eager")  # which takes float64
+    return model
+
+
+def _granite() -> Any:
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**DECODER, logits_scaling=0.25))
+
+
+def _bert() -> Any:
+    names = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    decoder = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**decoder, **names))
+    nn.init.normal_(model.cls.predictions.bias)
+    return model
+
+
+#: Models by what is particular in their way from hidden states to the loss.
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "gpt2: tied": _gpt2,
+    "gemma2: softcap": _gemma2,
+    "t5: scaled hidden states, a loss of its own": _t5,
+    "marian: a bias beside the layer": _marian,
+    "mixtral: a router's loss": _mixtral,
+    "granite: scaled logits": _granite,
+    "bert: a bias in the layer, no shift": _bert,
+}
+each_family = pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """And on one thread: these models are too small for two to do anything but wait for each other."""
+    torch.manual_seed(20210629)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    tokens = torch.randint(2, VOCABULARY, (BATCH, LENGTH))
+    labels = tokens.clone()
+    labels[0, :3] = labels[1, -2:] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def _reference(
+    model: Any, batch: dict[str, Tensor], base: Callable[..., Tensor], **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients from the logits of the unfused model, by plain formulas."""
+    outputs = model(**batch)
+    labels, logits = batch["labels"], outputs.logits
+    if not model.config.is_encoder_decoder and not isinstance(model, transformers.BertForMaskedLM):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    loss = oracle.loss(base, logits.flatten(0, 1), labels.flatten(), ignore_index=-100, **options)
+    if "aux_loss" in outputs:
+        loss = loss + model.router_aux_loss_coef * outputs.aux_loss
+    return loss, _gradients(loss, model)
+
+
+def _gradients(loss: Tensor, model: Any) -> list[Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+
+
+def _assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    largest = max(x.abs().max().item() for x in expected)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max().item() <= tolerance * largest
+
+
+LOSSES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "cross_entropy": ("cross_entropy", {}, {"base": oracle.cross_entropy}),
+    "smoothed": (fl.linear_cross_entropy, {"label_smoothing": 0.1}, {"base": oracle.cross_entropy}),
+    "focal": (fl.focal_loss, {"gamma": 1.5}, {"base": oracle.focal}),
+    "mixed": ("linear_mixed_cross_entropy", {"alpha": 0.3, "z_loss": 1e-3}, {"base": oracle.mixed_cross_entropy}),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@each_family
+def test_gradients_of_all_parameters_in_float64(make: Callable[[], Any], loss: str, batch: dict[str, Tensor]) -> None:
+    model = make().double().train()
+    chosen, own, expected = LOSSES[loss]
+    reference = _reference(model, batch, **own, **expected)
+    fuse(model, chosen, budget=BUDGET, **own)
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs.loss, reference[0], rtol=1e-12, atol=0)
+    _assert_close(_gradients(outputs.loss, model), reference[1], 1e-10)
+
+
+@each_family
+def test_gradients_in_float32_are_those_of_the_model_itself(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
+    model = make().train()
+    loss = model(**batch).loss
+    expected = _gradients(loss, model)
+    fused = fuse(model)(**batch).loss
+    torch.testing.assert_close(fused, loss, rtol=1e-6, atol=0)
+    _assert_close(_gradients(fused, model), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+@each_family
+def test_num_items_in_batch_divides_the_sum(
+    make: Callable[[], Any], kind: Callable[[int], Any], batch: dict[str, Tensor]
+) -> None:
+    """Also where the model itself takes the mean, which a Trainer would add up."""
+    model = make().double().train()
+    expected = _reference(model, batch, base=oracle.cross_entropy, normalizer=77.0)
+    fuse(model)
+    loss = model(**batch, num_items_in_batch=kind(77)).loss
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)  # 1 / 77 as float32
+    _assert_close(_gradients(loss, model), expected[1], 1e-6)
+
+
+def test_shifted_labels_are_taken_as_they_are(batch: dict[str, Tensor]) -> None:
+    model = _llama().train()
+    shifted = torch.randint(VOCABULARY, batch["labels"].shape)
+    expected = model(**batch, shift_labels=shifted).loss
+    assert abs(expected.item() - model(**batch).loss.item()) > 1e-4
+    torch.testing.assert_close(fuse(model)(**batch, shift_labels=shifted).loss, expected)
+
+
+class Largest(TorchDispatchMode):
+    """Records the elements of the largest tensor that an operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
+        result = function(*arguments, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@each_family
+def test_logits_are_never_built_in_training(
+    make: Callable[[], Any], batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The operators are opaque to the mode; call what is in them.
+    for name in ("linear_row_statistics", "linear_row_loss", "linear_gradient"):
+        monkeypatch.setattr(ops, name, getattr(linear, name))
+    model = make().train()
+    weight = max(parameter.numel() for parameter in model.parameters())
+    with Largest() as unfused:
+        model(**batch).loss.backward()
+    tokens = BATCH * (LENGTH - 1)
+    assert unfused.elements >= tokens * VOCABULARY > weight
+    model.zero_grad()
+    fuse(model, "focal_loss", budget=2 * BUDGET)
+    with Largest() as fused:
+        model(**batch).loss.backward()
+    assert fused.elements <= max(weight, 2 * BUDGET // 4)
+
+
+@each_family
+def test_logits_of_training_say_that_they_are_not_there(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
+    model = fuse(make().train())
+    logits = model(**batch).logits
+    assert logits.shape == (BATCH, LENGTH, VOCABULARY)
+    for use in (
+        lambda: logits.argmax(-1),
+        lambda: logits[0],
+        lambda: torch.softmax(logits, -1),
+        lambda: logits + 1,
+        lambda: torch.stack([logits]),
+        lambda: len(logits),
+    ):
+        with pytest.raises((AttributeError, TypeError), match=r"never built|UnbuiltLogits"):
+            use()
+    assert sum(isinstance(x, integration.UnbuiltLogits) for x in model(**batch, return_dict=False)) == 1
+
+
+@each_family
+def test_without_labels_nothing_changes(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
+    model = make().eval()
+    inputs = {"input_ids": batch["input_ids"]}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = batch["input_ids"]
+
+    @torch.no_grad()
+    def answers() -> list[Tensor]:
+        logits = model(**inputs).logits
+        if not model.can_generate():
+            return [logits]
+        return [logits, model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)]
+
+    expected = answers()
+    fuse(model, "focal_loss")
+    for got, want in zip(answers(), expected, strict=True):
+        assert type(got) is Tensor and torch.equal(got, want)
+
+
+@each_family
+def test_evaluation_builds_the_logits_and_takes_the_row_form(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
+    model = make().double().eval()
+    expected, _ = _reference(model, batch, base=oracle.focal, gamma=1.5)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    fuse(model, "focal_loss", gamma=1.5)
+    with torch.no_grad():
+        outputs = model(**batch)
+    assert type(outputs.logits) is Tensor and type(outputs.loss) is Tensor
+    assert torch.equal(outputs.logits, logits)
+    # models cast their logits to float32
+    torch.testing.assert_close(outputs.loss, expected.detach(), rtol=1e-6, atol=0, check_dtype=False)
+
+
+def test_evaluation_without_logits_where_asked_for(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().eval(), eval_logits=False)
+    with torch.no_grad():
+        loss = model(**batch).loss
+        assert isinstance(model(**batch).logits, integration.UnbuiltLogits)
+        torch.testing.assert_close(unfuse(model)(**batch).loss, loss)
+
+
+def test_training_without_labels_builds_logits_and_warns(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().train())
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is fused, but in training without labels"):
+        logits = model(batch["input_ids"]).logits
+    assert logits.shape == (BATCH, LENGTH, VOCABULARY) and logits.requires_grad
+
+
+def test_arguments_may_change_from_step_to_step(batch: dict[str, Tensor]) -> None:
+    model = _llama().double().train()
+    references = [_reference(model, batch, base=oracle.mixed_cross_entropy, alpha=a)[0] for a in (0.1, 0.4)]
+    assert abs(references[0] - references[1]) > 1e-4
+    now = torch.tensor(0.1, dtype=torch.float64)
+    fuse(model, fl.linear_mixed_cross_entropy, alpha=lambda: now.item())
+    torch.testing.assert_close(model(**batch).loss, references[0])
+    now.fill_(0.4)
+    torch.testing.assert_close(model(**batch).loss, references[1])
+    now.fill_(0.1)
+    fuse(unfuse(model), "mixed_cross_entropy", alpha=now)
+    now.fill_(0.4)
+    torch.testing.assert_close(model(**batch).loss, references[1])
+
+
+def test_a_loss_of_ones_own(batch: dict[str, Tensor]) -> None:
+    def poly(s: fl.Statistics) -> Tensor:
+        return s.ce + s.q
+
+    def formula(z: Tensor, t: Tensor) -> Tensor:
+        ce = oracle.cross_entropy(z, t)
+        return ce + 1 - (-ce).exp()
+
+    model = _gpt2().double().train()
+    expected = _reference(model, batch, base=formula)
+    loss = fuse(model, "flex_loss", loss_fn=poly)(**batch).loss
+    torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=0)
+    _assert_close(_gradients(loss, model), expected[1], 1e-10)
+
+
+def test_an_ignored_batch_is_0_with_gradients_of_0(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().train())
+    loss = model(batch["input_ids"], labels=torch.full_like(batch["labels"], -100)).loss
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in _gradients(loss, model))
+
+
+# What fuse leaves, and what unfuse takes back
+
+
+def _attributes(model: Any) -> list[Any]:
+    return [
+        (name, type(module), sorted(module.__dict__), dict(module._forward_pre_hooks), dict(module._forward_hooks))
+        for name, module in model.named_modules()
+    ]
+
+
+@each_family
+def test_unfuse_restores_the_model(make: Callable[[], Any], batch: dict[str, Tensor], tmp_path: Path) -> None:
+    model = make().train()
+    loss = model(**batch).loss
+    model.save_pretrained(tmp_path / "before")
+    before, keys = _attributes(model), list(model.state_dict())
+    assert fuse(model, "focal_loss") is model
+    assert type(model) is before[0][1] and list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path / "fused")
+    names = sorted(path.name for path in (tmp_path / "before").iterdir())
+    assert {"config.json", "model.safetensors"} <= set(names)
+    assert sorted(path.name for path in (tmp_path / "fused").iterdir()) == names
+    assert filecmp.cmpfiles(tmp_path / "before", tmp_path / "fused", names, shallow=False)[0] == names
+    assert unfuse(model) is model
+    assert _attributes(model) == before
+    assert torch.equal(model(**batch).loss, loss)
+
+
+def test_tied_weights_stay_tied(batch: dict[str, Tensor]) -> None:
+    model = fuse(_gpt2().train())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model(**batch).loss.backward()
+    assert model.lm_head.weight.grad is model.transformer.wte.weight.grad
+
+
+class Noisy(transformers.LlamaForCausalLM):
+    """Leaves traces wherever it can."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        self.count += 1
+        self.noise = torch.rand(1), random.random()
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+def _checkpoint(model: Any, reentrant: bool) -> None:
+    # by its new name, or the one before
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    model = _llama(Noisy).eval()
+    model.model.train()
+    _checkpoint(model, reentrant=True)
+    flags = [(module.training, getattr(module, "gradient_checkpointing", None)) for module in model.modules()]
+    states = torch.get_rng_state(), random.getstate()
+    fuse(model)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert flags == [(module.training, getattr(module, "gradient_checkpointing", None)) for module in model.modules()]
+    assert model.count == 0 and model.noise
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_copy_is_a_fused_model_of_its_own(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().double().train(), "focal_loss")
+    copied = copy.deepcopy(model)
+    nn.init.normal_(copied.lm_head.weight)
+    losses = model(**batch).loss, copied(**batch).loss
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert isinstance(copied(**batch).logits, integration.UnbuiltLogits)
+    expected, _ = _reference(unfuse(copied), batch, base=oracle.focal)
+    torch.testing.assert_close(losses[1], expected)
+    assert not copied.lm_head._forward_hooks and model.lm_head._forward_hooks
+    assert torch.equal(model(**batch).loss, losses[0])
+
+
+def test_pickling_is_refused() -> None:
+    model = fuse(_llama())
+    with pytest.raises(TypeError, match="a fused model cannot be pickled"):
+        pickle.dumps(model)
+    assert pickle.loads(pickle.dumps(unfuse(model))).lm_head
+
+
+def test_data_parallel_is_refused(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().train())
+    replica = model._replicate_for_data_parallel()
+    replica._is_replica = True
+    with pytest.raises(RuntimeError, match="DataParallel; use DistributedDataParallel"):
+        replica(**batch)
+
+
+# What fuse refuses
+
+
+class Masks(transformers.LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        logits = self.change(logits)
+        return {"loss": self.loss_function(logits, labels, self.vocab_size, **kwargs), "logits": logits}
+
+
+def _assigned(logits: Any) -> Any:
+    logits[..., 5] = -1e4
+    return logits
+
+
+def _tanh_twice(logits: Any) -> Any:
+    return torch.tanh(torch.tanh(logits))
+
+
+FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "order": (lambda z: z * (z > 9), "'>' not supported between"),
+    "method": (lambda z: z.clamp(max=5), "'clamp' of the logits is not understood"),
+    "function": (lambda z: torch.sigmoid(z), "'sigmoid' of the logits is not understood"),
+    "assignment": (_assigned, "'assignment to elements' of the logits is not understood"),
+    "comparison": (lambda z: z * (z == 0), "'==' of the logits is not understood"),
+    "mean of all": (lambda z: z - z, "unsupported operand"),
+    "tensor factor": (lambda z: z * torch.ones(VOCABULARY), "'multiplication' of the logits and a tensor of shape"),
+    "bias after the cap": (lambda z: torch.tanh(z) + torch.ones(VOCABULARY), "'addition' of the logits and a tensor"),
+    "bias of positions": (lambda z: z + torch.ones(8, 1), "'addition' of the logits and a tensor"),
+    "two caps": (_tanh_twice, "'tanh' of soft-capped logits"),
+    "negative cap": (lambda z: torch.tanh(z) * -2.0, "'multiplication' of the logits and -2.0"),
+    "part of the classes": (lambda z: F.pad(z[..., :7], (0, VOCABULARY - 7)), "of logits of shape"),
+    "another axis": (lambda z: z[..., None], "of logits of shape"),
+    "classes apart": (lambda z: z.view(2, -1), "of logits of shape"),
+    "half precision": (lambda z: z.to(torch.float16), "to\\(torch.float16\\)"),
+    "on the left": (lambda z: torch.ones(VOCABULARY) + z, "of the logits is not understood"),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN)
+def test_foreign_work_on_the_logits_is_refused_by_name(change: str) -> None:
+    model = _llama(Masks)
+    before = _attributes(model)
+    Masks.change, message = FOREIGN[change]
+    Masks.change = staticmethod(Masks.change)
+    with pytest.raises(ValueError, match=f"Masks cannot be fused: .*({message})"):
+        fuse(model)
+    assert _attributes(model) == before
+
+
+KNOWN: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda z: z,
+    "a cap, then a scale": lambda z: 2 * (torch.tanh(z * 3.0) / 0.5),
+    "scale and bias": lambda z: (z / 0.5 + torch.ones(1, VOCABULARY)) * 3 + torch.linspace(0, 1, VOCABULARY),
+    "casts and shapes": lambda z: z.to(z.device).reshape((-1, z.size(-1))).view(*z.shape).contiguous().float(),
+    "cap by method": lambda z: (z / 2.0).tanh() * 2.0,
+}
+
+
+@pytest.mark.parametrize("change", KNOWN)
+def test_known_work_on_the_logits_goes_into_the_linear_form(change: str, batch: dict[str, Tensor]) -> None:
+    model = _llama(Masks).train()
+    Masks.change = staticmethod(KNOWN[change])
+    loss = model(**batch)["loss"]
+    expected = _gradients(loss, model)
+    fused = fuse(model)(**batch)["loss"]
+    torch.testing.assert_close(fused, loss)
+    _assert_close(_gradients(fused, model), expected, 1e-5)
+
+
+class Bypass(transformers.LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = F.linear(self.model(input_ids).last_hidden_state, self.lm_head.weight)
+        return {"loss": self.loss_function(logits, labels, self.vocab_size), "logits": logits}
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
+def test_a_model_that_goes_past_its_output_layer_is_refused(loss: str) -> None:
+    with pytest.raises(ValueError, match="Bypass cannot be fused: Bypass computed its loss by itself"):
+        fuse(_llama(Bypass), loss)
+
+
+class Weighted(transformers.LlamaForCausalLM):
+    options: ClassVar[dict[str, Any]] = {}
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        if self.options.get("transposed"):
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        loss = F.cross_entropy(logits.view(-1, self.vocab_size), labels.view(-1), **self.options)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": torch.ones(VOCABULARY)}, "cross_entropy with weight"),
+        ({"label_smoothing": 0.1}, "smooths its labels by 0.1; pass label_smoothing to fuse"),
+        ({"size_average": False}, "cross_entropy with size_average"),
+        ({"transposed": True}, "3 dimensions instead of"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
+def test_a_cross_entropy_of_another_kind_is_refused(options: dict[str, Any], message: str) -> None:
+    model = _llama(Weighted)
+    model.options = options
+    with pytest.raises(ValueError, match=message):
+        fuse(model, "focal_loss", probe={"input_ids": torch.ones(2, 1031, dtype=torch.int64)[:, :64], **_labels(64)})
+
+
+def _labels(length: int) -> dict[str, Tensor]:
+    return {"labels": torch.ones(2, length, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(("loss", "what"), [("cross_entropy", "the loss"), ("focal_loss", "the loss")])
+def test_a_difference_is_named(loss: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration._Logits, "__truediv__", lambda logits, divisor: logits)
+    model = _granite()
+    with pytest.raises(ValueError, match=f"GraniteForCausalLM cannot be fused: {what} differs by [0-9.e-]+ from that"):
+        fuse(model, loss)
+    assert "forward" not in model.__dict__
+
+
+def test_a_difference_of_a_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def frozen(input: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return fl.linear_cross_entropy(input, weight.detach(), target, **options)
+
+    loss = integration._Loss(fl.cross_entropy, frozen, {})
+    monkeypatch.setattr(integration._Loss, "of", lambda *_: loss)
+    with pytest.raises(ValueError, match=r"the gradient of output layer.weight differs by"):
+        fuse(_llama())
+
+
+def test_a_model_that_cannot_be_fused_is_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaModel has no output layer"):
+        fuse(transformers.LlamaModel(transformers.LlamaConfig(**DECODER)))
+    with pytest.raises(TypeError, match=r"must be a transformers.PreTrainedModel, got Linear"):
+        fuse(nn.Linear(2, 2))  # type: ignore[type-var]
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not fused"):
+        unfuse(_llama())
+    model = fuse(_llama())
+    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already; unfuse it first"):
+        fuse(model)
+    wrapped = _llama()
+    wrapped.forward = wrapped.forward
+    with pytest.raises(ValueError, match="the forward of LlamaForCausalLM is replaced already"):
+        fuse(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments", "error", "message"),
+    [
+        ("dice_loss", {}, ValueError, "loss must be one of cross_entropy, .*got 'dice_loss'"),
+        (F.cross_entropy, {}, ValueError, "loss must be one of .*got <function cross_entropy"),
+        ("focal_loss", {"gama": 1.0}, TypeError, "linear_focal_loss.. got an unexpected keyword argument 'gama'"),
+        ("focal_loss", {"gamma": -1.0}, ValueError, "gamma must be at least 0, got -1.0"),
+        ("focal_loss", {"budget": 1}, ValueError, "budget of 1 bytes is too small"),
+        ("mixed_cross_entropy", {}, TypeError, "linear_mixed_cross_entropy.. needs the argument 'alpha'"),
+        ("focal_loss", {"reduction": "sum"}, TypeError, "gets 'reduction' from the model"),
+        ("focal_loss", {"return_stats": True}, TypeError, "gets 'return_stats' from the model .*or cannot be used"),
+    ],
+)
+def test_bad_arguments_are_refused(loss: Any, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        fuse(_llama(), loss, **arguments)
+
+
+def test_a_new_output_layer_is_noticed(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().train())
+    model.lm_head = nn.Linear(16, VOCABULARY, bias=False)
+    with pytest.raises(
+        RuntimeError, match=r"computed its loss by itself.*fuse it again if its output layer is another"
+    ):
+        model(**batch)
+    unfuse(model)
+    assert fuse(model)(**batch).loss > 0
+
+
+def test_inputs_of_other_names_come_as_a_probe(batch: dict[str, Tensor]) -> None:
+    class Embedded(transformers.LlamaForCausalLM):
+        main_input_name = "inputs_embeds"
+
+    model = _llama(Embedded)
+    with pytest.raises(ValueError, match="Embedded takes inputs_embeds; pass inputs with labels as probe"):
+        fuse(model)
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    assert fuse(model, probe={"inputs_embeds": embeds, "labels": batch["labels"]}) is model
+
+
+# Beside what training does
+
+
+def test_gradient_checkpointing(batch: dict[str, Tensor]) -> None:
+    model = _llama().train()
+    expected = _gradients(model(**batch).loss, model)
+    fuse(model)
+    _checkpoint(model, reentrant=False)
+    _assert_close(_gradients(model(**batch).loss, model), expected, 1e-5)
+
+
+def test_autocast(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = []
+
+    def noted(hidden: Tensor, *rest: Any) -> Any:
+        dtypes.append(hidden.dtype)
+        return kernel(hidden, *rest)
+
+    kernel = ops.linear_row_loss
+    model = _marian().train()
+    exact = _gradients(model(**batch).loss, model)
+    results = []
+    for side in (model, fuse(copy.deepcopy(model))):
+        with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as patch:
+            patch.setattr(ops, "linear_row_loss", noted)
+            loss = side(**batch).loss
+        results.append(_gradients(loss, side))
+    assert dtypes == [torch.bfloat16]
+    errors = [max((a - b).abs().max().item() for a, b in zip(r, exact, strict=True)) for r in results]
+    assert 0 < errors[1] <= 2 * errors[0]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("make", [_llama, _gemma2])
+def test_training_compiles_without_a_break(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    model = fuse(make().train(), "focal_loss", gamma=1.5)
+    expected = model(**batch).loss
+    gradients = _gradients(expected, model)
+    outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch)
+    torch.testing.assert_close(outputs.loss, expected)
+    _assert_close(_gradients(outputs.loss, model), gradients, 1e-5)
+    assert isinstance(outputs.logits, integration.UnbuiltLogits)
+
+
+@pytest.mark.compile
+def test_compiled_models_with_breaks_are_right_too(batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    model = fuse(_bert(), "focal_loss")
+    compiled = torch.compile(model, backend="eager")
+    for training in (True, False):
+        model.train(training)
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+
+
+def test_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = fuse(_llama().train())
+        expected = _gradients(model(**batch).loss, model)
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        parallel(**batch).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    _assert_close([parameter.grad for parameter in model.parameters()], expected, 1e-6)
+
+
+# Trainer
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Sequences of differing lengths: micro-batches with differing numbers of targets."""
+
+    def __init__(self, count: int, decoder: bool) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.decoder = decoder
+        self.rows = [torch.randint(2, VOCABULARY, (LENGTH,), generator=generator) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        labels = self.rows[index].clone()
+        labels[: index % 7] = -100
+        inputs = {"input_ids": self.rows[index], "labels": labels}
+        return {**inputs, "decoder_input_ids": self.rows[-1 - index]} if self.decoder else inputs
+
+
+def _train(model: Any, folder: Path, compute_loss_func: Any = None, **arguments: Any) -> Any:
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "max_grad_norm": 0.0,
+        **arguments,
+    }
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(str(folder), **settings),
+        train_dataset=Rows(12, model.config.is_encoder_decoder),
+        eval_dataset=Rows(4, model.config.is_encoder_decoder),
+        compute_loss_func=compute_loss_func,
+    )
+    trainer.train()
+    return trainer
+
+
+def _difference(model: Any, other: Any) -> float:
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+def test_a_trainer_with_accumulation_goes_the_unfused_way(tmp_path: Path) -> None:
+    models = [_llama() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    trainers = [_train(models[0], tmp_path), _train(fuse(models[1]), tmp_path)]
+    moved = _difference(models[0], models[2])
+    assert moved > 1e-3 and _difference(models[0], models[1]) < 1e-5 * moved
+    losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [_llama, _t5, _marian])
+@pytest.mark.parametrize("how", ["fuse", "trainer_loss"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(make: Callable[[], Any], how: str, tmp_path: Path) -> None:
+    models = [make().double() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    for model, parts in zip(models, (1, 4), strict=False):
+        compute = trainer_loss(fl.focal_loss, shift=make is _llama, gamma=1.5) if how == "trainer_loss" else None
+        if how == "fuse":
+            fuse(model, "focal_loss", gamma=1.5)
+        sizes = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts, "max_steps": 1}
+        _train(model, tmp_path, compute, **sizes)
+    moved = _difference(models[0], models[2])
+    assert moved > 1e-4 and _difference(models[0], models[1]) < 1e-6 * moved
+
+
+def test_a_trainer_in_bf16_and_back(tmp_path: Path, batch: dict[str, Tensor]) -> None:
+    """Its accelerator wraps the forward; what is fused within can still be unfused."""
+    model = fuse(_llama(), "focal_loss")
+    trainer = _train(model, tmp_path, bf16=True)
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+    model.train()
+    assert isinstance(model(**batch).logits, integration.UnbuiltLogits)
+    whole = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert isinstance(whole(**batch).logits, integration.UnbuiltLogits)
+    unfuse(model)
+    assert isinstance(model(**batch).logits, Tensor) and not model.lm_head._forward_hooks
+
+
+# The row forms as a Trainer's loss
+
+
+@pytest.mark.parametrize("items", [None, 31, torch.tensor(31)])
+@pytest.mark.parametrize("shift", [True, False])
+def test_trainer_loss(shift: bool, items: Any) -> None:
+    logits = torch.randn(2, 7, 50, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(50, (2, 7))
+    labels[0, 4:] = -100
+    compute = trainer_loss(fl.focal_loss, shift=shift, gamma=1.5, label_smoothing=0.1)
+    z, t = (logits[:, :-1], labels[:, 1:]) if shift else (logits, labels)
+    options = {} if items is None else {"normalizer": items}
+    expected = oracle.loss(oracle.focal, z, t, gamma=1.5, label_smoothing=0.1, **options)
+    for outputs in ({"logits": logits}, (logits, None)):
+        loss = compute(outputs, labels, num_items_in_batch=items)
+        torch.testing.assert_close(loss, expected)
+        gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
+        torch.testing.assert_close(*gradients)
+
+
+def test_trainer_loss_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(TypeError, match="shift must be True or False, got 'yes'"):
+        trainer_loss(fl.focal_loss, shift="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="gets 'normalizer' from the model and its labels"):
+        trainer_loss(fl.focal_loss, shift=True, normalizer=3)
+    with pytest.raises(TypeError, match="needs the argument 'alpha'"):
+        trainer_loss(fl.mixed_cross_entropy, shift=True)
+    with pytest.raises(TypeError, match="loss must be a function, got 'focal_loss'"):
+        trainer_loss("focal_loss", shift=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the loss needs labels, got None"):
+        trainer_loss(fl.focal_loss, shift=True)({"logits": torch.zeros(1, 2, 3)}, None)
+
+
+# The module
+
+
+def test_the_package_does_not_import_transformers() -> None:
+    code = "import sys, fusedloss; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_transformers_the_import_says_what_to_install() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import fusedloss.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: fusedloss.integrations.transformers needs transformers: pip install" in done.stderr
+    assert "'fusedloss[transformers]'" in done.stderr
+
+
+def test_examples_in_docstrings_run() -> None:
+    result = doctest.testmod(integration)
+    assert result.attempted > 5 and not result.failed
