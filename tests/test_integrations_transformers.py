@@ -331,6 +331,19 @@ def test_arguments_may_change_from_step_to_step(batch: dict[str, Tensor]) -> Non
     torch.testing.assert_close(model(**batch).loss, references[1])
 
 
+def test_fusing_again_exchanges_the_loss(batch: dict[str, Tensor]) -> None:
+    model = _llama().double().train()
+    expected = [_reference(model, batch, base=base)[0] for base in (oracle.cross_entropy, oracle.focal)]
+    model = fuse(fuse(model), "focal_loss")
+    torch.testing.assert_close(model(**batch).loss, expected[1])
+    with pytest.raises(ValueError, match="gamma must be at least 0"):
+        fuse(model, "focal_loss", gamma=-1.0)
+    torch.testing.assert_close(model(**batch).loss, expected[1])
+    torch.testing.assert_close(fuse(model)(**batch).loss, expected[0])
+    unfuse(model)
+    assert "forward" not in model.__dict__ and not model.lm_head._forward_hooks
+
+
 def test_a_loss_of_ones_own(batch: dict[str, Tensor]) -> None:
     def poly(s: fl.Statistics) -> Tensor:
         return s.ce + s.q
@@ -589,9 +602,6 @@ def test_a_model_that_cannot_be_fused_is_refused() -> None:
         fuse(nn.Linear(2, 2))  # type: ignore[type-var]
     with pytest.raises(ValueError, match="LlamaForCausalLM is not fused"):
         unfuse(_llama())
-    model = fuse(_llama())
-    with pytest.raises(ValueError, match="LlamaForCausalLM is fused already; unfuse it first"):
-        fuse(model)
     wrapped = _llama()
     wrapped.forward = wrapped.forward
     with pytest.raises(ValueError, match="the forward of LlamaForCausalLM is replaced already"):

@@ -108,9 +108,10 @@ def fuse(
       ``compute_loss_func`` or ``label_smoothing_factor``. In training that earns a warning.
 
     Everything is on the instance: its ``forward``, and hooks of it and of its output layer; state_dict,
-    save_pretrained and copy.deepcopy work as before. :func:`unfuse` takes it back. Fuse before wrapping the model
-    (accelerate, DDP, torch.compile, PEFT) and after resizing its embeddings. torch.nn.DataParallel and pickling are
-    refused. Under torch.compile, evaluation with labels and models that call torch.nn.CrossEntropyLoss break the graph.
+    save_pretrained and copy.deepcopy work as before. :func:`unfuse` takes it back, and to fuse a fused model exchanges its loss, also
+    within a Trainer. Fuse before wrapping the model (accelerate, DDP, torch.compile, PEFT) and after resizing its
+    embeddings. torch.nn.DataParallel and pickling are refused. Under torch.compile, evaluation with labels and models
+    that call torch.nn.CrossEntropyLoss break the graph.
 
     Args:
         loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
@@ -125,7 +126,7 @@ def fuse(
 
     Raises:
         TypeError: not a model of transformers; an argument that the loss does not take.
-        ValueError: a model that cannot be fused, with what it does; one that is fused already; a probe that differs.
+        ValueError: a model that cannot be fused, with what it does; a probe that differs.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> import torch, fusedloss as fl
@@ -138,24 +139,29 @@ def fuse(
         raise TypeError(
             f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; fuse before wrapping it"
         )
-    name = type(model).__name__
-    if _ATTRIBUTE in model.__dict__:
-        raise ValueError(f"{name} is fused already; unfuse it first")
-    if "forward" in model.__dict__:
-        raise ValueError(f"the forward of {name} is replaced already; fuse before wrapping or dispatching it")
-    fusion = _Fusion(_Loss.of(loss, arguments), eval_logits)
+    name, chosen = type(model).__name__, _Loss.of(loss, arguments)
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no output layer (get_output_embeddings() gives None)")
     if "labels" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"the forward of {name} takes no labels")
     if probe is None:
-        probe = _probe_inputs(model, head)
-    fusion.install(model, head)
+        probe = _probe_inputs(model)
+    fusion = model.__dict__.get(_ATTRIBUTE)
+    before = None if fusion is None else (fusion.loss, fusion.eval_logits)
+    if fusion is None:
+        if "forward" in model.__dict__:
+            raise ValueError(f"the forward of {name} is replaced already; fuse before wrapping or dispatching it")
+        fusion = _Fusion()
+        fusion.install(model, head)
+    fusion.loss, fusion.eval_logits = chosen, eval_logits
     try:
         _compare(model, head, fusion, probe)
     except BaseException:
-        unfuse(model)
+        if before is None:
+            unfuse(model)
+        else:
+            fusion.loss, fusion.eval_logits = before
         raise
     return model
 
@@ -223,14 +229,15 @@ def _current(arguments: dict[str, Any]) -> dict[str, Any]:
 class _Fusion:
     """What a model is fused with, and how its forward pass under way is to compute the loss."""
 
-    def __init__(self, loss: _Loss, eval_logits: bool) -> None:
-        self.loss = loss
-        self.eval_logits = eval_logits
+    loss: _Loss
+    eval_logits: bool
+    forward: Callable[..., Any]
+
+    def __init__(self) -> None:
         self.way: str | None = None  # "linear" or "row" within a forward pass with labels
         self.normalizer: Any = None
         self.calls = 0
         self.handles: list[Any] = []
-        self.forward: Callable[..., Any]
 
     def install(self, model: PreTrainedModel, head: nn.Module) -> None:
         self.forward = _fused_forward(type(model).forward)
@@ -579,7 +586,7 @@ class _RowLogits(Tensor):
         return result
 
 
-def _probe_inputs(model: PreTrainedModel, head: nn.Module) -> dict[str, Tensor]:
+def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two sequences of eight tokens, one of them ignored as a label."""
     if model.main_input_name != "input_ids":
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}; pass inputs with labels as probe=...")
