@@ -11,13 +11,16 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SANITIZED := build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint dist sanitize clean
+.PHONY: help demo demo-lm test bench lint dist sanitize clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 demo: .venv/installed ## train a small translation model, about 3 minutes on 2 cores
 	$(BIN)/python examples/nmt/train.py $(ARGS)
+
+demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 5 minutes
+	$(BIN)/python examples/lm/train.py $(ARGS)
 
 # Two at a time; pytest-benchmark, which wants to be alone, has no part in it.
 test: .venv/installed ## run the tests

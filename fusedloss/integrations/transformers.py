@@ -108,10 +108,10 @@ def fuse(
       ``compute_loss_func`` or ``label_smoothing_factor``. In training that earns a warning.
 
     Everything is on the instance: its ``forward``, and hooks of it and of its output layer; state_dict,
-    save_pretrained and copy.deepcopy work as before. :func:`unfuse` takes it back, and to fuse a fused model exchanges its loss, also
-    within a Trainer. Fuse before wrapping the model (accelerate, DDP, torch.compile, PEFT) and after resizing its
-    embeddings. torch.nn.DataParallel and pickling are refused. Under torch.compile, evaluation with labels and models
-    that call torch.nn.CrossEntropyLoss break the graph.
+    save_pretrained and copy.deepcopy work as before. :func:`unfuse` takes it back, and to fuse a fused model exchanges
+    its loss, also within a Trainer. Fuse before wrapping the model (accelerate, DDP, torch.compile, PEFT) and after
+    resizing its embeddings. torch.nn.DataParallel and pickling are refused. Under torch.compile, evaluation with labels
+    and models that call torch.nn.CrossEntropyLoss break the graph.
 
     Args:
         loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
