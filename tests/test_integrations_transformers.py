@@ -260,9 +260,12 @@ def test_logits_of_training_say_that_they_are_not_there(make: Callable[[], Any],
         lambda: logits + 1,
         lambda: torch.stack([logits]),
         lambda: len(logits),
+        lambda: logits == batch["labels"],
+        lambda: bool(logits),
     ):
         with pytest.raises((AttributeError, TypeError), match=r"never built|UnbuiltLogits"):
             use()
+    assert isinstance(model.forward(**batch).logits, integration.UnbuiltLogits)  # as some wrappers call it
     assert sum(isinstance(x, integration.UnbuiltLogits) for x in model(**batch, return_dict=False)) == 1
 
 
@@ -491,6 +494,8 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tensor factor": (lambda z: z * torch.ones(VOCABULARY), "'multiplication' of the logits and a tensor of shape"),
     "bias after the cap": (lambda z: torch.tanh(z) + torch.ones(VOCABULARY), "'addition' of the logits and a tensor"),
     "bias of positions": (lambda z: z + torch.ones(8, 1), "'addition' of the logits and a tensor"),
+    "chosen classes": (lambda z: F.pad(z[..., torch.arange(7)], (0, VOCABULARY - 7)), "of logits of shape"),
+    "factor of 0": (lambda z: z * 0, "'multiplication' of the logits and 0"),
     "two caps": (_tanh_twice, "'tanh' of soft-capped logits"),
     "negative cap": (lambda z: torch.tanh(z) * -2.0, "'multiplication' of the logits and -2.0"),
     "part of the classes": (lambda z: F.pad(z[..., :7], (0, VOCABULARY - 7)), "of logits of shape"),
@@ -516,7 +521,7 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda z: z,
     "a cap, then a scale": lambda z: 2 * (torch.tanh(z * 3.0) / 0.5),
     "scale and bias": lambda z: (z / 0.5 + torch.ones(1, VOCABULARY)) * 3 + torch.linspace(0, 1, VOCABULARY),
-    "casts and shapes": lambda z: z.to(z.device).reshape((-1, z.size(-1))).view(*z.shape).contiguous().float(),
+    "casts and shapes": lambda z: z.to(z.device)[:, :].reshape((-1, z.size(-1))).view(*z.shape).contiguous().float(),
     "cap by method": lambda z: (z / 2.0).tanh() * 2.0,
 }
 
@@ -530,6 +535,18 @@ def test_known_work_on_the_logits_goes_into_the_linear_form(change: str, batch: 
     fused = fuse(model)(**batch)["loss"]
     torch.testing.assert_close(fused, loss)
     _assert_close(_gradients(fused, model), expected, 1e-5)
+
+
+class Adapted(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + F.dropout(input, 0.1) @ self.weight.T
+
+
+def test_an_output_layer_of_another_kind_is_refused() -> None:
+    model = _llama()
+    model.lm_head = Adapted(16, VOCABULARY, bias=False)
+    with pytest.raises(ValueError, match="'dropout' of the output layer's input is not understood"):
+        fuse(model)
 
 
 class Bypass(transformers.LlamaForCausalLM):

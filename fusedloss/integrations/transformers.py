@@ -349,37 +349,62 @@ def _finished(outputs: Any) -> Any:
     return tuple(plain(value) for value in outputs)
 
 
-class _Hidden:
+class _NoTensor:
+    """Stands where a tensor is expected, and refuses by name whatever its class does not define."""
+
+    @classmethod
+    def refusal(cls, what: str) -> AttributeError:
+        """An AttributeError, since a name that is not there may be asked for to know that."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise cls.refusal(getattr(function, "__name__", repr(function)))
+
+    def __getattr__(self, name: str) -> Any:
+        raise self.refusal(name)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise self.refusal(f"[{index}]")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise self.refusal("assignment to elements")
+
+    def __eq__(self, other: object) -> bool:
+        raise self.refusal("==")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise self.refusal("bool")
+
+
+class _Hidden(_NoTensor):
     """Hidden states on their way into the output layer, whose product it puts off."""
 
     def __init__(self, fusion: _Fusion, hidden: Tensor) -> None:
         self.fusion, self.hidden = fusion, hidden
 
     @classmethod
+    def refusal(cls, what: str) -> AttributeError:
+        return AttributeError(f"{what!r} of the output layer's input is not understood by the fused loss")
+
+    @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function is not F.linear:
-            raise _refusal(function, "the input of the output layer")
+            return super().__torch_function__(function, types, args, kwargs)
         return _product(*args, **(kwargs or {}))
 
-    def __getattr__(self, name: str) -> Any:
-        raise _refusal(name, "the input of the output layer")
 
-
-def _product(input: Any, weight: Tensor, bias: Tensor | None = None) -> _Logits:
-    if not isinstance(input, _Hidden):
-        raise _refusal(F.linear, "a tensor and the input of the output layer")
+def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Logits:
     return _Logits(input.fusion, input.hidden, weight, bias)
 
 
-def _refusal(what: Any, of: str) -> AttributeError:
-    """An AttributeError, since a name that is not there may be asked for to know that."""
-    name = what if isinstance(what, str) else getattr(what, "__name__", repr(what))
-    return AttributeError(f"{name!r} of {of} is not understood by the fused loss")
-
-
-class _Logits:
+class _Logits(_NoTensor):
     """z = scale * (hidden @ weight.T + bias) or softcap * tanh(z / softcap), (*, V), of which only the loss is made."""
 
     def __init__(
@@ -395,6 +420,10 @@ class _Logits:
         self.fusion, self.hidden, self.weight, self.bias = fusion, hidden, weight, bias
         self.scale, self.softcap = scale, softcap
         self.dtype = dtype or _product_dtype(hidden)
+
+    @classmethod
+    def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
+        return AttributeError(f"{what!r} of {of} is not understood by the fused loss")
 
     def loss(self, loss: _Loss, target: Tensor, **options: Any) -> Tensor:
         hidden, bias = self.hidden, self.bias
@@ -434,9 +463,9 @@ class _Logits:
     def to(self, *args: Any, **kwargs: Any) -> _Logits:
         to = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
         if to.device != self.device:
-            raise _refusal(f"to({to.device})", "the logits")
-        if to.dtype not in (self.dtype, torch.float32, torch.float64):
-            raise _refusal(f"to({to.dtype})", "the logits")
+            raise self.refusal(f"to({to.device})")
+        if to.dtype not in (self.dtype, torch.float32):
+            raise self.refusal(f"to({to.dtype})")
         return self._but(dtype=to.dtype)
 
     # Shapes: those of the hidden states, as long as the classes stay together
@@ -448,7 +477,7 @@ class _Logits:
         if len(shape) == 1 and isinstance(shape[0], tuple | list):
             shape = tuple(shape[0])
         if not shape or shape[-1] != self.shape[-1]:
-            raise _refusal(f"view{shape}", f"logits of shape {tuple(self.shape)}")
+            raise self.refusal(f"view{shape}", f"logits of shape {tuple(self.shape)}")
         return self._but(hidden=self.hidden.reshape(*shape[:-1], self.hidden.shape[-1]))
 
     reshape = view
@@ -457,15 +486,16 @@ class _Logits:
         parts = index if isinstance(index, tuple) else (index,)
         taken = sum(part.dim() if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts)
         last = taken == self.dim() or any(part is Ellipsis for part in parts)
-        if any(part is None for part in parts) or taken > self.dim() or (last and parts[-1] != slice(None)):
-            raise _refusal(f"[{index}]", f"logits of shape {tuple(self.shape)}")
+        whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
+        if any(part is None for part in parts) or taken > self.dim() or (last and not whole):
+            raise self.refusal(f"[{index}]", f"logits of shape {tuple(self.shape)}")
         return self._but(hidden=self.hidden[index])
 
     # Arithmetic that the linear form knows
 
     def __mul__(self, factor: Any) -> _Logits:
-        if not _is_number(factor) or (self.softcap is not None and factor <= 0):
-            raise _refusal("multiplication", f"the logits and {_described(factor)}")
+        if not _is_number(factor) or factor == 0 or (self.softcap is not None and factor < 0):
+            raise self.refusal("multiplication", f"the logits and {_described(factor)}")
         softcap = None if self.softcap is None else self.softcap * factor
         return self._but(scale=self.scale * factor, softcap=softcap)
 
@@ -473,13 +503,13 @@ class _Logits:
 
     def __truediv__(self, divisor: Any) -> _Logits:
         if not _is_number(divisor) or divisor == 0:
-            raise _refusal("division", f"the logits and {_described(divisor)}")
+            raise self.refusal("division", f"the logits and {_described(divisor)}")
         return self * (1 / divisor)
 
     def __add__(self, bias: Any) -> _Logits:
         of_classes = isinstance(bias, Tensor) and bias.dim() and bias.shape[-1] == bias.numel() == self.shape[-1]
         if not of_classes or bias.dim() > self.dim() or self.softcap is not None:
-            raise _refusal("addition", f"the logits and {_described(bias)}")
+            raise self.refusal("addition", f"the logits and {_described(bias)}")
         bias = bias.reshape(-1) / self.scale if self.scale != 1 else bias.reshape(-1)
         return self._but(bias=bias if self.bias is None else self.bias + bias)
 
@@ -487,10 +517,8 @@ class _Logits:
 
     def tanh(self) -> _Logits:
         if self.softcap is not None:
-            raise _refusal("tanh", "soft-capped logits")
+            raise self.refusal("tanh", "soft-capped logits")
         return self._but(softcap=1.0)
-
-    # Whatever else
 
     @classmethod
     def __torch_function__(
@@ -500,21 +528,7 @@ class _Logits:
             return args[0].fusion.cross_entropy(*args, **(kwargs or {}))
         if function is torch.tanh:
             return args[0].tanh()
-        raise _refusal(function, "the logits")
-
-    def __getattr__(self, name: str) -> Any:
-        raise _refusal(name, "the logits")
-
-    def __eq__(self, other: object) -> bool:
-        raise _refusal("==", "the logits")
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        raise _refusal("assignment to elements", "the logits")
-
-    def __bool__(self) -> bool:
-        raise _refusal("bool", "the logits")
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -532,33 +546,21 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-class UnbuiltLogits:
+class UnbuiltLogits(_NoTensor):
     """In the outputs of a fused model in training: it has the shape of the logits, which were never built."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
 
-    def __getattr__(self, name: str) -> Any:
-        raise _unbuilt(name)
-
-    def __getitem__(self, index: Any) -> Any:
-        raise _unbuilt(f"[{index}]")
-
     def __repr__(self) -> str:
         return f"UnbuiltLogits(shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        raise _unbuilt(getattr(function, "__name__", repr(function)))
-
-
-def _unbuilt(what: str) -> AttributeError:
-    return AttributeError(
-        f"{what}: the logits of a fused model in training were never built, only their loss; call it without labels "
-        "or in evaluation, or unfuse it"
-    )
+    def refusal(cls, what: str) -> AttributeError:
+        return AttributeError(
+            f"{what}: the logits of a fused model in training were never built, only their loss; call it without "
+            "labels or in evaluation, or unfuse it"
+        )
 
 
 class _RowLogits(Tensor):
