@@ -119,9 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def begin(folder: Path, config: dict[str, Any], fresh: bool) -> None:
     """Refuses a folder of another configuration; notes this one's in it."""
-    note = folder / "config.json"
-    if fresh and note.exists():
-        shutil.rmtree(folder)
+    note = folder / "run.json"
+    if fresh:
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        for name in ("tokenizer.json", note.name):
+            (folder / name).unlink(missing_ok=True)
     if note.exists():
         saved = json.loads(note.read_text(encoding="utf-8"))
         differing = [
