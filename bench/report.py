@@ -1,18 +1,20 @@
-"""Turns pytest-benchmark's JSON of these benchmarks into a table (Markdown) and a plot of ratios (PNG)."""
+"""Turns pytest-benchmark's JSON of these benchmarks into tables (Markdown) and plots of ratios (PNG)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
 PEERS = ("eager", "compiled", "F.cross_entropy")
+BYTES = {"float32": 4, "bfloat16": 2}
 MARKERS = {"fused": "o", "in place": "D", "eager": "x", "compiled": "+", "F.cross_entropy": "1"}
 
 HEAD = (
@@ -33,6 +35,35 @@ Medians of rounds in which all candidates have their turn, one after the other, 
 """
 
 
+LINEAR_PEERS = ("eager", "compiled", "torch", "torch chunked", "cut-cross-entropy")
+LINEAR_MARKERS = dict(zip(("fused", *LINEAR_PEERS), "ox+123", strict=True))
+
+LINEAR_HEAD = (
+    "loss", "N × D → V", "dtype", "floor, ms", "fused, ms", "/ floor",
+    *(f"× {peer}" for peer in LINEAR_PEERS), "gradients, MiB", *(f"{name}, MiB" for name in ("fused", *LINEAR_PEERS)),
+)  # fmt: skip
+
+SLOPES_HEAD = (
+    "loss", "dtype", "", "time ∝ N^", "D^", "V^", "memory ∝ N^", "D^", "V^",
+)  # fmt: skip
+
+LINEAR_NOTES = """\
+Hidden states (N, D) and the output layer's weight (V, D) to the loss and both gradients; turns as above.
+
+- *floor*: the three matrix products alone, by `torch.mm` into new memory.
+- *×*: how many times faster *fused* is: than `F.linear` and the formula in PyTorch (`F.cross_entropy` where there is
+  one), than `torch.compile` of these, than `F.linear_cross_entropy` of torch without options and with
+  `LinearCrossEntropyOptions()`, and than `impl="torch_compile"` of cut-cross-entropy. A number after @ is that of the
+  candidate's turns where it had fewer than *fused*, as too slow for more.
+- *MiB*: the most that a step holds beyond hidden states and weight, in a process of its own, the gradients included.
+"""
+
+SLOPES_NOTES = """\
+How time and memory grow: exponents of a power law through the above, by least squares of the logarithms; - where a size
+does not vary.
+"""
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
@@ -42,18 +73,29 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         data = json.loads(options.json.read_text(encoding="utf-8"))
-        runs = [b["extra_info"] for b in data["benchmarks"] if "floor" in b["extra_info"]]
+        every = [b["extra_info"] for b in data["benchmarks"] if "floor" in b["extra_info"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"cannot read benchmarks from {options.json}: {error}")
-    if not runs:
+    if not every:
         parser.error(f"{options.json} holds no benchmark of a loss")
     machine = describe(data["machine_info"])
     output = options.output or RESULTS / slug(machine[0])
     output.parent.mkdir(parents=True, exist_ok=True)
-    table, plot_file = Path(f"{output}.md"), Path(f"{output}.png")
-    table.write_text(markdown(runs, machine, plot_file.name), encoding="utf-8")
-    plot(runs, machine, plot_file)
-    print(f"wrote {table} and {plot_file}")
+    runs = [run for run in every if "features" not in run]
+    linear = [run for run in every if "features" in run]
+    text = [f"# Benchmarks: {machine[0]}", "", f"{machine[1]}.", ""]
+    written = [Path(f"{output}.md")]
+    for part, lines, markers, yardstick, suffix in (
+        (runs, markdown, MARKERS, "1.5 × copy", ""),
+        (linear, linear_markdown, LINEAR_MARKERS, "three matrix products", "-linear"),
+    ):
+        if part:
+            picture = Path(f"{output}{suffix}.png")
+            plot(part, machine, picture, markers, yardstick)
+            text += lines(part, picture.name)
+            written.append(picture)
+    written[0].write_text("\n".join(text), encoding="utf-8")
+    print(f"wrote {', '.join(map(str, written))}")
     return 0
 
 
@@ -72,11 +114,30 @@ def slug(text: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def markdown(runs: list[dict[str, Any]], machine: tuple[str, str], plot_name: str) -> str:
-    lines = [f"# Benchmarks: {machine[0]}", "", f"{machine[1]}.", "", f"![Time over the floor]({plot_name})", ""]
+def markdown(runs: list[dict[str, Any]], plot_name: str) -> list[str]:
+    lines = [f"![Time over the floor]({plot_name})", ""]
     lines += [_line(HEAD), _line(["---", "---", "---", *["---:"] * (len(HEAD) - 4), "---"])]
     lines += [_line(_cells(run)) for run in runs]
-    return "\n".join([*lines, "", NOTES])
+    return [*lines, "", NOTES]
+
+
+def linear_markdown(runs: list[dict[str, Any]], plot_name: str) -> list[str]:
+    lines = ["## Linear forms", "", f"![Time over the floor]({plot_name})", ""]
+    lines += [_line(LINEAR_HEAD), _line(["---"] * 3 + ["---:"] * (len(LINEAR_HEAD) - 3))]
+    lines += [_line(_linear_cells(run)) for run in runs]
+    lines += ["", LINEAR_NOTES]
+    failures = dict.fromkeys((name, error) for run in runs for name, error in run["failed"].items())
+    for name, error in failures:
+        where = [f"{_shape(r)} {r['dtype']}" for r in runs if r["failed"].get(name) == error]
+        # Of a path, the file's name: the rest says nothing but where things lie on that machine.
+        message = re.sub(r"(/[^/\s'\"]+)+/", "", error)
+        lines.append(
+            f"- *{name}* did not run ({', '.join(where) if len(where) < len(runs) else 'anywhere'}): {message}"
+        )
+    slopes = [_line(cells) for cells in _slopes(runs)]
+    if slopes:
+        lines += ["", _line(SLOPES_HEAD), _line(["---"] * 3 + ["---:"] * 6), *slopes, "", SLOPES_NOTES]
+    return lines
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -98,15 +159,63 @@ def _cells(run: dict[str, Any]) -> list[str]:
     return cells
 
 
+def _linear_cells(run: dict[str, Any]) -> list[str]:
+    seconds, turns, floor = run["seconds"], run["turns"], run["floor"]
+    cells = [f"`{run['loss']}`", _shape(run), run["dtype"], _ms(floor)]
+    cells += [_ms(seconds["fused"]), f"{seconds['fused'] / floor:.2f}"]
+    for peer in LINEAR_PEERS:
+        if peer in seconds:
+            fewer = f" @{turns[peer]}" if turns[peer] < turns["fused"] else ""
+            cells.append(f"{seconds[peer] / seconds['fused']:.3g}{fewer}")
+        else:
+            cells.append("failed" if peer in run["failed"] else "-")
+    gradients = (run["rows"] + run["classes"]) * run["features"] * BYTES[run["dtype"]]
+    memory = [run["memory"].get(name) for name in ("fused", *LINEAR_PEERS)]
+    return cells + ["-" if m is None else f"{m / 2**20:.0f}" for m in (gradients, *memory)]
+
+
+def _slopes(runs: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """The exponents of time and memory by N, D and V, for each loss, dtype and candidate."""
+    for loss, dtype in dict.fromkeys((run["loss"], run["dtype"]) for run in runs):
+        part = [run for run in runs if (run["loss"], run["dtype"]) == (loss, dtype)]
+        if len(part) == 1:
+            continue
+        for name in ("products", "fused", *LINEAR_PEERS):
+            times = [run["floor"] if name == "products" else run["seconds"].get(name) for run in part]
+            memory = [run["memory"].get(name) for run in part]
+            if any(times):
+                label = "floor" if name == "products" else name
+                yield [f"`{loss}`", dtype, label, *exponents(part, times), *exponents(part, memory)]
+
+
+def exponents(runs: list[dict[str, Any]], values: list[float | None]) -> list[str]:
+    """(b, c, d) of value = a N^b D^c V^d; - where the runs that have a value do not determine it."""
+    import numpy as np
+
+    found = [(run, value) for run, value in zip(runs, values, strict=True) if value]
+    sizes = ("rows", "features", "classes")
+    varied = [size for size in sizes if len({run[size] for run, _ in found}) > 1]
+    columns = np.array([[1.0, *(math.log(run[size]) for size in varied)] for run, _ in found])
+    if not varied or np.linalg.matrix_rank(columns) <= len(varied):
+        return ["-"] * len(sizes)
+    fit = np.linalg.lstsq(columns, np.log([value for _, value in found]), rcond=None)[0]
+    powers = dict(zip(varied, fit[1:], strict=True))
+    return [f"{powers[size]:.2f}" if size in powers else "-" for size in sizes]
+
+
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
 def _shape(run: dict[str, Any]) -> str:
+    if "features" in run:
+        return f"{run['rows']} × {run['features']} → {run['classes']}"
     return f"{run['rows']} × {run['classes']}"
 
 
-def plot(runs: list[dict[str, Any]], machine: tuple[str, str], path: Path) -> None:
+def plot(
+    runs: list[dict[str, Any]], machine: tuple[str, str], path: Path, markers: dict[str, str], yardstick: str
+) -> None:
     """For each loss and shape, the candidates' times as multiples of the floor; a panel a dtype."""
     import matplotlib
 
@@ -120,22 +229,23 @@ def plot(runs: list[dict[str, Any]], machine: tuple[str, str], path: Path) -> No
         layout="constrained",
     )  # fmt: skip
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        for name, marker in MARKERS.items():
+        for name, marker in markers.items():
             points = [
                 (run["seconds"][name] / run["floor"], labels.index(_label(run)))
                 for run in runs
                 if run["dtype"] == dtype and name in run["seconds"]
             ]
-            axis.plot(*zip(*points, strict=True), marker, label=name, linestyle="none", markersize=6)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker, label=name, linestyle="none", markersize=6)
         axis.axvline(1, color="black", linewidth=1)
         axis.set_xscale("log")
         axis.set_title(dtype)
-        axis.set_xlabel("time of forward + backward / floor (1.5 × copy)")
+        axis.set_xlabel(f"time of forward + backward / floor ({yardstick})")
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0][0].invert_yaxis()
-    entries = axes[0][0].get_legend_handles_labels()
-    figure.legend(*entries, title=machine[0], loc="outside upper center", ncols=len(MARKERS))
+    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries, title=machine[0], loc="outside upper center", ncols=len(entries))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

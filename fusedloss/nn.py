@@ -142,7 +142,11 @@ class _Loss(nn.Module):
         _sign(cls, "forward", [*tensors, *per_call])
         document = inspect.getdoc(loss) or ""
         first, input, size = cls._example
-        tensors_of_a_call = ", ".join(f"{p.name}=None" for p in per_call)
+        optional = ", ".join(f"{p.name}=None" for p in per_call)
+        call = (
+            f"The loss's arguments are attributes. forward(input, target, *, {optional}) takes what a batch brings "
+            f"along; {', '.join(values)} in the call stand in for the module's own."
+        )
         as_below = [name for name in cls._arguments if name not in ("weight", *values)]
         cls.__doc__ = _DOC.format(
             summary=document.splitlines()[0],
@@ -150,10 +154,7 @@ class _Loss(nn.Module):
             own=cls._own_doc,
             values=", ".join(values),
             arguments=_wrapped(f"{', '.join(as_below)}: as below.", "    ", "        "),
-            call=_wrapped(
-                f"The loss's arguments are attributes. forward(input, target, *, {tensors_of_a_call}) takes what a "
-                f"batch brings along; {', '.join(values)} in the call stand in for the module's own."
-            ),
+            call=_wrapped(call),
             name=cls.__name__,
             example=", ".join(filter(None, (first, example))),
             input=input,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import timing
-from fusedloss.examples import EXAMPLES
+from fusedloss.examples import EXAMPLES, Example
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -31,7 +32,13 @@ def _module(name: str) -> ModuleType:
 
 def test_every_loss_has_its_benchmark() -> None:
     stems = {path.stem for path in (ROOT / "fusedloss" / "losses").glob("[!_]*.py")}
-    assert {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")} == stems
+    assert {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")} == stems | {"linear"}
+
+
+def test_every_linear_form_has_its_benchmark() -> None:
+    forms = {name for name in fl.__all__ if name.startswith("linear_")}
+    text = (BENCH / "bench_linear.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"^def test_(\w+)", text, re.M)) == forms
 
 
 class _Clock:
@@ -202,6 +209,162 @@ def test_report_on_a_chosen_path(benchmark_json: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert Path(f"{output}.md").exists() and Path(f"{output}.png").exists()
+
+
+# linear forms
+
+
+@pytest.fixture
+def linear_suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("linear_suite")
+
+
+PLAIN = next(e for e in EXAMPLES if e.loss is fl.cross_entropy and not e.arguments)
+
+
+def test_slow_candidates_get_fewer_turns(
+    clock: _Clock, linear_suite: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_suite, "perf_counter", clock)
+    ran: list[str] = []
+
+    def taking(name: str, seconds: float) -> Any:
+        def run() -> tuple[Tensor, ...]:
+            clock.now += seconds
+            ran.append(name)
+            return ()
+
+        return run
+
+    case = linear_suite.Case(1, 1, 1, torch.float32, rounds=3, seconds=5)
+    lengths = {"products": 1, "fused": 1, "slow": 2, "absurd": 50}
+    contest = linear_suite.Contest(case, {name: taking(name, seconds) for name, seconds in lengths.items()})
+    for _ in range(3):
+        contest.others(but="fused")
+        contest.turn("fused")
+    assert contest.seconds == {"products": [1, 1, 1], "fused": [1, 1, 1], "slow": [2, 2], "absurd": [50]}
+    assert contest.medians() == lengths
+    first = ["products"] * 2 + ["slow"] * 2 + ["absurd"] * 2 + ["fused"] * 2  # the first of two is not timed
+    assert ran[: len(first)] == first
+
+
+def test_formula_a_few_rows_at_a_time(linear_suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_suite, "FORMULA_ROWS", 3)
+    hidden, weight, target = linear_suite.data(linear_suite.Case(7, 5, 11, torch.float32, rounds=1, seconds=1))
+    got = linear_suite.expected(PLAIN, hidden, weight, target)
+    right = linear_suite.step(
+        lambda h, w: torch.nn.functional.cross_entropy(h @ w.t(), target), hidden, weight
+    )  # fmt: skip
+    torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=str)
+def test_linear_candidates_agree(example: Example, linear_suite: ModuleType) -> None:
+    if example.arguments.get("over") == "classes" or not hasattr(fl, f"linear_{example.loss.__name__}"):
+        assert example.loss in (fl.flex_loss, fl.dice_loss)
+        return
+    hidden, weight, target = linear_suite.data(linear_suite.Case(9, 5, 31, torch.float32, rounds=1, seconds=1))
+    right = linear_suite.expected(example, hidden, weight, target)
+    ways = linear_suite.candidates(example, target)
+    assert {"fused", "eager", "compiled"} <= set(ways)
+    assert ("torch chunked" in ways) == ("cut-cross-entropy" in ways) == (example is PLAIN)
+    for name in ("fused", "eager", "torch", "torch chunked"):
+        if name in ways and (not name.startswith("torch") or hasattr(torch.nn.functional, "linear_cross_entropy")):
+            timing.require(name, linear_suite.step(ways[name], hidden, weight), right)
+    by_hidden, by_weight = linear_suite.products(hidden, weight)
+    assert by_hidden.shape == hidden.shape and by_weight.shape == weight.shape
+
+
+class _Benchmark:
+    """What a measurement uses of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, function: Any, args: Any, setup: Any, rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            function(*args)
+
+
+@pytest.mark.slow
+def test_linear_measurement(linear_suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = linear_suite.candidates
+
+    def some(example: Example, target: Tensor) -> dict[str, Any]:
+        ways = candidates(example, target)
+        # A process of its own knows no candidate of the last name, and fails.
+        return {name: ways[name] for name in ("fused", "eager")} | {"unheard of": ways["eager"]}
+
+    monkeypatch.setattr(linear_suite, "candidates", some)
+    benchmark = _Benchmark()
+    case = linear_suite.Case(64, 32, 5000, torch.bfloat16, rounds=2, seconds=60)
+    linear_suite.measure(benchmark, case, PLAIN)
+    info = benchmark.extra_info
+    assert info["loss"] == "linear_cross_entropy()" and info["dtype"] == "bfloat16"
+    assert info["turns"] == {"fused": 2, "eager": 2} and info["floor"] > 0 and all(info["seconds"].values())
+    assert set(info["memory"]) == {"fused", "eager"}
+    assert info["failed"] == {"unheard of": "KeyError: 'unheard of'"}
+    assert json.loads(json.dumps(info)) == info
+
+
+def test_memory_of_a_process_of_its_own(linear_suite: ModuleType) -> None:
+    case = linear_suite.Case(256, 64, 20_000, torch.float32, rounds=1, seconds=1)
+    peak = linear_suite.memory_in_process(PLAIN, "eager", case)
+    if peak is None:
+        pytest.skip("this kernel does not tell the peak of the memory")
+    logits = 256 * 20_000 * 4
+    assert logits < peak < 6 * logits
+
+
+def _linear_run(rows: int, features: int, classes: int, **more: Any) -> dict[str, Any]:
+    seconds = {"fused": 1e-9 * rows * classes, "eager": 1e-9 * rows**1.5 * classes, "torch chunked": 9.0}
+    return {
+        "loss": "linear_cross_entropy()",
+        "rows": rows,
+        "features": features,
+        "classes": classes,
+        "dtype": "float32",
+        "floor": 0.5e-9 * rows * classes,
+        "seconds": seconds,
+        "turns": {"fused": 3, "eager": 3, "torch chunked": 1},
+        "memory": {"fused": 4 * 2**20 * classes // 1024, "eager": None},
+        "failed": {"cut-cross-entropy": "ImportError: no '/home/me/lib/this.so' here"},
+        **more,
+    }
+
+
+@pytest.mark.parametrize("with_rows", [True, False])
+def test_report_on_linear_forms(
+    with_rows: bool, benchmark_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    data = json.loads(benchmark_json.read_text())
+    runs = [_linear_run(*shape) for shape in ((512, 64, 1024), (2048, 64, 1024), (512, 64, 4096))]
+    runs.append(_linear_run(512, 64, 1024, dtype="bfloat16", failed={}))
+    data["benchmarks"] = [*data["benchmarks"] * with_rows, *({"extra_info": run} for run in runs)]
+    benchmark_json.write_text(json.dumps(data))
+    assert _module("report").main([str(benchmark_json), "--output", str(tmp_path / "both")]) == 0
+    text = (tmp_path / "both.md").read_text(encoding="utf-8")
+    assert (tmp_path / "both-linear.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "both.png").exists() == ("cross_entropy()` | 1024" in text) == with_rows
+    tables = [part for part in text.split("## Linear forms")[1].split("\n\n") if part[:1] == "|"]
+    rows = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in tables]
+    assert all(len({len(row) for row in table}) == 1 for table in rows)
+    assert rows[0][2] == [
+        "`linear_cross_entropy()`", "512 × 64 → 1024", "float32", "0.262", "0.524", "2.00",
+        "22.6", "-", "-", "1.72e+04 @1", "failed", "0", "4", "-", "-", "-", "-", "-",
+    ]  # fmt: skip
+    assert rows[0][5][2] == "bfloat16" and rows[0][5][10] == "-"
+    assert [row[2:] for row in rows[1][2:]] == [
+        ["floor", "1.00", "-", "1.00", "-", "-", "-"],
+        ["fused", "1.00", "-", "1.00", "0.00", "-", "1.00"],
+        ["eager", "1.50", "-", "1.00", "-", "-", "-"],
+        ["torch chunked", "0.00", "-", "0.00", "-", "-", "-"],
+    ]
+    where = ", ".join(f"{shape} float32" for shape in ("512 × 64 → 1024", "2048 × 64 → 1024", "512 × 64 → 4096"))
+    assert f"- *cut-cross-entropy* did not run ({where}): ImportError: no 'this.so' here" in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,261 @@
+"""What the benchmarks of the linear forms share: the cases, the peers, and how a form is measured beside them.
+
+Run as a program, with the arguments of `memory`, it prints the memory of one candidate.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from memory import peak_memory
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import timing
+from fusedloss.examples import EXAMPLES, Example
+
+Shape = tuple[int, int, int]  # rows, features, classes
+Loss = Callable[[Tensor, Tensor], Tensor]  # of hidden states (N, D) and weight (V, D)
+
+MAIN: Shape = (512, 512, 32000)
+
+#: Rows at a time where the formula is computed to compare with: what it stores is many times the logits.
+FORMULA_ROWS = 256
+
+
+class Case(NamedTuple):
+    """An output layer to measure on, and for how long."""
+
+    rows: int
+    features: int
+    classes: int
+    dtype: torch.dtype
+    rounds: int
+    seconds: float  # after which a candidate has no more turns
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.features}x{self.classes}-{str(self.dtype).removeprefix('torch.')}"
+
+
+class Extent(NamedTuple):
+    """How much to measure."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
+    variants: tuple[torch.dtype, ...]
+    rounds: int
+    seconds: float
+
+
+FLOAT = (torch.float32,)
+BOTH = (torch.float32, torch.bfloat16)
+
+QUICK = Extent((MAIN,), FLOAT, variants=(), rounds=3, seconds=5)
+DEFAULT = Extent((MAIN, (2048, 512, 32000), (512, 512, 128256)), BOTH, variants=FLOAT, rounds=3, seconds=8)
+GRID = Extent(
+    tuple((n, d, v) for d in (512, 1024) for v in (32000, 128256) for n in (512, 4096)),
+    BOTH,
+    variants=BOTH,
+    rounds=5,
+    seconds=60,
+)
+
+
+def cases(extent: Extent) -> list[Case]:
+    return [Case(*shape, dtype, extent.rounds, extent.seconds) for shape in extent.shapes for dtype in extent.dtypes]
+
+
+def variant_cases(extent: Extent) -> list[Case]:
+    """For the other losses: one shape."""
+    return [Case(*MAIN, dtype, extent.rounds, extent.seconds) for dtype in extent.variants]
+
+
+def data(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets; the logits have variance 1."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(case.rows, case.features, generator=generator).to(case.dtype)
+    weight = torch.randn(case.classes, case.features, generator=generator).div_(case.features**0.5).to(case.dtype)
+    return hidden, weight, torch.randint(case.classes, (case.rows,), generator=generator)
+
+
+def candidates(example: Example, target: Tensor) -> dict[str, Loss]:
+    """The mean loss by each way to have it. One that is not installed raises ImportError when called."""
+
+    def eager(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden, weight)
+        if example.loss is fl.cross_entropy:
+            return F.cross_entropy(logits, target, **example.arguments)
+        return example.formula(logits, target, **example.arguments).mean()
+
+    # What was compiled before must not make this one general in its shapes.
+    torch.compiler.reset()
+    ways: dict[str, Loss] = {
+        "fused": partial(getattr(fl, f"linear_{example.loss.__name__}"), target=target, **example.arguments),
+        "eager": eager,
+        "compiled": torch.compile(eager),
+    }
+    if example.loss is fl.cross_entropy and not example.arguments:
+        ways["torch"] = partial(_torch, target=target, chunked=False)
+        ways["torch chunked"] = partial(_torch, target=target, chunked=True)
+        ways["cut-cross-entropy"] = partial(_cut_cross_entropy, target=target)
+    return ways
+
+
+def _torch(hidden: Tensor, weight: Tensor, *, target: Tensor, chunked: bool) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return F.linear_cross_entropy(hidden, weight, target, options=options)
+
+
+def _cut_cross_entropy(hidden: Tensor, weight: Tensor, *, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, target, impl="torch_compile")
+
+
+def step(loss: Loss, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Loss and gradients, as in training."""
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    value = loss(*leaves)
+    return value.detach(), *torch.autograd.grad(value, leaves)
+
+
+def products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The floor: nothing but the three matrix products, each into new memory."""
+    logits = torch.mm(hidden, weight.t())
+    return torch.mm(logits, weight), torch.mm(logits.t(), hidden)
+
+
+def expected(example: Example, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """Mean loss and gradients by the formula in float32, a few rows at a time."""
+
+    def part(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return example.formula(F.linear(h, w), t, **example.arguments).sum() / len(target)
+
+    weight = weight.float()
+    parts = [
+        step(partial(part, t=t), h, weight)
+        for h, t in zip(hidden.float().split(FORMULA_ROWS), target.split(FORMULA_ROWS), strict=True)
+    ]
+    losses, by_hidden, by_weight = zip(*parts, strict=True)
+    return sum(losses, torch.zeros(())), torch.cat(by_hidden), sum(by_weight, torch.zeros(()))
+
+
+class Contest:
+    """The candidates' turns, one after the other, and their seconds."""
+
+    def __init__(self, case: Case, steps: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
+        self.case = case
+        self.steps = steps
+        self.seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def turn(self, name: str) -> None:
+        """Forward and backward, timed; the results are freed after the clock stops."""
+        start = perf_counter()
+        result = self.steps[name]()
+        self.seconds[name].append(perf_counter() - start)
+        del result
+
+    def has_turns(self, name: str) -> bool:
+        """Every candidate has one, and then as many as fit into the time."""
+        past = self.seconds[name]
+        return not past or (len(past) < self.case.rounds and sum(past) + past[-1] <= self.case.seconds)
+
+    def others(self, but: str) -> None:
+        """The turns of all others in a round, each after an untimed run that makes its memory warm."""
+        for name in self.steps:
+            if name != but and self.has_turns(name):
+                self.steps[name]()
+                self.turn(name)
+        self.steps[but]()
+
+    def medians(self) -> dict[str, float]:
+        return {name: median(seconds) for name, seconds in self.seconds.items()}
+
+
+def measure(benchmark: Any, case: Case, example: Example) -> None:
+    """Times a linear form in turn with the three matrix products and with its peers, forward and backward.
+
+    pytest-benchmark times the fused form; the others have their turns in the setup of each of its rounds. Memory comes
+    first, in a process for each candidate: one that fails there is not timed, and the report says why.
+
+    Raises WrongResult, and so fails, where a candidate's loss or gradients are not those of the formula.
+    """
+    hidden, weight, target = data(case)
+    memory: dict[str, float | None] = {}
+    failed: dict[str, str] = {}
+    ways = candidates(example, target)
+    for name in ways:
+        try:
+            memory[name] = memory_in_process(example, name, case)
+        except ChildFailed as error:
+            failed[name] = str(error)
+    if "fused" in failed:
+        raise RuntimeError(f"{example}, fused, on {case}: {failed['fused']}")
+
+    right = expected(example, hidden, weight, target)
+    steps: dict[str, Callable[[], tuple[Tensor, ...]]] = {"products": partial(products, hidden, weight)}
+    for name, way in ways.items():
+        if name not in failed:
+            steps[name] = partial(step, way, hidden, weight)
+            timing.require(f"{example}, {name},", steps[name](), right)
+    del right
+
+    contest = Contest(case, steps)
+    benchmark.group = f"linear {example}"
+    benchmark.pedantic(
+        contest.turn, args=("fused",), setup=partial(contest.others, but="fused"), rounds=case.rounds
+    )  # fmt: skip
+    seconds = contest.medians()
+    benchmark.extra_info.update(
+        loss=f"linear_{example}",
+        rows=case.rows,
+        features=case.features,
+        classes=case.classes,
+        dtype=str(case.dtype).removeprefix("torch."),
+        floor=seconds.pop("products"),
+        seconds=seconds,
+        turns={name: len(contest.seconds[name]) for name in seconds},
+        memory=memory,
+        failed=failed,
+    )
+
+
+class ChildFailed(Exception):
+    """A candidate did not get through a step; the message is its error."""
+
+
+def memory_in_process(example: Example, name: str, case: Case) -> float | None:
+    """Bytes at the peak of a step beyond its inputs, in a process of its own; None where the kernel does not tell."""
+    arguments = [EXAMPLES.index(example), name, *case[:3], str(case.dtype).removeprefix("torch.")]
+    done = subprocess.run([sys.executable, Path(__file__), *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode < 0:
+        raise ChildFailed(f"ended by {signal.Signals(-done.returncode).name}")
+    if done.returncode:
+        raise ChildFailed(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory(example: Example, name: str, case: Case) -> int | None:
+    hidden, weight, target = data(case)
+    run = partial(step, candidates(example, target)[name], hidden, weight)
+    run()  # threads, and code that is compiled for this shape
+    return peak_memory(run)
+
+
+if __name__ == "__main__":
+    index, name, *sizes, dtype = sys.argv[1:]
+    case = Case(*map(int, sizes), getattr(torch, dtype), rounds=1, seconds=0)
+    print(json.dumps(memory(EXAMPLES[int(index)], name, case)))
