@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import nn
+from . import nn as nn  # not in __all__: `import *` must not take the place of torch's
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
@@ -28,6 +28,5 @@ __all__ = [
     "linear_focal_loss",
     "linear_mixed_cross_entropy",
     "mixed_cross_entropy",
-    "nn",
     "supcon_loss",
 ]
