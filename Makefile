@@ -22,9 +22,9 @@ demo: .venv/installed ## train a small translation model, about 3 minutes on 2 c
 demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 5 minutes
 	$(BIN)/python examples/lm/train.py $(ARGS)
 
-# Two at a time; pytest-benchmark, which wants to be alone, has no part in it.
+# Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed ## run the tests
-	$(BIN)/pytest -n 2 -p no:benchmark $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 -p no:benchmark $(ARGS)
 
 bench: .venv/installed ## run the benchmarks; writes a table and a plot
 	@mkdir -p build

@@ -33,18 +33,20 @@ FORMULAS = {
     "dice_loss": "1 - (2 p y + smooth) / (p^k + y + smooth)",
     "flex_loss": "loss_fn(s)",
     "alpha_schedule": "maximum * step / total_steps",
+    "supcon_loss": "L_i = log sum_{k != i} exp s_ik - 1/|P(i)| sum_{j in P(i)} s_ij",
 }
 SOURCES = {
     "focal_loss": "arXiv:1708.02002",
     "mixed_cross_entropy": "arXiv:2106.15880",
     "dsc_loss": "arXiv:1911.02855",
     "dice_loss": "arXiv:1911.02855",
+    "supcon_loss": "arXiv:2004.11362",
 }
 
 
 def test_public_names_are_all_there() -> None:
     assert sorted(fl.__all__) == fl.__all__
-    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule"}
+    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule", "supcon_loss"}
     assert {function.__name__.removeprefix("linear_") for function in FUNCTIONS} == set(FORMULAS)
 
 
