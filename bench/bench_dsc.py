@@ -1,4 +1,4 @@
-"""The dice family: DSC of every class against the rest and of the target alone, and dice loss."""
+"""The dice family: DSC of every class against the rest, of the target alone and of sums over the rows; dice loss."""
 
 from suite import declared, measure
 
@@ -11,6 +11,14 @@ def test_one_vs_rest(benchmark, case):
 
 def test_target(benchmark, case):
     measure(benchmark, case, declared(fl.dsc_loss, form="target"))
+
+
+def test_classes(benchmark, case):
+    measure(benchmark, case, declared(fl.dsc_loss, level="class"))
+
+
+def test_set(benchmark, variant_case):
+    measure(benchmark, variant_case, declared(fl.dsc_loss, level="set"))
 
 
 def test_dice(benchmark, variant_case):

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -40,6 +41,8 @@ struct InstructionSet {
     bool available;
     void (*forward)(const Rows&, const Epilogue&, const Outputs&);
     void (*backward)(const Rows&, const Epilogue&, const Gradient&);
+    void (*class_sums)(const Rows&, const Epilogue&, const ClassSums&);
+    void (*class_terms)(const Rows&, const Epilogue&, const Outputs&);
 };
 
 std::vector<InstructionSet> instruction_sets() {
@@ -47,13 +50,13 @@ std::vector<InstructionSet> instruction_sets() {
 #if defined(FUSEDLOSS_HAVE_AVX512)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    sets.push_back({"avx512", avx512, avx512::forward, avx512::backward});
+    sets.push_back({"avx512", avx512, avx512::forward, avx512::backward, avx512::class_sums, avx512::class_terms});
 #endif
 #if defined(FUSEDLOSS_HAVE_AVX2)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    sets.push_back({"avx2", avx2, avx2::forward, avx2::backward});
+    sets.push_back({"avx2", avx2, avx2::forward, avx2::backward, avx2::class_sums, avx2::class_terms});
 #endif
-    sets.push_back({"generic", true, generic::forward, generic::backward});
+    sets.push_back({"generic", true, generic::forward, generic::backward, generic::class_sums, generic::class_terms});
     return sets;
 }
 
@@ -103,6 +106,14 @@ Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Addr
         epilogue.param_stride[k] = params[k].second;
     }
     return epilogue;
+}
+
+Epilogue make_summed_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params) {
+    const auto names = names_of(FunctorList<>{}, SummedTerms{});
+    if (std::find(names.begin(), names.end(), name) == names.end()) {
+        throw std::invalid_argument("no summed epilogue named '" + name + "'");
+    }
+    return make_epilogue(name, params, 1, 0, 0);
 }
 
 // The first index in [0, count) whose class is outside [0, classes) and not ignored; -1: none.
@@ -175,6 +186,23 @@ PYBIND11_MODULE(_engine, module) {
                                            grad_row_stride};
                    py::gil_scoped_release release;
                    current->backward(rows, epilogue, gradient);
+               });
+    module.def("class_sums",
+               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
+                  Address statistics, Address index, Address row_weight, int64_t row_weight_stride, Address sums) {
+                   const Epilogue epilogue = make_summed_epilogue(name, params);
+                   const ClassSums out{at<void>(statistics), at<const int64_t>(index), at<void>(row_weight),
+                                       row_weight_stride, at<double>(sums)};
+                   py::gil_scoped_release release;
+                   current->class_sums(rows, epilogue, out);
+               });
+    module.def("class_terms",
+               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
+                  Address statistics, Address index, Address loss, Address coefficients) {
+                   const Epilogue epilogue = make_summed_epilogue(name, params);
+                   const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
+                   py::gil_scoped_release release;
+                   current->class_terms(rows, epilogue, out);
                });
     module.def("first_invalid", &first_invalid);
     module.def("advise_huge_pages", &advise_huge_pages);

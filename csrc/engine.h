@@ -65,14 +65,25 @@ struct Gradient {
     int64_t grad_row_stride;
 };
 
+// Sums over the rows of a summed class term, from the statistics of the rows with their top class as the first pick.
+struct ClassSums {
+    const void* statistics;
+    const int64_t* index;
+    const void* row_weight;  // Scalar [rows] or null for all ones
+    int64_t row_weight_stride;
+    double* sums;  // [2, classes]: error, agreement
+};
+
 enum class EpilogueKind { none, row, class_term };
 EpilogueKind epilogue_kind(const std::string& name);
 
 // The passes, once for each instruction set.
-#define FUSEDLOSS_DECLARE_PASSES(isa)                             \
-    namespace isa {                                               \
-    void forward(const Rows&, const Epilogue&, const Outputs&);   \
-    void backward(const Rows&, const Epilogue&, const Gradient&); \
+#define FUSEDLOSS_DECLARE_PASSES(isa)                                \
+    namespace isa {                                                  \
+    void forward(const Rows&, const Epilogue&, const Outputs&);      \
+    void backward(const Rows&, const Epilogue&, const Gradient&);    \
+    void class_sums(const Rows&, const Epilogue&, const ClassSums&); \
+    void class_terms(const Rows&, const Epilogue&, const Outputs&);  \
     }
 FUSEDLOSS_DECLARE_PASSES(generic)
 FUSEDLOSS_DECLARE_PASSES(avx2)

@@ -12,7 +12,8 @@
 //   row epilogue   L = f(ce, q, picks ...)           dL/dz_j = a p_j - sum_k b_k [j == k]
 //   class term     L = sum_j w_j f(p_j, [j == t])    dL/dz_j = p_j (g_j - sum_k p_k g_k),  g_j = w_j df/dp_j
 //
-// To add a loss: write its functor and put it into RowEpilogues or ClassTerms at the end of this file.
+// To add a loss: write its functor and put it into RowEpilogues or ClassTerms at the end of this file. A loss of
+// overlap, such as dice, is one math functor that the three forms below make epilogues of.
 #pragma once
 
 #include <cmath>
@@ -134,38 +135,48 @@ FUSEDLOSS_HD Power<T> power_pair(T z, T x) {
     return {minus_1 > T(-0.5) ? T(1) + minus_1 : power(z, x), minus_1};
 }
 
-// The binary dice loss of one probability, u = (1 - p)^alpha p:
-//   linear   1 - (2 u y + s) / (u + y + s)        squared   1 - (2 u y + s) / (u^2 + y + s)
-// Parameters: alpha, s (smooth), squared (0 or 1), self_adjust (0: the factor (1 - p)^alpha is a constant).
-// Numerators are written without the cancelling "1 -". Probabilities X and parameters P are scalars or vectors of rows;
-// powers of q = 1 - p come from the caller, who knows how to compute them for either.
+// Losses of overlap, 1 - (agreement + s) / (error + agreement + s) = E / (E + C + s), which nothing cancels in. A math
+// functor gives what a probability p adds to the error E and to the agreement C of its class:
+//
+//   positive   y = 1: E, C and their slopes, times 1 - p, so that they are finite where dE/dp itself is not (p -> 1)
+//   negative   y = 0: E and its slope, times 1 - p; C = 0
+//   small_negative   the same for p <= 0.5, where 1 - p is no matter; `g` = dE/dp.
+//                    weight = (1 - p)^exponent, weight1 = (1 - p)^(exponent - 1)
+//
+// Probabilities X and parameters P are scalars or vectors of rows. All take q = 1 - p and the power q^exponent, which
+// the caller knows how to compute for either, and `count` parameters of their own; the next one is of the loss made of
+// them.
+template <typename X>
+struct Overlap {
+    X error, agreement, error_slope, agreement_slope;
+};
+
+// Self-adjusting dice, u = (1 - p)^alpha p: y = 1 adds E = (1 - u)^k and C = 2 u, y = 0 E = u^k, k = 2 if squared.
+// Parameters: alpha, squared (0 or 1), self_adjust (0: the factor (1 - p)^alpha is a constant).
 struct DscMath {
-    // y = 1. Returns the loss; `h` = (1 - p) dL/dp, finite where dL/dp itself is not (alpha < 1, p -> 1).
-    template <typename X, typename P>
-    static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, const P* params, X& h) {
-        const P smooth = params[1];
-        const X u = weight.value * p;
-        const X rest = q - p * weight.minus_1;  // 1 - u without cancellation
-        const X du = weight.value * adjusted(p, q, params);
-        const auto squared = params[2] != 0;
-        const X denominator = (squared ? u * u : u) + 1 + smooth;
-        const X slope = squared ? rest * (u + 1 + smooth) * 2 : X{} + 2 + smooth;
-        h = -slope / (denominator * denominator) * du;
-        return (squared ? rest * rest : rest) / denominator;
+    static constexpr int count = 3;
+
+    template <typename P>
+    static FUSEDLOSS_HD P exponent(const P* params) {
+        return params[0];
     }
 
-    // y = 0. Returns the loss; `h` as above.
+    template <typename X, typename P>
+    static FUSEDLOSS_HD Overlap<X> positive(X p, X q, const Power<X>& weight, const P* params) {
+        const X rest = q - p * weight.minus_1;  // 1 - u without cancellation
+        const X du = weight.value * adjusted(p, q, params);
+        const auto squared = params[1] != 0;
+        return {squared ? rest * rest : rest, weight.value * p * 2, squared ? rest * du * -2 : -du, du * 2};
+    }
+
     template <typename X, typename P>
     static FUSEDLOSS_HD X negative(X p, X q, const Power<X>& weight, const P* params, X& h) {
         return of_negative(p, weight.value, X(weight.value * adjusted(p, q, params)), params, h);
     }
 
-    // The same for p <= 0.5, where 1 - p is no matter. weight = (1 - p)^alpha, weight1 = (1 - p)^(alpha - 1). Returns
-    // the loss; `g` = dL/dp.
     template <typename X, typename T>
     static FUSEDLOSS_HD X small_negative(X p, X weight, X weight1, const T* params, X& g) {
-        const T alpha = params[0];
-        const X du = params[3] != T(0) ? weight1 * (T(1) - p * (T(1) + alpha)) : weight;
+        const X du = params[2] != T(0) ? weight1 * (T(1) - p * (T(1) + params[0])) : weight;
         return of_negative(p, weight, du, params, g);
     }
 
@@ -175,48 +186,133 @@ struct DscMath {
     static FUSEDLOSS_HD X adjusted(X p, X q, const P* params) {
         const P alpha = params[0];
         const X turn = p < 0.5f ? 1 - (alpha + 1) * p : (alpha + 1) * q - alpha;
-        return params[3] != 0 ? turn : q;
+        return params[2] != 0 ? turn : q;
     }
 
     template <typename X, typename P>
     static FUSEDLOSS_HD X of_negative(X p, X weight, X du, const P* params, X& g) {
-        const P smooth = params[1], squared = params[2];
+        const P squared = params[1];
         const X u = weight * p;
-        const X top = u * (u * squared + (1 - squared));
-        const X inverse = 1 / (top + smooth);
-        g = (u * (2 * squared) + (1 - squared)) * (inverse * inverse) * du * smooth;
-        return top * inverse;
+        g = (u * (2 * squared) + (1 - squared)) * du;
+        return u * (u * squared + (1 - squared));
     }
 };
 
-// Dice on the target class of each row alone.
-struct DscTarget {
-    static constexpr const char* name = "dsc_target";
+// Tversky: y = 1 adds E = beta (1 - p) and C = p, y = 0 E = alpha p. Parameters: alpha, beta.
+struct TverskyMath {
+    static constexpr int count = 2;
+
+    template <typename P>
+    static FUSEDLOSS_HD P exponent(const P*) {
+        return P{};
+    }
+
+    template <typename X, typename P>
+    static FUSEDLOSS_HD Overlap<X> positive(X p, X q, const Power<X>&, const P* params) {
+        return {q * params[1], p, -q * params[1], q};
+    }
+
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X negative(X p, X q, const Power<X>&, const P* params, X& h) {
+        h = q * params[0];
+        return p * params[0];
+    }
+
+    template <typename X, typename T>
+    static FUSEDLOSS_HD X small_negative(X p, X, X, const T* params, X& g) {
+        g = X{} + params[0];
+        return p * params[0];
+    }
+};
+
+// The overlap of each class in each row for itself, summed over the classes. After the parameters of Math: s (smooth).
+template <typename Math>
+struct OneVsRest : Math {
+    // Returns the loss times the class weight; `h` = (1 - p) times its slope.
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, X class_weight, const P* params, X& h) {
+        const Overlap<X> x = Math::positive(p, q, weight, params);
+        const X rest = x.agreement + params[Math::count], inverse = 1 / (x.error + rest);
+        h = class_weight * (x.error_slope * rest - x.agreement_slope * x.error) * (inverse * inverse);
+        return class_weight * (x.error * inverse);
+    }
+
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X negative(X p, X q, const Power<X>& weight, const P* params, X& h) {
+        const X error = Math::negative(p, q, weight, params, h);
+        return finish(error, params, h);
+    }
+
+    template <typename X, typename T>
+    static FUSEDLOSS_HD X small_negative(X p, X weight, X weight1, const T* params, X& g) {
+        const X error = Math::small_negative(p, weight, weight1, params, g);
+        return finish(error, params, g);
+    }
+
+   private:
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X finish(X error, const P* params, X& slope) {
+        const P smooth = params[Math::count];
+        const X inverse = 1 / (error + smooth);
+        slope = slope * (inverse * inverse) * smooth;
+        return error * inverse;
+    }
+};
+
+// The overlap of each row's target class alone. After the parameters of Math: s (smooth).
+template <typename Math>
+struct OnTarget {
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
         const T p = s.p;
         T h;
-        g.loss = DscMath::positive(p, s.q, power_pair(s.q, params[0]), params, h);
+        g.loss = OneVsRest<Math>::positive(p, s.q, power_pair(s.q, Math::exponent(params)), T(1), params, h);
         // dL/dz_j = L'(p) p ([j == t] - p_j); where q underflows every p_j of the others is 0 too.
         g.a = s.q > T(0) ? -p * h / s.q : T(0);
         g.d = T(0);
     }
 };
 
-// Dice of every class against the rest, summed over the classes.
-struct DscOneVsRest : DscMath {
-    static constexpr const char* name = "dsc_one_vs_rest";
-    template <typename T>
-    static FUSEDLOSS_HD T exponent(const T* params) {
-        return params[0];
+// Error and agreement themselves, for a loss of their sums over the rows. With class weights w = dL/dE and, after the
+// parameters of Math, the slope dL/dC of the row's target class, this term has that loss's gradient.
+template <typename Sums>
+struct OverRows : Sums {
+    using Math = Sums;
+
+    template <typename X, typename P>
+    static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, X class_weight, const P* params, X& h) {
+        const Overlap<X> x = Math::positive(p, q, weight, params);
+        const P slope = params[Math::count];
+        h = class_weight * x.error_slope + slope * x.agreement_slope;
+        return class_weight * x.error + slope * x.agreement;
     }
+};
+
+struct DscOneVsRest : OneVsRest<DscMath> {
+    static constexpr const char* name = "dsc_one_vs_rest";
+};
+struct DscTarget : OnTarget<DscMath> {
+    static constexpr const char* name = "dsc_target";
+};
+struct DscOverRows : OverRows<DscMath> {
+    static constexpr const char* name = "dsc_over_rows";
+};
+struct TverskyOneVsRest : OneVsRest<TverskyMath> {
+    static constexpr const char* name = "tversky_one_vs_rest";
+};
+struct TverskyTarget : OnTarget<TverskyMath> {
+    static constexpr const char* name = "tversky_target";
+};
+struct TverskyOverRows : OverRows<TverskyMath> {
+    static constexpr const char* name = "tversky_over_rows";
 };
 
 template <typename... Functors>
 struct FunctorList {};
 
-using RowEpilogues = FunctorList<CrossEntropy, LogSumExp, Focal, MixedCrossEntropy, DscTarget>;
-using ClassTerms = FunctorList<DscOneVsRest>;
+using RowEpilogues = FunctorList<CrossEntropy, LogSumExp, Focal, MixedCrossEntropy, DscTarget, TverskyTarget>;
+using ClassTerms = FunctorList<DscOneVsRest, DscOverRows, TverskyOneVsRest, TverskyOverRows>;
+using SummedTerms = FunctorList<DscOverRows, TverskyOverRows>;  // those whose sums over the rows are a loss's
 
 // What every loss shares: label smoothing, z-loss and class weight.
 //   L = w_t (main * base + z_loss lse^2) + smooth * sum_j w_j (-log p_j)

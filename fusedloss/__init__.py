@@ -8,6 +8,7 @@ from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
+from .losses.tversky import linear_tversky_loss, tversky_loss
 from .statistics import RowStats, Statistics
 from .supcon import supcon_loss
 
@@ -27,6 +28,8 @@ __all__ = [
     "linear_flex_loss",
     "linear_focal_loss",
     "linear_mixed_cross_entropy",
+    "linear_tversky_loss",
     "mixed_cross_entropy",
     "supcon_loss",
+    "tversky_loss",
 ]

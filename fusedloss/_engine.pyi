@@ -42,6 +42,25 @@ def backward(
     grad: int,
     grad_row_stride: int,
 ) -> None: ...
+def class_sums(
+    rows: Rows,
+    epilogue: str,
+    params: list[tuple[int, int]],
+    statistics: int,
+    index: int,
+    row_weight: int,
+    row_weight_stride: int,
+    sums: int,
+) -> None: ...
+def class_terms(
+    rows: Rows,
+    epilogue: str,
+    params: list[tuple[int, int]],
+    statistics: int,
+    index: int,
+    loss: int,
+    coefficients: int,
+) -> None: ...
 def first_invalid(target: int, count: int, classes: int, ignore_index: int) -> int: ...
 def advise_huge_pages(address: int, bytes: int) -> None: ...
 def epilogues() -> list[str]: ...

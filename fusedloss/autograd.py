@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import ops
 from .backends import reference
-from .epilogue import Epilogue, Shared
+from .checks import compute_dtype
+from .epilogue import Epilogue, Overlap, Shared
 from .projection import Form, Projection, dense_logits
 from .statistics import Columns, Picks, dense_columns
 
@@ -66,6 +67,20 @@ def linear_sum(
     ]
     settings = (epilogue, shared, ignore_index, top_k, needed, impl)
     return _apply(_LinearSum, source, settings, target, weight, candidates, row_weight, *params)
+
+
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    params: list[Tensor],
+    overlap: Overlap,
+    ignore_index: int,
+    inplace: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the rows (2, V) of error and agreement, differentiable, and detached statistics and pick indices."""
+    return _ClassSums.apply(logits, row_weight, (overlap, ignore_index, inplace, impl), target, *params)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -166,6 +181,46 @@ class _LinearSum(torch.autograd.Function):
             for need, gradient, source in zip(needed, gradients, sources, strict=True)
         )
         return *scaled, *nothing
+
+
+class _ClassSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, row_weight, settings, target, *params):  # type: ignore[no-untyped-def]
+        overlap, ignore_index, _, impl = settings
+        statistics, index = ops.row_statistics(logits, target, None, None, ignore_index, *Picks(1), impl)
+        name = overlap.over_rows
+        sums = ops.class_sums(logits, target, row_weight, statistics, index, list(params), name, ignore_index, impl)
+        ctx.save_for_backward(logits, row_weight, target, statistics, index, *params)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(statistics, index)
+        ctx.set_materialize_grads(False)
+        return sums, statistics, index
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 2)
+        if grad_sums is None:
+            return (None, None, *nothing)
+        saved = ctx.saved_tensors
+        logits, row_weight, target, statistics, index = saved[:5]
+        params = list(saved[5:])
+        overlap, ignore_index, inplace, impl = ctx.settings
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            sums = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)[0]
+            wanted = [x for x, need in zip((logits, row_weight), needed, strict=True) if need]
+            grads = iter(torch.autograd.grad(sums, wanted, grad_sums, create_graph=True))
+            return *(next(grads) if need else None for need in needed), *nothing
+        # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
+        error, agreement = grad_sums.to(compute_dtype(logits.dtype)).contiguous().unbind()
+        params.append(agreement[target.masked_fill(target == ignore_index, 0)])
+        names = (overlap.over_rows, ignore_index)
+        loss, coefficients = ops.class_terms(logits, target, error, statistics, index, params, *names, impl)
+        gradient = None
+        if needed[0]:
+            tensors = (target, error, statistics, index, coefficients, row_weight, params)
+            gradient = _gradients((logits, None, None), None, needed, inplace, tensors, names, impl)[0]
+        return gradient, loss if needed[1] else None, *nothing
 
 
 def weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:

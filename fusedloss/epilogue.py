@@ -50,6 +50,37 @@ class Epilogue:
         raise ValueError(f"the loss function must give a loss for each of the {size} {each}, got {got}")
 
 
+class Overlap:
+    """A loss of overlap, 1 - (C + smooth) / (E + C + smooth) = E / (E + C + smooth), of an error E and an agreement C.
+
+    ``function(p, q, positive, *params)`` gives what a class adds to E and to C, from its probability p, q = 1 - p and
+    whether it is the target. What adds is up to the loss's form and level; ``forms`` holds the epilogues of the level
+    "example", whose last parameter is `smooth`.
+    """
+
+    def __init__(self, name: str, function: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.function = function
+        self.over_rows = f"{name}_over_rows"
+        """Its name among the compiled epilogues that sum over the rows, and in their derivative."""
+
+        def one_vs_rest(p: Tensor, q: Tensor, positive: Tensor, *params: Tensor) -> Tensor:
+            return self.ratio(*function(p, q, positive, *params[:-1]), params[-1])
+
+        def of_target(s: Statistics, *params: Tensor) -> Tensor:
+            return one_vs_rest(s.p, s.q, torch.ones_like(s.q, dtype=torch.bool), *params)
+
+        self.forms = {
+            "one_vs_rest": Epilogue(f"{name}_one_vs_rest", one_vs_rest, over="classes"),
+            "target": Epilogue(f"{name}_target", of_target),
+        }
+
+    @staticmethod
+    def ratio(error: Tensor, agreement: Tensor, smooth: Tensor) -> Tensor:
+        """Nothing at all (with smooth = 0) is no loss, and has no gradient."""
+        total = error + agreement + smooth
+        return torch.where(total == 0, 0, error / torch.where(total == 0, 1, total))
+
+
 class Shared(NamedTuple):
     """The terms that every loss shares: label smoothing and z-loss."""
 

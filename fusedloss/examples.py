@@ -20,6 +20,7 @@ _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 class Example:
     """``loss(input, target, **arguments)`` and ``formula`` with the same arguments, which gives the rows' losses.
 
+    With ``over_rows`` it gives something else that is made of all the rows together. The loss is the mean in any case.
     The formula is plain PyTorch over logits (N, V) and targets (N,), differentiable, in the dtype of the logits and
     free of tricks: what users have without this package.
     """
@@ -27,6 +28,7 @@ class Example:
     loss: Callable[..., Any]
     formula: Callable[..., Tensor]
     arguments: dict[str, Any] = field(default_factory=dict)
+    over_rows: bool = False
 
     def __str__(self) -> str:
         values = (f"{k}={getattr(v, '__name__', repr(v)).lstrip('_')}" for k, v in self.arguments.items())
@@ -48,11 +50,11 @@ class Example:
 EXAMPLES: list[Example] = []
 
 
-def example(formula: Callable[..., Tensor], **arguments: Any) -> Callable[[_Loss], _Loss]:
+def example(formula: Callable[..., Tensor], *, over_rows: bool = False, **arguments: Any) -> Callable[[_Loss], _Loss]:
     """Declares an example of the decorated loss; several read from the bottom up."""
 
     def declare(loss: _Loss) -> _Loss:
-        EXAMPLES.append(Example(loss, formula, arguments))
+        EXAMPLES.append(Example(loss, formula, arguments, over_rows))
         return loss
 
     return declare

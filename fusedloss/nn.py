@@ -25,6 +25,7 @@ from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
+from .losses.tversky import linear_tversky_loss, tversky_loss
 from .row import RowOptions
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ _DOC = """{summary}
 The module form of :func:`~fusedloss.{function}`.
 
 Args:
-{own}    {values}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives one when called,
-        such as :class:`AlphaSchedule`.
+{own}{values}
     weight: class weights (V,), a buffer.
 {arguments}
 
@@ -152,7 +152,12 @@ class _Loss(nn.Module):
             summary=document.splitlines()[0],
             function=loss.__name__,
             own=cls._own_doc,
-            values=", ".join(values),
+            values=_wrapped(
+                f"{', '.join(values)}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives "
+                "one when called, such as :class:`AlphaSchedule`.",
+                "    ",
+                "        ",
+            ),
             arguments=_wrapped(f"{', '.join(as_below)}: as below.", "    ", "        "),
             call=_wrapped(call),
             name=cls.__name__,
@@ -322,6 +327,9 @@ class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"): ...
 class MixedCrossEntropyLoss(_Loss, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"): ...
 
 
+class TverskyLoss(_Loss, loss=tversky_loss): ...
+
+
 class LinearCrossEntropyLoss(_LinearLoss, loss=linear_cross_entropy, example="label_smoothing=0.1"): ...
 
 
@@ -337,6 +345,9 @@ class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
 class LinearMixedCrossEntropyLoss(
     _LinearLoss, loss=linear_mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"
 ): ...
+
+
+class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss): ...
 
 
 class AlphaSchedule(nn.Module):

@@ -3,6 +3,11 @@
 ``row_statistics``  the statistics pass alone, for a loss that is PyTorch code
 ``row_loss``        the statistics pass and a compiled epilogue: losses, and the coefficients of their gradient
 ``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
+``class_sums``      the sums over the rows of each class's error and agreement, (2, V) in float64, from statistics with
+                    the top class
+``class_terms``     losses and coefficients of the rows, as of ``row_loss``, from the same statistics. With dL/d error
+                    for weight and dL/d agreement of the row's target for a last parameter, their gradient is that of
+                    a loss L of those sums
 ``linear_...``      the same of hidden states and a weight, (N, D) and (V, D), whose logits are made a chunk at a time:
                     ``linear_row_loss`` also gives the gradients of its ``row_weight``-weighted sum by hidden states,
                     weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
@@ -49,6 +54,14 @@ _GRADIENT_ARGUMENTS = (
 )
 _library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
+_library.define(
+    "class_sums(Tensor logits, Tensor target, Tensor? row_weight, Tensor statistics, Tensor index, Tensor[] params, "
+    "str epilogue, int ignore_index, str impl) -> Tensor"
+)
+_library.define(
+    "class_terms(Tensor logits, Tensor target, Tensor weight, Tensor statistics, Tensor index, Tensor[] params, "
+    "str epilogue, int ignore_index, str impl) -> (Tensor loss, Tensor coefficients)"
+)
 
 _LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
 _FORM = "float softcap, int budget, bool drop_ignored, bool mask_target, str impl"
@@ -72,6 +85,8 @@ row_statistics = torch.ops.fusedloss.row_statistics.default
 row_loss = torch.ops.fusedloss.row_loss.default
 row_gradient = torch.ops.fusedloss.row_gradient.default
 row_gradient_ = torch.ops.fusedloss.row_gradient_.default
+class_sums = torch.ops.fusedloss.class_sums.default
+class_terms = torch.ops.fusedloss.class_terms.default
 linear_row_statistics = torch.ops.fusedloss.linear_row_statistics.default
 linear_row_loss = torch.ops.fusedloss.linear_row_loss.default
 linear_gradient = torch.ops.fusedloss.linear_gradient.default
@@ -142,6 +157,17 @@ def _(logits, *arguments):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("fusedloss::row_gradient_", lib=_library)
 def _(logits, *arguments):  # type: ignore[no-untyped-def]
     return None
+
+
+@torch.library.register_fake("fusedloss::class_sums", lib=_library)
+def _(logits, *arguments):  # type: ignore[no-untyped-def]
+    return logits.new_empty((2, logits.shape[1]), dtype=torch.float64)
+
+
+@torch.library.register_fake("fusedloss::class_terms", lib=_library)
+def _(logits, target, weight, statistics, *arguments):  # type: ignore[no-untyped-def]
+    rows = logits.shape[0]
+    return statistics.new_empty(rows), statistics.new_empty((COEFFICIENTS + 1, rows))
 
 
 def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,19 +116,30 @@ def row_form(*without: str) -> Callable[[_Loss], _Loss]:
     return document
 
 
-def row_loss(
+class Problem(NamedTuple):
+    """A loss's arguments, checked, as the operators take them."""
+
+    logits: Source  # (N, V)
+    target: Tensor  # (N,)
+    weight: Tensor | None
+    candidates: Tensor | None
+    params: list[Tensor]
+    token_weight: Tensor | None
+    impl: str
+    inplace: bool
+    options: RowOptions  # with their defaults
+
+
+def prepare(
     name: str,
     input: Source,
     target: Tensor,
-    epilogue: Epilogue,
-    params: Sequence[float | Tensor] = (),
-    *,
-    without: tuple[str, ...] = (),
-    candidates: Tensor | None = None,
-    mean_over_weights: bool = False,
-    **options: Unpack[RowOptions],
-) -> Any:
-    """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits."""
+    params: Sequence[float | Tensor],
+    without: tuple[str, ...],
+    candidates: Tensor | None,
+    options: RowOptions,
+) -> Problem:
+    """Checks the arguments of a loss; `name` is the public function's on logits."""
     linear = isinstance(input, Projection)
     for option in options:
         if option not in _DEFAULTS or option in without or (linear and option == "inplace_backward"):
@@ -143,6 +154,8 @@ def row_loss(
     logits = input.flatten() if isinstance(input, Projection) else _matrix(input, o["inplace_backward"])
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
+    if inplace and impl == "reference":
+        raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
     index = target.reshape(-1).to(torch.int64).contiguous()
     weight = o["weight"]
     if weight is not None:
@@ -152,13 +165,30 @@ def row_loss(
         count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
         candidates = candidates.reshape(-1, count).to(torch.int64)
         candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0).contiguous()
-    columns = [_parameter(p, dtype, input.device) for p in params]
+    columns = [parameter(p, dtype, input.device) for p in params]
     token_weight = o["token_weight"]
     if token_weight is not None:
         # Those of ignored rows may hold anything.
         token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == o["ignore_index"], 0)
-    shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
+    return Problem(logits, index, weight, candidates, columns, token_weight, impl, inplace, o)
 
+
+def row_loss(
+    name: str,
+    input: Source,
+    target: Tensor,
+    epilogue: Epilogue,
+    params: Sequence[float | Tensor] = (),
+    *,
+    without: tuple[str, ...] = (),
+    candidates: Tensor | None = None,
+    mean_over_weights: bool = False,
+    **options: Unpack[RowOptions],
+) -> Any:
+    """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits."""
+    problem = prepare(name, input, target, params, without, candidates, options)
+    logits, index, weight, candidates, columns, token_weight, impl, inplace, o = problem
+    shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
     loss, stats = _dispatch(
         logits, index, weight, candidates, columns, token_weight, epilogue, shared, impl,
         o["ignore_index"], inplace, o["return_stats"], o["reduction"] == "none",
@@ -167,9 +197,11 @@ def row_loss(
         loss = loss.reshape(target.shape)
     elif o["reduction"] == "mean":
         loss = _mean(loss, index, weight if mean_over_weights else None, token_weight, o)
-    if stats is None:
-        return loss
-    return loss, RowStats(*(column.reshape(target.shape) for column in stats))
+    return loss if stats is None else (loss, shaped_stats(stats, target))
+
+
+def shaped_stats(stats: tuple[Tensor, ...], target: Tensor) -> RowStats:
+    return RowStats(*(column.reshape(target.shape) for column in stats))
 
 
 def _check(input: Source, target: Tensor, o: RowOptions) -> None:
@@ -206,7 +238,7 @@ def _matrix(input: Tensor, inplace: bool) -> Tensor:
     return matrix if matrix.stride(1) == 1 or classes == 1 else matrix.contiguous()
 
 
-def _parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.reshape(-1 if value.dim() else ()).to(device, dtype)
     if torch.compiler.is_compiling():
@@ -240,12 +272,9 @@ def _dispatch(
     picks = epilogue.picks
     tensors = (logits, target, weight, candidates)
     if impl == "reference":
-        if inplace:
-            raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
         dense = logits.logits(target) if isinstance(logits, Projection) else logits
         rows, s = reference.row_losses(dense, target, weight, candidates, params, epilogue, shared, ignore_index)
-        top = (s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach())
-        return reduced(rows), _row_stats(*top, target, ignore_index) if return_stats else None
+        return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
 
     fused = backends.has_epilogue(impl, epilogue.name) and not any(p.requires_grad for p in params)
     if fused:
@@ -280,9 +309,7 @@ def _dispatch(
         return loss, None
     if top_k == 0:
         statistics, index = autograd.detached_statistics(logits, target, weight, ignore_index, Picks(1), impl)
-    log_sum = statistics[ops.SUM_EXP].log()
-    top = (statistics[ops.MAX] + log_sum, statistics[ops.CE], index[0], log_sum)
-    return loss, _row_stats(*top, target, ignore_index)
+    return loss, row_stats(statistics, index, target, ignore_index)
 
 
 def _composed(
@@ -322,13 +349,28 @@ def _dense_chunks(
     def losses(z: Tensor, t: Tensor, *p: Tensor) -> Tensor:
         return reference.row_losses(z, t, weight, None, list(p), epilogue, shared, ignore_index)[0]
 
+    return torch.cat(in_chunks(losses, logits, target, *params))
+
+
+def in_chunks(function: Callable[..., Tensor], logits: Tensor, target: Tensor, *columns: Tensor | None) -> list[Tensor]:
+    """Results for a few rows at a time, which are computed once more in the backward. Columns are 0-d or (N,)."""
     rows = max(1, DENSE_BYTES // (logits.shape[-1] * 4))
-    columns = [p.split(rows) if p.dim() else None for p in params]
-    parts = []
+    parts = [None if c is None or c.dim() == 0 else c.split(rows) for c in columns]
+    results = []
     for i, (z, t) in enumerate(zip(logits.split(rows), target.split(rows), strict=True)):
-        p = [x if c is None else c[i] for x, c in zip(params, columns, strict=True)]
-        parts.append(checkpoint(losses, z, t, *p, use_reentrant=False))
-    return torch.cat(parts)
+        own = [c if part is None else part[i] for c, part in zip(columns, parts, strict=True)]
+        results.append(checkpoint(function, z, t, *own, use_reentrant=False))
+    return results
+
+
+def row_stats(statistics: Tensor, index: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+    """The columns of RowStats from the operators' statistics with the top class as the first pick."""
+    log_sum = statistics[ops.SUM_EXP].log()
+    return _row_stats(statistics[ops.MAX] + log_sum, statistics[ops.CE], index[0], log_sum, target, ignore_index)
+
+
+def dense_row_stats(s: Statistics, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+    return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), target, ignore_index)
 
 
 def _row_stats(

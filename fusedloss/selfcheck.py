@@ -66,7 +66,7 @@ class Result(NamedTuple):
 class _Problem(NamedTuple):
     logits: Tensor  # (N, V)
     target: Tensor  # (N,), one in eight ignored
-    upstream: Tensor  # (N,) the gradient that reaches the rows' losses
+    upstream: Tensor  # (N,) the gradient that reaches the rows' losses; the first that of a loss over the rows
 
 
 def ready() -> list[str]:
@@ -134,20 +134,25 @@ def _errors(example: Example, problem: _Problem) -> dict[str, list[tuple[Error, 
 def _formula(logits: Tensor, example: Example, target: Tensor) -> Tensor:
     ignored = target == IGNORED
     z = logits.to(compute_dtype(logits.dtype))
+    if example.over_rows:
+        return example.formula(z[~ignored], target[~ignored], **example.arguments).mean()
     rows = example.formula(z, target.masked_fill(ignored, 0), **example.arguments)
     return rows.masked_fill(ignored, 0)
 
 
 def _fused(logits: Tensor, example: Example, target: Tensor, **options: Any) -> Tensor:
-    rows: Tensor = example.loss(logits, target, **example.arguments, ignore_index=IGNORED, reduction="none", **options)
-    return rows
+    reduction = "mean" if example.over_rows else "none"
+    loss: Tensor = example.loss(
+        logits, target, **example.arguments, ignore_index=IGNORED, reduction=reduction, **options
+    )
+    return loss
 
 
 def _run(loss: Callable[[Tensor], Tensor], logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     z = logits.clone().requires_grad_()
-    rows = loss(z)
-    (gradient,) = torch.autograd.grad(rows, z, upstream.to(rows.dtype))
-    return rows.detach(), gradient
+    result = loss(z)
+    (gradient,) = torch.autograd.grad(result, z, (upstream if result.dim() else upstream[0]).to(result.dtype))
+    return result.detach(), gradient
 
 
 def _distances(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[float]:

@@ -18,6 +18,10 @@ def _focal(p: Any, log_p: Any, gamma: Any) -> Any:
     return -((1 - p) ** gamma) * log_p
 
 
+def _tversky(p: Any, y: Any, alpha: Any, beta: Any, smooth: float) -> Any:
+    return 1 - (p * y + smooth) / (p * y + alpha * p * (1 - y) + beta * (1 - p) * y + smooth)
+
+
 def _dice(u: Any, y: Any, smooth: float, squared: bool) -> Any:
     return 1 - (2 * u * y + smooth) / ((u * u if squared else u) + y + smooth)
 
@@ -79,12 +83,106 @@ def dsc_of_probabilities(
     return _dice(u, torch.nn.functional.one_hot(t, p.shape[-1]), smooth, squared)
 
 
-def dsc_terms(z: Tensor, t: Tensor, own: dict[str, Any]) -> Tensor:
+def tversky(z: Tensor, t: Tensor, **own: Any) -> Tensor:
+    return tversky_of_probabilities(log_probabilities(z).exp(), t, **own)
+
+
+def tversky_of_probabilities(
+    p: Tensor,
+    t: Tensor,
+    alpha: float | Tensor = 0.6,
+    beta: float | Tensor | None = None,
+    smooth: float = 1.0,
+    form: str = "one_vs_rest",
+) -> Tensor:
+    beta = 1 - alpha if beta is None else beta
+    if form == "target":
+        return _tversky(at(p, t), 1.0, 0.0, beta, smooth)
+    alpha, beta = (x[:, None] if isinstance(x, Tensor) and x.dim() else x for x in (alpha, beta))
+    return _tversky(p, torch.nn.functional.one_hot(t, p.shape[-1]), alpha, beta, smooth)
+
+
+def cancelling(
+    of_probabilities: Callable[..., Tensor],
+) -> Callable[[Tensor, Tensor, dict[str, Any]], Tensor]:
     """Of dL/dz_j = p_j (g_j - sum_k p_k g_k), the size of what cancels there, g = dL/dp."""
-    p = log_probabilities(z).exp().requires_grad_()
-    (g,) = torch.autograd.grad(dsc_of_probabilities(p, t, **own).sum(), p)
-    with torch.no_grad():
-        return p * (g.abs() + (p * g.abs()).sum(-1, keepdim=True))
+
+    def terms(z: Tensor, t: Tensor, own: dict[str, Any]) -> Tensor:
+        p = log_probabilities(z).exp().requires_grad_()
+        (g,) = torch.autograd.grad(of_probabilities(p, t, **own).sum(), p)
+        with torch.no_grad():
+            return p * (g.abs() + (p * g.abs()).sum(-1, keepdim=True))
+
+    return terms
+
+
+dsc_terms = cancelling(dsc_of_probabilities)
+tversky_terms = cancelling(tversky_of_probabilities)
+
+
+# --- the losses of sums over rows: one for each class (V,), or one number ---
+
+
+def dsc_over_rows(
+    p: Tensor,
+    t: Tensor,
+    level: str,
+    row_weight: Tensor | None = None,
+    alpha: float | Tensor = 0.01,
+    smooth: float = 1.0,
+    squared: bool = True,
+    detach_weight: bool = False,
+) -> Tensor:
+    """Of the probabilities of rows (N, V)."""
+    y = torch.nn.functional.one_hot(t, p.shape[-1]).to(p.dtype)
+    factor = (1 - p) ** (alpha[:, None] if isinstance(alpha, Tensor) and alpha.dim() else alpha)
+    u = (factor.detach() if detach_weight else factor) * p
+    both, sizes = _level_sums(level, row_weight, u * y, (u * u if squared else u) + y)
+    return 1 - (2 * both + smooth) / (sizes + smooth)
+
+
+def tversky_over_rows(
+    p: Tensor,
+    t: Tensor,
+    level: str,
+    row_weight: Tensor | None = None,
+    alpha: float | Tensor = 0.6,
+    beta: float | Tensor | None = None,
+    smooth: float = 1.0,
+) -> Tensor:
+    y = torch.nn.functional.one_hot(t, p.shape[-1]).to(p.dtype)
+    beta = 1 - alpha if beta is None else beta
+    alpha, beta = (x[:, None] if isinstance(x, Tensor) and x.dim() else x for x in (alpha, beta))
+    true, errors = _level_sums(level, row_weight, p * y, alpha * p * (1 - y) + beta * (1 - p) * y)
+    return 1 - (true + smooth) / (true + errors + smooth)
+
+
+def level_loss(
+    over_rows: Callable[..., Tensor],
+    z: Tensor,
+    target: Tensor,
+    *,
+    level: str,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    **own: Any,
+) -> Tensor:
+    """The loss of logits (N, V) at a level above the rows; `over_rows` is one of the two functions above."""
+    kept = target.ne(ignore_index).nonzero()[:, 0]
+    own = {k: v[kept] if isinstance(v, Tensor) and v.dim() else v for k, v in own.items()}
+    row_weight = None if token_weight is None else token_weight[kept]
+    p = log_probabilities(z[kept]).exp()
+    losses = over_rows(p, target[kept].long(), level, row_weight, **own) + 0 * z[kept].sum()  # attached, whatever p is
+    if weight is not None:
+        losses = losses * weight
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
+
+
+def _level_sums(level: str, row_weight: Tensor | None, *terms: Tensor) -> list[Tensor]:
+    weighted = [x if row_weight is None else x * row_weight[:, None] for x in terms]
+    return [x.sum(0) if level == "class" else x.sum() for x in weighted]
 
 
 def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
@@ -237,6 +335,21 @@ def _(
     factors = [(1 - x) ** alpha for x in (fixed if detach_weight else p)]
     classes = [t] if form == "target" else range(len(p))
     return sum(_dice(factors[j] * p[j], int(j == t), smooth, squared) for j in classes)
+
+
+@_exact(tversky)
+def _(
+    p: list[Any],
+    fixed: list[Any],
+    t: int,
+    alpha: float = 0.6,
+    beta: float | None = None,
+    smooth: float = 1.0,
+    form: str = "one_vs_rest",
+) -> Any:
+    beta = 1 - alpha if beta is None else beta
+    classes = [t] if form == "target" else range(len(p))
+    return sum(_tversky(p[j], int(j == t), alpha, beta, smooth) for j in classes)
 
 
 def exact(base: Callable[..., Tensor], z: Tensor, target: Tensor, **own: Any) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ LOSSES: dict[str, Any] = {
     "dsc_loss one_vs_rest": partial(fl.dsc_loss, alpha=0.5),
     "dsc_loss target": partial(fl.dsc_loss, alpha=0.5, form="target"),
     "dice_loss": partial(fl.dice_loss, squared=False),
+    "tversky_loss": partial(fl.tversky_loss, alpha=0.25),
     "flex_loss rows": partial(fl.flex_loss, loss_fn=_poly),
     "flex_loss classes": partial(fl.flex_loss, loss_fn=_brier, over="classes"),
 }

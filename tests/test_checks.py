@@ -46,6 +46,10 @@ def dsc(error: type[Exception], *words: str, loss: Callable[..., Any] = fl.dsc_l
     return bad(lambda z, t: loss(z, t, **values), error, *words)
 
 
+def tversky(error: type[Exception], *words: str, **values: Any) -> Bad:
+    return bad(lambda z, t: fl.tversky_loss(z, t, **values), error, *words)
+
+
 def flex(error: type[Exception], *words: str, loss_fn: Any = lambda s: s.ce, **values: Any) -> Bad:
     return bad(lambda z, t: fl.flex_loss(z, t, loss_fn, **values), error, *words)
 
@@ -197,7 +201,45 @@ CASES: dict[str, Bad] = {
     "DSC's alpha is a bool": dsc(TypeError, "alpha", "True", alpha=True),
     "unknown form": dsc(ValueError, "form", "'rows'", form="rows"),
     "unknown level": dsc(ValueError, "level", "'batch'", "'example'", level="batch"),
-    "a level to come": dsc(ValueError, "level", "'set'", level="set"),
+    "smooth is negative in a class": dsc(ValueError, "smooth", "-1.0", smooth=-1.0, level="class"),
+    "the target form of a class": dsc(ValueError, "'class'", "'target'", level="class", form="target"),
+    "the target form of the set": dsc(
+        ValueError, "'set'", "'target'", loss=fl.dice_loss, level="set", form="target"
+    ),
+    "z_loss of a class": dsc(ValueError, "z_loss", "'class'", "0.5", level="class", z_loss=0.5),
+    "z_loss of the set": dsc(ValueError, "z_loss", "'set'", "0.5", level="set", z_loss=0.5),
+    "normalizer of a class": dsc(ValueError, "normalizer", "'class'", "7", level="class", normalizer=7),
+    "normalizer of the set": dsc(ValueError, "normalizer", "'set'", "7", level="set", normalizer=7),
+    "class weights of the set": dsc(ValueError, "weight", "'set'", level="set", weight=torch.ones(5)),
+    "no reduction of the set": dsc(ValueError, "reduction", "'none'", level="set", reduction="none"),
+    "the sum of the set": dsc(ValueError, "reduction", "'sum'", level="set", reduction="sum"),
+    "unknown keyword of a class": dsc(TypeError, "dsc_loss()", "'gamma'", level="class", gamma=2.0),
+    "target is too large for a class": bad(
+        lambda z, t: fl.dsc_loss(z, t + 3, level="class"), IndexError, "target 6 ", "5 classes"
+    ),
+    "a class of hidden states": bad(
+        lambda z, t: fl.linear_dsc_loss(z, z.new_zeros(7, 5), t, level="class"), ValueError, "linear", "'class'"
+    ),
+    "a learnt alpha of a class in place": dsc(
+        ValueError, "inplace_backward", "compiled", level="class", alpha=torch.tensor(0.5, requires_grad=True),
+        inplace_backward=True,
+    ),
+    "a class of the reference in place": dsc(
+        ValueError, "inplace_backward", "'reference'", level="class", inplace_backward=True, impl="reference"
+    ),
+    # Tversky
+    "Tversky's alpha below 0": tversky(ValueError, "alpha", "-0.5", alpha=-0.5),
+    "Tversky's alpha above 1 without beta": tversky(ValueError, "alpha", "between 0 and 1", "1.5", alpha=1.5),
+    "Tversky's alpha below 0 with beta": tversky(ValueError, "alpha", "-0.5", alpha=-0.5, beta=0.5),
+    "Tversky's beta below 0": tversky(ValueError, "beta", "-0.5", beta=-0.5),
+    "Tversky's beta is a bool": tversky(TypeError, "beta", "True", beta=True),
+    "Tversky's alpha is a string": tversky(TypeError, "alpha", "'0.6'", alpha="0.6"),
+    "Tversky's smooth is 0": tversky(ValueError, "smooth", "0", smooth=0),
+    "Tversky of an unknown level": tversky(ValueError, "level", "'batch'", level="batch"),
+    "Tversky of an unknown form": tversky(ValueError, "form", "'rows'", form="rows"),
+    "Tversky does not smooth labels": tversky(
+        TypeError, "tversky_loss()", "'label_smoothing'", label_smoothing=0.1
+    ),
     "smooth is 0 in one_vs_rest": dsc(ValueError, "smooth", "0", smooth=0),
     "smooth is negative": dsc(ValueError, "smooth", "-1.0", smooth=-1.0, form="target"),
     "smooth is NaN": dsc(ValueError, "smooth", "nan", smooth=NAN),
@@ -276,6 +318,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     watch(reference, "dense_columns")
     if cpu.unavailable() is None:
         watch(cpu._engine, "forward")
+        watch(cpu._engine, "class_sums")
         watch(cpu._engine, "backward")
     return done
 

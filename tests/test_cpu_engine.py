@@ -393,7 +393,7 @@ def _run_between_guards(dtype: torch.dtype, classes: int, at_end: bool) -> None:
     full = torch.float64 if dtype == torch.float64 else torch.float32
     weight = guarded(torch.linspace(0.5, 2, classes, dtype=full), at_end)
     for name in INPLACE:
-        smooth = {} if name.startswith(("dsc", "dice")) else {"label_smoothing": 0.1}
+        smooth = {} if name.startswith(("dsc", "dice", "tversky")) else {"label_smoothing": 0.1}
         for options in ({}, {"weight": weight, **smooth}):
             expected = rows_and_gradient(LOSSES[name], z, target, impl="cpu", **options)[1]
             logits, index = guarded(z, at_end), guarded(target, at_end)
@@ -457,7 +457,8 @@ def test_first_invalid() -> None:
 def test_compiled_epilogues_are_those_of_the_losses() -> None:
     names = _engine.epilogues()
     assert sorted(names) == sorted(set(names))
-    assert {"cross_entropy", "focal", "mixed_cross_entropy", "dsc_target", "dsc_one_vs_rest"} <= set(names)
+    dsc = {"dsc_target", "dsc_one_vs_rest", "dsc_over_rows"}
+    assert {"cross_entropy", "focal", "mixed_cross_entropy", *dsc} <= set(names)
     assert backends.has_epilogue("cpu", "focal")
     assert not backends.has_epilogue("cpu", "") and not backends.has_epilogue("reference", "focal")
 

@@ -31,6 +31,7 @@ FORMULAS = {
     "mixed_cross_entropy": "-[(1 - alpha) log p_y + alpha log p_yhat]",
     "dsc_loss": "1 - (2 u y + smooth) / (u^k + y + smooth)",
     "dice_loss": "1 - (2 p y + smooth) / (p^k + y + smooth)",
+    "tversky_loss": "1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth)",
     "flex_loss": "loss_fn(s)",
     "alpha_schedule": "maximum * step / total_steps",
     "supcon_loss": "L_i = log sum_{k != i} exp s_ik - 1/|P(i)| sum_{j in P(i)} s_ij",
@@ -41,6 +42,7 @@ SOURCES = {
     "dsc_loss": "arXiv:1911.02855",
     "dice_loss": "arXiv:1911.02855",
     "supcon_loss": "arXiv:2004.11362",
+    "tversky_loss": "arXiv:1706.05721",
 }
 
 
@@ -91,7 +93,7 @@ def test_signature_shows_the_shared_options(loss: Callable[..., Any]) -> None:
     parameters = inspect.signature(loss).parameters
     assert list(parameters)[:2] == ["input", "target"]
     assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    without = {"label_smoothing", "smoothing_over"} if loss in (fl.dsc_loss, fl.dice_loss) else set()
+    without = {"label_smoothing", "smoothing_over"} if loss in (fl.dsc_loss, fl.dice_loss, fl.tversky_loss) else set()
     for name in row.RowOptions.__annotations__:
         if name in without:
             assert name not in parameters

@@ -46,6 +46,7 @@ LOSSES = {
     "mixed top 2": _pair("mixed_cross_entropy", alpha=0.3, top_k=2),
     "dsc one-vs-rest": _pair("dsc_loss", alpha=0.5),
     "dsc target": _pair("dsc_loss", alpha=0.5, form="target"),
+    "tversky": _pair("tversky_loss", alpha=0.3),
     "flex": _pair("flex_loss", loss_fn=_poly, statistics=("top", "mean")),
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
@@ -76,7 +77,7 @@ class Data(NamedTuple):
 
     def options(self, name: str) -> dict[str, Any]:
         options: dict[str, Any] = {"weight": self.class_weight, "ignore_index": IGNORED, "z_loss": 1e-3}
-        if not name.startswith("dsc"):
+        if not name.startswith(("dsc", "tversky")):
             options["label_smoothing"] = 0.1
         return options
 

@@ -105,7 +105,7 @@ def test_signatures_are_the_functions(name: str) -> None:
     layer = {"in_features", "num_classes", "bias", "device", "dtype"} if name in LINEAR else set()
     assert set(constructor) | set(forward) == set(of_function) - {"linear_weight", "linear_bias"} | layer
     assert {"token_weight", "normalizer"} <= set(forward) and "token_weight" not in constructor
-    assert set(forward) & set(constructor) == {"normalizer"} | ({"alpha", "gamma"} & set(of_function))
+    assert set(forward) & set(constructor) == {"normalizer"} | ({"alpha", "beta", "gamma"} & set(of_function))
     for k in set(constructor) & set(of_function):
         assert constructor[k].default == of_function[k].default
     assert "weight" in constructor and "weight" not in forward

@@ -141,7 +141,14 @@ def test_fakes_agree_with_kernels(
 
 
 def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
-    for operator in (ops.row_statistics, ops.row_loss, ops.row_gradient, ops.row_gradient_):
+    for operator in (
+        ops.row_statistics,
+        ops.row_loss,
+        ops.row_gradient,
+        ops.row_gradient_,
+        ops.class_sums,
+        ops.class_terms,
+    ):
         name = operator.name()
         assert torch._library.simple_registry.singleton.find(name.split(".")[0]).fake_impl.kernel is not None
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")

@@ -5,6 +5,7 @@
 //              target's term), then runs the loss's epilogue on them. A class term reads the row a second
 //              time.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
+//   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
 //
 // A row is cut into chunks whose partial statistics merge exactly in a fixed order, so that the bits of a
 // result do not depend on the number of threads, nor on whether a row was split over them.
@@ -25,6 +26,9 @@ constexpr int64_t kChunk = 4 * kBlock;  // columns of one partial statistic
 constexpr int64_t kProbe = 256;         // columns whose largest logit is taken for about the largest of a chunk
 constexpr int kSlack = 32;              // how far a block's largest logit may be above it
 constexpr int64_t kNarrow = 64;         // columns of rows that are looked at side by side, one in each lane
+constexpr int64_t kRowsAtOnce = 4;      // rows of a block of columns that are added up before the next block's
+constexpr int64_t kGroupRows = 1024;    // rows of which sums over the rows may have a part of their own
+constexpr int64_t kParts = 64;          // of such parts and blocks of columns, so that all threads find work
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -161,6 +165,65 @@ class Engine {
         if (ignored(row)) return write_ignored(row, out);
         const RowStatistics<T> s = statistics(row, threads, scratch, out);
         if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch, out);
+    }
+
+    // Threads share out the blocks of columns, and where these are few, groups of rows, whose number depends on the
+    // sizes alone: so the order of every sum, hence its bits, does not depend on the threads.
+    template <typename Term>
+    void class_sums(const ClassSums& out) const {
+        const int64_t blocks = (rows_.classes + kBlock - 1) / kBlock, padded = blocks * kBlock;
+        const int64_t groups = std::max<int64_t>(1, std::min(rows_.rows / kGroupRows, kParts / blocks));
+        std::vector<T> top_q(rows_.rows);
+        parallel_for(rows_.rows, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) top_q[row] = ignored(row) ? T(0) : top_rest(row, out);
+        });
+        std::vector<double> error(groups * padded), agreement(groups * padded);
+        parallel_for(groups * blocks, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
+            while (begin < end) {
+                const int64_t group = begin / blocks, stop = std::min(end, (group + 1) * blocks);
+                const int64_t first = rows_.rows * group / groups, last = rows_.rows * (group + 1) / groups;
+                for (int64_t row = first; row < last; row += kRowsAtOnce) {
+                    for (int64_t block = begin - group * blocks; block < stop - group * blocks; ++block) {
+                        for (int64_t i = row; i < std::min(row + kRowsAtOnce, last); ++i) {
+                            if (ignored(i)) continue;
+                            add_row<Term>(i, block * kBlock, top_q[i], out, &error[group * padded],
+                                          &agreement[group * padded]);
+                        }
+                    }
+                }
+                begin = stop;
+            }
+        });
+        for (int64_t column = 0; column < rows_.classes; ++column) {
+            double sum[2] = {0, 0};
+            for (int64_t group = 0; group < groups; ++group) {
+                sum[0] += error[group * padded + column];
+                sum[1] += agreement[group * padded + column];
+            }
+            out.sums[column] = sum[0];
+            out.sums[rows_.classes + column] = sum[1];
+        }
+    }
+
+    // The second half of forward, from statistics in hand with the top class as the only pick.
+    template <typename Term>
+    void class_terms(const Outputs& out) const {
+        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
+            const int64_t n = rows_.rows;
+            if (ignored(row)) {
+                static_cast<T*>(out.loss)[row] = T(0);
+                for (int k = 0; k <= kCoefficients; ++k) static_cast<T*>(out.coefficients)[k * n + row] = T(0);
+                return;
+            }
+            const T* const statistic = static_cast<const T*>(out.statistics) + row;
+            RowStatistics<T> s{};
+            s.max = statistic[kMax * n];
+            s.sum_exp = statistic[kSumExp * n];
+            s.p = s.sum_exp == T(0) ? T(0) : std::exp(statistic[kTargetLogit * n] - s.max) / s.sum_exp;
+            s.target = rows_.target[row];
+            s.picks = 1;
+            finish<Term>(row, threads, s, scratch, out);
+        });
     }
 
     template <typename Functor>
@@ -529,20 +592,19 @@ class Engine {
             rest += s.p * s.sum_exp;
             target_p = s.p;
             T h;
-            sum += weight_of(s.target) * positive_term<Term>(target_p, T(1) - target_p, params, h);
-            target_g = weight_of(s.target) * h / (T(1) - target_p);
+            sum += positive_term<Term>(target_p, T(1) - target_p, weight_of(s.target), params, h);
+            target_g = h / (T(1) - target_p);
             slope += double(target_p) * target_g;
         }
         const T top_q = T(rest) * inverse;
-        const T top_p = T(1) - top_q;
+        const T top_p = inverse;  // its logit is the maximum; 1 - q would lose digits where the row is flat
         T h;
         if (s.target == top) {
-            sum += weight_of(top) * positive_term<Term>(top_p, top_q, params, h);
+            sum += positive_term<Term>(top_p, top_q, weight_of(top), params, h);
         } else {
-            const Power<T> weight = {power(top_q, Term::exponent(params)), T(0)};
-            sum += weight_of(top) * Term::negative(top_p, top_q, weight, params, h);
+            sum += weight_of(top) * negative_term_at<Term>(top_p, top_q, params, h);
+            h *= weight_of(top);
         }
-        h *= weight_of(top);
         // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q
         // underflows, so do they.
         const T shift = T(slope) + (top_q > T(0) ? top_p * h / top_q : T(0)) - z_slope;
@@ -554,8 +616,12 @@ class Engine {
     }
 
     template <typename Term>
-    static T positive_term(T p, T q, const T* params, T& h) {
-        return Term::positive(p, q, power_pair(q, Term::exponent(params)), params, h);
+    static T positive_term(T p, T q, T weight, const T* params, T& h) {
+        return Term::positive(p, q, power_pair(q, Term::exponent(params)), weight, params, h);
+    }
+    template <typename Term>
+    static T negative_term_at(T p, T q, const T* params, T& h) {
+        return Term::negative(p, q, Power<T>{power(q, Term::exponent(params)), T(0)}, params, h);
     }
 
     template <typename Term>
@@ -682,13 +748,12 @@ class Engine {
         const T z_loss = T(epilogue_.z_loss);
         const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
         const V z_slope = z_weight * lse * T(2);
-        const V top_q = top_rest * inverse, top_p = T(1) - top_q;
+        const V top_q = top_rest * inverse, top_p = inverse;
         const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
         V target_h, top_h{}, slope{};
-        const V positive =
-            Term::positive(target_p, target_q, power_vector(target_q, Term::exponent(params)), params, target_h);
-        V loss = z_weight * lse * lse + positive * load(target_weight);
-        target_h *= load(target_weight);
+        V loss = z_weight * lse * lse;
+        loss += Term::positive(target_p, target_q, power_vector(target_q, Term::exponent(params)), load(target_weight),
+                               params, target_h);
         for (int j = 0; j < classes; ++j) {
             const V p_j = top == j ? top_p : x[j] * inverse;
             const V q_j = top == j ? top_q : T(1) - p_j;
@@ -731,6 +796,82 @@ class Engine {
         V value;
         const V minus_1 = powm1_bounded<T>(q, x, value);
         return {x == T(0) ? splat(T(1)) : value, x == T(0) ? V{} : minus_1};
+    }
+
+    // --- sums over the rows ---
+
+    // 1 - p of a row's top class, of which no more than p > 0.5 needs a look at the others.
+    T top_rest(int64_t row, const ClassSums& in) const {
+        const int64_t n = rows_.rows, top = in.index[row];
+        const T* const statistic = static_cast<const T*>(in.statistics) + row;
+        if (top == rows_.target[row]) return statistic[kQ * n];
+        const S* z = logits(row);
+        const T max = statistic[kMax * n], sum_exp = statistic[kSumExp * n];
+        if (sum_exp >= T(2)) return T(1) - T(1) / sum_exp;
+        double rest = 0;
+        for (int64_t from = 0; from < rows_.classes; from += kBlock) {
+            rest += sum_block(z, from, std::min(kBlock, rows_.classes - from), top, max, T(0)).rest;
+        }
+        return T(rest) / sum_exp;
+    }
+
+    // Adds a row to the sums of a block of columns.
+    template <typename Term>
+    void add_row(int64_t row, int64_t from, T top_q, const ClassSums& in, double* error, double* agreement) const {
+        const int64_t n = rows_.rows, count = std::min(kBlock, rows_.classes - from);
+        const S* z = logits(row) + from;
+        const T* const statistic = static_cast<const T*>(in.statistics) + row;
+        const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
+        const T weight = in.row_weight ? static_cast<const T*>(in.row_weight)[row * in.row_weight_stride] : T(1);
+        T params[kMaxParams];
+        params_of(row, params);
+        const PowerSeries<T> series(Term::exponent(params));
+        const int64_t top = in.index[row], target = rows_.target[row];
+        const auto here = [&](int64_t column) { return column >= from && column < from + count; };
+        const int hole = here(top) ? static_cast<int>(top - from) : -1;
+        const int other = here(target) ? static_cast<int>(target - from) : -1;
+        const bool holes = hole >= 0 || other >= 0;
+        const T largest = holes ? max_but(z, count, hole, other) : max_of(z, count);
+        const bool small = count > width && std::exp(largest - max) * inverse <= series.limit;
+        const auto add = [&](auto is_small, auto has_holes) {
+            add_terms<is_small, has_holes, Term>(z, count, hole, other, max, inverse, weight, params, series,
+                                                 error + from);
+        };
+        using Yes = std::true_type;
+        using No = std::false_type;
+        if (holes) {
+            small ? add(Yes(), Yes()) : add(No(), Yes());
+        } else {
+            small ? add(Yes(), No()) : add(No(), No());
+        }
+        if (other >= 0) {
+            const bool is_top = target == top;
+            const T p = is_top ? inverse : std::exp(read(z + other) - max) * inverse;
+            const T q = is_top ? top_q : T(1) - p;
+            const Overlap<T> x = Term::Math::positive(p, q, power_pair(q, Term::exponent(params)), params);
+            error[target] += double(weight * x.error);
+            agreement[target] += double(weight * x.agreement);
+        }
+        if (hole >= 0 && target != top) {
+            T slope;
+            error[top] += double(weight * negative_term_at<Term>(inverse, top_q, params, slope));
+        }
+    }
+
+    template <bool Small, bool Holes, typename Term>
+    FUSEDLOSS_ONE_COPY void add_terms(const S* z, int64_t count, int hole, int other, T max, T inverse, T weight,
+                                      const T* params, const PowerSeries<T>& series, double* error) const {
+        auto to_hole = lanes<T>() - hole, to_other = lanes<T>() - other;
+        each_vector<true>(z, count, [&](V x, int64_t at, int) {
+            V p = exp_bounded<T>(x - max) * inverse;
+            if (Holes) {
+                p = (to_hole == 0) | (to_other == 0) ? V{} : p;  // p = 0 adds nothing
+                to_hole += width;
+                to_other += width;
+            }
+            V slope;
+            add_to(error + at, negative_term<Small, Term>(p, series, params, slope) * weight);
+        });
     }
 
     // --- gradient pass ---
@@ -908,6 +1049,28 @@ void backward(const Rows& rows, const Epilogue& epilogue, const Gradient& gradie
         // Form A is the same for every row epilogue, so that only class terms need their functor here.
         const bool row = epilogue_kind(epilogue.name) != EpilogueKind::class_term;
         with_functor(row ? std::string() : epilogue.name, run, RowEpilogues{}, ClassTerms{});
+    });
+}
+
+void class_sums(const Rows& rows, const Epilogue& epilogue, const ClassSums& out) {
+    with_storage(rows.dtype, [&](auto storage) {
+        const Engine<decltype(storage)> engine(rows, epilogue);
+        const auto run = [&](auto* functor) {
+            using Functor = std::remove_pointer_t<decltype(functor)>;
+            if constexpr (!std::is_void_v<Functor>) engine.template class_sums<Functor>(out);
+        };
+        with_functor(epilogue.name, run, FunctorList<>{}, SummedTerms{});
+    });
+}
+
+void class_terms(const Rows& rows, const Epilogue& epilogue, const Outputs& out) {
+    with_storage(rows.dtype, [&](auto storage) {
+        const Engine<decltype(storage)> engine(rows, epilogue);
+        const auto run = [&](auto* functor) {
+            using Functor = std::remove_pointer_t<decltype(functor)>;
+            if constexpr (!std::is_void_v<Functor>) engine.template class_terms<Functor>(out);
+        };
+        with_functor(epilogue.name, run, FunctorList<>{}, SummedTerms{});
     });
 }
 

@@ -211,6 +211,17 @@ FUSEDLOSS_INLINE void write(bfloat16* to, float value) {
 FUSEDLOSS_INLINE void write(float* to, float value) { *to = value; }
 FUSEDLOSS_INLINE void write(double* to, double value) { *to = value; }
 
+// Adds each element to a double of its own.
+FUSEDLOSS_INLINE void add_to(double* sums, VectorOf<double>::Value v) { store(sums, load(sums) + v); }
+FUSEDLOSS_INLINE void add_to(double* sums, FloatVector v) {
+    typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+    Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    for (int k = 0; k < 2; ++k) {
+        add_to(sums + k * VectorOf<double>::width, __builtin_convertvector(half[k], VectorOf<double>::Value));
+    }
+}
+
 // --- reductions; x > y ? x : y passes over NaN in x, which the sums of exponentials then report ---
 
 template <typename V>

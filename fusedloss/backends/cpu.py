@@ -238,6 +238,54 @@ def _write_gradient(
     )
 
 
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> Tensor:
+    sums = logits.new_empty((2, logits.shape[1]), dtype=torch.float64)
+    _engine.class_sums(
+        _rows(logits, target, None, ignore_index),
+        epilogue,
+        _params(params),
+        statistics.data_ptr(),
+        index.data_ptr(),
+        _address(row_weight),
+        0 if row_weight is None else row_weight.stride(0),
+        sums.data_ptr(),
+    )
+    return sums
+
+
+def class_terms(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    loss = statistics.new_empty(logits.shape[0])
+    coefficients = statistics.new_empty((ops.COEFFICIENTS + 1, logits.shape[0]))
+    _engine.class_terms(
+        _rows(logits, target, weight, ignore_index, top_k=1),
+        epilogue,
+        _params(params),
+        statistics.data_ptr(),
+        index.data_ptr(),
+        loss.data_ptr(),
+        coefficients.data_ptr(),
+    )
+    return loss, coefficients
+
+
 if _engine:
     ops.register(
         "CPU",
@@ -246,4 +294,6 @@ if _engine:
         row_loss=row_loss,
         row_gradient=row_gradient,
         row_gradient_=row_gradient_,
+        class_sums=class_sums,
+        class_terms=class_terms,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..checks import check_indices, compute_dtype
 from ..epilogue import Epilogue, Shared
-from ..statistics import Statistics, assemble, dense_columns
+from ..statistics import Picks, Statistics, assemble, dense_columns
 
 
 def row_losses(
@@ -21,6 +23,46 @@ def row_losses(
     ignore_index: int,
 ) -> tuple[Tensor, Statistics]:
     """Row losses (N,) of logits (N, V), and statistics that always hold the top class."""
+    picks = epilogue.picks
+    picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or shared.label_smoothing != 0)
+    z, s, ignored, invalid = _statistics(logits, target, weight, candidates, picks, ignore_index)
+    over_classes = epilogue.over == "classes"
+    if over_classes:
+        terms = epilogue.of_classes(*_probabilities(z, s), params)
+        base = (terms if weight is None else terms * weight).sum(-1)
+    else:
+        base = epilogue.of_rows(s, params)
+    loss = shared.apply(base, s, weight, logits.shape[-1], weighted=over_classes)
+    loss = loss.masked_fill(ignored, 0)
+    return loss.masked_fill(invalid, torch.nan), s
+
+
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    params: list[Tensor],
+    function: Callable[..., tuple[Tensor, Tensor]],
+    ignore_index: int,
+) -> tuple[Tensor, Statistics]:
+    """Sums over the rows (2, V) in float64 of an overlap's error and agreement, and statistics with the top class."""
+    z, s, ignored, invalid = _statistics(logits, target, None, None, Picks(1), ignore_index)
+    terms = torch.stack(function(*_probabilities(z, s), *(x[:, None] if x.dim() else x for x in params)))
+    if row_weight is not None:
+        terms = terms * row_weight[:, None]
+    terms = terms.masked_fill(ignored[:, None], 0).masked_fill(invalid[:, None], torch.nan)
+    return terms.sum(1, dtype=torch.float64), s
+
+
+def _statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    picks: Picks,
+    ignore_index: int,
+) -> tuple[Tensor, Statistics, Tensor, Tensor]:
+    """Logits in the compute dtype, those of ignored rows 0; their statistics; which rows are ignored, which invalid."""
     classes = logits.shape[-1]
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_indices("target", target, classes, ignore_index)
@@ -35,21 +77,12 @@ def row_losses(
         candidates = candidates.masked_fill(outside, 0)
     index = target.masked_fill(ignored | invalid, 0)
     z = logits.to(compute_dtype(logits.dtype)).masked_fill(ignored[:, None], 0)
-
-    picks = epilogue.picks
-    picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or shared.label_smoothing != 0)
     columns, pick_index = dense_columns(z, index, weight, candidates, picks)
-    s = assemble(columns, index, pick_index, picks, weight)
-    over_classes = epilogue.over == "classes"
-    base = _sum_over_classes(z, s, weight, params, epilogue) if over_classes else epilogue.of_rows(s, params)
-    loss = shared.apply(base, s, weight, classes, weighted=over_classes)
-    loss = loss.masked_fill(ignored, 0)
-    return loss.masked_fill(invalid, torch.nan), s
+    return z, assemble(columns, index, pick_index, picks, weight), ignored, invalid
 
 
-def _sum_over_classes(
-    z: Tensor, s: Statistics, weight: Tensor | None, params: list[Tensor], epilogue: Epilogue
-) -> Tensor:
+def _probabilities(z: Tensor, s: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+    """p, 1 - p and whether it is the target, of every class."""
     top = s.top_index[:, None]
     e = (z - s.top_logit.detach()[:, None]).exp()
     # 1 - p cancels for the one class that may have p > 0.5
@@ -58,5 +91,4 @@ def _sum_over_classes(
     p = e / total
     q = (1 - p).scatter(-1, top, others / total)
     positive = torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], True)
-    terms = epilogue.of_classes(p, q, positive, params)
-    return (terms if weight is None else terms * weight).sum(-1)
+    return p, q, positive

@@ -7,45 +7,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_logits, check_number, check_parameter
-from ..epilogue import Epilogue, power
+from ..checks import check_logits, check_parameter
+from ..epilogue import Overlap, power
 from ..examples import example
 from ..linear import linear_form
-from ..row import RowOptions, row_form, row_loss
-from ..statistics import Statistics
+from ..overlap import WITHOUT, overlap_loss
+from ..row import RowOptions, row_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FORMS = ("one_vs_rest", "target")
-_WITHOUT = ("label_smoothing", "smoothing_over")
 
+def _overlap(
+    p: Tensor, q: Tensor, positive: Tensor, alpha: Tensor, squared: Tensor, adjust: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of u = (1 - p)^alpha p: E = (1 - u)^k and C = 2 u where y = 1, E = u^k elsewhere, k = 2 if squared.
 
-def _dice(
-    p: Tensor, q: Tensor, positive: Tensor, alpha: Tensor, smooth: Tensor, squared: Tensor, adjust: Tensor
-) -> Tensor:
-    """1 - (2 u y + s) / (u^k + y + s), u = (1 - p)^alpha p, k = 2 if squared, of y = positive."""
+    So that E + C = u^k + y, and 1 - (2 u y + s) / (u^k + y + s) = E / (E + C + s).
+    """
     factor = power(q, alpha)
     shrink = torch.where(q > 0, torch.expm1(alpha * torch.where(q > 0, q, 1).log()), (alpha == 0).to(q.dtype) - 1)
     adjusts = adjust != 0
     u = torch.where(adjusts, factor, factor.detach()) * p
     rest = q - torch.where(adjusts, shrink, shrink.detach()) * p  # 1 - u, which would cancel
-    size, rest = (torch.where(squared != 0, x * x, x) for x in (u, rest))
-    return torch.where(positive, rest / (size + 1 + smooth), size / (size + smooth))
+    error = torch.where(positive, rest, u)
+    return torch.where(squared != 0, error * error, error), torch.where(positive, 2 * u, 0)
 
 
-def _target(s: Statistics, *params: Tensor) -> Tensor:
-    return _dice(s.p, s.q, torch.ones_like(s.q, dtype=torch.bool), *params)
-
-
-_EPILOGUES = {
-    "one_vs_rest": Epilogue("dsc_one_vs_rest", _dice, over="classes"),
-    "target": Epilogue("dsc_target", _target),
-}
+DSC = Overlap("dsc", _overlap)
 
 
 def _formula(
-    input: Tensor, target: Tensor, alpha: float = 0.0, smooth: float = 1.0, form: str = "one_vs_rest"
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 0.0,
+    smooth: float = 1.0,
+    form: str = "one_vs_rest",
+    level: str = "example",
 ) -> Tensor:
     p = input.softmax(-1)
     if form == "target":
@@ -54,12 +52,18 @@ def _formula(
     else:
         y = (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)
     u = (1 - p) ** alpha * p
-    return (1 - (2 * u * y + smooth) / (u * u + y + smooth)).sum(-1)
+    agreement, size = u * y, u * u + y
+    if level != "example":
+        rows = 0 if level == "class" else (0, 1)
+        return 1 - (2 * agreement.sum(rows) + smooth) / (size.sum(rows) + smooth)
+    return (1 - (2 * agreement + smooth) / (size + smooth)).sum(-1)
 
 
+@example(_formula, over_rows=True, alpha=0.01, level="set")
+@example(_formula, over_rows=True, alpha=0.01, level="class")
 @example(_formula, alpha=0.01, form="target")
 @example(_formula, alpha=0.01)
-@row_form(*_WITHOUT)
+@row_form(*WITHOUT)
 def dsc_loss(
     input: Tensor,
     target: Tensor,
@@ -81,10 +85,15 @@ def dsc_loss(
 
     Args:
         alpha: how fast examples that are already predicted well lose their say, at least 0; 0 is the dice loss.
-        smooth: added to numerator and denominator, at least 0 (one_vs_rest: above 0).
+        smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": above 0).
         squared: squared denominators, as in the authors' scripts; False for the paper's equation.
         form: "one_vs_rest" or "target".
-        level: where the sums of the dice run: "example" takes every row for itself.
+        level: where numerators and denominators are summed before they are divided, of form "one_vs_rest".
+            "example": nowhere, every class of every row is for itself.
+            "class": over the rows not ignored, each times its token weight. Every class has one DSC, times its
+            weight; "mean" is over the V classes, and "none" gives (V,).
+            "set": over rows and classes. A single number; no class weights and no other reduction.
+            "class" and "set" take no z_loss and no normalizer, and have no linear form.
         detach_weight: take the factor (1 - p)^alpha for a constant.
 
     DSC is not monotone: du/dp = 0 at p = 1 / (1 + alpha), and beyond it the gradient pushes the target's
@@ -103,7 +112,7 @@ def dsc_loss(
 
 
 @example(_formula)
-@row_form(*_WITHOUT)
+@row_form(*WITHOUT)
 def dice_loss(
     input: Tensor,
     target: Tensor,
@@ -143,12 +152,8 @@ def _dsc(
     detach_weight: bool,
     options: RowOptions,
 ) -> Any:
-    check_choice("form", form, FORMS)
-    check_choice("level", level, ("example",))
-    # Without smooth, a class of no probability would be 0 / 0.
-    check_number("smooth", smooth, 0, above=form == "one_vs_rest")
     for flag, value in (("squared", squared), ("detach_weight", detach_weight)):
         if not isinstance(value, bool):
             raise TypeError(f"{flag} must be a bool, got {value!r}")
-    params = (alpha, smooth, float(squared), float(not detach_weight))
-    return row_loss(name, input, target, _EPILOGUES[form], params, without=_WITHOUT, **options)
+    params = (alpha, float(squared), float(not detach_weight))
+    return overlap_loss(name, input, target, DSC, params, smooth, form, level, **options)

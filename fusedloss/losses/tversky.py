@@ -1,0 +1,101 @@
+"""Tversky loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_logits, check_parameter
+from ..epilogue import Overlap
+from ..examples import example
+from ..linear import linear_form
+from ..overlap import WITHOUT, overlap_loss
+from ..row import RowOptions, row_form
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def _overlap(p: Tensor, q: Tensor, positive: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """E = beta (1 - p) and C = p where y = 1, E = alpha p elsewhere."""
+    return torch.where(positive, beta * q, alpha * p), torch.where(positive, p, 0)
+
+
+TVERSKY = Overlap("tversky", _overlap)
+
+
+def _formula(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 0.6,
+    smooth: float = 1.0,
+    form: str = "one_vs_rest",
+    level: str = "example",
+) -> Tensor:
+    p = input.softmax(-1)
+    if form == "target":
+        p = p.gather(-1, target[:, None])
+        y = torch.ones_like(p)
+    else:
+        y = (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)
+    tp, fp, fn = p * y, p * (1 - y), (1 - p) * y
+    if level != "example":
+        rows = 0 if level == "class" else (0, 1)
+        tp, fp, fn = tp.sum(rows), fp.sum(rows), fn.sum(rows)
+    loss = 1 - (tp + smooth) / (tp + alpha * fp + (1 - alpha) * fn + smooth)
+    return loss.sum(-1) if level == "example" else loss
+
+
+@example(_formula, over_rows=True, level="class")
+@example(_formula, alpha=0.3, form="target")
+@example(_formula)
+@row_form(*WITHOUT)
+def tversky_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    alpha: float | Tensor = 0.6,
+    beta: float | Tensor | None = None,
+    smooth: float = 1.0,
+    form: str = "one_vs_rest",
+    level: str = "example",
+    **options: Unpack[RowOptions],
+) -> Any:
+    r"""Tversky loss of logits, dice loss with a price for each kind of error. With p = softmax(input),
+
+        1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth),   TP = p y,  FP = p (1 - y),  FN = (1 - p) y
+
+    y says whether the class is the target. ``form="one_vs_rest"`` sums the loss over all the classes of a row,
+    ``form="target"`` takes the target class alone (y = 1), where alpha has nothing to weigh.
+
+    Args:
+        alpha: the weight of false positives, at least 0: a number, a 0-d tensor or one for each target. Differentiated
+            if it requires grad.
+        beta: that of false negatives, likewise; None for 1 - alpha, with alpha at most 1. alpha = beta = 1/2 is the
+            dice loss with linear denominators and twice the smooth.
+        smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": above 0).
+        form: "one_vs_rest" or "target".
+        level: where TP, FP and FN are summed, of form "one_vs_rest": "example" nowhere, "class" over the rows, "set"
+            over rows and classes; see :func:`dsc_loss`.
+
+    With ``form="one_vs_rest"`` class weights multiply the loss of each class, not that of the row.
+
+    Source: Salehi et al. 2017 (arXiv:1706.05721); for text Li et al. 2020 (arXiv:1911.02855), whose best alpha is 0.6.
+
+    >>> import torch, fusedloss as fl
+    >>> logits = torch.randn(8, 9, requires_grad=True)
+    >>> fl.tversky_loss(logits, torch.arange(8), alpha=0.6, level="class").backward()
+    """
+    check_logits(input, target)
+    if beta is None:
+        check_parameter("alpha", alpha, target, 0, 1)
+        beta = 1 - alpha
+    else:
+        check_parameter("alpha", alpha, target, 0)
+        check_parameter("beta", beta, target, 0)
+    return overlap_loss("tversky_loss", input, target, TVERSKY, (alpha, beta), smooth, form, level, **options)
+
+
+linear_tversky_loss = linear_form(tversky_loss)

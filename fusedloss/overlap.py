@@ -1,0 +1,119 @@
+"""Losses of overlap (dice, DSC, Tversky): their forms, and the levels at which errors and agreements are summed.
+
+    level "example"   E / (E + C + smooth) of each class of each row, whose losses are summed: a row loss
+    level "class"     the same of each class, from its E and C summed over the rows
+    level "set"       the same of their sums over rows and classes: one number
+
+Above the rows, a pass sums E and C of each class (V,), PyTorch makes the loss of these, and autograd's derivatives by
+them are the class weights of a row loss, which has the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import autograd, backends
+from .autograd import Source
+from .backends import reference
+from .checks import check_choice, check_number, compute_dtype
+from .epilogue import Overlap
+from .projection import Projection
+from .row import Problem, RowOptions, dense_row_stats, in_chunks, parameter, prepare, row_loss, row_stats, shaped_stats
+from .statistics import Picks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+FORMS = ("one_vs_rest", "target")
+LEVELS = ("example", "class", "set")
+
+#: Shared options that these losses do not take.
+WITHOUT = ("label_smoothing", "smoothing_over")
+
+
+def overlap_loss(
+    name: str,
+    input: Source,
+    target: Tensor,
+    overlap: Overlap,
+    params: Sequence[float | Tensor],
+    smooth: float,
+    form: str,
+    level: str,
+    **options: Unpack[RowOptions],
+) -> Any:
+    """The loss of logits in hand or, at level "example", of a projection; `name` is the public function's on logits."""
+    check_choice("form", form, FORMS)
+    check_choice("level", level, LEVELS)
+    # In a row, a class of no probability would be 0 / 0 without smooth.
+    check_number("smooth", smooth, 0, above=form == "one_vs_rest" and level == "example")
+    if level == "example":
+        return row_loss(name, input, target, overlap.forms[form], (*params, smooth), without=WITHOUT, **options)
+    if form != "one_vs_rest":
+        raise ValueError(
+            f"level={level!r} holds a class's right and wrong predictions against each other, but form={form!r} sees "
+            "only the rows of that target; use form='one_vs_rest' or level='example'"
+        )
+    if isinstance(input, Projection):
+        raise ValueError(
+            f"the linear forms make the logits of some rows at a time, but level={level!r} needs all of them before "
+            "the gradient of any; compute the logits and use the row form, or level='example'"
+        )
+    problem = prepare(name, input, target, params, WITHOUT, None, options)
+    _check_level(problem, level)
+    sums, stats = _sums(problem, overlap)
+    dtype = compute_dtype(input.dtype)
+    error, agreement = sums.unbind()
+    if level == "set":
+        error, agreement = error.sum(), agreement.sum()
+    # In the float64 of the sums: by E the ratio's derivative is a difference.
+    loss = Overlap.ratio(error, agreement, parameter(smooth, torch.float64, input.device)).to(dtype)
+    if level == "class":
+        loss = loss if problem.weight is None else loss * problem.weight
+        reduction = problem.options["reduction"]
+        loss = loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    return loss if stats is None else (loss, shaped_stats(stats, target))
+
+
+def _check_level(problem: Problem, level: str) -> None:
+    """Refuses options that have no meaning where the loss is not a sum over rows."""
+    o = problem.options
+    if o["z_loss"]:
+        raise ValueError(f"z_loss is a term of each row's loss; with level={level!r} rows have none, got {o['z_loss']}")
+    if o["normalizer"] is not None:
+        raise ValueError(
+            f"normalizer replaces the number of rows, by which level={level!r} does not divide, got {o['normalizer']!r}"
+        )
+    if level == "set" and o["weight"] is not None:
+        raise ValueError("weight is of the classes' losses, but level='set' has one loss for all; use level='class'")
+    if level == "set" and o["reduction"] != "mean":
+        raise ValueError(f"level='set' gives one number, which nothing reduces, got reduction={o['reduction']!r}")
+
+
+def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Error and agreement of each class, (2, V) in float64, and the columns of RowStats where asked."""
+    logits, target, _, _, params, row_weight, impl, inplace, o = problem
+    assert isinstance(logits, Tensor)
+    ignore_index, return_stats = o["ignore_index"], o["return_stats"]
+
+    def dense(z: Tensor, t: Tensor, w: Tensor | None, *p: Tensor) -> Tensor:
+        return reference.class_sums(z, t, w, list(p), overlap.function, ignore_index)[0]
+
+    if impl == "reference":
+        sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)
+        return sums, dense_row_stats(s, target, ignore_index) if return_stats else None
+    if backends.has_epilogue(impl, overlap.over_rows) and not any(p.requires_grad for p in params):
+        sums, statistics, index = autograd.class_sums(
+            logits, target, row_weight, params, overlap, ignore_index, inplace, impl
+        )
+    else:
+        if inplace:
+            raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
+        sums = torch.stack(in_chunks(dense, logits, target, row_weight, *params)).sum(0)
+        if return_stats:
+            statistics, index = autograd.detached_statistics(logits, target, None, ignore_index, Picks(1), impl)
+    return sums, row_stats(statistics, index, target, ignore_index) if return_stats else None
