@@ -370,7 +370,7 @@ def test_a_target_without_probability_spoils_nothing_else(
     else:
         z[1] = -torch.inf
     result = loss(z, target, reduction="none", impl=impl)
-    bounded = any(name in repr(loss) for name in ("dice", "dsc", "brier"))
+    bounded = any(name in repr(loss) for name in ("dice", "dsc", "tversky", "brier"))
     if hidden == "the target":
         assert result[1].isfinite() if bounded else result[1] == torch.inf
     else:  # there is no softmax of such a row
