@@ -800,7 +800,7 @@ class Engine {
 
     // --- sums over the rows ---
 
-    // 1 - p of a row's top class, of which no more than p > 0.5 needs a look at the others.
+    // 1 - p of a row's top class, for which only p > 0.5 needs a look at the other classes.
     T top_rest(int64_t row, const ClassSums& in) const {
         const int64_t n = rows_.rows, top = in.index[row];
         const T* const statistic = static_cast<const T*>(in.statistics) + row;
