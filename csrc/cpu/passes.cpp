@@ -153,8 +153,8 @@ class Engine {
 
     template <typename Functor>
     void forward(const Outputs& out) const {
-        if constexpr (is_class_term<Functor>(ClassTerms{})) {
-            if (rows_.classes <= kNarrow && rows_.picks() == 1) return side_by_side<Functor>(out);
+        if constexpr (std::is_void_v<Functor> || is_class_term<Functor>(ClassTerms{})) {
+            if (narrow()) return side_by_side<Functor>(out);
         }
         over_rows(
             [&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch, out); });
@@ -208,6 +208,7 @@ class Engine {
     // The second half of forward, from statistics in hand with the top class as the only pick.
     template <typename Term>
     void class_terms(const Outputs& out) const {
+        if (rows_.classes <= kNarrow) return side_by_side<Term>(out);  // writes the same statistics once more
         over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
             const int64_t n = rows_.rows;
             if (ignored(row)) {
@@ -683,6 +684,8 @@ class Engine {
 
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
+    bool narrow() const { return rows_.classes <= kNarrow && rows_.top_k == 1 && rows_.picks() == 1 && !rows_.mean; }
+
     template <typename Term>
     void side_by_side(const Outputs& out) const {
         const int64_t groups = (rows_.rows + width - 1) / width;
@@ -743,35 +746,10 @@ class Engine {
         const V sum_exp = rest + mine, inverse = T(1) / sum_exp, log_sum = log_positive<T>(sum_exp);
         const V near = log1p_positive<T>(rest < mine ? rest / mine : V{});
         const V ce = rest < mine ? near : (max - target_logit) + log_sum;
-        const V q = rest * inverse, p = mine * inverse;
-
-        const T z_loss = T(epilogue_.z_loss);
-        const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
-        const V z_slope = z_weight * lse * T(2);
-        const V top_q = top_rest * inverse, top_p = inverse;
-        const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
-        V target_h, top_h{}, slope{};
-        V loss = z_weight * lse * lse;
-        loss += Term::positive(target_p, target_q, power_vector(target_q, Term::exponent(params)), load(target_weight),
-                               params, target_h);
-        for (int j = 0; j < classes; ++j) {
-            const V p_j = top == j ? top_p : x[j] * inverse;
-            const V q_j = top == j ? top_q : T(1) - p_j;
-            V h;
-            V f = Term::negative(p_j, q_j, power_vector(q_j, Term::exponent(params)), params, h);
-            const T w = weight_of(j);
-            h = target == j ? target_h : h * w;
-            loss += target == j ? V{} : f * w;
-            top_h = top == j ? h : top_h;
-            slope += top == j ? V{} : p_j * h / q_j;
-        }
-        const V shift = slope + (top_q > T(0) ? top_p * top_h / top_q : V{}) - z_slope;
-        const V top_gradient = top_p * (top_h - slope + z_slope);
-        const V target_gradient = target == top ? top_gradient : p * (target_h / target_q - shift);
+        const V q = rest * inverse;
 
         const int64_t n = rows_.rows;
         T* const statistic = static_cast<T*>(out.statistics) + first;
-        T* const coefficient = static_cast<T*>(out.coefficients) + first;
         const auto put = [&](T* to, V v) { count == width ? store(to, v) : store_part(to, count, v); };
         put(statistic + kMax * n, max);
         put(statistic + kSumExp * n, sum_exp);
@@ -780,11 +758,39 @@ class Engine {
         put(statistic + kTargetLogit * n, target_logit);
         put(statistic + kMeanCe * n, V{});
         put(statistic + kStatistics * n, max);
-        put(coefficient + kShift * n, shift);
-        put(coefficient + kTopGradient * n, top_gradient);
-        put(coefficient + kTargetGradient * n, target_gradient);
-        put(coefficient + kCoefficients * n, V{});
-        put(static_cast<T*>(out.loss) + first, loss);
+        if constexpr (!std::is_void_v<Term>) {
+            const V p = mine * inverse;
+            const T z_loss = T(epilogue_.z_loss);
+            const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
+            const V z_slope = z_weight * lse * T(2);
+            const V top_q = top_rest * inverse, top_p = inverse;
+            const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
+            V target_h, top_h{}, slope{};
+            V loss = z_weight * lse * lse;
+            loss += Term::positive(target_p, target_q, power_vector(target_q, Term::exponent(params)),
+                                   load(target_weight), params, target_h);
+            for (int j = 0; j < classes; ++j) {
+                const V p_j = top == j ? top_p : x[j] * inverse;
+                const V q_j = top == j ? top_q : T(1) - p_j;
+                V h;
+                V f = Term::negative(p_j, q_j, power_vector(q_j, Term::exponent(params)), params, h);
+                const T w = weight_of(j);
+                h = target == j ? target_h : h * w;
+                loss += target == j ? V{} : f * w;
+                top_h = top == j ? h : top_h;
+                slope += top == j ? V{} : p_j * h / q_j;
+            }
+            const V shift = slope + (top_q > T(0) ? top_p * top_h / top_q : V{}) - z_slope;
+            const V top_gradient = top_p * (top_h - slope + z_slope);
+            const V target_gradient = target == top ? top_gradient : p * (target_h / target_q - shift);
+
+            T* const coefficient = static_cast<T*>(out.coefficients) + first;
+            put(coefficient + kShift * n, shift);
+            put(coefficient + kTopGradient * n, top_gradient);
+            put(coefficient + kTargetGradient * n, target_gradient);
+            put(coefficient + kCoefficients * n, V{});
+            put(static_cast<T*>(out.loss) + first, loss);
+        }
         for (int i = 0; i < count; ++i) out.index[first + i] = top[i];
         for (int i = 0; i < count; ++i) {
             if (alone[i]) one_by_one<Term>(first + i, 1, scratch, out);
