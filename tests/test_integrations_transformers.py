@@ -468,7 +468,7 @@ def test_data_parallel_is_refused(batch: dict[str, Tensor]) -> None:
 # What fuse refuses
 
 
-class Masks(transformers.LlamaForCausalLM):
+class Changed(transformers.LlamaForCausalLM):
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
         logits = self.lm_head(self.model(input_ids).last_hidden_state)
         logits = self.change(logits)
@@ -508,11 +508,11 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("change", FOREIGN)
 def test_foreign_work_on_the_logits_is_refused_by_name(change: str) -> None:
-    model = _llama(Masks)
+    model = _llama(Changed)
     before = _attributes(model)
-    Masks.change, message = FOREIGN[change]
-    Masks.change = staticmethod(Masks.change)
-    with pytest.raises(ValueError, match=f"Masks cannot be fused: .*({message})"):
+    work, message = FOREIGN[change]
+    Changed.change = staticmethod(work)
+    with pytest.raises(ValueError, match=f"Changed cannot be fused: .*({message})"):
         fuse(model)
     assert _attributes(model) == before
 
@@ -528,8 +528,8 @@ KNOWN: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("change", KNOWN)
 def test_known_work_on_the_logits_goes_into_the_linear_form(change: str, batch: dict[str, Tensor]) -> None:
-    model = _llama(Masks).train()
-    Masks.change = staticmethod(KNOWN[change])
+    model = _llama(Changed).train()
+    Changed.change = staticmethod(KNOWN[change])
     loss = model(**batch)["loss"]
     expected = _gradients(loss, model)
     fused = fuse(model)(**batch)["loss"]
@@ -586,18 +586,16 @@ def test_a_cross_entropy_of_another_kind_is_refused(options: dict[str, Any], mes
     model = _llama(Weighted)
     model.options = options
     with pytest.raises(ValueError, match=message):
-        fuse(model, "focal_loss", probe={"input_ids": torch.ones(2, 1031, dtype=torch.int64)[:, :64], **_labels(64)})
+        fuse(model, "focal_loss")
 
 
-def _labels(length: int) -> dict[str, Tensor]:
-    return {"labels": torch.ones(2, length, dtype=torch.int64)}
-
-
-@pytest.mark.parametrize(("loss", "what"), [("cross_entropy", "the loss"), ("focal_loss", "the loss")])
-def test_a_difference_is_named(loss: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
+def test_a_difference_is_named(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration._Logits, "__truediv__", lambda logits, divisor: logits)
     model = _granite()
-    with pytest.raises(ValueError, match=f"GraniteForCausalLM cannot be fused: {what} differs by [0-9.e-]+ from that"):
+    with pytest.raises(
+        ValueError, match=r"GraniteForCausalLM cannot be fused: the loss differs by [0-9.e-]+ from that"
+    ):
         fuse(model, loss)
     assert "forward" not in model.__dict__
 
