@@ -13,8 +13,8 @@ def test_target(benchmark, case):
     measure(benchmark, case, declared(fl.dsc_loss, form="target"))
 
 
-def test_classes(benchmark, case):
-    measure(benchmark, case, declared(fl.dsc_loss, level="class"))
+def test_classes(benchmark, variant_case):
+    measure(benchmark, variant_case, declared(fl.dsc_loss, level="class"))
 
 
 def test_set(benchmark, variant_case):

@@ -24,3 +24,7 @@ def test_linear_dsc_loss(benchmark, linear_variant_case):
 
 def test_linear_flex_loss(benchmark, linear_variant_case):
     measure(benchmark, linear_variant_case, declared(fl.flex_loss))
+
+
+def test_linear_tversky_loss(benchmark, linear_variant_case):
+    measure(benchmark, linear_variant_case, declared(fl.tversky_loss))

@@ -5,8 +5,8 @@ from suite import declared, measure
 import fusedloss as fl
 
 
-def test_one_vs_rest(benchmark, case):
-    measure(benchmark, case, declared(fl.tversky_loss))
+def test_one_vs_rest(benchmark, variant_case):
+    measure(benchmark, variant_case, declared(fl.tversky_loss))
 
 
 def test_classes(benchmark, variant_case):

@@ -187,17 +187,19 @@ def test_the_gil_is_released(
         span.append(time.perf_counter())
 
     monkeypatch.setattr(_engine, pass_name, timed)
-    arguments = (fl.cross_entropy, z, target)
-    worker = threading.Thread(target=rows_and_gradient, args=arguments, kwargs={"impl": "cpu"})
-    ticks = []
-    worker.start()
-    while worker.is_alive():
-        time.sleep(0.0005)
-        ticks.append(time.perf_counter())
-    worker.join()
-    begin, end = span
-    during = [tick for tick in ticks if begin < tick < end]
-    assert len(during) > 1, f"{len(during)} ticks in {end - begin:.3f} s"
+    for _ in range(20):  # on a busy machine the other thread may have no turn for as long as the pass takes
+        span.clear()
+        worker = threading.Thread(target=rows_and_gradient, args=(fl.cross_entropy, z, target), kwargs={"impl": "cpu"})
+        ticks = []
+        worker.start()
+        while worker.is_alive():
+            time.sleep(0.0005)
+            ticks.append(time.perf_counter())
+        worker.join()
+        begin, end = span
+        if sum(begin < tick < end for tick in ticks) > 1:
+            return
+    pytest.fail(f"no other thread ran during the {pass_name}")
 
 
 def test_calls_from_several_threads_do_not_mix(generator: torch.Generator) -> None:
