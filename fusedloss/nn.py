@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import backends
-from .checks import check_choice
+from .checks import check_choice, check_number
 from .linear import project
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
@@ -27,6 +27,7 @@ from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .losses.tversky import linear_tversky_loss, tversky_loss
 from .row import RowOptions
+from .supcon import supcon_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -348,6 +349,106 @@ class LinearMixedCrossEntropyLoss(
 
 
 class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss): ...
+
+
+class SupConLoss(nn.Module):
+    """:func:`~fusedloss.supcon_loss` as a module: its arguments are the constructor's, forward takes the tensors.
+
+    Args:
+        temperature: a number, a 0-d tensor (a buffer) or a Parameter, which is learnt.
+        normalize, positives, reduction, impl: as of the function.
+
+    >>> import torch, fusedloss as fl
+    >>> loss = fl.nn.SupConLoss(temperature=0.1)
+    >>> features = torch.randn(8, 64, requires_grad=True)
+    >>> loss(features, torch.arange(8) // 2).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.3,
+        *,
+        normalize: bool = True,
+        positives: str = "out",
+        reduction: str = "mean",
+        impl: str | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(temperature, Tensor) and not isinstance(temperature, Parameter):
+            self.register_buffer("temperature", temperature)
+        else:
+            self.temperature = temperature
+        self.normalize, self.positives, self.reduction, self.impl = normalize, positives, reduction, impl
+        if impl is not None:
+            check_choice("impl", impl, backends.IMPLS)
+        with torch.no_grad():  # the function checks its arguments
+            two, pair = torch.ones(2, 1, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
+            supcon_loss(two, pair, **self._options() | {"impl": "reference"})
+
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        contrast: Tensor | None = None,
+        contrast_labels: Tensor | None = None,
+    ) -> Tensor:
+        return supcon_loss(features, labels, contrast=contrast, contrast_labels=contrast_labels, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        names = ("temperature", "normalize", "positives", "reduction", "impl")
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        values = ((n, x.tolist() if isinstance(x, Tensor) else x) for n, x in self._options().items() if n != "impl")
+        return ", ".join(f"{name}={value}" for name, value in values)
+
+
+class CrossEntropySupConLoss(nn.Module):
+    """The joint objective of fine-tuning, (1 - lam) * cross-entropy + lam * supervised contrastive loss.
+
+    Args:
+        lam: in [0, 1].
+        temperature, normalize, positives: of :class:`SupConLoss`, which is the child ``supcon``.
+        reduction: of the contrastive part: "mean" over the anchors with a positive, so that both parts are averages, or
+            "sum" as Gunel et al. write it (no 1/N, where their cross-entropy has it). Cross-entropy is the mean.
+        cross_entropy: further arguments of :class:`CrossEntropyLoss`, the child ``cross_entropy``.
+
+    forward(logits, features, labels): logits (N, V) and features (N, D) of the same N examples with labels (N,).
+
+    Source: Gunel et al. 2021, "Supervised Contrastive Learning for Pre-trained Language Model Fine-tuning"
+    (arXiv:2011.01403), with lam = 0.9 and temperature = 0.3.
+
+    >>> import torch, fusedloss as fl
+    >>> loss = fl.nn.CrossEntropySupConLoss(lam=0.9, temperature=0.3)
+    >>> features, head = torch.randn(8, 64, requires_grad=True), torch.nn.Linear(64, 3)
+    >>> loss(head(features), features, torch.arange(8) % 3).backward()
+    """
+
+    def __init__(
+        self,
+        lam: float = 0.9,
+        temperature: float | Tensor = 0.3,
+        *,
+        normalize: bool = True,
+        positives: str = "out",
+        reduction: str = "mean",
+        impl: str | None = None,
+        **cross_entropy: Any,
+    ) -> None:
+        super().__init__()
+        check_number("lam", lam, 0, 1)
+        check_choice("reduction", reduction, ("mean", "sum"))
+        self.lam = lam
+        self.supcon = SupConLoss(temperature, normalize=normalize, positives=positives, reduction=reduction, impl=impl)
+        self.cross_entropy = CrossEntropyLoss(impl=impl, **cross_entropy)
+
+    def forward(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        classified: Tensor = self.cross_entropy(logits, labels)
+        return (1 - self.lam) * classified + self.lam * self.supcon(features, labels)
+
+    def extra_repr(self) -> str:
+        return f"lam={self.lam}"
 
 
 class AlphaSchedule(nn.Module):

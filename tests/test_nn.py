@@ -112,11 +112,14 @@ def test_signatures_are_the_functions(name: str) -> None:
     assert cls.__module__ == "fusedloss.nn" and cls.__qualname__ == name
 
 
-@pytest.mark.parametrize("name", [*MODULES, "AlphaSchedule"])
+OTHERS = ["AlphaSchedule", "SupConLoss", "CrossEntropySupConLoss"]
+
+
+@pytest.mark.parametrize("name", [*MODULES, *OTHERS])
 def test_docstring_and_its_examples(name: str) -> None:
     cls = getattr(fl.nn, name)
     test = doctest.DocTestParser().get_doctest(cls.__doc__, {}, name, None, None)
-    assert any(f"fl.nn.{name}(" in example.source for example in test.examples) or name == "AlphaSchedule"
+    assert any(f"fl.nn.{name}(" in example.source for example in test.examples) or name in OTHERS
     out: list[str] = []
     assert not doctest.DocTestRunner().run(test, out=out.append).failed, "".join(out)
     assert max(map(len, cls.__doc__.split("The function,")[0].splitlines())) <= 120

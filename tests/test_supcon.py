@@ -251,6 +251,67 @@ def test_similarities_are_not_stored() -> None:
     assert float(text) < 48, text
 
 
+# --- modules ---
+
+
+def test_module_does_as_the_function(kind: dict[str, Any], generator: torch.Generator) -> None:
+    x, y, options = problem(generator, kind)
+    bank = {name: options.pop(name) for name in ("contrast", "contrast_labels") if name in options}
+    temperature = torch.nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+    module = fl.nn.SupConLoss(temperature, reduction="none", **options)
+    assert [name for name, _ in module.named_parameters()] == ["temperature"]
+    upstream = torch.randn(len(y), generator=generator, dtype=torch.float64)
+    leaves = [x, temperature]
+    got = module(x, y, **bank)
+    expected = fl.supcon_loss(x, y, temperature=temperature, reduction="none", **options, **bank)
+    assert torch.equal(got, expected)
+    for mine, functions in zip(
+        torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+    ):
+        assert torch.equal(mine, functions)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_joint_objective(reduction: str, generator: torch.Generator) -> None:
+    x, y, _ = problem(generator, {})
+    y = y % 5
+    logits = torch.randn(len(y), 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    got = fl.nn.CrossEntropySupConLoss(0.9, 0.3, reduction=reduction)(logits, x, y)
+    contrastive = supervised_contrastive(x, y, 0.3)
+    contrastive = contrastive.sum() if reduction == "sum" else contrastive.mean()  # each label has several rows
+    expected = 0.1 * torch.nn.functional.cross_entropy(logits, y) + 0.9 * contrastive
+    torch.testing.assert_close(got, expected)
+    for mine, truth in zip(*(torch.autograd.grad(loss, (logits, x)) for loss in (got, expected)), strict=True):
+        torch.testing.assert_close(mine, truth)
+
+
+def test_modules_keep_their_state_and_show_it() -> None:
+    loss = fl.nn.CrossEntropySupConLoss(temperature=torch.tensor(0.2), label_smoothing=0.1, weight=torch.ones(3))
+    assert set(loss.state_dict()) == {"supcon.temperature", "cross_entropy.weight"}
+    other = fl.nn.CrossEntropySupConLoss(temperature=torch.tensor(0.5), weight=torch.zeros(3))
+    other.load_state_dict(loss.state_dict())
+    assert other.supcon.temperature == torch.tensor(0.2)
+    for text in ("lam=0.9", "temperature=0.2", "positives=out", "label_smoothing=0.1"):
+        assert text in repr(loss)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fl.nn.SupConLoss(0.0), "temperature must be greater than 0, got 0.0"),
+        (lambda: fl.nn.SupConLoss(positives="all"), "'all'"),
+        (lambda: fl.nn.SupConLoss(impl="abacus"), "'abacus'"),
+        (lambda: fl.nn.CrossEntropySupConLoss(1.5), "lam must be between 0 and 1, got 1.5"),
+        (lambda: fl.nn.CrossEntropySupConLoss(reduction="none"), "'none'"),
+        (lambda: fl.nn.CrossEntropySupConLoss(label_smoothing=2.0), "label_smoothing must be between 0 and 1"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_modules_refuse_at_construction(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 X, Y = torch.eye(3), torch.tensor([0, 0, 1])
 
 
