@@ -11,10 +11,10 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SANITIZED := build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test bench lint dist sanitize clean
+.PHONY: help demo demo-lm test bench compile-report gpu-report lint dist sanitize clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 demo: .venv/installed ## train a small translation model, about 3 minutes on 2 cores
 	$(BIN)/python examples/nmt/train.py $(ARGS)
@@ -30,6 +30,12 @@ bench: .venv/installed ## run the benchmarks; writes a table and a plot
 	@mkdir -p build
 	$(BIN)/pytest bench --benchmark-json=build/bench.json $(ARGS)
 	$(BIN)/python bench/report.py build/bench.json
+
+compile-report: .venv/installed ## compile the Triton kernels for GPUs that need not be here; writes a table
+	$(BIN)/python bench/compile_report.py $(ARGS)
+
+gpu-report: .venv/installed ## on a machine with a GPU: its tests, then its benchmarks; writes a table and the figures
+	$(BIN)/python bench/gpu_report.py $(ARGS)
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check

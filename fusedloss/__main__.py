@@ -134,7 +134,7 @@ def _check(quick: bool) -> int:
     failed = sum(not r.passed for r in results)
     print()
     for impl in backends.IMPLS:
-        reason = backends.unavailable(impl)
+        reason = selfcheck.unchecked(impl)
         if reason is not None:
             print(f"{impl} was not checked: {reason}")
     if failed:

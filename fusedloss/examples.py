@@ -34,11 +34,11 @@ class Example:
         values = (f"{k}={getattr(v, '__name__', repr(v)).lstrip('_')}" for k, v in self.arguments.items())
         return f"{self.loss.__name__}({', '.join(values)})"
 
-    def works_in_place(self, impl: str | None = None) -> bool:
+    def works_in_place(self, impl: str | None = None, device: torch.device | None = None) -> bool:
         """Whether `inplace_backward` makes the gradient take the logits' memory; some losses and some
         implementations refuse it or do without."""
-        logits = torch.zeros(1, 3, requires_grad=True)
-        target = torch.zeros(1, dtype=torch.int64)
+        logits = torch.zeros(1, 3, requires_grad=True, device=device)
+        target = torch.zeros(1, dtype=torch.int64, device=device)
         try:
             loss = self.loss(logits, target, **self.arguments, inplace_backward=True, impl=impl)
         except ValueError:

@@ -70,7 +70,17 @@ class _Problem(NamedTuple):
 
 
 def ready() -> list[str]:
-    return [impl for impl in backends.IMPLS if backends.unavailable(impl) is None]
+    """What is ready and fit for use, which the interpreted kernels are not."""
+    return [impl for impl in backends.IMPLS if unchecked(impl) is None]
+
+
+def unchecked(impl: str) -> str | None:
+    """Why the implementation is not checked; None if it is."""
+    return backends.unavailable(impl, _device(impl))
+
+
+def _device(impl: str) -> torch.device:
+    return torch.device("cuda" if impl == "triton" else "cpu")
 
 
 def count() -> int:
@@ -118,7 +128,7 @@ def _errors(example: Example, problem: _Problem) -> dict[str, list[tuple[Error, 
     errors: dict[str, list[tuple[Error, Error]]] = {}
     for impl in ready():
         ways: list[dict[str, Any]] = [{}]
-        if example.works_in_place(impl):
+        if example.works_in_place(impl, _device(impl)):
             ways.append({"inplace_backward": True})
         for options in ways:
             fused = partial(_fused, example=example, target=target, impl=impl, **options)
@@ -142,10 +152,11 @@ def _formula(logits: Tensor, example: Example, target: Tensor) -> Tensor:
 
 def _fused(logits: Tensor, example: Example, target: Tensor, **options: Any) -> Tensor:
     reduction = "mean" if example.over_rows else "none"
+    device = _device(options["impl"])
     loss: Tensor = example.loss(
-        logits, target, **example.arguments, ignore_index=IGNORED, reduction=reduction, **options
+        logits.to(device), target.to(device), **example.arguments, ignore_index=IGNORED, reduction=reduction, **options
     )
-    return loss
+    return loss.to(logits.device)
 
 
 def _run(loss: Callable[[Tensor], Tensor], logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,51 @@
 """Fixtures that every test file may use."""
 
+import importlib.util
+import os
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# Where there is no GPU, Triton's interpreter stands in for one. Triton reads this when it is imported.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fusedloss import backends, ops
 
 pytest.register_assert_rewrite("oracle", "row_suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--triton", action="store_true", help="run every shared test on the interpreted Triton kernels: half an hour"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    reason = backends.unavailable("triton")
+    if reason is not None:
+        return f"triton: {reason}"
+    if torch.cuda.is_available():
+        return f"triton: compiled, for {torch.cuda.get_device_name()}"
+    return f"triton: interpreted, {'in every shared test' if config.getoption('triton') else 'in test_triton.py alone'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter is slow: what test_triton.py leaves out is for those who ask."""
+    if config.getoption("triton"):
+        return
+
+    def asked_for(item: pytest.Item) -> object:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        return item.get_closest_marker("gpu") or "triton" not in (
+            parameters.get("impl"),
+            parameters.get("compiled_impl"),
+        )
+
+    config.hook.pytest_deselected(items=[item for item in items if not asked_for(item)])
+    items[:] = [item for item in items if asked_for(item)]
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +61,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(params=backends.IMPLS)
 def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that is ready on this machine."""
-    reason = backends.unavailable(request.param)
+    reason = backends.unavailable(request.param, torch.device("cpu"))
     if reason is not None:
         pytest.skip(reason)
     return request.param
@@ -33,7 +70,7 @@ def impl(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[name for name in backends.IMPLS if name != "reference"])
 def compiled_impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that is ready and has kernels of its own."""
-    reason = backends.unavailable(request.param)
+    reason = backends.unavailable(request.param, torch.device("cpu"))
     if reason is not None:
         pytest.skip(reason)
     return request.param

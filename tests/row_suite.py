@@ -591,7 +591,7 @@ class RowLossSuite:
         else:
             truth, slope = problem.truth(upstream)
             torch.testing.assert_close(loss[2].double(), truth[2], rtol=1e-6, atol=0)
-            torch.testing.assert_close(gradient[2].double(), slope[2], rtol=1e-5, atol=1e-9)
+            torch.testing.assert_close(gradient[2].double(), slope[2], rtol=1e-5, atol=2e-8)  # of terms up to 0.1
         assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
 
     @pytest.mark.parametrize("column", [0, 36, "target"], ids=str)

@@ -9,33 +9,41 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from . import cpu
+from . import cpu, triton
 
 #: Implementations by name: what each runs on, and why it is not ready (None when it is).
-IMPLS = ("reference", "cpu")
+IMPLS = ("reference", "cpu", "triton")
 
 
-def unavailable(impl: str) -> str | None:
-    """Why the implementation cannot run on this machine; None if it can."""
-    return cpu.unavailable() if impl == "cpu" else None
+def unavailable(impl: str, device: torch.device | None = None) -> str | None:
+    """Why the implementation cannot run on this machine, or for tensors on `device`; None if it can."""
+    if impl == "cpu":
+        if device is not None and device.type != "cpu":
+            return f"it runs on CPU tensors, but the input is on {device}"
+        return cpu.unavailable()
+    if impl == "triton":
+        return triton.unavailable(device)
+    return None
 
 
 def resolve(impl: str | None, device: torch.device) -> str:
     """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready."""
     impl = impl or os.environ.get("FUSEDLOSS_IMPL") or None
     if impl is None:
-        return "cpu" if device.type == "cpu" and cpu.unavailable() is None else "reference"
+        # Interpreted kernels are for tests: on a CPU nobody gets them without asking.
+        fastest = "cpu" if device.type == "cpu" else "triton"
+        return fastest if unavailable(fastest, device) is None else "reference"
     check_choice("impl", impl, IMPLS)
-    reason = unavailable(impl)
+    reason = unavailable(impl, device)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
-    if impl == "cpu" and device.type != "cpu":
-        raise RuntimeError(f"impl='cpu' runs on CPU tensors, but the input is on {device}")
     return impl
 
 
 def has_epilogue(impl: str, name: str) -> bool:
     """Whether the implementation has this loss as a compiled epilogue."""
+    if impl == "triton":
+        return triton.has_epilogue(name)
     return impl == "cpu" and name in cpu.EPILOGUES
 
 

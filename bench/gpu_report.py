@@ -1,0 +1,302 @@
+"""On a machine with a GPU: runs the tests marked `gpu`, then times the losses beside their floors and their peers.
+
+Row losses are held against 1.5 times copy_() of the logits, linear ones against their three matrix products alone. All
+candidates of a case have their turn in each round, with the L2 cache overwritten before; medians are reported, forward
+and backward together. A peer that is not installed, or fails, is named with its reason. What the time does not allow
+for is left out, and named too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fusedloss as fl
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+PACKAGES = ("fusedloss", "torch", "triton", "liger-kernel", "quack-kernels", "cut-cross-entropy")
+ROUNDS = 9
+FLUSH_BYTES = 256 * 2**20  # beyond any L2 cache
+
+#: (rows, classes, dtype) and (rows, features, classes), the most telling first.
+ROW_CASES = [
+    (rows, classes, dtype)
+    for rows in (8192, 512)
+    for classes in (32000, 128256, 262144)
+    for dtype in (torch.bfloat16, torch.float32)
+]
+LINEAR_CASES = [
+    (rows, features, classes)
+    for rows in (4096, 1024, 16384)
+    for features in (512, 4096, 1024)
+    for classes in (32000, 128256)
+]
+QUICK_ROW_CASES, QUICK_LINEAR_CASES = ROW_CASES[:3], LINEAR_CASES[:2]
+
+NOTES = """\
+Medians of {rounds} rounds at most in which all have their turn, L2 cache cold, forward and backward, on one stream.
+
+- *floor*: of a row loss 1.5 × `copy_()` of its logits; of a linear one the three matrix products of its shapes.
+- *GB/s*: of the 3 bytes per byte of logits that a forward and a separate backward have to move.
+- *memory*: the most that is allocated beyond the inputs, in MiB.
+"""
+
+Step = Callable[[], object]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few cases: two minutes")
+    parser.add_argument("--no-tests", action="store_true", help="only the benchmarks")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_report: there is no GPU that torch can use; nothing was tested or timed", file=sys.stderr)
+        return 1
+    deadline = time.monotonic() + (100 if options.quick else 440)
+    tests = None if options.no_tests else run_tests()
+    report = measure(deadline, options.quick) | {"tests": tests}
+    output = RESULTS / slug(report["device"])
+    RESULTS.mkdir(exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
+    print(f"wrote {output}.json and {output}.md")
+    if tests is not None and not tests["passed"]:
+        print(f"gpu_report: tests FAILED: {tests['summary']}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_tests() -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-m", "gpu", "-x", str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    print(done.stdout[-4000:])
+    return {"passed": done.returncode == 0, "summary": (done.stdout.strip().splitlines() or [done.stderr])[-1]}
+
+
+def measure(deadline: float, quick: bool) -> dict[str, Any]:
+    rows, linears = (QUICK_ROW_CASES, QUICK_LINEAR_CASES) if quick else (ROW_CASES, LINEAR_CASES)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda or torch.version.hip,
+        "versions": {name: version(name) for name in PACKAGES},
+        "row": [],
+        "linear": [],
+        "left_out": [],
+    }
+    # In turn, so that a short time still sees both.
+    cases: list[tuple[str, tuple[Any, ...]]] = []
+    for i in range(max(len(rows), len(linears))):
+        cases += [("row", rows[i])] if i < len(rows) else []
+        cases += [("linear", linears[i])] if i < len(linears) else []
+    for kind, case in cases:
+        if time.monotonic() > deadline:
+            report["left_out"].append(f"{kind} {' × '.join(str(x).removeprefix('torch.') for x in case)}")
+            continue
+        report[kind].append((row_case if kind == "row" else linear_case)(*case, deadline))
+        torch.cuda.empty_cache()
+    return report
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def row_case(rows: int, classes: int, dtype: torch.dtype, deadline: float) -> dict[str, Any]:
+    original = torch.randn(rows, classes, device="cuda", dtype=dtype)
+    logits = torch.empty_like(original).requires_grad_()
+    other = torch.empty_like(original)
+    target = torch.randint(classes, (rows,), device="cuda")
+
+    def reset() -> None:
+        with torch.no_grad():
+            logits.copy_(original)
+        logits.grad = None
+
+    def of(loss: Callable[..., Tensor], **options: Any) -> Step:
+        return lambda: loss(logits, target, **options).backward()
+
+    candidates: dict[str, Callable[[], Step]] = {
+        "copy": lambda: lambda: other.copy_(original),
+        "cross_entropy": lambda: of(fl.cross_entropy),
+        "cross_entropy in place": lambda: of(fl.cross_entropy, inplace_backward=True),
+        "focal_loss": lambda: of(fl.focal_loss),
+        "mixed_cross_entropy": lambda: of(fl.mixed_cross_entropy, alpha=0.25),
+        "dsc_loss": lambda: of(fl.dsc_loss),
+        "F.cross_entropy": lambda: of(F.cross_entropy),
+        "torch.compile": lambda: of(torch.compile(F.cross_entropy)),
+        "liger-kernel": lambda: of(_peer("liger_kernel.transformers", "LigerCrossEntropyLoss")()),
+        "quack-kernels": lambda: of(_peer("quack.cross_entropy", "cross_entropy"), reduction="mean"),
+    }
+    result = contest(candidates, reset, deadline)
+    floor = 1.5 * result["seconds"]["copy"]
+    moved = 3 * original.nbytes
+    return {"rows": rows, "classes": classes, "dtype": str(dtype)[6:], "floor": floor, "bytes": moved, **result}
+
+
+def linear_case(rows: int, features: int, classes: int, deadline: float) -> dict[str, Any]:
+    dtype = torch.bfloat16
+    hidden = torch.randn(rows, features, device="cuda", dtype=dtype).requires_grad_()
+    weight = (torch.randn(classes, features, device="cuda", dtype=dtype) / features**0.5).requires_grad_()
+    target = torch.randint(classes, (rows,), device="cuda")
+    h, w = hidden.detach(), weight.detach()
+
+    def products() -> None:
+        logits = h @ w.t()
+        logits @ w
+        logits.t() @ h
+
+    def reset() -> None:
+        hidden.grad = weight.grad = None
+
+    def of(loss: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> Step:
+        return lambda: loss(*inputs, **options).backward()
+
+    def eager(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, y).float(), t)
+
+    inputs = (hidden, weight, target)
+    candidates: dict[str, Callable[[], Step]] = {
+        "products": lambda: products,
+        "linear_cross_entropy": lambda: of(fl.linear_cross_entropy, *inputs),
+        "linear_focal_loss": lambda: of(fl.linear_focal_loss, *inputs),
+        "eager": lambda: of(eager, *inputs),
+        "torch.compile": lambda: of(torch.compile(eager), *inputs),
+        "F.linear_cross_entropy": lambda: of(_peer("torch.nn.functional", "linear_cross_entropy"), *inputs),
+        "liger-kernel": lambda: of(
+            _peer("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")(), weight, hidden, target
+        ),
+        "cut-cross-entropy": lambda: of(_peer("cut_cross_entropy", "linear_cross_entropy"), *inputs),
+        "quack-kernels": lambda: of(_peer("quack.linear_cross_entropy", "chunked_linear_cross_entropy"), *inputs),
+    }
+    result = contest(candidates, reset, deadline)
+    floor = result["seconds"]["products"]
+    return {"rows": rows, "features": features, "classes": classes, "dtype": str(dtype)[6:], "floor": floor, **result}
+
+
+def _peer(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def contest(candidates: dict[str, Callable[[], Step]], reset: Callable[[], None], deadline: float) -> dict[str, Any]:
+    """Median seconds and peak MiB of each, and the reasons of those that cannot run."""
+    steps: dict[str, Step] = {}
+    failed: dict[str, str] = {}
+    memory: dict[str, float] = {}
+    for name, make in candidates.items():
+        try:
+            step = make()
+            for _ in range(2):  # compiles; the second is the one that counts
+                reset()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                step()
+                torch.cuda.synchronize()
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            steps[name] = step
+        except Exception as error:  # a peer's failure is its own
+            failed[name] = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+            if name in ("copy", "products") or module_is_ours(name):
+                raise
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(ROUNDS):
+        if turn >= 3 and time.monotonic() > deadline:
+            break
+        for name, step in steps.items():
+            reset()
+            flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+            seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {"seconds": {name: median(times) for name, times in seconds.items()}, "memory": memory, "failed": failed}
+
+
+def module_is_ours(name: str) -> bool:
+    """Whether the candidate is a loss of this package, whose failure must not be a footnote."""
+    return hasattr(fl, name.removesuffix(" in place"))
+
+
+def slug(text: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in report["versions"].items() if found)
+    missing = ", ".join(name for name, found in report["versions"].items() if not found)
+    lines = [f"# Benchmarks: {report['device']}", "", f"Python {report['python']}, CUDA {report['cuda']}, {versions}."]
+    if missing:
+        lines.append(f"Not installed: {missing}.")
+    tests = report["tests"]
+    lines += [
+        "",
+        "Tests on this GPU: " + ("not run." if tests is None else f"{_verdict(tests)}: {tests['summary']}"),
+        "",
+    ]
+    lines += [NOTES.format(rounds=ROUNDS)]
+    for kind, title in (("row", "Row losses"), ("linear", "Linear forms")):
+        if report[kind]:
+            lines += [f"## {title}", "", *_table(kind, report[kind]), ""]
+    failures = {f"{name}: {why}" for case in report["row"] + report["linear"] for name, why in case["failed"].items()}
+    if failures:
+        lines += ["Could not run:", "", *(f"- {failure}" for failure in sorted(failures)), ""]
+    if report["left_out"]:
+        lines += ["Left out for time:", "", *(f"- {case}" for case in report["left_out"]), ""]
+    return "\n".join(lines)
+
+
+def _verdict(tests: dict[str, Any]) -> str:
+    return "passed" if tests["passed"] else "FAILED"
+
+
+def _table(kind: str, cases: list[dict[str, Any]]) -> list[str]:
+    last = "GB/s" if kind == "row" else "memory, MiB"
+    head = ("shape", "dtype", "candidate", "ms", "/ floor", last)
+    lines = [_line(head), _line(["---"] * 3 + ["---:"] * 3)]
+    for case in cases:
+        shape = " × ".join(str(case[name]) for name in ("rows", "features", "classes") if name in case)
+        for name, seconds in case["seconds"].items():
+            figure = case["bytes"] / seconds / 1e9 if kind == "row" else case["memory"][name]
+            if name == "copy":
+                figure *= 2 / 3  # which reads and writes once
+            cells = (
+                shape,
+                case["dtype"],
+                name,
+                f"{seconds * 1e3:.3g}",
+                f"{seconds / case['floor']:.2f}",
+                f"{figure:.0f}",
+            )
+            lines.append(_line(cells))
+    return lines
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

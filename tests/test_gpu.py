@@ -1,0 +1,123 @@
+"""On a GPU: the shared suite on CUDA tensors, the promise not to stall the stream, and what runs by default."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import test_cross_entropy
+import test_dsc
+import test_flex
+import test_focal
+import test_mixed_cross_entropy
+import torch
+from row_losses import LOSSES, each_inplace_loss, each_loss
+from row_suite import RowLossSuite, logits_and_targets
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import backends
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU that torch can use", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["reference", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    reason = backends.unavailable(request.param, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def on_gpu(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss of the same numbers on the GPU; the suite stays on the CPU."""
+
+    def there(x: Any) -> Any:
+        return x.to("cuda") if isinstance(x, Tensor) else x
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        result = loss(*map(there, arguments), **{name: there(value) for name, value in options.items()})
+        if isinstance(result, Tensor):
+            return result.cpu()
+        rows, stats = result
+        return rows.cpu(), fl.RowStats(*(column.cpu() for column in stats))
+
+    return call
+
+
+def _cases(*suites: type[RowLossSuite], certain: bool = False) -> list[Any]:
+    cases = [case for suite in suites for case in (suite.CERTAIN if certain else suite.CASES)]
+    return [replace(case, loss=on_gpu(case.loss)) for case in cases]
+
+
+ALL = (
+    test_cross_entropy.TestRowLoss,
+    test_focal.TestRowLoss,
+    test_mixed_cross_entropy.TestRowLoss,
+    test_dsc.TestRowLoss,
+    test_flex.TestRowLoss,
+)
+
+
+class TestRowLoss(RowLossSuite):
+    CASES: ClassVar = _cases(*ALL)
+    CERTAIN: ClassVar = _cases(*ALL, certain=True)
+    # The suite's logits are in another memory; see below.
+    test_inplace_backward_gives_the_same_bits = None
+
+
+@pytest.fixture
+def problem() -> tuple[Tensor, Tensor]:
+    z, target = logits_and_targets(64, 5000, torch.Generator().manual_seed(1), torch.float32)
+    target[3] = -100
+    return z.cuda().requires_grad_(), target.cuda()
+
+
+def test_triton_runs_by_default_where_it_can(problem, kernel_calls):
+    expected = "triton" if backends.unavailable("triton", torch.device("cuda")) is None else "reference"
+    assert backends.resolve(None, torch.device("cuda")) == expected
+    fl.cross_entropy(*problem)
+    assert kernel_calls["row_loss", "triton"] == (expected == "triton")
+    with pytest.raises(RuntimeError, match="it runs on CPU tensors, but the input is on cuda:0"):
+        fl.cross_entropy(*problem, impl="cpu")
+
+
+@each_inplace_loss
+def test_inplace_backward_gives_the_same_bits(loss, problem):
+    z, target = problem
+    (fresh,) = torch.autograd.grad(loss(z, target, impl="triton"), z)
+    (gradient,) = torch.autograd.grad(loss(z, target, impl="triton", inplace_backward=True), z)
+    assert gradient.data_ptr() == z.data_ptr()
+    assert torch.equal(gradient, fresh)
+
+
+@each_loss
+def test_the_stream_is_not_stalled(loss, problem):
+    z, target = problem
+    loss(z, target).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(z, target).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_linear_forms_do_not_stall_the_stream(problem):
+    _, target = problem
+    hidden, weight = (torch.randn(n, 64, device="cuda", requires_grad=True) for n in (64, 5000))
+    fl.linear_focal_loss(hidden, weight, target, budget=2**20).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fl.linear_focal_loss(hidden, weight, target, budget=2**20).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "classes" not in name])
+def test_the_same_bits_twice(name, problem):
+    z, target = problem
+    first, second = (torch.autograd.grad(LOSSES[name](z, target), z)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,0 +1,80 @@
+"""The report of a GPU: its text, from figures that are made up; and that without a GPU there is none."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "bench/gpu_report.py"
+
+_spec = importlib.util.spec_from_file_location("gpu_report", SCRIPT)
+gpu_report = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_report)
+
+FAKED = {
+    "device": "Made-up GPU",
+    "python": "3.12.1",
+    "cuda": "13.0",
+    "versions": {"fusedloss": "0.1.0", "torch": "2.11.0", "liger-kernel": None},
+    "tests": {"passed": True, "summary": "7 passed"},
+    "row": [
+        {
+            "rows": 8192, "classes": 32000, "dtype": "bfloat16", "floor": 0.0015, "bytes": 3e9,
+            "seconds": {"copy": 0.001, "cross_entropy": 0.003}, "memory": {"copy": 0.0, "cross_entropy": 500.0},
+            "failed": {"liger-kernel": "ModuleNotFoundError: No module named 'liger_kernel'"},
+        }
+    ],
+    "linear": [
+        {
+            "rows": 4096, "features": 512, "classes": 32000, "dtype": "bfloat16", "floor": 0.002,
+            "seconds": {"products": 0.002, "linear_cross_entropy": 0.003},
+            "memory": {"products": 10.0, "linear_cross_entropy": 250.4}, "failed": {},
+        }
+    ],
+    "left_out": ["row 512 × 262144 × float32"],
+}  # fmt: skip
+
+
+def test_text_of_made_up_figures():
+    text = gpu_report.markdown(FAKED)
+    for line in (
+        "# Benchmarks: Made-up GPU",
+        "Python 3.12.1, CUDA 13.0, fusedloss 0.1.0, torch 2.11.0.",
+        "Not installed: liger-kernel.",
+        "Tests on this GPU: passed: 7 passed",
+        "| 8192 × 32000 | bfloat16 | copy | 1 | 0.67 | 2000 |",
+        "| 8192 × 32000 | bfloat16 | cross_entropy | 3 | 2.00 | 1000 |",
+        "| 4096 × 512 × 32000 | bfloat16 | linear_cross_entropy | 3 | 1.50 | 250 |",
+        "- liger-kernel: ModuleNotFoundError: No module named 'liger_kernel'",
+        "- row 512 × 262144 × float32",
+    ):
+        assert line in text.splitlines(), line
+
+
+@pytest.mark.parametrize(
+    ("tests", "line"), [(None, "not run."), ({"passed": False, "summary": "1 failed"}, "FAILED: 1 failed")]
+)
+def test_red_tests_show(tests, line):
+    assert f"Tests on this GPU: {line}" in gpu_report.markdown(FAKED | {"tests": tests}).splitlines()
+
+
+def test_the_file_is_named_after_the_device():
+    assert gpu_report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_failure_of_our_own_is_no_footnote():
+    assert gpu_report.module_is_ours("cross_entropy in place")
+    assert not gpu_report.module_is_ours("liger-kernel")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_fails_and_writes_nothing():
+    before = set(gpu_report.RESULTS.iterdir())
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "gpu_report: there is no GPU that torch can use; nothing was tested or timed\n"
+    assert set(gpu_report.RESULTS.iterdir()) == before

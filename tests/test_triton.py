@@ -1,0 +1,319 @@
+"""The Triton kernels: the shared suite on the cases that differ in them, and what is theirs alone.
+
+Where there is no GPU, Triton's interpreter runs them on CPU tensors, in small blocks (launch.INTERPRETED_TILES): of the
+suite's shapes, most cross blocks and some the spans of four blocks. On a GPU the tests of test_gpu.py take over.
+"""
+
+import mmap
+import subprocess
+import sys
+from typing import ClassVar
+
+import pytest
+import test_cross_entropy
+import test_dsc
+import test_flex
+import test_focal
+import test_mixed_cross_entropy
+import torch
+from row_suite import Problem, RowLossSuite, assert_same_bits, layouts, logits_and_targets, with_gradient
+from test_traps import _far_apart_rows
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import _engine, backends, ops
+from fusedloss.backends import triton
+
+if backends.unavailable("triton", torch.device("cpu")) is not None:
+    pytest.skip(f"triton: {backends.unavailable('triton', torch.device('cpu'))}", allow_module_level=True)
+
+from fusedloss.triton_kernels import epilogues, launch
+
+BLOCK, SPAN = launch.tile(300, 4).block, launch.SPAN * launch.tile(300, 4).block
+
+SUITES = {
+    "cross_entropy": test_cross_entropy.TestRowLoss,
+    "focal": test_focal.TestRowLoss,
+    "mixed": test_mixed_cross_entropy.TestRowLoss,
+    "dsc": test_dsc.TestRowLoss,
+    "flex": test_flex.TestRowLoss,
+}
+CASES = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in suite.CASES}
+
+
+@pytest.fixture
+def impl() -> str:
+    return "triton"
+
+
+@pytest.fixture
+def compiled_impl() -> str:
+    return "triton"
+
+
+class TestRowLoss(RowLossSuite):
+    """All of the suite, on one case for each way through the kernels."""
+
+    CASES: ClassVar = [
+        CASES["cross_entropy cross_entropy"],
+        CASES["mixed top 2"],
+        CASES["dsc one-vs-rest"],
+        CASES["flex dual focal"],
+    ]
+    CERTAIN: ClassVar = [
+        *test_focal.TestRowLoss.CERTAIN[1:4:2],
+        *test_mixed_cross_entropy.TestRowLoss.CERTAIN[2:4],
+        *test_dsc.TestRowLoss.CERTAIN[::4],
+    ]
+
+    # Too slow for the interpreter; `--triton` runs them.
+    test_gradcheck = None
+    test_long_rows = None
+    test_inplace_backward_gives_the_same_bits = None
+
+
+@pytest.mark.parametrize("shape", [(3, 8193), (1, 50257)], ids=str)
+@pytest.mark.parametrize("case", TestRowLoss.CASES, ids=str)
+def test_long_rows(case, shape, generator):
+    problem = Problem.make(case, shape, generator, torch.float32, "everything")
+    upstream = problem.upstream(generator)
+    problem.check(*problem.run("triton", upstream), upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", TestRowLoss.CASES, ids=str)
+def test_inplace_backward_gives_the_same_bits(case, dtype, generator):
+    problem = Problem.make(case, (6, BLOCK + 1), generator, dtype, "everything")
+    upstream = problem.upstream(generator)
+    fresh = problem.run("triton", upstream)
+    for name, z in layouts(problem.z):
+        if z.stride(1) == 1:
+            loss, gradient = problem.run("triton", upstream, z, inplace_backward=True)
+            assert gradient.data_ptr() == z.data_ptr(), name
+            assert_same_bits((loss, gradient), fresh, about=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case not in TestRowLoss.CASES])
+def test_every_other_case(name, dtype, generator):
+    """The epilogues, with all of their parameters; rows in one block, and in three."""
+    for shape in ((7, 3), (5, 2 * BLOCK + 1)):
+        problem = Problem.make(CASES[name], shape, generator, dtype, "everything")
+        upstream = problem.upstream(generator)
+        problem.check(*problem.run("triton", upstream), upstream)
+
+
+@pytest.mark.parametrize("form", ["one_vs_rest", "target"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tversky(form, dtype, generator):
+    z, target = logits_and_targets(7, 2 * BLOCK + 1, generator, dtype)
+    target[3] = -100
+    results = [
+        with_gradient(lambda x, impl=impl: fl.tversky_loss(x, target, alpha=0.3, form=form, impl=impl), z)
+        for impl in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-11 if dtype == torch.float64 else 2e-5, atol=1e-9)
+
+
+def test_its_epilogues_are_those_of_the_engine():
+    assert {*epilogues.ROW_EPILOGUES, *epilogues.CLASS_TERMS} == set(_engine.epilogues())
+
+
+# --- blocks, spans and programs ---
+
+
+@pytest.mark.parametrize("classes", [BLOCK - 1, BLOCK, BLOCK + 1, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + BLOCK + 3])
+@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 2", "flex dual focal"])
+def test_a_split_row_has_the_same_bits(name, classes, generator, monkeypatch):
+    problem = Problem.make(CASES[name], (9, classes), generator, torch.float32, "everything")
+    problem.z[1, BLOCK // 2] = problem.z[1, -1] = 20.0  # a tie between programs
+    problem.z[2, :BLOCK] = -torch.inf
+    problem.target[2] = classes - 1
+    problem.z[4] = torch.nan
+    upstream = problem.upstream(generator)
+    results = []
+    for programs in (2**30, 0):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        results.append(problem.run("triton", upstream))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    counted = torch.arange(9) != 4
+    rows = Problem(problem.case, problem.z[counted], problem.target[counted], problem.own, problem.shared)
+    rows.check(results[0][0][counted], results[0][1][counted], upstream[counted])
+
+
+def test_few_long_rows_are_split_and_many_are_not():
+    tile = launch.Tile(1, 4096, 8)
+    assert launch.spans(1, 4 * 4096, tile) == 1
+    assert launch.spans(1, 4 * 4096 + 1, tile) == 2
+    assert launch.spans(8, 262144, tile) == 16
+    assert launch.spans(8192, 262144, tile) == 1
+
+
+# --- what is out of range ---
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nobody looks at the targets beforehand."""
+    monkeypatch.setattr(triton, "check_indices", lambda *arguments: None)
+
+
+@pytest.mark.parametrize("value", [-1, 300, 2**31, 2**32 + 1, -(2**63)])
+@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"])
+def test_a_target_out_of_range_makes_its_row_nan(name, value, generator, unchecked):
+    problem = Problem.make(CASES[name], (6, 300), generator, torch.float32)
+    upstream = problem.upstream(generator)
+    before = problem.run("triton", upstream)
+    problem.target[2] = value
+    loss, gradient = problem.run("triton", upstream)
+    assert loss[2].isnan()
+    assert gradient[2].isnan().any()
+    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+
+
+@pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
+def test_a_candidate_out_of_range_makes_its_row_nan(value, generator, unchecked):
+    problem = Problem.make(CASES["mixed 3 candidates"], (6, 300), generator, torch.float32)
+    upstream = problem.upstream(generator)
+    before = problem.run("triton", upstream)
+    problem.own["candidates"][2, 1] = value
+    loss, gradient = problem.run("triton", upstream)
+    assert loss[2].isnan()
+    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+
+
+def test_a_target_out_of_range_makes_sums_over_rows_nan(generator, unchecked):
+    z, target = logits_and_targets(6, 300, generator, torch.float32)
+    target[2] = 300
+    assert fl.dsc_loss(z, target, level="set", impl="triton").isnan()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
+@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])
+def test_offsets_beyond_32_bits(name, generator):
+    """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
+    problem = Problem.make(CASES[name], (3, 300), generator, torch.bfloat16)
+    upstream = problem.upstream(generator)
+    far = _far_apart_rows(problem.z, 2**31 + 5)
+    expected = problem.run("triton", upstream)
+    assert_same_bits(problem.run("triton", upstream, far), expected)
+    assert_same_bits(problem.run("triton", upstream, far, inplace_backward=True), expected)
+
+
+# --- sums over the rows ---
+
+
+def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
+    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
+    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", ["dsc", "tversky"])
+@pytest.mark.parametrize("shape", [(5, 9), (70, 9), (20, BLOCK + 1)], ids=str)
+def test_class_sums(shape, loss, dtype, generator):
+    """Against the engine's; in one group of rows and in several."""
+    z, target = logits_and_targets(*shape, generator, dtype)
+    z[1] += 12 * torch.eye(shape[1], dtype=dtype)[(target[1] + 1) % shape[1]]  # sure, and wrong
+    target[shape[0] // 2] = -100
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    alpha = torch.rand(shape[0], generator=generator).to(compute)
+    one = torch.ones((), dtype=compute)
+    params = [alpha, one, one] if loss == "dsc" else [alpha, one]
+    for row_weight in (None, torch.rand(shape[0], generator=generator).to(compute)):
+        ours, engine, again = (_sums(z, target, row_weight, loss, params, impl) for impl in ("triton", "cpu", "triton"))
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours, again)
+        rtol = 1e-12 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.parametrize("level", ["class", "set"])
+def test_levels_above_the_rows(level, generator):
+    z, target = logits_and_targets(40, BLOCK + 3, generator, torch.float32)
+    target[7] = -100
+    results = [
+        with_gradient(lambda x, impl=impl: fl.dsc_loss(x, target, alpha=0.5, level=level, impl=impl), z)
+        for impl in ("triton", "cpu")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
+
+
+# --- linear forms, torch.compile ---
+
+
+@pytest.mark.parametrize("budget", [300 * 4 * 3, None], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_forms(reduction, budget, generator, kernel_calls):
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
+    target = torch.randint(300, (7,), generator=generator)
+    target[2] = -100
+    results = []
+    for impl in ("triton", "reference"):
+        loss = fl.linear_focal_loss(hidden, weight, target, budget=budget, reduction=reduction, impl=impl)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert kernel_calls["row_loss", "triton"] == (3 if budget else 1)
+
+
+@pytest.mark.compile
+def test_compiled(generator):
+    z, target = logits_and_targets(5, 300, generator, torch.float32)
+
+    def loss(x):
+        return fl.mixed_cross_entropy(x, target, alpha=0.25, impl="triton")
+
+    torch.testing.assert_close(with_gradient(torch.compile(loss, fullgraph=True), z), with_gradient(loss, z))
+
+
+def test_opcheck(generator):
+    z, target = logits_and_targets(5, 21, generator, torch.float32)
+    forward = (z, target, None, None, [torch.tensor(0.25)], "mixed_cross_entropy", 0.1, "all", 0.01, -100, 2, "triton")
+    torch.library.opcheck(ops.row_loss, forward)
+    _, *saved = ops.row_loss(*forward)
+    backward = (target, None, *saved, torch.rand(5), [torch.tensor(0.25)], "mixed_cross_entropy", -100, "triton")
+    torch.library.opcheck(ops.row_gradient, (z, *backward))
+    torch.library.opcheck(ops.row_gradient_, (z.clone(), *backward))
+
+
+# --- where it runs ---
+
+
+def test_nobody_gets_the_interpreter_without_asking():
+    assert backends.resolve(None, torch.device("cpu")) == "cpu"
+
+
+def test_an_unknown_epilogue_raises():
+    z, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
+        ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "triton")
+
+
+def _run(code: str, **environment: str) -> str:
+    setup = f"import os, sys; os.environ.pop('TRITON_INTERPRET', None); os.environ.update({environment!r})\n"
+    done = subprocess.run([sys.executable, "-c", setup + code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+REFUSED = """
+import torch, fusedloss as fl
+try:
+    fl.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), impl="triton")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_tensors_on_a_cpu_are_refused_outside_of_the_interpreter():
+    assert _run(REFUSED) == "impl='triton' cannot run: it runs on GPU tensors, but the input is on cpu\n"
+
+
+def test_the_package_works_without_triton():
+    code = "sys.modules['triton'] = None\n" + REFUSED
+    assert _run(code, TRITON_INTERPRET="1") == "impl='triton' cannot run: triton is not installed\n"
+
+
+def test_triton_is_imported_when_it_is_needed():
+    code = "import torch, fusedloss as fl; fl.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
+    assert _run(code + "print('triton' in sys.modules)") == "False\n"

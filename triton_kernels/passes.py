@@ -1,0 +1,718 @@
+"""The passes in Triton. They know no loss: that is an epilogue, a function which a pass takes as a constant.
+
+    statistics_pass   reads the logits once, keeping the rows' statistics (an online softmax without the target's term),
+                      then runs the loss's epilogue on them. A class term reads the rows a second time, which short ones
+                      are still in the caches for. Few long rows are split: programs read a span each, others merge
+    gradient_pass     reads the logits once more and writes their gradient, which may take their place
+    top_rest_pass, class_sums_pass    the sums over the rows of each class's error and agreement
+
+A program looks at ROWS rows, at BLOCK columns of them together. What is of a row is a column (ROWS, 1). The statistics
+of spans of SPAN blocks merge exactly, and always in the same order, so that a row's sums do not depend on whether it
+was split, nor on the rows beside it.
+
+Logits are computed in float32 (float64 if they are that). Ignored rows are not read. A row whose target or candidate is
+out of range has NaN for its target's logit, which makes all of it NaN, and nothing outside of the row is touched.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import convert, log1p
+from .epilogues import power
+
+# Coefficients and statistics are laid out as fusedloss.ops says.
+_STATISTICS = tl.constexpr(6)
+_COEFFICIENTS = tl.constexpr(3)
+_NO_COLUMN = tl.constexpr(2**31 - 1)
+
+
+# --- rows and blocks ---
+
+
+@triton.jit
+def _rows(block, N, ROWS: tl.constexpr):
+    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return rows, rows < N
+
+
+@triton.jit
+def _targets(target, rows, inside, V, ignore_index):
+    """Targets, and which rows are in the batch and not ignored. The others' are -1."""
+    t = tl.load(target + rows, inside, other=-1)
+    live = inside & (t != ignore_index)
+    return tl.where(live, t, -1), live
+
+
+@triton.jit
+def _any(condition):
+    return tl.max(tl.max(condition.to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def _logit(logits, row_stride, rows, column, real, T: tl.constexpr):
+    """One logit for each of the columns, -inf where there is none."""
+    return tl.load(logits + rows * row_stride + column, real, other=-float("inf")).to(T)
+
+
+@triton.jit
+def _block(logits, row_stride, rows, live, begin, V, BLOCK: tl.constexpr, T: tl.constexpr):
+    """Columns (1, BLOCK), which of them exist, and their logits; -inf where there is none."""
+    columns = begin + tl.arange(0, BLOCK)[None, :]
+    exists = columns < V
+    z = tl.load(logits + rows * row_stride + columns, live & exists, other=-float("inf")).to(T)
+    return columns, exists, z
+
+
+@triton.jit
+def _class_weights(class_weight, columns, exists, T: tl.constexpr):
+    if class_weight is None:
+        return tl.full((1, 1), 1.0, T)
+    else:
+        return tl.load(class_weight + columns, exists, other=0.0)
+
+
+@triton.jit
+def _params(values, strides, rows, inside, COUNT: tl.constexpr):
+    """The parameters as columns."""
+    columns = ()
+    for k in tl.static_range(COUNT):
+        columns = columns + (tl.load(values[k] + rows * strides[k], inside, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return columns
+
+
+@triton.jit
+def _upstream(grad_output, stride, rows, live, T: tl.constexpr):
+    if grad_output is None:
+        return tl.full((1, 1), 1.0, T)
+    else:
+        return tl.load(grad_output + rows * stride, live, other=0.0)
+
+
+# --- the statistics of a part of a row, and how they merge ---
+# (max; sum of exp(z - max) over all but the target; sum of w (z - reference); columns of the largest two and of the
+# largest below the target, -1 for none; the logits of the last two). Sums are in float64: a few additions for each
+# block, which keep the digits of those within it.
+
+
+@triton.jit
+def _nothing(ROWS: tl.constexpr, T: tl.constexpr):
+    lowest = tl.full((ROWS, 1), -float("inf"), T)
+    zero = tl.zeros((ROWS, 1), tl.float64)
+    nowhere = tl.full((ROWS, 1), -1, tl.int32)
+    return lowest, zero, zero, nowhere, nowhere, nowhere, lowest, lowest
+
+
+@triton.jit
+def _reference(maximum):
+    return tl.where(maximum == -float("inf"), 0.0, maximum)  # exp(-inf - -inf) would be NaN
+
+
+@triton.jit
+def _merge(x, y):
+    """`y` comes from columns to the right of `x`: on equal values the lower index stays."""
+    x_max, x_rest, x_mean, x_top, x_second, x_below, x_second_logit, x_below_logit = x
+    y_max, y_rest, y_mean, y_top, y_second, y_below, y_second_logit, y_below_logit = y
+    maximum = tl.maximum(x_max, y_max)
+    reference = _reference(maximum)
+    # A part without a finite logit has an empty sum (or a NaN that must pass through).
+    rest = x_rest * tl.exp(x_max - reference) + y_rest * tl.exp(y_max - reference)
+    # The largest two of both: y's largest is first, second or neither; y's second can be second only after its largest.
+    first = (y_top >= 0) & ((x_top < 0) | (y_max > x_max))
+    runner, runner_logit = tl.where(first, x_top, x_second), tl.where(first, x_max, x_second_logit)
+    other, other_logit = tl.where(first, y_second, y_top), tl.where(first, y_second_logit, y_max)
+    second = (other >= 0) & ((runner < 0) | (other_logit > runner_logit))
+    below = (y_below >= 0) & ((x_below < 0) | (y_below_logit > x_below_logit))
+    return (
+        maximum,
+        rest,
+        x_mean + y_mean,
+        tl.where(first, y_top, x_top),
+        tl.where(second, other, runner),
+        tl.where(below, y_below, x_below),
+        tl.where(second, other_logit, runner_logit),
+        tl.where(below, y_below_logit, x_below_logit),
+    )
+
+
+@triton.jit
+def _first_column(columns, here):
+    """The lowest of the columns, -1 for none."""
+    first = tl.min(tl.where(here, columns, _NO_COLUMN), 1, keep_dims=True)
+    return tl.where(first == _NO_COLUMN, -1, first)
+
+
+@triton.jit
+def _scan(
+    logits,
+    row_stride,
+    rows,
+    live,
+    begin,
+    end,
+    V,
+    target,
+    target_logit,
+    reference,
+    class_weight,
+    TOP_K: tl.constexpr,
+    BELOW: tl.constexpr,
+    MEAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """The statistics of the columns from `begin` to `end`."""
+    part = _nothing(ROWS, T)
+    nowhere, lowest = part[3], part[0]
+    for start in range(begin, end, BLOCK):
+        columns, exists, z = _block(logits, row_stride, rows, live, start, V, BLOCK, T)
+        number = tl.where(z == z, z, -float("inf"))  # which maximum() makes of a NaN depends on the machine
+        maximum = tl.max(number, 1, keep_dims=True)
+        e = tl.where(columns == target, 0.0, tl.exp(z - _reference(maximum)))
+        rest = tl.sum(e, 1, keep_dims=True).to(tl.float64)
+        mean = part[2] * 0
+        if MEAN:
+            of_columns = (z - reference) * _class_weights(class_weight, columns, exists, T)
+            mean = tl.sum(tl.where(live & exists, of_columns, 0.0), 1, keep_dims=True).to(tl.float64)
+        top, second, below = nowhere, nowhere, nowhere
+        second_logit, below_logit = lowest, lowest
+        if TOP_K > 0:
+            top = _first_column(columns, exists & (number == maximum))
+        if TOP_K > 1:
+            others = exists & (columns != top)
+            second_logit = tl.max(tl.where(others, number, -float("inf")), 1, keep_dims=True)
+            second = _first_column(columns, others & (number == second_logit))
+        if BELOW:
+            lower = tl.where(z < target_logit, z, -float("inf"))
+            below_logit = tl.max(lower, 1, keep_dims=True)
+            below = _first_column(columns, (lower == below_logit) & (lower > -float("inf")))
+        part = _merge(part, (maximum, rest, mean, top, second, below, second_logit, below_logit))
+    return part
+
+
+# --- from the statistics of whole rows to what the pass gives ---
+
+
+@triton.jit
+def _picks(
+    part,
+    logits,
+    row_stride,
+    rows,
+    live,
+    V,
+    candidates,
+    TOP_K: tl.constexpr,
+    BELOW: tl.constexpr,
+    PICKS: tl.constexpr,
+    PICK_BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Index and logit of each pick, (ROWS, PICK_BLOCK), -1 for none, and whether all of a row's are in range."""
+    k = tl.arange(0, PICK_BLOCK)[None, :]
+    index = tl.where(live & (k < 0), 0, -1).to(tl.int64)
+    logit = tl.where(live & (k < 0), tl.full((1, 1), 0.0, T), -float("inf"))
+    if TOP_K > 0:
+        index = tl.where(live & (k == 0), part[3], index)
+        logit = tl.where(k == 0, part[0], logit)
+    if TOP_K > 1:
+        index = tl.where(live & (k == 1), part[4], index)
+        logit = tl.where(k == 1, part[6], logit)
+    if BELOW:
+        index = tl.where(live & (k == TOP_K), part[5], index)
+        logit = tl.where(k == TOP_K, part[7], logit)
+    if candidates is not None:
+        first: tl.constexpr = TOP_K + BELOW
+        given = live & (k >= first) & (k < PICKS)
+        index = tl.where(given, tl.load(candidates + rows * (PICKS - first) + (k - first), given, other=-1), index)
+        outside = given & ((index < 0) | (index >= V))
+        logit = tl.where(given, _logit(logits, row_stride, rows, index, given & (outside == 0), T), logit)
+        return index, logit, tl.max(outside.to(tl.int32), 1, keep_dims=True) == 0
+    else:
+        return index, logit, live
+
+
+@triton.jit
+def _store_rows(to, N, rows, inside, ignored, values, neutral):
+    """One below the other; ignored rows get the neutral ones."""
+    for k in tl.static_range(len(values)):
+        tl.store(to + (rows + k * N), tl.where(ignored, neutral[k], values[k]), inside)
+
+
+@triton.jit
+def _finish(
+    part,
+    rows,
+    inside,
+    live,
+    target,
+    target_logit,
+    reference,
+    end,
+    logits,
+    row_stride,
+    class_weight,
+    weight_sum,
+    candidates,
+    param_values,
+    param_strides,
+    loss,
+    statistics,
+    index,
+    coefficients,
+    N,
+    V,
+    main,
+    smooth,
+    z_loss,
+    EPILOGUE: tl.constexpr,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    PARAMS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BELOW: tl.constexpr,
+    MEAN: tl.constexpr,
+    PICKS: tl.constexpr,
+    PICK_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    pick_index, pick_logit, in_range = _picks(
+        part, logits, row_stride, rows, live, V, candidates, TOP_K, BELOW, PICKS, PICK_BLOCK, T
+    )
+    target_logit = tl.where(in_range, target_logit, float("nan"))
+
+    m = _reference(part[0])
+    rest = part[1].to(T)
+    mine = tl.exp(target_logit - m)
+    sum_exp = rest + mine
+    log_sum = tl.log(sum_exp)
+    hopeless = sum_exp == 0  # no finite logit at all
+    q = tl.where(hopeless, 1.0, rest / sum_exp)
+    p = tl.where(hopeless, 0.0, mine / sum_exp)
+    ce = tl.where(rest < mine, log1p(rest / mine), (m - target_logit) + log_sum)
+    ce = tl.where(hopeless, float("inf"), ce)
+    classes = V.to(tl.float64)
+    total = classes  # of the class weights
+    if weight_sum is not None:
+        total = tl.load(weight_sum)
+    mean_ce = tl.zeros_like(ce)
+    if MEAN:
+        sum_ce = total * (log_sum.to(tl.float64) + (m.to(tl.float64) - reference.to(tl.float64))) - part[2]
+        mean_ce = (sum_ce / classes).to(T)
+
+    # Ignored rows get the statistics of two equal logits, one of them the target, so that a user's loss function sees
+    # nothing that is not finite, and loss and coefficients of zero.
+    ignored = live == 0
+    log_2 = 0.6931471805599453
+    _store_rows(
+        statistics,
+        N,
+        rows,
+        inside,
+        ignored,
+        (m, sum_exp, q, ce, target_logit, mean_ce),
+        (0.0, 2.0, 0.5, log_2, 0.0, log_2),
+    )
+    k = tl.arange(0, PICK_BLOCK)[None, :]
+    real = inside & (k < PICKS)
+    tl.store(statistics + (rows + (k + _STATISTICS) * N), tl.where(ignored, 0.0, pick_logit), real)
+    tl.store(index + (rows + k * N), pick_index, real)
+
+    if EPILOGUE is not None or TERM is not None:
+        lse = m + log_sum
+        values = _params(param_values, param_strides, rows, inside, PARAMS)
+        target_weight = tl.full((1, 1), 1.0, T)
+        if class_weight is not None:
+            target_weight = tl.load(class_weight + target, live & (target < V), other=0.0)
+        main = tl.full((1, 1), main, T)
+        smooth = tl.full((1, 1), smooth, T)
+        z_loss = tl.full((1, 1), z_loss, T) * target_weight
+        z_term = tl.where(z_loss != 0, z_loss * lse * lse, 0.0)
+        z_slope = tl.where(z_loss != 0, 2 * z_loss * lse, 0.0)
+        spread = smooth * total.to(T)
+        b = tl.zeros_like(pick_logit)
+        if EPILOGUE is not None:
+            same = pick_index == target
+            pick_ce = tl.where(same, ce, log_sum + (m - pick_logit))
+            of_row, a, d, b = EPILOGUE(ce, q, p, lse, pick_ce, real, real & (same == 0), PICKS, values)
+            # L = w_t (main * base + z_loss lse^2) + smooth * sum_j w_j (-log p_j)
+            main = main * target_weight
+            of_row = main * of_row + z_term + smooth * classes.to(T) * mean_ce
+            a = main * a + z_slope + spread
+            d = main * d + z_slope + spread
+            b = main * b
+            one, two, three = a, smooth + tl.zeros_like(a), d - a * q - smooth * target_weight
+        else:
+            top = tl.where(live, part[3], -1)
+            of_row, one, two, three = _class_term(
+                logits, row_stride, rows, live, end, V, target, top, m, sum_exp, p, class_weight, target_weight, values,
+                z_slope, TERM, EXPONENT, ROWS, BLOCK, T,
+            )  # fmt: skip
+            of_row += z_term
+        tl.store(loss + rows, tl.where(ignored, 0.0, of_row), inside)
+        _store_rows(coefficients, N, rows, inside, ignored, (one, two, three), (0.0, 0.0, 0.0))
+        tl.store(coefficients + (rows + (k + _COEFFICIENTS) * N), tl.where(ignored, 0.0, b), real)
+
+
+# --- class terms ---
+
+
+@triton.jit
+def _exponent(p, params, EXPONENT: tl.constexpr):
+    if EXPONENT is None:
+        return tl.zeros_like(p)
+    else:
+        return params[EXPONENT]
+
+
+@triton.jit
+def _series(p, x):
+    """(1 - p)^x of small p; what it leaves out is less than half an ulp."""
+    sum = 1.0 - (x - 3.0) / 4.0 * p
+    sum = 1.0 - (x - 2.0) / 3.0 * p * sum
+    sum = 1.0 - (x - 1.0) / 2.0 * p * sum
+    return 1.0 - x * p * sum
+
+
+@triton.jit
+def _powers(p, alpha):
+    """(1 - p)^alpha and (1 - p)^(alpha - 1): as series where no p of the block is large, as in almost every block."""
+    limit = (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
+    if _any(p > limit):
+        q = 1.0 - p
+        weight = tl.exp(alpha * tl.log(q))
+        steep = weight / q
+    else:
+        weight = _series(p, alpha)
+        steep = _series(p, alpha - 1.0)
+    return weight, steep
+
+
+@triton.jit
+def _negative_terms(p, class_weight, params, TERM: tl.constexpr, EXPONENT: tl.constexpr):
+    """Loss and slope of the classes of a block as such that are not the target."""
+    weight, steep = _powers(p, _exponent(p, params, EXPONENT))
+    return TERM(p, 1.0 - p, weight, steep, 1.0, class_weight, params, False)
+
+
+@triton.jit
+def _class_term(
+    logits,
+    row_stride,
+    rows,
+    live,
+    end,
+    V,
+    target,
+    top,
+    m,
+    sum_exp,
+    p,
+    class_weight,
+    target_weight,
+    params,
+    z_slope,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """The rows' losses; shift, gradient at the top class, gradient at the target. dL/dz_j = p_j (g_j - shift)."""
+    inverse = 1.0 / sum_exp
+    others = tl.zeros((ROWS, 1), tl.float64)  # sum of exp(z - m) over all but the top class
+    loss = tl.zeros((ROWS, 1), tl.float64)
+    slope = tl.zeros((ROWS, 1), tl.float64)  # sum of p g
+    for begin in range(0, end, BLOCK):
+        columns, exists, z = _block(logits, row_stride, rows, live, begin, V, BLOCK, T)
+        # The target and the top class are singled out below; p = 0 adds nothing.
+        e = tl.where((columns == target) | (columns == top), 0.0, tl.exp(z - m))
+        f, g = _negative_terms(e * inverse, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
+        others += tl.sum(e, 1, keep_dims=True).to(tl.float64)
+        loss += tl.sum(f, 1, keep_dims=True).to(tl.float64)
+        slope += tl.sum(e * inverse * g, 1, keep_dims=True).to(tl.float64)
+
+    # 1 - p of the top class, the only one that may have p > 0.5, comes from the others' sum.
+    is_top = target == top
+    top_q = tl.where(is_top, others, others + (p * sum_exp).to(tl.float64)).to(T) * inverse
+    top_p = 1.0 - top_q
+    top_weight = tl.full((1, 1), 1.0, T)
+    if class_weight is not None:
+        top_weight = tl.load(class_weight + top, top >= 0, other=0.0)
+    positive_q = tl.where(is_top, top_q, 1.0 - p)
+    f, h = TERM(tl.where(is_top, top_p, p), positive_q, positive_q, positive_q, positive_q, target_weight, params, True)
+    weight = power(top_q, _exponent(top_q, params, EXPONENT))
+    top_f, top_h = TERM(top_p, top_q, weight, weight, top_q, top_weight, params, False)
+    target_g = h / positive_q
+    loss += tl.where(is_top, f, f + top_f).to(tl.float64)
+    slope += tl.where(is_top, 0.0, p * target_g).to(tl.float64)
+    top_h = tl.where(is_top, h, top_h)
+    # dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q underflows, so
+    # do they.
+    shift = slope.to(T) + tl.where(top_q > 0, top_p * top_h / top_q, 0.0) - z_slope
+    top_gradient = top_p * (top_h - slope.to(T) + z_slope)
+    return loss.to(T), shift, top_gradient, tl.where(is_top, top_gradient, p * (target_g - shift))
+
+
+# --- the passes ---
+
+
+@triton.jit
+def statistics_pass(
+    logits,
+    row_stride: tl.int64,
+    target,
+    class_weight,
+    weight_sum,
+    candidates,
+    param_values,
+    param_strides,
+    loss,
+    statistics,
+    index,
+    coefficients,
+    part_sums,
+    part_logits,
+    part_columns,
+    N: tl.int64,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    main: tl.float64,
+    smooth: tl.float64,
+    z_loss: tl.float64,
+    EPILOGUE: tl.constexpr,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    PARAMS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BELOW: tl.constexpr,
+    MEAN: tl.constexpr,
+    PICKS: tl.constexpr,
+    PICK_BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """SPLIT: grid (row blocks, spans), stores the statistics of a span of the rows. MERGE: takes them up from there.
+
+    Otherwise both in one. Spans lie one after the other, each (2 or 3, N): of sums, logits and columns.
+    """
+    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    rows, inside = _rows(tl.program_id(0), N, ROWS)
+    t, live = _targets(target, rows, inside, V, ignore_index)
+    in_range = live & (t >= 0) & (t < V)
+    target_logit = tl.where(in_range | (live == 0), _logit(logits, row_stride, rows, t, in_range, T), float("nan"))
+    reference = tl.zeros_like(target_logit)
+    if MEAN:
+        # Some logit, so that a common offset takes no digits from the sum.
+        reference = _logit(logits, row_stride, rows, tl.zeros_like(t), live, T)
+        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    end = tl.where(_any(live), V, 0)  # where all are ignored there is nothing to read
+
+    part = _nothing(ROWS, T)
+    if MERGE:
+        for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
+            at = rows + span * 3 * N
+            part = _merge(
+                part,
+                (
+                    tl.load(part_logits + at, inside, other=0.0),
+                    tl.load(part_sums + at, inside, other=0.0),
+                    tl.load(part_sums + (at + N), inside, other=0.0),
+                    tl.load(part_columns + at, inside, other=-1),
+                    tl.load(part_columns + (at + N), inside, other=-1),
+                    tl.load(part_columns + (at + 2 * N), inside, other=-1),
+                    tl.load(part_logits + (at + N), inside, other=0.0),
+                    tl.load(part_logits + (at + 2 * N), inside, other=0.0),
+                ),
+            )
+    else:
+        first = tl.program_id(1) * (SPAN * BLOCK) if SPLIT else 0
+        last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
+        for begin in range(first, last, SPAN * BLOCK):
+            span = _scan(
+                logits, row_stride, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, target_logit,
+                reference, class_weight, TOP_K, BELOW, MEAN, ROWS, BLOCK, T,
+            )  # fmt: skip
+            part = _merge(part, span)
+
+    if SPLIT:
+        at = rows + tl.program_id(1) * 3 * N
+        tl.store(part_logits + at, part[0], inside)
+        tl.store(part_sums + at, part[1], inside)
+        tl.store(part_sums + (at + N), part[2], inside)
+        tl.store(part_columns + at, part[3], inside)
+        tl.store(part_columns + (at + N), part[4], inside)
+        tl.store(part_columns + (at + 2 * N), part[5], inside)
+        tl.store(part_logits + (at + N), part[6], inside)
+        tl.store(part_logits + (at + 2 * N), part[7], inside)
+    else:
+        _finish(
+            part, rows, inside, live, t, target_logit, reference, end, logits, row_stride, class_weight, weight_sum,
+            candidates, param_values, param_strides, loss, statistics, index, coefficients, N, V, main, smooth, z_loss,
+            EPILOGUE, TERM, EXPONENT, PARAMS, TOP_K, BELOW, MEAN, PICKS, PICK_BLOCK, ROWS, BLOCK, T,
+        )  # fmt: skip
+
+
+@triton.jit
+def gradient_pass(
+    logits,
+    row_stride: tl.int64,
+    target,
+    class_weight,
+    statistics,
+    index,
+    coefficients,
+    grad_output,
+    grad_output_stride: tl.int64,
+    param_values,
+    param_strides,
+    grad,
+    grad_stride: tl.int64,
+    N: tl.int64,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    PARAMS: tl.constexpr,
+    PICKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (row blocks times column blocks). `grad` may be the logits themselves."""
+    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(V, BLOCK)
+    rows, inside = _rows(tl.program_id(0) // blocks, N, ROWS)
+    t, live = _targets(target, rows, inside, V, ignore_index)
+    m = tl.load(statistics + rows, live, other=0.0)
+    inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
+    upstream = _upstream(grad_output, grad_output_stride, rows, live, T)
+    one = tl.load(coefficients + rows, live, other=0.0)
+    two = tl.load(coefficients + (rows + N), live, other=0.0)
+    at_target = tl.load(coefficients + (rows + 2 * N), live, other=0.0) * upstream
+
+    columns, exists, z = _block(logits, row_stride, rows, live, tl.program_id(0) % blocks * BLOCK, V, BLOCK, T)
+    e = tl.exp(z - m)
+    if TERM is not None:
+        p = e * inverse
+        values = _params(param_values, param_strides, rows, inside, PARAMS)
+        weight = _class_weights(class_weight, columns, exists, T)
+        _, g = _negative_terms(p, weight, values, TERM, EXPONENT)
+        gradient = p * (g - one) * upstream
+        top = tl.load(index + rows, live, other=-1)
+        gradient = tl.where(columns == top, two * upstream, gradient)
+        gradient = tl.where(columns == t, at_target, gradient)
+    else:
+        u = two * upstream
+        gradient = e * (one * inverse * upstream)
+        if class_weight is None:
+            gradient -= u
+        elif _any(u != 0):
+            gradient -= u * _class_weights(class_weight, columns, exists, T)
+        gradient = tl.where(columns == t, at_target, gradient)
+        for k in tl.static_range(PICKS):
+            pick = tl.load(index + (rows + k * N), live, other=-1)
+            b = tl.load(coefficients + (rows + (_COEFFICIENTS + k) * N), live, other=0.0) * upstream
+            gradient = tl.where(columns == pick, gradient - b, gradient)
+    gradient = tl.where(live, gradient, 0.0)
+    tl.store(grad + (rows * grad_stride + columns), convert(gradient, grad.dtype.element_ty), inside & exists)
+
+
+@triton.jit
+def top_rest_pass(
+    logits,
+    row_stride: tl.int64,
+    target,
+    statistics,
+    index,
+    top_rest,
+    N: tl.int64,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """1 - p of each row's top class. Only a p > 0.5 of a class that is not the target needs a look at the others."""
+    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    rows, inside = _rows(tl.program_id(0), N, ROWS)
+    t, live = _targets(target, rows, inside, V, ignore_index)
+    top = tl.load(index + rows, live, other=-1)
+    m = tl.load(statistics + rows, live, other=0.0)
+    sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
+    rest = 1.0 - tl.exp(_logit(logits, row_stride, rows, top, live & (top >= 0), T) - m) / sum_exp
+    rest = tl.where(top == t, tl.load(statistics + (rows + 2 * N), live, other=0.0), rest)
+    wrong = live & (top != t) & (rest < 0.5)
+    others = tl.zeros((ROWS, 1), tl.float64)
+    for begin in range(0, tl.where(_any(wrong), V, 0), BLOCK):
+        columns, _, z = _block(logits, row_stride, rows, wrong, begin, V, BLOCK, T)
+        others += tl.sum(tl.where(columns == top, 0.0, tl.exp(z - m)), 1, keep_dims=True).to(tl.float64)
+    tl.store(top_rest + rows, tl.where(wrong, others.to(T) / sum_exp, rest), inside)
+
+
+@triton.jit
+def class_sums_pass(
+    logits,
+    row_stride: tl.int64,
+    target,
+    row_weight,
+    row_weight_stride: tl.int64,
+    statistics,
+    index,
+    top_rest,
+    param_values,
+    param_strides,
+    sums,
+    N: tl.int64,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    group_rows,
+    OVERLAP: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    PARAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (column blocks, groups of rows): `sums` (groups, 2, V), error and agreement over the rows of each group."""
+    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    begin = tl.program_id(0) * BLOCK
+    group = tl.program_id(1).to(tl.int64)
+    error = tl.zeros((1, BLOCK), tl.float64)
+    agreement = tl.zeros((1, BLOCK), tl.float64)
+    for first in range(0, group_rows, ROWS):
+        rows = group * group_rows + first + tl.arange(0, ROWS)[:, None]
+        inside = rows < N
+        t, live = _targets(target, rows, inside, V, ignore_index)
+        m = tl.load(statistics + rows, live, other=0.0)
+        inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
+        weight = _upstream(row_weight, row_weight_stride, rows, live, T)
+        top = tl.load(index + rows, live, other=-1)
+        top_q = tl.load(top_rest + rows, live, other=1.0)
+        values = _params(param_values, param_strides, rows, inside, PARAMS)
+
+        columns, exists, z = _block(logits, row_stride, rows, live, begin, V, BLOCK, T)
+        is_target, is_top = columns == t, columns == top
+        p = tl.where(is_target | is_top, 0.0, tl.exp(z - m) * inverse)
+        weights, steep = _powers(p, _exponent(p, values, EXPONENT))
+        e, _, _, _ = OVERLAP(p, 1.0 - p, weights, steep, 1.0, values, False)
+        # The top class, whose 1 - p is known, and the target.
+        top_power = power(top_q, _exponent(top_q, values, EXPONENT))
+        top_e, _, _, _ = OVERLAP(1.0 - top_q, top_q, top_power, top_power, top_q, values, False)
+        target_p = tl.exp(_logit(logits, row_stride, rows, t, live & (t >= 0) & (t < V), T) - m) * inverse
+        target_p = tl.where(t == top, 1.0 - top_q, target_p)
+        target_q = tl.where(t == top, top_q, 1.0 - target_p)
+        target_e, target_c, _, _ = OVERLAP(target_p, target_q, target_q, target_q, target_q, values, True)
+        e = tl.where(is_target, target_e, tl.where(is_top, top_e, e))
+        c = tl.where(is_target, target_c, 0.0)
+        counted = live & exists
+        error += tl.sum(tl.where(counted, weight * e, 0.0), 0, keep_dims=True).to(tl.float64)
+        agreement += tl.sum(tl.where(counted, weight * c, 0.0), 0, keep_dims=True).to(tl.float64)
+    columns = begin + tl.arange(0, BLOCK)[None, :]
+    to = sums + (group * 2 * V + columns)
+    tl.store(to, error, columns < V)
+    tl.store(to + V, agreement, columns < V)
