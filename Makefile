@@ -19,7 +19,7 @@ help: ## list the targets
 demo: .venv/installed ## train a small translation model, about 3 minutes on 2 cores
 	$(BIN)/python examples/nmt/train.py $(ARGS)
 
-demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 5 minutes
+demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 3 minutes
 	$(BIN)/python examples/lm/train.py $(ARGS)
 
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.

@@ -28,7 +28,8 @@ Medians of rounds in which all candidates have their turn, one after the other, 
 
 - *floor*: 1.5 × `copy_()` of the logits, in the same rounds: the least that reading the logits twice and writing the
   gradient once can take.
-- *fused* writes the gradient to new memory, *in place* over the logits (`inplace_backward=True`).
+- *fused* writes the gradient to a new tensor, in memory kept from the step before; *in place* writes it over the logits
+  (`inplace_backward=True`).
 - *× eager*, *× compiled*: how many times faster *fused* is than the formula in PyTorch and than `torch.compile` of it.
 - *× F.cross_entropy*: likewise; in parentheses where the loss is another one and this only a yardstick.
 - *memory*: the most that a step holds beyond logits and gradient, as a multiple of the logits.

@@ -44,7 +44,8 @@ def _formula(
     if level != "example":
         rows = 0 if level == "class" else (0, 1)
         tp, fp, fn = tp.sum(rows), fp.sum(rows), fn.sum(rows)
-    loss = 1 - (tp + smooth) / (tp + alpha * fp + (1 - alpha) * fn + smooth)
+    error = alpha * fp + (1 - alpha) * fn
+    loss = error / (tp + error + smooth)  # as "1 - (tp + smooth) / ..." it would lose half the digits of float32
     return loss.sum(-1) if level == "example" else loss
 
 
