@@ -76,7 +76,7 @@ def ready() -> list[str]:
 
 def unchecked(impl: str) -> str | None:
     """Why the implementation is not checked; None if it is."""
-    return backends.unavailable(impl, _device(impl))
+    return backends.unavailable(impl) or backends.unavailable(impl, _device(impl))
 
 
 def _device(impl: str) -> torch.device:
