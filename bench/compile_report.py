@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fusedloss import ops
 from fusedloss.backends import triton as backend
 from fusedloss.triton_kernels import epilogues, launch
 
@@ -99,6 +100,9 @@ class _Driver:
 def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "class_sums": the sums over rows of DSC, or "statistics": all that there are. After a
     comma "few rows", or "weighted" by class."""
+    row_statistics, row_loss, row_gradient, class_sums = (
+        ops.kernel(name, "CUDA", "triton") for name in ("row_statistics", "row_loss", "row_gradient", "class_sums")
+    )
     loss, _, variant = loss.partition(", ")
     rows = FEW_ROWS if variant == "few rows" else ROWS
     params_count, top_k = LOSSES.get(loss, LOSSES["dsc_one_vs_rest"])
@@ -109,19 +113,19 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     params: list[Tensor] = [scalar] * params_count
     weight = torch.ones(classes, dtype=compute) if variant == "weighted" else None
     if loss == "class_sums":
-        statistics, index = backend.row_statistics(logits, target, None, None, -100, 1, False, False)
+        statistics, index = row_statistics(logits, target, None, None, -100, 1, False, False)
         row_weight = torch.empty(rows, dtype=compute)
-        backend.class_sums(logits, target, row_weight, statistics, index, params[:3], "dsc_over_rows", -100)
+        class_sums(logits, target, row_weight, statistics, index, params[:3], "dsc_over_rows", -100)
         return
     if loss == "statistics":
         candidates = torch.zeros(rows, 3, dtype=torch.int64)
-        statistics, index = backend.row_statistics(logits, target, weight, candidates, -100, 2, True, True)
+        statistics, index = row_statistics(logits, target, weight, candidates, -100, 2, True, True)
         coefficients = torch.empty(9, rows, dtype=compute)
-        backend.row_gradient(logits, target, weight, statistics, index, coefficients, None, [], "", -100)
+        row_gradient(logits, target, weight, statistics, index, coefficients, None, [], "", -100)
         return
     smoothing = 0.0 if loss in epilogues.CLASS_TERMS else 0.1
-    saved = backend.row_loss(logits, target, weight, None, params, loss, smoothing, "all", 0.0, -100, top_k)[1:]
-    backend.row_gradient(logits, target, weight, *saved, scalar.expand(rows), params, loss, -100)
+    saved = row_loss(logits, target, weight, None, params, loss, smoothing, "all", 0.0, -100, top_k)[1:]
+    row_gradient(logits, target, weight, *saved, scalar.expand(rows), params, loss, -100)
 
 
 def compile_for(target: str, loss: str, dtype: torch.dtype, classes: int) -> list[Compiled]:

@@ -356,26 +356,13 @@ def linear_row_loss(
     gradients = _Gradients(chunks, needed)
     parts = []
     for rows, logits in chunks:
-        part = (target[rows], weight)
-        own = _part(rows, params)
-        result = ops.row_loss(
-            logits,
-            *part,
-            _optional_part(rows, candidates),
-            own,
-            epilogue,
-            label_smoothing,
-            smoothing_over,
-            z_loss,
-            ignore_index,
-            top_k,
-            impl,
-        )
-        parts.append(result)
+        part = (target[rows], weight, _optional_part(rows, candidates), _part(rows, params))
+        names = (epilogue, label_smoothing, smoothing_over, z_loss, ignore_index, top_k, impl)
         if any(needed):
-            upstream = _optional_part(rows, row_weight)
-            ops.row_gradient_(logits, *part, *result[1:], upstream, own, epilogue, ignore_index, impl)
+            parts.append(ops.row_loss_gradient_(logits, *part, _optional_part(rows, row_weight), *names))
             gradients.add(rows, logits)
+        else:
+            parts.append(ops.row_loss(logits, *part, *names))
     columns = [torch.cat(column, -1) for column in zip(*parts, strict=True)]
     (loss,) = _put_back(order, 0, columns[0])
     statistics, index, coefficients = _put_back(order, 1, *columns[1:])

@@ -2,6 +2,7 @@
 
 ``row_statistics``  the statistics pass alone, for a loss that is PyTorch code
 ``row_loss``        the statistics pass and a compiled epilogue: losses, and the coefficients of their gradient
+``row_loss_gradient_``    the same, and the gradient of their ``row_weight``-weighted sum in the logits' memory
 ``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
 ``class_sums``      the sums over the rows of each class's error and agreement, (2, V) in float64, from statistics with
                     the top class
@@ -48,6 +49,11 @@ _library.define(
     "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
     "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
+_library.define(
+    "row_loss_gradient_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, "
+    "Tensor? row_weight, str epilogue, float label_smoothing, str smoothing_over, float z_loss, int ignore_index, "
+    "int top_k, str impl) -> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
+)
 _GRADIENT_ARGUMENTS = (
     "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, Tensor? grad_output, "
     "Tensor[] params, str epilogue, int ignore_index, str impl"
@@ -83,6 +89,7 @@ _library.define(
 
 row_statistics = torch.ops.fusedloss.row_statistics.default
 row_loss = torch.ops.fusedloss.row_loss.default
+row_loss_gradient_ = torch.ops.fusedloss.row_loss_gradient_.default
 row_gradient = torch.ops.fusedloss.row_gradient.default
 row_gradient_ = torch.ops.fusedloss.row_gradient_.default
 class_sums = torch.ops.fusedloss.class_sums.default
@@ -109,65 +116,109 @@ def register_for_every_device(**kernels: Callable[..., Any]) -> None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
+def kernel(name: str, device: str, impl: str) -> Callable[..., Any]:
+    """A backend's own, as it was registered."""
+    return _kernels[name, device, impl]
+
+
 def _by_impl(name: str, device: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        return _kernels[name, device, arguments[-1]](*arguments[:-1])
+        return kernel(name, device, arguments[-1])(*arguments[:-1])
 
     return call
 
 
-def _fake_forward(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
+def new_statistics(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
+    """Statistics and pick indices to be written, for logits or for hidden states that they are made of."""
+    rows = target.shape[0]
     statistics = logits.new_empty((STATISTICS + picks, rows), dtype=compute_dtype(logits.dtype))
     return statistics, target.new_empty((picks, rows))
 
 
-@torch.library.register_fake("fusedloss::row_statistics", lib=_library)
-def _(logits, target, weight, candidates, ignore_index, top_k, below, mean, impl):  # type: ignore[no-untyped-def]
-    picks = top_k + below + (0 if candidates is None else candidates.shape[1])
-    return _fake_forward(logits, target, picks)
+def new_losses(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and coefficients to be written, beside such statistics."""
+    size, rows = statistics.shape
+    return statistics.new_empty(rows), statistics.new_empty((size - STATISTICS + COEFFICIENTS, rows))
 
 
-@torch.library.register_fake("fusedloss::row_loss", lib=_library)
-def _(  # type: ignore[no-untyped-def]
-    logits,
-    target,
-    weight,
-    candidates,
-    params,
-    epilogue,
-    label_smoothing,
-    smoothing_over,
-    z_loss,
-    ignore_index,
-    top_k,
-    impl,
-):
-    picks = top_k + (0 if candidates is None else candidates.shape[1])
-    statistics, index = _fake_forward(logits, target, picks)
-    coefficients = statistics.new_empty((COEFFICIENTS + picks, logits.shape[0]))
-    return statistics.new_empty(logits.shape[0]), statistics, index, coefficients
+def picks_of(candidates: Tensor | None, top_k: int, below: bool = False) -> int:
+    return top_k + below + (0 if candidates is None else candidates.shape[1])
 
 
-@torch.library.register_fake("fusedloss::row_gradient", lib=_library)
-def _(logits, *arguments):  # type: ignore[no-untyped-def]
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a fake, which gets the arguments by the schema's names and takes those that it needs."""
+    names = [argument.name for argument in getattr(torch.ops.fusedloss, name).default._schema.arguments]
+
+    def register_fake(fake: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            return fake(**dict(zip(names, arguments, strict=False)), **named)
+
+        torch.library.register_fake(f"fusedloss::{name}", call, lib=_library)
+        return fake
+
+    return register_fake
+
+
+@_fake("row_statistics")
+def _(logits, target, candidates, top_k, below, **_):  # type: ignore[no-untyped-def]
+    return new_statistics(logits, target, picks_of(candidates, top_k, below))
+
+
+@_fake("row_loss")
+def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
+    return _fake_row_loss(logits, target, candidates, top_k)
+
+
+@_fake("row_loss_gradient_")
+def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
+    return _fake_row_loss(logits, target, candidates, top_k)
+
+
+def _fake_row_loss(
+    logits: Tensor, target: Tensor, candidates: Tensor | None, top_k: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics, index = new_statistics(logits, target, picks_of(candidates, top_k))
+    loss, coefficients = new_losses(statistics)
+    return loss, statistics, index, coefficients
+
+
+@_fake("row_gradient")
+def _(logits, **_):  # type: ignore[no-untyped-def]
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("fusedloss::row_gradient_", lib=_library)
-def _(logits, *arguments):  # type: ignore[no-untyped-def]
+@_fake("row_gradient_")
+def _(**_):  # type: ignore[no-untyped-def]
     return None
 
 
-@torch.library.register_fake("fusedloss::class_sums", lib=_library)
-def _(logits, *arguments):  # type: ignore[no-untyped-def]
+@_fake("class_sums")
+def _(logits, **_):  # type: ignore[no-untyped-def]
+    return new_class_sums(logits)
+
+
+def new_class_sums(logits: Tensor) -> Tensor:
     return logits.new_empty((2, logits.shape[1]), dtype=torch.float64)
 
 
-@torch.library.register_fake("fusedloss::class_terms", lib=_library)
-def _(logits, target, weight, statistics, *arguments):  # type: ignore[no-untyped-def]
-    rows = logits.shape[0]
-    return statistics.new_empty(rows), statistics.new_empty((COEFFICIENTS + 1, rows))
+@_fake("class_terms")
+def _(statistics, **_):  # type: ignore[no-untyped-def]
+    return new_losses(statistics)
+
+
+@_fake("linear_row_statistics")
+def _(hidden, target, candidates, top_k, below, **_):  # type: ignore[no-untyped-def]
+    return new_statistics(hidden, target, picks_of(candidates, top_k, below))
+
+
+@_fake("linear_row_loss")
+def _(hidden, linear_weight, target, candidates, needed, top_k, **_):  # type: ignore[no-untyped-def]
+    return *_fake_row_loss(hidden, target, candidates, top_k), *_fake_gradients(hidden, linear_weight, needed)
+
+
+@_fake("linear_gradient")
+def _(hidden, linear_weight, needed, **_):  # type: ignore[no-untyped-def]
+    return _fake_gradients(hidden, linear_weight, needed)
 
 
 def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,55 +230,3 @@ def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -
         linear_weight.new_empty(shapes[1], dtype=dtype),
         linear_weight.new_empty(shapes[2], dtype=dtype),
     )
-
-
-@torch.library.register_fake("fusedloss::linear_row_statistics", lib=_library)
-def _(  # type: ignore[no-untyped-def]
-    hidden, linear_weight, linear_bias, target, weight, candidates, ignore_index, top_k, below, mean, *form
-):
-    picks = top_k + below + (0 if candidates is None else candidates.shape[1])
-    return _fake_forward(hidden, target, picks)
-
-
-@torch.library.register_fake("fusedloss::linear_row_loss", lib=_library)
-def _(  # type: ignore[no-untyped-def]
-    hidden,
-    linear_weight,
-    linear_bias,
-    target,
-    weight,
-    candidates,
-    params,
-    row_weight,
-    needed,
-    epilogue,
-    label_smoothing,
-    smoothing_over,
-    z_loss,
-    ignore_index,
-    top_k,
-    *form,
-):
-    picks = top_k + (0 if candidates is None else candidates.shape[1])
-    statistics, index = _fake_forward(hidden, target, picks)
-    coefficients = statistics.new_empty((COEFFICIENTS + picks, hidden.shape[0]))
-    loss = statistics.new_empty(hidden.shape[0])
-    return loss, statistics, index, coefficients, *_fake_gradients(hidden, linear_weight, needed)
-
-
-@torch.library.register_fake("fusedloss::linear_gradient", lib=_library)
-def _(  # type: ignore[no-untyped-def]
-    hidden,
-    linear_weight,
-    linear_bias,
-    target,
-    weight,
-    statistics,
-    index,
-    coefficients,
-    grad_output,
-    params,
-    needed,
-    *form,
-):
-    return _fake_gradients(hidden, linear_weight, needed)

@@ -102,6 +102,23 @@ def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Genera
             backward = (tensors[1], tensors[2], *saved, grad_output, params, epilogue, ignore_index, "cpu")
             check_operator(ops.row_gradient, (tensors[0], *backward))
             check_operator(ops.row_gradient_, (tensors[0].clone(), *backward))
+            both = (tensors[0].clone(), *tensors[1:], params, grad_output, *forward[5:])
+            check_operator(ops.row_loss_gradient_, both)
+
+
+@needs_cpu
+@each_case
+def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
+    tensors, ignore_index, picks = operator_arguments(case[0], 5, generator)
+    row_weight = torch.rand(5, generator=generator)
+    for epilogue, params in case[1]:
+        names = (epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
+        expected = ops.row_loss(*tensors, params, *names)
+        backward = (*tensors[1:3], *expected[1:], row_weight, params, epilogue, ignore_index, "cpu")
+        logits = tensors[0].clone()
+        found = ops.row_loss_gradient_(logits, *tensors[1:], params, row_weight, *names)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        torch.testing.assert_close(logits, ops.row_gradient(tensors[0], *backward), rtol=0, atol=0)
 
 
 @needs_cpu

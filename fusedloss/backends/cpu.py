@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import compute_dtype, raise_index_error
+from ..checks import raise_index_error
 from ..epilogue import Shared
-from . import memory
+from . import memory, passes
 
 try:
     from .. import _engine
@@ -81,137 +81,49 @@ def _check_indices(target: Tensor, candidates: Tensor | None, classes: int, igno
             raise_index_error("candidate", int(candidates.view(-1)[bad]), classes, None)
 
 
-def _forward(
+def _statistics_pass(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
-    epilogue: str,
+    epilogue: str | None,
     shared: Shared,
     ignore_index: int,
     top_k: int,
     below: bool,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, classes = logits.shape
+    statistics: Tensor,
+    index: Tensor,
+    loss: Tensor | None,
+    coefficients: Tensor | None,
+) -> None:
+    classes = logits.shape[1]
     _check_indices(target, candidates, classes, ignore_index)
     candidate_count = 0 if candidates is None else candidates.shape[1]
-    picks = top_k + below + candidate_count
-    dtype = compute_dtype(logits.dtype)
-    loss = logits.new_empty(rows if epilogue else 0, dtype=dtype)
-    statistics = logits.new_empty((ops.STATISTICS + picks, rows), dtype=dtype)
-    index = target.new_empty((picks, rows))
-    coefficients = logits.new_empty((ops.COEFFICIENTS + picks if epilogue else 0, rows), dtype=dtype)
     problem = _rows(logits, target, weight, ignore_index, candidates, candidate_count, top_k, below, mean)
     main, smooth = shared.coefficients(classes)
     _engine.forward(
         problem,
-        epilogue,
+        epilogue or "",
         _params(params),
         main,
         smooth,
         shared.z_loss,
-        loss.data_ptr(),
+        _address(loss),
         statistics.data_ptr(),
         index.data_ptr(),
-        coefficients.data_ptr(),
+        _address(coefficients),
     )
-    return loss, statistics, index, coefficients
 
 
-def row_statistics(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    ignore_index: int,
-    top_k: int,
-    below: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    _, statistics, index, _ = _forward(
-        logits, target, weight, candidates, [], "", Shared(), ignore_index, top_k, below, mean
-    )
-    return statistics, index
-
-
-def row_loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    label_smoothing: float,
-    smoothing_over: str,
-    z_loss: float,
-    ignore_index: int,
-    top_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shared = Shared(label_smoothing, smoothing_over, z_loss)
-    mean = label_smoothing != 0
-    return _forward(logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, False, mean)
-
-
-def row_gradient(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    grad_output: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    ignore_index: int,
-) -> Tensor:
+def _new_gradient(logits: Tensor) -> Tensor:
     grad = memory.empty_gradient(logits)
     advise_huge_pages(grad)
-    _write_gradient(
-        grad,
-        logits,
-        target,
-        weight,
-        statistics,
-        index,
-        coefficients,
-        grad_output,
-        params,
-        epilogue,
-        ignore_index,
-    )
     return grad
 
 
-def row_gradient_(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    grad_output: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    ignore_index: int,
-) -> None:
-    _write_gradient(
-        logits,
-        logits,
-        target,
-        weight,
-        statistics,
-        index,
-        coefficients,
-        grad_output,
-        params,
-        epilogue,
-        ignore_index,
-    )
-
-
-def _write_gradient(
+def _gradient_pass(
     grad: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -248,7 +160,7 @@ def class_sums(
     epilogue: str,
     ignore_index: int,
 ) -> Tensor:
-    sums = logits.new_empty((2, logits.shape[1]), dtype=torch.float64)
+    sums = ops.new_class_sums(logits)
     _engine.class_sums(
         _rows(logits, target, None, ignore_index),
         epilogue,
@@ -272,8 +184,7 @@ def class_terms(
     epilogue: str,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    loss = statistics.new_empty(logits.shape[0])
-    coefficients = statistics.new_empty((ops.COEFFICIENTS + 1, logits.shape[0]))
+    loss, coefficients = ops.new_losses(statistics)
     _engine.class_terms(
         _rows(logits, target, weight, ignore_index, top_k=1),
         epilogue,
@@ -287,13 +198,12 @@ def class_terms(
 
 
 if _engine:
-    ops.register(
+    passes.register(
         "CPU",
         "cpu",
-        row_statistics=row_statistics,
-        row_loss=row_loss,
-        row_gradient=row_gradient,
-        row_gradient_=row_gradient_,
+        _statistics_pass,
+        _gradient_pass,
+        _new_gradient,
         class_sums=class_sums,
         class_terms=class_terms,
     )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_indices, compute_dtype
+from ..checks import check_indices
 from ..epilogue import Shared
+from . import passes
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -59,9 +60,9 @@ def _run(kernel: Any, grid: tuple[int, ...], tile: Any, *arguments: Any, **const
             kernel[grid](*arguments, **constants, **options)
 
 
-def _term(name: str) -> dict[str, Any]:
+def _term(name: str | None) -> dict[str, Any]:
     """The constants of a pass that say which class term it is for."""
-    term = _modules()[0].CLASS_TERMS.get(name)
+    term = _modules()[0].CLASS_TERMS.get(name or "")
     return {"TERM": None, "EXPONENT": None} if term is None else {"TERM": term.term, "EXPONENT": term.exponent}
 
 
@@ -69,32 +70,31 @@ def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return tuple(params), tuple(p.stride(0) if p.dim() else 0 for p in params)
 
 
-def _forward(
+def _statistics_pass(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
-    epilogue: str,
+    epilogue: str | None,
     shared: Shared,
     ignore_index: int,
     top_k: int,
     below: bool,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    epilogues, launch, passes = _modules()
+    statistics: Tensor,
+    index: Tensor,
+    loss: Tensor | None,
+    coefficients: Tensor | None,
+) -> None:
+    if epilogue is not None and not has_epilogue(epilogue):
+        raise ValueError(f"no epilogue named {epilogue!r}")
+    epilogues, launch, kernels = _modules()
     rows, classes = logits.shape
     if logits.device.type == "cpu":
         check_indices("target", target, classes, ignore_index)
         if candidates is not None:
             check_indices("candidate", candidates, classes, None)
-    picks = top_k + below + (0 if candidates is None else candidates.shape[1])
-    dtype = compute_dtype(logits.dtype)
-    loss = logits.new_empty(rows if epilogue else 0, dtype=dtype)
-    statistics = logits.new_empty((ops.STATISTICS + picks, rows), dtype=dtype)
-    index = target.new_empty((picks, rows))
-    coefficients = logits.new_empty((ops.COEFFICIENTS + picks if epilogue else 0, rows), dtype=dtype)
-
     term = _term(epilogue)
     tile = launch.tile(classes, logits.element_size(), term["TERM"] is not None)
     row_blocks = -(-rows // tile.rows)
@@ -102,7 +102,7 @@ def _forward(
     spans = launch.spans(rows, classes, tile) if term["TERM"] is None else 1
     parts = [
         logits.new_empty((spans if spans > 1 else 0, 3, rows), dtype=kind)
-        for kind in (torch.float64, dtype, torch.int32)
+        for kind in (torch.float64, statistics.dtype, torch.int32)
     ]
     arguments = (
         logits,
@@ -130,63 +130,16 @@ def _forward(
         "TOP_K": top_k,
         "BELOW": below,
         "MEAN": mean,
-        "PICKS": picks,
-        "PICK_BLOCK": 1 << max(0, picks - 1).bit_length(),
+        "PICKS": len(index),
+        "PICK_BLOCK": 1 << max(0, len(index) - 1).bit_length(),
         "SPAN": launch.SPAN,
     }
     if spans > 1:
-        _run(passes.statistics_pass, (row_blocks, spans), tile, *arguments, **constants, SPLIT=True, MERGE=False)
-    _run(passes.statistics_pass, (row_blocks,), tile, *arguments, **constants, SPLIT=False, MERGE=spans > 1)
-    return loss, statistics, index, coefficients
+        _run(kernels.statistics_pass, (row_blocks, spans), tile, *arguments, **constants, SPLIT=True, MERGE=False)
+    _run(kernels.statistics_pass, (row_blocks,), tile, *arguments, **constants, SPLIT=False, MERGE=spans > 1)
 
 
-def row_statistics(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    ignore_index: int,
-    top_k: int,
-    below: bool,
-    mean: bool,
-) -> tuple[Tensor, Tensor]:
-    _, statistics, index, _ = _forward(
-        logits, target, weight, candidates, [], "", Shared(), ignore_index, top_k, below, mean
-    )
-    return statistics, index
-
-
-def row_loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    label_smoothing: float,
-    smoothing_over: str,
-    z_loss: float,
-    ignore_index: int,
-    top_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not has_epilogue(epilogue):
-        raise ValueError(f"no epilogue named {epilogue!r}")
-    shared = Shared(label_smoothing, smoothing_over, z_loss)
-    mean = label_smoothing != 0
-    return _forward(logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, False, mean)
-
-
-def row_gradient(logits: Tensor, *arguments: Any) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(grad, logits, *arguments)
-    return grad
-
-
-def row_gradient_(logits: Tensor, *arguments: Any) -> None:
-    _write_gradient(logits, logits, *arguments)
-
-
-def _write_gradient(
+def _gradient_pass(
     grad: Tensor,
     logits: Tensor,
     target: Tensor,
@@ -199,14 +152,14 @@ def _write_gradient(
     epilogue: str,
     ignore_index: int,
 ) -> None:
-    _, launch, passes = _modules()
+    _, launch, kernels = _modules()
     rows, classes = logits.shape
     term = _term(epilogue)
     if term["TERM"] is None:
         params = []  # they are in the coefficients
     tile = launch.tile(classes, logits.element_size(), term["TERM"] is not None)
     _run(
-        passes.gradient_pass,
+        kernels.gradient_pass,
         (-(-rows // tile.rows) * -(-classes // tile.block),),
         tile,
         logits,
@@ -240,13 +193,13 @@ def class_sums(
     epilogue: str,
     ignore_index: int,
 ) -> Tensor:
-    epilogues, launch, passes = _modules()
+    epilogues, launch, kernels = _modules()
     rows, classes = logits.shape
     term = epilogues.CLASS_TERMS[epilogue]
     tile = launch.tile(classes, logits.element_size(), class_term=True)
     top_rest = statistics.new_empty(rows)
     _run(
-        passes.top_rest_pass,
+        kernels.top_rest_pass,
         (-(-rows // tile.rows),),
         tile,
         logits,
@@ -263,7 +216,7 @@ def class_sums(
     groups = launch.row_groups(rows, classes, tile)
     sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
     _run(
-        passes.class_sums_pass,
+        kernels.class_sums_pass,
         (-(-classes // tile.block), groups),
         tile,
         logits,
@@ -298,18 +251,18 @@ def class_terms(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     # The statistics are computed anew: the logits are read for the terms in any case, right after.
-    rows = (logits, target, weight, None, params, epilogue, Shared(), ignore_index)
-    loss, _, _, coefficients = _forward(*rows, top_k=1, below=False, mean=False)
+    loss, coefficients = ops.new_losses(statistics)
+    outputs = (torch.empty_like(statistics), torch.empty_like(index), loss, coefficients)
+    settings = (epilogue, Shared(), ignore_index, 1, False, False)
+    _statistics_pass(logits, target, weight, None, params, *settings, *outputs)
     return loss, coefficients
 
 
-ops.register(
+passes.register(
     "CPU" if INTERPRETED else "CUDA",
     "triton",
-    row_statistics=row_statistics,
-    row_loss=row_loss,
-    row_gradient=row_gradient,
-    row_gradient_=row_gradient_,
+    _statistics_pass,
+    _gradient_pass,
     class_sums=class_sums,
     class_terms=class_terms,
 )
