@@ -38,6 +38,7 @@ TARGETS = {
 #: Epilogues with the number of their parameters and of the top classes that they look at.
 LOSSES = {
     "cross_entropy": (0, 0),
+    "log_sum_exp": (0, 0),
     "focal": (1, 0),
     "mixed_cross_entropy": (1, 2),
     "dsc_target": (4, 0),
@@ -45,7 +46,7 @@ LOSSES = {
     "dsc_one_vs_rest": (4, 1),
     "tversky_one_vs_rest": (3, 1),
 }
-ROWS, CLASSES = 4096, 32000
+ROWS, CLASSES, DEPTH = 4096, 32000, 1024
 FEW_ROWS = 8  # which are split over programs
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor, sm_80 to sm_100
 
@@ -58,6 +59,8 @@ NOTES = """\
 - *registers* of a thread, *shared* memory of a program in bytes, *spills*: instructions that move registers to local
   memory and back. *programs*: how many of them the registers and warps of a multiprocessor allow at a time.
 - *16-byte* loads and stores among all of them, in the code of a program; the others are of what a row has but one.
+  What goes to shared memory on the way is not counted.
+- *products*: instructions of the tensor cores.
 """
 
 
@@ -79,6 +82,7 @@ class Compiled:
     loads: int
     wide_stores: int
     stores: int
+    products: int
 
 
 class _Driver:
@@ -99,9 +103,10 @@ class _Driver:
 
 def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "class_sums": the sums over rows of DSC, or "statistics": all that there are. After a
-    comma "few rows", or "weighted" by class."""
-    row_statistics, row_loss, row_gradient, class_sums = (
-        ops.kernel(name, "CUDA", "triton") for name in ("row_statistics", "row_loss", "row_gradient", "class_sums")
+    comma "few rows", "weighted" by class, "in one": a chunk's loss and gradient, or "product": of hidden states."""
+    row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums = (
+        ops.kernel(name, "CUDA", "triton")
+        for name in ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient", "class_sums")
     )
     loss, _, variant = loss.partition(", ")
     rows = FEW_ROWS if variant == "few rows" else ROWS
@@ -124,8 +129,20 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
         row_gradient(logits, target, weight, statistics, index, coefficients, None, [], "", -100)
         return
     smoothing = 0.0 if loss in epilogues.CLASS_TERMS else 0.1
-    saved = row_loss(logits, target, weight, None, params, loss, smoothing, "all", 0.0, -100, top_k)[1:]
-    row_gradient(logits, target, weight, *saved, scalar.expand(rows), params, loss, -100)
+    names = (loss, smoothing, "all", 0.0, -100, top_k)
+    upstream = scalar.expand(rows)
+    if variant == "in one":
+        row_loss_gradient_(logits, target, weight, None, params, upstream, *names)
+        return
+    if variant == "product":
+        product = (torch.empty(rows, DEPTH, dtype=dtype), torch.empty(classes, DEPTH, dtype=dtype), None, 0.0, False)
+        kernels = (ops.kernel(f"product_{name}", "CUDA", "triton_fused") for name in ("row_loss", "row_gradient_"))
+        loss_of, gradient_of = kernels
+        saved = loss_of(*product, target, weight, None, params, *names)[1:]
+        gradient_of(logits, *product, target, weight, *saved, upstream, params, loss, -100)
+        return
+    saved = row_loss(logits, target, weight, None, params, *names)[1:]
+    row_gradient(logits, target, weight, *saved, upstream, params, loss, -100)
 
 
 def compile_for(target: str, loss: str, dtype: torch.dtype, classes: int) -> list[Compiled]:
@@ -135,9 +152,8 @@ def compile_for(target: str, loss: str, dtype: torch.dtype, classes: int) -> lis
     def compile_instead(
         kernel: Any, grid: tuple[int, ...], tile: launch.Tile, *arguments: Any, **constants: Any
     ) -> None:
-        options = {"ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps, "enable_fp_fusion": True}
-        binary = kernel.warmup(*arguments, grid=grid, **constants, **options)
-        shown = f"{tile.rows} × {tile.block}, {tile.warps} warps"
+        binary = kernel.warmup(*arguments, grid=grid, **constants, **backend.launch_options(tile))
+        shown = f"{tile.rows} × {tile.block}{f' × {tile.depth}' * bool(tile.depth)}, {tile.warps} warps"
         role = next((f", {role.lower()}" for role in ("SPLIT", "MERGE") if constants.get(role)), "")
         name = f"{kernel.fn.__name__}{role}"
         found.append(
@@ -172,6 +188,7 @@ def _resources(binary: Any, warps: int) -> dict[str, Any]:
         "loads": len(re.findall(r"\bLDG\.E", code)),
         "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128\b", code)),
         "stores": len(re.findall(r"\bSTG\.E", code)),
+        "products": len(re.findall(r"\b(?:H|HG|D|UTC[HQ]?)MMA\b", code)),
     }
 
 
@@ -187,6 +204,7 @@ def _amd_resources(binary: Any) -> dict[str, Any]:
         "loads": len(re.findall(r"\b(?:global|buffer)_load_", code)),
         "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
         "stores": len(re.findall(r"\b(?:global|buffer)_store_", code)),
+        "products": len(re.findall(r"\bv_mfma_", code)),
     }
 
 
@@ -202,7 +220,10 @@ def configurations(quick: bool) -> Iterator[tuple[str, str, torch.dtype, int]]:
         yield from (("sm_90", "cross_entropy", dtype, CLASSES) for dtype in (halves, full))
         for loss in ("mixed_cross_entropy", "dsc_one_vs_rest", "focal, few rows", "statistics, weighted"):
             yield "sm_90", loss, halves, CLASSES
-        yield from ((target, "focal", halves, CLASSES) for target in ("sm_80", "sm_100", "gfx942"))
+        for loss in ("focal, in one", "dsc_one_vs_rest, product", "mixed_cross_entropy, product"):
+            yield "sm_90", loss, halves, CLASSES
+        for loss in ("focal", "focal, product"):
+            yield from ((target, loss, halves, CLASSES) for target in ("sm_80", "sm_100", "gfx942"))
         return
     tiles = [*sorted({*launch.TILES, *launch.CLASS_TILES} - {2**31}), CLASSES]
     for dtype in (halves, full, torch.float64):
@@ -211,18 +232,21 @@ def configurations(quick: bool) -> Iterator[tuple[str, str, torch.dtype, int]]:
                 yield "sm_90", loss, dtype, classes
     for loss in ("focal, few rows", "statistics, weighted", "cross_entropy, weighted", "dsc_one_vs_rest, weighted"):
         yield from (("sm_90", loss, dtype, CLASSES) for dtype in (halves, full))
+    for loss in ("cross_entropy, in one", *(f"{loss}, product" for loss in LOSSES)):
+        yield from (("sm_90", loss, dtype, CLASSES) for dtype in (halves, full))
     for loss in LOSSES:
         if loss not in ("cross_entropy", "dsc_one_vs_rest"):
             yield from (("sm_90", loss, dtype, CLASSES) for dtype in (halves, full))
     for target in ("sm_80", "sm_100", "gfx942"):
-        yield from ((target, loss, halves, CLASSES) for loss in (*LOSSES, "class_sums"))
+        for loss in (*LOSSES, "class_sums", "cross_entropy, in one", "cross_entropy, product"):
+            yield target, loss, halves, CLASSES
 
 
 def markdown(rows: list[Compiled]) -> str:
     lines = ["# What the compiler makes of the Triton kernels", "", NOTES.format(version=triton.__version__)]
     for target in dict.fromkeys(row.target for row in rows):
         head = ("kernel", "loss", "dtype", "classes", "rows × columns", "registers", "shared", "spills", "programs",
-                "16-byte loads", "stores")  # fmt: skip
+                "16-byte loads", "stores", "products")  # fmt: skip
         lines += [f"## {target}", "", _line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
         lines += [_line(_cells(row)) for row in rows if row.target == target]
         lines.append("")
@@ -232,7 +256,7 @@ def markdown(rows: list[Compiled]) -> str:
 def _cells(row: Compiled) -> list[str]:
     numbers = (row.registers, row.shared, row.spills, "-" if row.programs is None else row.programs)
     access = (f"{row.wide_loads} of {row.loads}", f"{row.wide_stores} of {row.stores}")
-    return [row.kernel, row.loss, row.dtype, str(row.classes), row.tile, *map(str, numbers), *access]
+    return [row.kernel, row.loss, row.dtype, str(row.classes), row.tile, *map(str, numbers), *access, str(row.products)]
 
 
 def _line(cells: Any) -> str:

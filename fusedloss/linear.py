@@ -171,43 +171,121 @@ class _Chunks:
         form: Form,
         valid: int,
         gradient: bool,
+        impl: str,
     ):
-        self.hidden, self.weight, self.bias, self.softcap, self.valid = hidden, weight, bias, form.softcap, valid
-        self._masked = target.clamp(min=0)[:, None] if form.mask_target else None
+        self.hidden, self.weight, self.bias, self.target = hidden, weight, bias, target
+        self.form, self.valid, self._impl = form, valid, impl
         rows, classes = hidden.shape[0], weight.shape[0]
-        self._keeps_slope = gradient and form.softcap != 0
-        most = max(1, form.budget // (classes * hidden.element_size() * (1 + self._keeps_slope)))
+        copies = self._copies(gradient)
+        most = max(1, form.budget // (classes * hidden.element_size() * copies)) if copies else max(1, rows)
         self.count = max(1, -(-rows // most))
         self.rows = -(-rows // self.count)
-        self._buffer = backends.new_buffer(hidden, (self.rows, classes))
-        self._slope = backends.new_buffer(hidden, (self.rows, classes)) if self._keeps_slope else None
+        self._buffers = [backends.new_buffer(hidden, (self.rows, classes)) for _ in range(copies)]
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+    def _copies(self, gradient: bool) -> int:
+        """How many tensors as large as a chunk's logits there are."""
+        return 2 if gradient and self.form.softcap else 1
+
+    def __iter__(self) -> Iterator[slice]:
         rows = self.hidden.shape[0]
         for begin in range(0, max(rows, 1), max(self.rows, 1)):
-            end = min(begin + self.rows, rows)
-            logits = self._buffer[: end - begin]
-            if begin < self.valid:
-                self._write(self.hidden[begin:end], logits)
-                if self._masked is not None:
-                    logits.scatter_(1, self._masked[begin:end], -torch.inf)
-            yield slice(begin, end), logits
+            yield slice(begin, min(begin + self.rows, rows))
 
-    def _write(self, hidden: Tensor, logits: Tensor) -> None:
+    def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.row_statistics(self._logits(rows), self.target[rows], *arguments, self._impl)
+
+    def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
+        return ops.row_loss(self._logits(rows), self.target[rows], *arguments, self._impl)
+
+    def loss_and_gradient(
+        self,
+        rows: slice,
+        weight: Tensor | None,
+        candidates: Tensor | None,
+        params: list[Tensor],
+        row_weight: Tensor | None,
+        epilogue: str,
+        ignore_index: int,
+        top_k: int,
+        shared: tuple[Any, ...],
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Also the gradient by the products, before the softcap."""
+        logits = self._logits(rows)
+        tensors = (self.target[rows], weight, candidates, params, row_weight)
+        result = ops.row_loss_gradient_(logits, *tensors, epilogue, *shared, ignore_index, top_k, self._impl)
+        return result, self._before_softcap(logits)
+
+    def gradient(self, rows: slice, *arguments: Any) -> Tensor:
+        logits = self._logits(rows)
+        ops.row_gradient_(logits, self.target[rows], *arguments, self._impl)
+        return self._before_softcap(logits)
+
+    def _logits(self, rows: slice) -> Tensor:
+        hidden, softcap = self.hidden[rows], self.form.softcap
+        logits, *slope = (buffer[: len(hidden)] for buffer in self._buffers)
+        if rows.start >= self.valid:
+            return logits
         if self.bias is None:
             torch.mm(hidden, self.weight.t(), out=logits)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
-        if self.softcap:
-            logits.div_(self.softcap).tanh_()
-            if self._slope is not None:
-                slope = self._slope[: len(logits)]
-                torch.mul(logits, logits, out=slope).neg_().add_(1)
-            logits.mul_(self.softcap)
+        if softcap:
+            logits.div_(softcap).tanh_()
+            for s in slope:
+                torch.mul(logits, logits, out=s).neg_().add_(1)
+            logits.mul_(softcap)
+        if self.form.mask_target:
+            logits.scatter_(1, self.target[rows].clamp(min=0)[:, None], -torch.inf)
+        return logits
 
-    def before_softcap(self, gradient: Tensor) -> Tensor:
+    def _before_softcap(self, gradient: Tensor) -> Tensor:
         """The gradient of a chunk's logits as that of its products, in place."""
-        return gradient if self._slope is None else gradient.mul_(self._slope[: len(gradient)])
+        for slope in self._buffers[1:]:
+            gradient.mul_(slope[: len(gradient)])
+        return gradient
+
+
+class _ProductChunks(_Chunks):
+    """Chunks of gradients alone: kernels make the logits wherever they look at them, and store none."""
+
+    def _copies(self, gradient: bool) -> int:
+        return int(gradient)
+
+    def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.product_row_statistics(*self._product(rows), *arguments, self._impl)
+
+    def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
+        return ops.product_row_loss(*self._product(rows), *arguments, self._impl)
+
+    def loss_and_gradient(
+        self,
+        rows: slice,
+        weight: Tensor | None,
+        candidates: Tensor | None,
+        params: list[Tensor],
+        row_weight: Tensor | None,
+        epilogue: str,
+        ignore_index: int,
+        top_k: int,
+        shared: tuple[Any, ...],
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        result = self.loss(rows, weight, candidates, params, epilogue, *shared, ignore_index, top_k)
+        return result, self.gradient(rows, weight, *result[1:], row_weight, params, epilogue, ignore_index)
+
+    def gradient(self, rows: slice, *arguments: Any) -> Tensor:
+        gradient = self._buffers[0][: rows.stop - rows.start]
+        ops.product_row_gradient_(gradient, *self._product(rows), *arguments, self._impl)
+        return gradient
+
+    def _product(self, rows: slice) -> tuple[Any, ...]:
+        form = self.form
+        return (
+            self.hidden[rows], self.weight, self.bias, form.softcap, form.mask_target, self.target[rows],
+        )  # fmt: skip
+
+
+def _kind(impl: str) -> type[_Chunks]:
+    return _ProductChunks if impl in backends.PRODUCT_IMPLS else _Chunks
 
 
 class _Gradients:
@@ -230,7 +308,6 @@ class _Gradients:
             if self._needed[1] and rows.start == 0:
                 self.weight.zero_()
             return
-        gradient = chunks.before_softcap(gradient)
         if self._needed[0]:
             torch.mm(gradient, chunks.weight, out=self.hidden[rows])
         if self._needed[1]:
@@ -307,20 +384,10 @@ def linear_row_statistics(
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates = _take(order, hidden, target, candidates)
     form = Form(softcap, budget, drop_ignored, mask_target)
-    chunks = _Chunks(hidden, linear_weight, linear_bias, target, form, valid, gradient=False)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
     parts = [
-        ops.row_statistics(
-            logits,
-            target[rows],
-            weight,
-            _optional_part(rows, candidates),
-            ignore_index,
-            top_k,
-            below,
-            mean,
-            impl,
-        )
-        for rows, logits in chunks
+        chunks.statistics(rows, weight, _optional_part(rows, candidates), ignore_index, top_k, below, mean)
+        for rows in chunks
     ]
     statistics, index = (torch.cat(columns, -1) for columns in zip(*parts, strict=True))
     statistics, index = _put_back(order, 1, statistics, index)
@@ -352,17 +419,19 @@ def linear_row_loss(
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates, row_weight, *params = _take(order, hidden, target, candidates, row_weight, *params)
     form = Form(softcap, budget, drop_ignored, mask_target)
-    chunks = _Chunks(hidden, linear_weight, linear_bias, target, form, valid, gradient=any(needed))
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=any(needed), impl=impl)
     gradients = _Gradients(chunks, needed)
+    shared = (label_smoothing, smoothing_over, z_loss)
     parts = []
-    for rows, logits in chunks:
-        part = (target[rows], weight, _optional_part(rows, candidates), _part(rows, params))
-        names = (epilogue, label_smoothing, smoothing_over, z_loss, ignore_index, top_k, impl)
+    for rows in chunks:
+        tensors = (weight, _optional_part(rows, candidates), _part(rows, params))
         if any(needed):
-            parts.append(ops.row_loss_gradient_(logits, *part, _optional_part(rows, row_weight), *names))
-            gradients.add(rows, logits)
+            upstream = _optional_part(rows, row_weight)
+            result, gradient = chunks.loss_and_gradient(rows, *tensors, upstream, epilogue, ignore_index, top_k, shared)
+            gradients.add(rows, gradient)
         else:
-            parts.append(ops.row_loss(logits, *part, *names))
+            result = chunks.loss(rows, *tensors, epilogue, *shared, ignore_index, top_k)
+        parts.append(result)
     columns = [torch.cat(column, -1) for column in zip(*parts, strict=True)]
     (loss,) = _put_back(order, 0, columns[0])
     statistics, index, coefficients = _put_back(order, 1, *columns[1:])
@@ -395,15 +464,13 @@ def linear_gradient(
     if order is not None:
         statistics, index, coefficients = (x.index_select(1, order) for x in (statistics, index, coefficients))
     form = Form(softcap, budget, drop_ignored, mask_target)
-    chunks = _Chunks(hidden, linear_weight, linear_bias, target, form, valid, gradient=True)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=True, impl=impl)
     gradients = _Gradients(chunks, needed)
-    for rows, logits in chunks:
+    for rows in chunks:
         saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))
         upstream = _optional_part(rows, grad_output)
-        ops.row_gradient_(
-            logits, target[rows], weight, *saved, upstream, _part(rows, params), epilogue, ignore_index, impl
-        )
-        gradients.add(rows, logits)
+        gradient = chunks.gradient(rows, weight, *saved, upstream, _part(rows, params), epilogue, ignore_index)
+        gradients.add(rows, gradient)
     (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)
     return grad_hidden, gradients.weight, gradients.bias
 

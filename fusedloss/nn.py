@@ -115,6 +115,7 @@ class _Loss(nn.Module):
     #: What the function takes and the constructor does not, and the other way round.
     _sources: ClassVar[tuple[str, ...]] = ("input", "target")
     _own: ClassVar[tuple[inspect.Parameter, ...]] = ()
+    _impls: ClassVar[tuple[str, ...]] = backends.IMPLS
     #: For the docstring: of `_own`, and the example's constructor arguments, input and size of the input.
     _own_doc: ClassVar[str] = ""
     _example: ClassVar[tuple[str, str, int]] = ("", "logits", 1000)
@@ -199,7 +200,7 @@ class _Loss(nn.Module):
     def _try(self) -> None:
         """Lets the function check its arguments, on one row, without what belongs to a device."""
         if self.impl is not None:
-            check_choice("impl", self.impl, backends.IMPLS)
+            check_choice("impl", self.impl, self._impls)
         options = {name: _sample(value) for name, value in self._values().items()}
         options |= {"impl": "reference", "token_weight": torch.ones((), device="cpu")}
         options.pop("inplace_backward", None)
@@ -241,6 +242,7 @@ class _LinearLoss(_Loss):
     """A loss of hidden states, with the output layer that makes their logits."""
 
     _sources = ("input", "linear_weight", "target", "linear_bias")
+    _impls = backends.LINEAR_IMPLS
     _own = (
         inspect.Parameter("in_features", _POSITIONAL, annotation="int"),
         inspect.Parameter("num_classes", _POSITIONAL, annotation="int"),
@@ -380,7 +382,7 @@ class SupConLoss(nn.Module):
             self.temperature = temperature
         self.normalize, self.positives, self.reduction, self.impl = normalize, positives, reduction, impl
         if impl is not None:
-            check_choice("impl", impl, backends.IMPLS)
+            check_choice("impl", impl, backends.LINEAR_IMPLS)
         with torch.no_grad():  # the function checks its arguments
             two, pair = torch.ones(2, 1, device="cpu"), torch.zeros(2, dtype=torch.int64, device="cpu")
             supcon_loss(two, pair, **self._options() | {"impl": "reference"})

@@ -9,6 +9,8 @@
 ``class_terms``     losses and coefficients of the rows, as of ``row_loss``, from the same statistics. With dL/d error
                     for weight and dL/d agreement of the row's target for a last parameter, their gradient is that of
                     a loss L of those sums
+``product_row_...`` the row operators of logits that a kernel makes and never stores; ``product_row_gradient_`` writes
+                    the gradient by the products, before the softcap
 ``linear_...``      the same of hidden states and a weight, (N, D) and (V, D), whose logits are made a chunk at a time:
                     ``linear_row_loss`` also gives the gradients of its ``row_weight``-weighted sum by hidden states,
                     weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
@@ -70,6 +72,17 @@ _library.define(
 )
 
 _LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
+_PRODUCT = f"{_LINEAR}, float softcap, bool mask_target"
+_library.define(
+    f"product_row_statistics({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, "
+    "int top_k, bool below, bool mean, str impl) -> (Tensor statistics, Tensor index)"
+)
+_library.define(
+    f"product_row_loss({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, str epilogue, "
+    "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
+    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
+)
+_library.define(f"product_row_gradient_(Tensor(a!) gradient, {_PRODUCT}, {_GRADIENT_ARGUMENTS}) -> ()")
 _FORM = "float softcap, int budget, bool drop_ignored, bool mask_target, str impl"
 _library.define(
     f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
@@ -94,6 +107,9 @@ row_gradient = torch.ops.fusedloss.row_gradient.default
 row_gradient_ = torch.ops.fusedloss.row_gradient_.default
 class_sums = torch.ops.fusedloss.class_sums.default
 class_terms = torch.ops.fusedloss.class_terms.default
+product_row_statistics = torch.ops.fusedloss.product_row_statistics.default
+product_row_loss = torch.ops.fusedloss.product_row_loss.default
+product_row_gradient_ = torch.ops.fusedloss.product_row_gradient_.default
 linear_row_statistics = torch.ops.fusedloss.linear_row_statistics.default
 linear_row_loss = torch.ops.fusedloss.linear_row_loss.default
 linear_gradient = torch.ops.fusedloss.linear_gradient.default
@@ -180,6 +196,21 @@ def _fake_row_loss(
     statistics, index = new_statistics(logits, target, picks_of(candidates, top_k))
     loss, coefficients = new_losses(statistics)
     return loss, statistics, index, coefficients
+
+
+@_fake("product_row_statistics")
+def _(hidden, target, candidates, top_k, below, **_):  # type: ignore[no-untyped-def]
+    return new_statistics(hidden, target, picks_of(candidates, top_k, below))
+
+
+@_fake("product_row_loss")
+def _(hidden, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
+    return _fake_row_loss(hidden, target, candidates, top_k)
+
+
+@_fake("product_row_gradient_")
+def _(**_):  # type: ignore[no-untyped-def]
+    return None
 
 
 @_fake("row_gradient")

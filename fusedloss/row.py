@@ -148,7 +148,7 @@ def prepare(
     _check(input, target, o)
     if candidates is not None:
         checks.check_candidates(candidates, target)
-    impl = backends.resolve(o["impl"], input.device)
+    impl = backends.resolve(o["impl"], input.device, linear)
 
     dtype = checks.compute_dtype(input.dtype)
     logits = input.flatten() if isinstance(input, Projection) else _matrix(input, o["inplace_backward"])

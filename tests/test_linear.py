@@ -214,17 +214,21 @@ def test_tied_weight(generator: torch.Generator) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @each_loss
 def test_as_accurate_as_pytorch(name: str, reduction: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    check_accuracy(name, Data.make(generator, dtype, rows=200), reduction, generator)
+
+
+def check_accuracy(name: str, data: Data, reduction: str, generator: torch.Generator, impl: str | None = None) -> None:
     """Against float64, beside the row form on the logits of F.linear in the same dtype."""
-    data = Data.make(generator, dtype, rows=200)
     exact = tuple(x.detach().double().requires_grad_() for x in data.sources)
-    upstream = torch.rand((200,) if reduction == "none" else (), generator=generator)
+    upstream = torch.rand(data.target.shape if reduction == "none" else (), generator=generator)
     options: dict[str, Any] = {"reduction": reduction, "ignore_index": IGNORED}
+    budget = budget_for(30, data.sources)
 
     def gradients(loss: Tensor, sources: tuple[Tensor, ...]) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss, sources, upstream.to(loss.dtype))]
 
     got = gradients(
-        run_linear(LOSSES[name].linear, data.sources, data.target, budget=budget_for(30, data.sources), **options),
+        run_linear(LOSSES[name].linear, data.sources, data.target, budget=budget, impl=impl, **options),
         data.sources,
     )
     eager = gradients(LOSSES[name].row(logits_of(data.sources), data.target, impl="reference", **options), data.sources)

@@ -7,6 +7,7 @@ suite's shapes, most cross blocks and some the spans of four blocks. On a GPU th
 import mmap
 import subprocess
 import sys
+from collections import Counter
 from typing import ClassVar
 
 import pytest
@@ -14,11 +15,14 @@ import test_cross_entropy
 import test_dsc
 import test_flex
 import test_focal
+import test_linear
 import test_mixed_cross_entropy
 import torch
 from row_suite import Problem, RowLossSuite, assert_same_bits, layouts, logits_and_targets, with_gradient
 from test_traps import _far_apart_rows
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fusedloss as fl
 from fusedloss import _engine, backends, ops
@@ -123,11 +127,11 @@ def test_its_epilogues_are_those_of_the_engine():
 
 
 @pytest.mark.parametrize("classes", [BLOCK - 1, BLOCK, BLOCK + 1, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + BLOCK + 3])
-@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 2", "flex dual focal"])
+@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 2", "flex dual focal", "dsc one-vs-rest"])
 def test_a_split_row_has_the_same_bits(name, classes, generator, monkeypatch):
     problem = Problem.make(CASES[name], (9, classes), generator, torch.float32, "everything")
     problem.z[1, BLOCK // 2] = problem.z[1, -1] = 20.0  # a tie between programs
-    problem.z[2, :BLOCK] = -torch.inf
+    problem.z[2, name.startswith("dsc") : BLOCK] = -torch.inf  # of one-vs-rest the reference wants two classes
     problem.target[2] = classes - 1
     problem.z[4] = torch.nan
     upstream = problem.upstream(generator)
@@ -139,6 +143,34 @@ def test_a_split_row_has_the_same_bits(name, classes, generator, monkeypatch):
     counted = torch.arange(9) != 4
     rows = Problem(problem.case, problem.z[counted], problem.target[counted], problem.own, problem.shared)
     rows.check(results[0][0][counted], results[0][1][counted], upstream[counted])
+
+
+@pytest.mark.parametrize("classes", [3, BLOCK, 2 * SPAN + BLOCK + 3])
+@pytest.mark.parametrize("name", ["focal_loss", "mixed_cross_entropy", "dsc_loss"])
+def test_loss_and_gradient_in_one_launch(name, classes, generator, monkeypatch):
+    """The bits of the two passes."""
+    sources = [torch.randn(n, 8, generator=generator).requires_grad_() for n in (9, classes)]
+    target = torch.randint(classes, (9,), generator=generator)
+    target[4] = -100
+    own = {"alpha": 0.3} if name == "mixed_cross_entropy" else {}
+    launches: Counter[str] = Counter()
+    run, results = triton._run, []
+
+    def counted(kernel, *arguments, **constants):
+        launches[kernel.fn.__name__] += 1
+        run(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(triton, "_run", counted)
+    tables = (launch.PROGRAMS, 2**30)  # whole rows; split where they can be
+    for programs in (0, *tables):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        launches.clear()
+        loss = getattr(fl, f"linear_{name}")(*sources, target, impl="triton", **own)
+        results.append((loss, *torch.autograd.grad(loss, sources)))
+        if programs == 0:
+            assert launches["gradient_pass"] == (name == "dsc_loss")
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 def test_few_long_rows_are_split_and_many_are_not():
@@ -255,6 +287,125 @@ def test_linear_forms(reduction, budget, generator, kernel_calls):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     used = "row_loss_gradient_" if reduction == "mean" else "row_loss"
     assert kernel_calls[used, "triton"] == (3 if budget else 1)
+
+
+# --- products: logits that are made on the chip ---
+
+
+PRODUCT_SPAN = launch.INTERPRETED_PRODUCT_TILE.block * launch.INTERPRETED_PRODUCT_TILE.span
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("name", test_linear.LOSSES)
+def test_products_equal_the_row_form(name, softcap, reduction, generator, kernel_calls):
+    data = test_linear.Data.make(generator, rows=9)
+    budget = test_linear.budget_for(4, data.sources)
+    options = data.options(name) | {"reduction": reduction, "token_weight": data.token_weight}
+    got, stats = test_linear.run_linear(
+        test_linear.LOSSES[name].linear, data.sources, data.target, softcap=softcap, budget=budget,
+        return_stats=True, impl="triton_fused", **options,
+    )  # fmt: skip
+    logits = test_linear.logits_of(data.sources, softcap)
+    row = test_linear.LOSSES[name].row
+    expected, expected_stats = row(logits, data.target, return_stats=True, impl="reference", **options)
+    upstream = torch.rand(got.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(stats, expected_stats, equal_nan=True)
+    found, right = (torch.autograd.grad(loss, data.sources, upstream) for loss in (got, expected))
+    torch.testing.assert_close(found, right)
+    assert {impl for _, impl in kernel_calls} == {"triton_fused"}
+    assert kernel_calls["product_row_gradient_", "triton_fused"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", test_linear.LOSSES)
+def test_products_are_as_accurate_as_pytorch(name, dtype, generator):
+    data = test_linear.Data.make(generator, dtype, rows=20)
+    test_linear.check_accuracy(name, data, "mean", generator, "triton_fused")
+
+
+@pytest.mark.parametrize("features", [1, 64, 65])
+@pytest.mark.parametrize("classes", [1, PRODUCT_SPAN, PRODUCT_SPAN + 1, 2 * PRODUCT_SPAN + 131])
+@pytest.mark.parametrize("transposed", [False, True], ids=["by rows", "by columns"])
+def test_products_of_every_size(transposed, classes, features, generator):
+    shapes = ((6, features), (classes, features))
+    hidden, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    if transposed:
+        hidden, weight = (x.t().contiguous().t() for x in (hidden, weight))
+    sources = (hidden.requires_grad_(), weight.requires_grad_())
+    target = torch.randint(classes, (6,), generator=generator)
+    target[1], target[2] = -100, classes - 1
+    candidates = torch.randint(classes, (6, 3), generator=generator)
+    options = {"alpha": 0.3, "candidates": candidates, "label_smoothing": 0.1}
+    got = fl.linear_mixed_cross_entropy(*sources, target, impl="triton_fused", **options)
+    expected = fl.mixed_cross_entropy(hidden @ weight.t(), target, impl="reference", **options)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, sources), torch.autograd.grad(expected, sources))
+
+
+@pytest.mark.parametrize("loss", [fl.linear_cross_entropy, fl.linear_dsc_loss], ids=lambda loss: loss.__name__)
+def test_evaluation_stores_no_logits(loss, generator):
+    """Not one chunk of them: the largest tensor is the statistics of the rows."""
+    hidden, weight = torch.randn(12, 8, generator=generator), torch.randn(1500, 8, generator=generator)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+            return result
+
+    target = torch.randint(1500, (12,), generator=generator)
+    with torch.no_grad(), Sizes():
+        loss(hidden, weight, target, impl="triton_fused")
+    assert largest < 12 * 1500 / 10
+
+
+def test_a_target_out_of_range_makes_the_row_of_a_product_nan(generator, unchecked):
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    target = torch.randint(300, (6,), generator=generator)
+    options = {"reduction": "none", "impl": "triton_fused"}
+    before = fl.linear_cross_entropy(hidden, weight, target, **options)
+    for value in (-1, 300, 2**32 + 1):
+        target[2] = value
+        loss = fl.linear_cross_entropy(hidden, weight, target, **options)
+        assert loss[2].isnan()
+        assert torch.equal(loss[torch.arange(6) != 2], before[torch.arange(6) != 2])
+
+
+def test_supervised_contrastive_loss_of_products(generator):
+    features = torch.randn(40, 16, generator=generator).requires_grad_()
+    labels = torch.randint(5, (40,), generator=generator)
+    results = []
+    for impl in ("triton_fused", "triton", "cpu"):
+        loss = fl.supcon_loss(features, labels, impl=impl)
+        results.append((loss.detach(), *torch.autograd.grad(loss, features)))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+
+
+def test_products_are_for_linear_forms():
+    z, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="impl='triton_fused' is for linear forms; losses of logits take one of ref"):
+        fl.cross_entropy(z, target, impl="triton_fused")
+    with pytest.raises(ValueError, match="impl must be one of"):
+        fl.nn.FocalLoss(impl="triton_fused")
+    assert fl.nn.LinearFocalLoss(4, 5, impl="triton_fused").impl == "triton_fused"
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_opcheck_of_products(masked, generator):
+    hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(21, 8, generator=generator)
+    product = (hidden, weight, torch.randn(21, generator=generator), 2.0, masked)
+    target = torch.tensor([3, 20, -100, 0, 7])
+    loss = (target, None, None, [], "log_sum_exp" if masked else "cross_entropy", 0.0, "all", 0.0, -100, 0)
+    torch.library.opcheck(ops.product_row_statistics, (*product, target, None, None, -100, 1, 0, 0, "triton_fused"))
+    torch.library.opcheck(ops.product_row_loss, (*product, *loss, "triton_fused"))
+    _, *saved = ops.product_row_loss(*product, *loss, "triton_fused")
+    backward = (target, None, *saved, torch.rand(5), [], loss[4], -100, "triton_fused")
+    torch.library.opcheck(ops.product_row_gradient_, (torch.empty(5, 21), *product, *backward))
 
 
 @pytest.mark.compile

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "bench/compile_report.py"
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
+def everything() -> list[dict[str, Any]]:
     """In a process of its own, since here kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(SCRIPT), "--quick", "--json"]
@@ -27,31 +27,49 @@ def compiled() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def test_every_target_is_compiled_for(compiled):
-    assert {row["target"] for row in compiled} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    whole = {"statistics_pass", "gradient_pass"}
-    assert {row["kernel"] for row in compiled} == whole | {"statistics_pass, split", "statistics_pass, merge"}
-    assert {row["dtype"] for row in compiled} == {"bfloat16", "float32"}
+@pytest.fixture(scope="module")
+def compiled(everything) -> list[dict[str, Any]]:
+    """Of logits in memory."""
+    return [row for row in everything if "product" not in row["loss"]]
 
 
-def test_no_register_is_spilled(compiled):
+@pytest.fixture(scope="module")
+def products(everything) -> list[dict[str, Any]]:
+    return [row for row in everything if "product" in row["loss"]]
+
+
+def test_every_target_is_compiled_for(everything):
+    assert {row["target"] for row in everything} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    split = {f"{kernel}, {role}" for kernel in ("statistics_pass", "class_terms_pass") for role in ("split", "merge")}
+    assert {row["kernel"] for row in everything} == split | {"statistics_pass", "class_terms_pass", "gradient_pass"}
+    assert {row["dtype"] for row in everything} == {"bfloat16", "float32"}
+
+
+def test_no_register_is_spilled(everything):
     """Older releases spill one or two of the epilogue's, and on AMD's more."""
     release = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
     few = {"gfx942": 0 if release >= (3, 9) else 128}
-    assert [row for row in compiled if row["spills"] > few.get(row["target"], 0 if release >= (3, 9) else 8)] == []
+    assert [row for row in everything if row["spills"] > few.get(row["target"], 0 if release >= (3, 9) else 8)] == []
 
 
 def test_logits_move_by_16_bytes(compiled):
-    """Two at a time of a row loss and one of a class term, and half as many where there are twice as many lanes."""
+    """Two at a time of a row loss, one of a class term and where loss and gradient are made in one, which reads twice;
+    half as many where there are twice as many lanes."""
     for row in compiled:
-        moves = (1 if row["loss"] == "dsc_one_vs_rest" else 2) / (2 if row["target"] == "gfx942" else 1)
-        twice = row["kernel"] == "statistics_pass" and row["loss"] == "dsc_one_vs_rest"
-        if row["kernel"] != "statistics_pass, merge" and "weighted" not in row["loss"]:  # weights are logits' size
+        class_term, in_one = row["loss"] == "dsc_one_vs_rest", "in one" in row["loss"]
+        moves = (1 if class_term or in_one else 2) / (2 if row["target"] == "gfx942" else 1)
+        twice = row["kernel"] == "statistics_pass" and (class_term or in_one)
+        if "merge" not in row["kernel"] and "weighted" not in row["loss"]:  # weights are logits' size
             assert row["wide_loads"] == (2 * moves if twice else moves), row
-        if row["kernel"] == "gradient_pass":
+        if row["kernel"] == "gradient_pass" or in_one:
             assert row["wide_stores"] == moves, row
 
 
 def test_two_programs_or_more_share_a_multiprocessor(compiled):
     """Else nothing is loaded while one computes."""
     assert [row for row in compiled if row["programs"] is not None and row["programs"] < 2] == []
+
+
+def test_products_are_the_tensor_cores_work(products):
+    assert {row["target"] for row in products} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert [row for row in products if (row["products"] == 0) != ("merge" in row["kernel"])] == []

@@ -1,4 +1,4 @@
-"""What a device has and Triton's interpreter lacks: a library of functions, and rounding to bfloat16."""
+"""What a device has and Triton's interpreter lacks: a library of functions, rounding to bfloat16 and products of it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 
 if not INTERPRETED:
-    from triton.language.extra.libdevice import expm1, log1p, pow
+    from triton.language.extra.libdevice import expm1, log1p, pow, tanh
 
     @triton.jit
     def convert(x, dtype: tl.constexpr):
         return x.to(dtype)
+
+    @triton.jit
+    def multiply(x, y, sum, PRECISION: tl.constexpr):
+        """The matrix product, added to `sum`."""
+        return tl.dot(x, y, sum, input_precision=PRECISION, out_dtype=sum.dtype)
 
 else:
     import numpy
@@ -29,7 +34,7 @@ else:
 
         return call
 
-    expm1, log1p, pow = (_by_numpy(function) for function in (numpy.expm1, numpy.log1p, numpy.power))
+    expm1, log1p, pow, tanh = map(_by_numpy, (numpy.expm1, numpy.log1p, numpy.power, numpy.tanh))
 
     @triton.jit
     def convert(x, dtype: tl.constexpr):
@@ -41,5 +46,10 @@ else:
         else:
             return x.to(dtype)
 
+    @triton.jit
+    def multiply(x, y, sum, PRECISION: tl.constexpr):
+        """The interpreter would take the bits of 16-bit numbers for their values."""
+        return tl.dot(x.to(sum.dtype), y.to(sum.dtype), sum, out_dtype=sum.dtype)
 
-__all__ = ["INTERPRETED", "convert", "expm1", "log1p", "pow"]
+
+__all__ = ["INTERPRETED", "convert", "expm1", "log1p", "multiply", "pow", "tanh"]

@@ -8,11 +8,28 @@ from .device import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """Rows and columns that a program looks at together, and its warps."""
+    """Rows and columns that a program looks at together, and its warps; of a product also how much of the depth it
+    multiplies at a time, and how many such steps are on their way to it."""
 
     rows: int
     block: int
     warps: int
+    depth: int = 0
+    stages: int = 0
+
+    @property
+    def span(self) -> int:
+        """Blocks of a span. Products are split in any case, into fewer pieces."""
+        return 2 * SPAN if self.depth else SPAN
+
+
+class Product(NamedTuple):
+    """What the compiler is told of logits that are products."""
+
+    depth: int
+    precision: str
+    softcap: float  # 0: none
+    masks_target: bool
 
 
 #: Blocks of which a row's statistics are merged before they are merged with those of the others: what is read by one
@@ -40,6 +57,29 @@ CLASS_TILES = {
     2**31: Tile(1, 1024, 4),
 }
 
+#: Where a program goes over its rows three times, twice for reading: few rows on the way at a time, which the second
+#: level of caches holds.
+GRADIENT_TILES = {
+    **{most: tile for most, tile in TILES.items() if most < 2**31},
+    2**16: Tile(1, 4096, 16),
+    2**31: Tile(1, 8192, 32),
+}
+
+#: Products by the bytes of an element. Tensor cores take 16 rows at least. No GPU has timed these either.
+PRODUCT_TILES = {
+    2: Tile(128, 128, 8, 64, 3),
+    4: Tile(64, 64, 8, 32, 3),
+    8: Tile(32, 32, 8, 16, 2),
+}
+
+#: Where a class term, or the search for the top classes, takes registers too.
+HEAVY_PRODUCT_TILES = {
+    2: Tile(64, 32, 4, 64, 3),
+    4: Tile(32, 64, 8, 32, 3),
+    8: Tile(16, 32, 8, 16, 2),
+}
+INTERPRETED_PRODUCT_TILE = Tile(4, 128, 1, 64)
+
 #: Sums over the rows: the rows beside each other are added up before they meet the float64 sums.
 COLUMN_TILES = {
     16: Tile(16, 16, 2),
@@ -55,9 +95,16 @@ INTERPRETED_TILES = {2**12: Tile(8, 128, 1), 2**31: Tile(4, 2048, 1)}
 PROGRAMS = 512
 
 
-def tile(classes: int, itemsize: int, class_term: bool = False) -> Tile:
+def tile(classes: int, itemsize: int, table: dict[int, Tile] = TILES) -> Tile:
     """For rows of so many classes, of elements of so many bytes."""
-    return _find(CLASS_TILES if class_term else TILES, classes, itemsize)
+    return _find(table, classes, itemsize)
+
+
+def product_tile(rows: int, itemsize: int, heavy: bool) -> Tile:
+    if INTERPRETED:
+        return INTERPRETED_PRODUCT_TILE
+    tile = (HEAVY_PRODUCT_TILES if heavy else PRODUCT_TILES)[itemsize]
+    return tile._replace(rows=min(tile.rows, max(16, 1 << (rows - 1).bit_length())))
 
 
 def column_tile(classes: int, itemsize: int) -> Tile:
@@ -68,7 +115,7 @@ def column_tile(classes: int, itemsize: int) -> Tile:
 def _find(table: dict[int, Tile], classes: int, itemsize: int) -> Tile:
     if INTERPRETED:
         return next(tile for most, tile in INTERPRETED_TILES.items() if classes <= most)
-    rows, block, warps = next(tile for most, tile in table.items() if classes <= most)
+    rows, block, warps, *_ = next(tile for most, tile in table.items() if classes <= most)
     wider = itemsize // 2
     fewer = max(1, rows // wider)
     return Tile(fewer, rows * block // (fewer * wider), warps)
@@ -76,8 +123,8 @@ def _find(table: dict[int, Tile], classes: int, itemsize: int) -> Tile:
 
 def spans(rows: int, classes: int, tile: Tile) -> int:
     """Over how many programs to split each row; 1: not at all."""
-    count = -(-classes // (tile.block * SPAN))
-    return count if -(-rows // tile.rows) * count <= PROGRAMS else 1
+    count = -(-classes // (tile.block * tile.span))
+    return count if tile.depth or -(-rows // tile.rows) * count <= PROGRAMS else 1
 
 
 def row_groups(rows: int, classes: int, tile: Tile) -> int:

@@ -1,14 +1,18 @@
 """The passes in Triton. They know no loss: that is an epilogue, a function which a pass takes as a constant.
 
     statistics_pass   reads the logits once, keeping the rows' statistics (an online softmax without the target's term),
-                      then runs the loss's epilogue on them. A class term reads the rows a second time, which short ones
-                      are still in the caches for. Few long rows are split: programs read a span each, others merge
+                      then runs the loss's epilogue on them. It can go on to write the gradient, while the rows are
+                      still in the caches
+    class_terms_pass  for losses over all classes: their sums over each row, from a second look at it
     gradient_pass     reads the logits once more and writes their gradient, which may take their place
     top_rest_pass, class_sums_pass    the sums over the rows of each class's error and agreement
 
-A program looks at ROWS rows, at BLOCK columns of them together. What is of a row is a column (ROWS, 1). The statistics
-of spans of SPAN blocks merge exactly, and always in the same order, so that a row's sums do not depend on whether it
-was split, nor on the rows beside it.
+Logits come out of memory, or are products of hidden states and a weight that are made on the chip and never stored:
+`_block` and `_logit` tell the two apart, and nothing else needs to.
+
+A program looks at ROWS rows, at BLOCK columns of them together. What is of a row is a column (ROWS, 1). Few long rows
+are split: programs read a span of SPAN blocks each, others merge. The sums of spans merge always in the same order, so
+that a row's sums do not depend on whether it was split, nor on the rows beside it.
 
 Logits are computed in float32 (float64 if they are that). Ignored rows are not read. A row whose target or candidate is
 out of range has NaN for its target's logit, which makes all of it NaN, and nothing outside of the row is touched.
@@ -19,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import convert, log1p
+from .device import convert, log1p, multiply, tanh
 from .epilogues import power
 
 # Coefficients and statistics are laid out as fusedloss.ops says.
@@ -51,21 +55,6 @@ def _any(condition):
 
 
 @triton.jit
-def _logit(logits, row_stride, rows, column, real, T: tl.constexpr):
-    """One logit for each of the columns, -inf where there is none."""
-    return tl.load(logits + rows * row_stride + column, real, other=-float("inf")).to(T)
-
-
-@triton.jit
-def _block(logits, row_stride, rows, live, begin, V, BLOCK: tl.constexpr, T: tl.constexpr):
-    """Columns (1, BLOCK), which of them exist, and their logits; -inf where there is none."""
-    columns = begin + tl.arange(0, BLOCK)[None, :]
-    exists = columns < V
-    z = tl.load(logits + rows * row_stride + columns, live & exists, other=-float("inf")).to(T)
-    return columns, exists, z
-
-
-@triton.jit
 def _class_weights(class_weight, columns, exists, T: tl.constexpr):
     if class_weight is None:
         return tl.full((1, 1), 1.0, T)
@@ -90,8 +79,64 @@ def _upstream(grad_output, stride, rows, live, T: tl.constexpr):
         return tl.load(grad_output + rows * stride, live, other=0.0)
 
 
+# --- logits ---
+# `where` they are: (logits, row stride) with SOURCE None, or with SOURCE a launch.Product (hidden states, its strides,
+# weight, its strides, depth D) and last the bias, if there is one.
+
+
+@triton.jit
+def _logit(where, rows, column, real, SOURCE: tl.constexpr, T: tl.constexpr):
+    """Logits (ROWS, K) of some columns (ROWS, K) of each row, -inf where there is none."""
+    if SOURCE is None:
+        return tl.load(where[0] + rows * where[1] + column, real, other=-float("inf")).to(T)
+    else:
+        z = tl.zeros(column.shape, T)
+        hidden, row_stride, hidden_stride, weight, class_stride, weight_stride, depth = where[:7]
+        for begin in range(0, depth, 16):
+            d = begin + tl.arange(0, 16)[None, None, :]
+            there = real[:, :, None] & (d < depth)
+            x = tl.load(hidden + (rows * row_stride)[:, :, None] + d * hidden_stride, there, other=0.0).to(T)
+            of_columns = weight + (column.to(tl.int64) * class_stride)[:, :, None]
+            w = tl.load(of_columns + d * weight_stride, there, other=0.0).to(T)
+            z += tl.sum(x * w, 2)
+        return tl.where(real, _after_product(z, where, column, real, SOURCE, T), -float("inf"))
+
+
+@triton.jit
+def _block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
+    """Columns (1, BLOCK), which of them exist, and their logits (ROWS, BLOCK); -inf where there is none."""
+    columns = begin + tl.arange(0, BLOCK)[None, :]
+    exists = columns < V
+    if SOURCE is None:
+        z = tl.load(where[0] + rows * where[1] + columns, live & exists, other=-float("inf")).to(T)
+        return columns, exists, z
+    else:
+        z = tl.zeros((rows.shape[0], BLOCK), T)
+        hidden, row_stride, hidden_stride, weight, class_stride, weight_stride, depth = where[:7]
+        hidden += rows * row_stride
+        weight += columns.to(tl.int64) * class_stride
+        for first in range(0, depth, SOURCE.depth):
+            d = first + tl.arange(0, SOURCE.depth)
+            x = tl.load(hidden + d[None, :] * hidden_stride, live & (d[None, :] < depth), other=0.0)
+            w = tl.load(weight + d[:, None] * weight_stride, exists & (d[:, None] < depth), other=0.0)
+            z = multiply(x, w, z, SOURCE.precision)
+        z = _after_product(z, where, columns, exists, SOURCE, T)
+        if SOURCE.masks_target:
+            z = tl.where(columns == target, -float("inf"), z)
+        return columns, exists, tl.where(live & exists, z, -float("inf"))
+
+
+@triton.jit
+def _after_product(z, where, columns, exists, SOURCE: tl.constexpr, T: tl.constexpr):
+    if len(where) > 7:
+        z += tl.load(where[7] + columns, exists, other=0.0).to(T)
+    if SOURCE.softcap > 0:
+        z = SOURCE.softcap * tanh(z / SOURCE.softcap)
+    return z
+
+
 # --- the statistics of a part of a row, and how they merge ---
-# (max; sum of exp(z - max) over all but the target; sum of w (z - reference); columns of the largest two and of the
+# (max; sum of exp(z - max) over all but the target; sum of w (z - _offset); columns of the largest two and of the
 # largest below the target, -1 for none; the logits of the last two). Sums are in float64: a few additions for each
 # block, which keep the digits of those within it.
 
@@ -107,6 +152,12 @@ def _nothing(ROWS: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _reference(maximum):
     return tl.where(maximum == -float("inf"), 0.0, maximum)  # exp(-inf - -inf) would be NaN
+
+
+@triton.jit
+def _offset(target_logit):
+    """What the mean logit is summed from, so that a common offset takes no digits from the sum."""
+    return tl.where(tl.abs(target_logit) < float("inf"), target_logit, 0.0)
 
 
 @triton.jit
@@ -145,8 +196,7 @@ def _first_column(columns, here):
 
 @triton.jit
 def _scan(
-    logits,
-    row_stride,
+    where,
     rows,
     live,
     begin,
@@ -154,8 +204,8 @@ def _scan(
     V,
     target,
     target_logit,
-    reference,
     class_weight,
+    SOURCE: tl.constexpr,
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
@@ -167,14 +217,14 @@ def _scan(
     part = _nothing(ROWS, T)
     nowhere, lowest = part[3], part[0]
     for start in range(begin, end, BLOCK):
-        columns, exists, z = _block(logits, row_stride, rows, live, start, V, BLOCK, T)
+        columns, exists, z = _block(where, rows, live, start, V, target, SOURCE, BLOCK, T)
         number = tl.where(z == z, z, -float("inf"))  # which maximum() makes of a NaN depends on the machine
         maximum = tl.max(number, 1, keep_dims=True)
         e = tl.where(columns == target, 0.0, tl.exp(z - _reference(maximum)))
         rest = tl.sum(e, 1, keep_dims=True).to(tl.float64)
         mean = part[2] * 0
         if MEAN:
-            of_columns = (z - reference) * _class_weights(class_weight, columns, exists, T)
+            of_columns = (z - _offset(target_logit)) * _class_weights(class_weight, columns, exists, T)
             mean = tl.sum(tl.where(live & exists, of_columns, 0.0), 1, keep_dims=True).to(tl.float64)
         top, second, below = nowhere, nowhere, nowhere
         second_logit, below_logit = lowest, lowest
@@ -185,7 +235,7 @@ def _scan(
             second_logit = tl.max(tl.where(others, number, -float("inf")), 1, keep_dims=True)
             second = _first_column(columns, others & (number == second_logit))
         if BELOW:
-            lower = tl.where(z < target_logit, z, -float("inf"))
+            lower = tl.where((z < target_logit) & (columns != target), z, -float("inf"))
             below_logit = tl.max(lower, 1, keep_dims=True)
             below = _first_column(columns, (lower == below_logit) & (lower > -float("inf")))
         part = _merge(part, (maximum, rest, mean, top, second, below, second_logit, below_logit))
@@ -198,12 +248,12 @@ def _scan(
 @triton.jit
 def _picks(
     part,
-    logits,
-    row_stride,
+    where,
     rows,
     live,
     V,
     candidates,
+    SOURCE: tl.constexpr,
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     PICKS: tl.constexpr,
@@ -228,7 +278,7 @@ def _picks(
         given = live & (k >= first) & (k < PICKS)
         index = tl.where(given, tl.load(candidates + rows * (PICKS - first) + (k - first), given, other=-1), index)
         outside = given & ((index < 0) | (index >= V))
-        logit = tl.where(given, _logit(logits, row_stride, rows, index, given & (outside == 0), T), logit)
+        logit = tl.where(given, _logit(where, rows, index, given & (outside == 0), SOURCE, T), logit)
         return index, logit, tl.max(outside.to(tl.int32), 1, keep_dims=True) == 0
     else:
         return index, logit, live
@@ -249,10 +299,7 @@ def _finish(
     live,
     target,
     target_logit,
-    reference,
-    end,
-    logits,
-    row_stride,
+    where,
     class_weight,
     weight_sum,
     candidates,
@@ -268,20 +315,17 @@ def _finish(
     smooth,
     z_loss,
     EPILOGUE: tl.constexpr,
-    TERM: tl.constexpr,
-    EXPONENT: tl.constexpr,
     PARAMS: tl.constexpr,
+    SOURCE: tl.constexpr,
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
     PICKS: tl.constexpr,
     PICK_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
     T: tl.constexpr,
 ):
     pick_index, pick_logit, in_range = _picks(
-        part, logits, row_stride, rows, live, V, candidates, TOP_K, BELOW, PICKS, PICK_BLOCK, T
+        part, where, rows, live, V, candidates, SOURCE, TOP_K, BELOW, PICKS, PICK_BLOCK, T
     )
     target_logit = tl.where(in_range, target_logit, float("nan"))
 
@@ -301,7 +345,7 @@ def _finish(
         total = tl.load(weight_sum)
     mean_ce = tl.zeros_like(ce)
     if MEAN:
-        sum_ce = total * (log_sum.to(tl.float64) + (m.to(tl.float64) - reference.to(tl.float64))) - part[2]
+        sum_ce = total * (log_sum.to(tl.float64) + (m.to(tl.float64) - _offset(target_logit).to(tl.float64))) - part[2]
         mean_ce = (sum_ce / classes).to(T)
 
     # Ignored rows get the statistics of two equal logits, one of them the target, so that a user's loss function sees
@@ -322,40 +366,41 @@ def _finish(
     tl.store(statistics + (rows + (k + _STATISTICS) * N), tl.where(ignored, 0.0, pick_logit), real)
     tl.store(index + (rows + k * N), pick_index, real)
 
-    if EPILOGUE is not None or TERM is not None:
+    if EPILOGUE is not None:
         lse = m + log_sum
         values = _params(param_values, param_strides, rows, inside, PARAMS)
-        target_weight = tl.full((1, 1), 1.0, T)
-        if class_weight is not None:
-            target_weight = tl.load(class_weight + target, live & (target < V), other=0.0)
-        main = tl.full((1, 1), main, T)
+        target_weight = _target_weight(class_weight, target, live, V, T)
+        main = tl.full((1, 1), main, T) * target_weight
         smooth = tl.full((1, 1), smooth, T)
-        z_loss = tl.full((1, 1), z_loss, T) * target_weight
-        z_term = tl.where(z_loss != 0, z_loss * lse * lse, 0.0)
-        z_slope = tl.where(z_loss != 0, 2 * z_loss * lse, 0.0)
+        z_term, z_slope = _z_loss(z_loss, target_weight, lse, T)
         spread = smooth * total.to(T)
-        b = tl.zeros_like(pick_logit)
-        if EPILOGUE is not None:
-            same = pick_index == target
-            pick_ce = tl.where(same, ce, log_sum + (m - pick_logit))
-            of_row, a, d, b = EPILOGUE(ce, q, p, lse, pick_ce, real, real & (same == 0), PICKS, values)
-            # L = w_t (main * base + z_loss lse^2) + smooth * sum_j w_j (-log p_j)
-            main = main * target_weight
-            of_row = main * of_row + z_term + smooth * classes.to(T) * mean_ce
-            a = main * a + z_slope + spread
-            d = main * d + z_slope + spread
-            b = main * b
-            one, two, three = a, smooth + tl.zeros_like(a), d - a * q - smooth * target_weight
-        else:
-            top = tl.where(live, part[3], -1)
-            of_row, one, two, three = _class_term(
-                logits, row_stride, rows, live, end, V, target, top, m, sum_exp, p, class_weight, target_weight, values,
-                z_slope, TERM, EXPONENT, ROWS, BLOCK, T,
-            )  # fmt: skip
-            of_row += z_term
+        same = pick_index == target
+        pick_ce = tl.where(same, ce, log_sum + (m - pick_logit))
+        # L = w_t (main * base + z_loss lse^2) + smooth * sum_j w_j (-log p_j)
+        of_row, a, d, b = EPILOGUE(ce, q, p, lse, pick_ce, real, real & (same == 0), PICKS, values)
+        of_row = main * of_row + z_term + smooth * classes.to(T) * mean_ce
+        a = main * a + z_slope + spread
+        d = main * d + z_slope + spread
+        at_target = d - a * q - smooth * target_weight
         tl.store(loss + rows, tl.where(ignored, 0.0, of_row), inside)
-        _store_rows(coefficients, N, rows, inside, ignored, (one, two, three), (0.0, 0.0, 0.0))
-        tl.store(coefficients + (rows + (k + _COEFFICIENTS) * N), tl.where(ignored, 0.0, b), real)
+        columns = (a, smooth + tl.zeros_like(a), at_target)
+        _store_rows(coefficients, N, rows, inside, ignored, columns, (0.0, 0.0, 0.0))
+        tl.store(coefficients + (rows + (k + _COEFFICIENTS) * N), tl.where(ignored, 0.0, main * b), real)
+
+
+@triton.jit
+def _target_weight(class_weight, target, live, V, T: tl.constexpr):
+    if class_weight is None:
+        return tl.full((1, 1), 1.0, T)
+    else:
+        return tl.load(class_weight + target, live & (target >= 0) & (target < V), other=0.0)
+
+
+@triton.jit
+def _z_loss(z_loss, target_weight, lse, T: tl.constexpr):
+    """Its term and its slope by lse; with no such loss an infinite lse is no matter."""
+    z_loss = tl.full((1, 1), z_loss, T) * target_weight
+    return tl.where(z_loss != 0, z_loss * lse * lse, 0.0), tl.where(z_loss != 0, 2 * z_loss * lse, 0.0)
 
 
 # --- class terms ---
@@ -400,49 +445,62 @@ def _negative_terms(p, class_weight, params, TERM: tl.constexpr, EXPONENT: tl.co
 
 
 @triton.jit
-def _class_term(
-    logits,
-    row_stride,
+def _term_sums(
+    where,
     rows,
     live,
+    begin,
     end,
     V,
     target,
     top,
     m,
-    sum_exp,
-    p,
+    inverse,
     class_weight,
+    params,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Of the columns from `begin` to `end`, without the target and the top class: sums of exp(z - m), loss and p g."""
+    others = tl.zeros((ROWS, 1), tl.float64)
+    loss = tl.zeros((ROWS, 1), tl.float64)
+    slope = tl.zeros((ROWS, 1), tl.float64)
+    for start in range(begin, end, BLOCK):
+        columns, exists, z = _block(where, rows, live, start, V, target, SOURCE, BLOCK, T)
+        e = tl.where((columns == target) | (columns == top), 0.0, tl.exp(z - m))  # p = 0 adds nothing
+        f, g = _negative_terms(e * inverse, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
+        others += tl.sum(e, 1, keep_dims=True).to(tl.float64)
+        loss += tl.sum(f, 1, keep_dims=True).to(tl.float64)
+        slope += tl.sum(e * inverse * g, 1, keep_dims=True).to(tl.float64)
+    return others, loss, slope
+
+
+@triton.jit
+def _class_term(
+    sums,
+    top,
+    target,
+    p,
+    sum_exp,
+    top_weight,
     target_weight,
     params,
     z_slope,
     TERM: tl.constexpr,
     EXPONENT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
     T: tl.constexpr,
 ):
     """The rows' losses; shift, gradient at the top class, gradient at the target. dL/dz_j = p_j (g_j - shift)."""
+    others, loss, slope = sums
     inverse = 1.0 / sum_exp
-    others = tl.zeros((ROWS, 1), tl.float64)  # sum of exp(z - m) over all but the top class
-    loss = tl.zeros((ROWS, 1), tl.float64)
-    slope = tl.zeros((ROWS, 1), tl.float64)  # sum of p g
-    for begin in range(0, end, BLOCK):
-        columns, exists, z = _block(logits, row_stride, rows, live, begin, V, BLOCK, T)
-        # The target and the top class are singled out below; p = 0 adds nothing.
-        e = tl.where((columns == target) | (columns == top), 0.0, tl.exp(z - m))
-        f, g = _negative_terms(e * inverse, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
-        others += tl.sum(e, 1, keep_dims=True).to(tl.float64)
-        loss += tl.sum(f, 1, keep_dims=True).to(tl.float64)
-        slope += tl.sum(e * inverse * g, 1, keep_dims=True).to(tl.float64)
-
     # 1 - p of the top class, the only one that may have p > 0.5, comes from the others' sum.
     is_top = target == top
     top_q = tl.where(is_top, others, others + (p * sum_exp).to(tl.float64)).to(T) * inverse
     top_p = 1.0 - top_q
-    top_weight = tl.full((1, 1), 1.0, T)
-    if class_weight is not None:
-        top_weight = tl.load(class_weight + top, top >= 0, other=0.0)
     positive_q = tl.where(is_top, top_q, 1.0 - p)
     f, h = TERM(tl.where(is_top, top_p, p), positive_q, positive_q, positive_q, positive_q, target_weight, params, True)
     weight = power(top_q, _exponent(top_q, params, EXPONENT))
@@ -458,13 +516,81 @@ def _class_term(
     return loss.to(T), shift, top_gradient, tl.where(is_top, top_gradient, p * (target_g - shift))
 
 
+# --- the gradient ---
+
+
+@triton.jit
+def _row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T: tl.constexpr):
+    """Max, 1 / sum of exp, upstream gradient and the three coefficients."""
+    m = tl.load(statistics + rows, live, other=0.0)
+    inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
+    upstream = _upstream(grad_output, grad_output_stride, rows, live, T)
+    one = tl.load(coefficients + rows, live, other=0.0)
+    two = tl.load(coefficients + (rows + N), live, other=0.0)
+    three = tl.load(coefficients + (rows + 2 * N), live, other=0.0)
+    return m, inverse, upstream, one, two * upstream, three * upstream
+
+
+@triton.jit
+def _write_gradient(
+    grad,
+    grad_stride,
+    of_rows,
+    where,
+    rows,
+    inside,
+    live,
+    begin,
+    N,
+    V,
+    target,
+    class_weight,
+    index,
+    coefficients,
+    params,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    PICKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Of a block of columns."""
+    m, inverse, upstream, one, two, at_target = of_rows
+    columns, exists, z = _block(where, rows, live, begin, V, target, SOURCE, BLOCK, T)
+    e = tl.exp(z - m)
+    if TERM is not None:
+        p = e * inverse
+        _, g = _negative_terms(p, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
+        gradient = p * (g - one) * upstream
+        top = tl.load(index + rows, live, other=-1)
+        gradient = tl.where(columns == top, two, gradient)
+        gradient = tl.where(columns == target, at_target, gradient)
+    else:
+        gradient = e * (one * inverse * upstream)
+        if class_weight is None:
+            gradient -= two
+        elif _any(two != 0):
+            gradient -= two * _class_weights(class_weight, columns, exists, T)
+        gradient = tl.where(columns == target, at_target, gradient)
+        for k in tl.static_range(PICKS):
+            pick = tl.load(index + (rows + k * N), live, other=-1)
+            b = tl.load(coefficients + (rows + (_COEFFICIENTS + k) * N), live, other=0.0) * upstream
+            gradient = tl.where(columns == pick, gradient - b, gradient)
+    if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
+        if SOURCE.softcap > 0:
+            share = z / SOURCE.softcap
+            gradient *= 1.0 - share * share
+    gradient = tl.where(live, gradient, 0.0)
+    tl.store(grad + (rows * grad_stride + columns), convert(gradient, grad.dtype.element_ty), inside & exists)
+
+
 # --- the passes ---
 
 
 @triton.jit
 def statistics_pass(
-    logits,
-    row_stride: tl.int64,
+    where,
     target,
     class_weight,
     weight_sum,
@@ -478,6 +604,10 @@ def statistics_pass(
     part_sums,
     part_logits,
     part_columns,
+    grad,
+    grad_stride: tl.int64,
+    grad_output,
+    grad_output_stride: tl.int64,
     N: tl.int64,
     V: tl.int32,
     ignore_index: tl.int64,
@@ -485,9 +615,8 @@ def statistics_pass(
     smooth: tl.float64,
     z_loss: tl.float64,
     EPILOGUE: tl.constexpr,
-    TERM: tl.constexpr,
-    EXPONENT: tl.constexpr,
     PARAMS: tl.constexpr,
+    SOURCE: tl.constexpr,
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
@@ -501,18 +630,18 @@ def statistics_pass(
 ):
     """SPLIT: grid (row blocks, spans), stores the statistics of a span of the rows. MERGE: takes them up from there.
 
-    Otherwise both in one. Spans lie one after the other, each (2 or 3, N): of sums, logits and columns.
+    Otherwise both in one; with `grad`, which may be the logits themselves, the gradient too. Spans lie one after the
+    other, each (2 or 3, N): of sums, logits and columns.
     """
-    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
     t, live = _targets(target, rows, inside, V, ignore_index)
     in_range = live & (t >= 0) & (t < V)
-    target_logit = tl.where(in_range | (live == 0), _logit(logits, row_stride, rows, t, in_range, T), float("nan"))
-    reference = tl.zeros_like(target_logit)
-    if MEAN:
-        # Some logit, so that a common offset takes no digits from the sum.
-        reference = _logit(logits, row_stride, rows, tl.zeros_like(t), live, T)
-        reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    target_logit = _logit(where, rows, t, in_range, SOURCE, T)
+    if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
+        if SOURCE.masks_target:
+            target_logit = tl.full(target_logit.shape, -float("inf"), T)
+    target_logit = tl.where(in_range | (live == 0), target_logit, float("nan"))
     end = tl.where(_any(live), V, 0)  # where all are ignored there is nothing to read
 
     part = _nothing(ROWS, T)
@@ -537,8 +666,8 @@ def statistics_pass(
         last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
         for begin in range(first, last, SPAN * BLOCK):
             span = _scan(
-                logits, row_stride, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, target_logit,
-                reference, class_weight, TOP_K, BELOW, MEAN, ROWS, BLOCK, T,
+                where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, target_logit, class_weight,
+                SOURCE, TOP_K, BELOW, MEAN, ROWS, BLOCK, T,
             )  # fmt: skip
             part = _merge(part, span)
 
@@ -554,16 +683,104 @@ def statistics_pass(
         tl.store(part_logits + (at + 2 * N), part[7], inside)
     else:
         _finish(
-            part, rows, inside, live, t, target_logit, reference, end, logits, row_stride, class_weight, weight_sum,
-            candidates, param_values, param_strides, loss, statistics, index, coefficients, N, V, main, smooth, z_loss,
-            EPILOGUE, TERM, EXPONENT, PARAMS, TOP_K, BELOW, MEAN, PICKS, PICK_BLOCK, ROWS, BLOCK, T,
+            part, rows, inside, live, t, target_logit, where, class_weight, weight_sum, candidates, param_values,
+            param_strides, loss, statistics, index, coefficients, N, V, main, smooth, z_loss, EPILOGUE, PARAMS, SOURCE,
+            TOP_K, BELOW, MEAN, PICKS, PICK_BLOCK, T,
         )  # fmt: skip
+        if grad is not None:
+            tl.debug_barrier()  # the coefficients are there, and all that is read of the logits here was read
+            of_rows = _row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T)
+            blocks = tl.cdiv(V, BLOCK)
+            for k in range(0, blocks):
+                begin = (blocks - 1 - k) * BLOCK  # what was read last is most likely still in the caches
+                _write_gradient(
+                    grad, grad_stride, of_rows, where, rows, inside, live, begin, N, V, t, class_weight, index,
+                    coefficients, (), None, None, SOURCE, PICKS, BLOCK, T,
+                )  # fmt: skip
+
+
+@triton.jit
+def class_terms_pass(
+    where,
+    target,
+    class_weight,
+    param_values,
+    param_strides,
+    statistics,
+    index,
+    loss,
+    coefficients,
+    part_sums,
+    N: tl.int64,
+    V: tl.int32,
+    ignore_index: tl.int64,
+    z_loss: tl.float64,
+    TERM: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    PARAMS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Losses and coefficients, from statistics with the top class. SPLIT and MERGE as in the statistics pass."""
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
+    rows, inside = _rows(tl.program_id(0), N, ROWS)
+    t, live = _targets(target, rows, inside, V, ignore_index)
+    top = tl.load(index + rows, live, other=-1)
+    m = tl.load(statistics + rows, live, other=0.0)
+    sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
+    inverse = 1.0 / sum_exp
+    values = _params(param_values, param_strides, rows, inside, PARAMS)
+    end = tl.where(_any(live), V, 0)
+
+    others = tl.zeros((ROWS, 1), tl.float64)
+    of_row = tl.zeros((ROWS, 1), tl.float64)
+    slope = tl.zeros((ROWS, 1), tl.float64)
+    if MERGE:
+        for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
+            at = rows + span * 3 * N
+            others += tl.load(part_sums + at, inside, other=0.0)
+            of_row += tl.load(part_sums + (at + N), inside, other=0.0)
+            slope += tl.load(part_sums + (at + 2 * N), inside, other=0.0)
+    else:
+        first = tl.program_id(1) * (SPAN * BLOCK) if SPLIT else 0
+        last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
+        for begin in range(first, last, SPAN * BLOCK):
+            span_others, span_loss, span_slope = _term_sums(
+                where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, top, m, inverse, class_weight,
+                values, TERM, EXPONENT, SOURCE, ROWS, BLOCK, T,
+            )  # fmt: skip
+            others += span_others
+            of_row += span_loss
+            slope += span_slope
+
+    if SPLIT:
+        at = rows + tl.program_id(1) * 3 * N
+        tl.store(part_sums + at, others, inside)
+        tl.store(part_sums + (at + N), of_row, inside)
+        tl.store(part_sums + (at + 2 * N), slope, inside)
+    else:
+        target_weight = _target_weight(class_weight, t, live, V, T)
+        top_weight = _target_weight(class_weight, top, live, V, T)
+        z_term, z_slope = _z_loss(z_loss, target_weight, m + tl.log(sum_exp), T)
+        target_logit = tl.load(statistics + (rows + 4 * N), live, other=0.0)
+        p = tl.where(sum_exp == 0, 0.0, tl.exp(target_logit - m) * inverse)
+        total, shift, at_top, at_target = _class_term(
+            (others, of_row, slope), top, t, p, sum_exp, top_weight, target_weight, values, z_slope, TERM, EXPONENT, T
+        )  # fmt: skip
+        ignored = live == 0
+        tl.store(loss + rows, tl.where(ignored, 0.0, total + z_term), inside)
+        zero = tl.zeros_like(shift)
+        columns = (shift, at_top, at_target, zero)
+        _store_rows(coefficients, N, rows, inside, ignored, columns, (0.0, 0.0, 0.0, 0.0))
 
 
 @triton.jit
 def gradient_pass(
-    logits,
-    row_stride: tl.int64,
+    where,
     target,
     class_weight,
     statistics,
@@ -581,53 +798,33 @@ def gradient_pass(
     TERM: tl.constexpr,
     EXPONENT: tl.constexpr,
     PARAMS: tl.constexpr,
+    SOURCE: tl.constexpr,
     PICKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (row blocks times column blocks). `grad` may be the logits themselves."""
-    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
-    blocks = tl.cdiv(V, BLOCK)
-    rows, inside = _rows(tl.program_id(0) // blocks, N, ROWS)
-    t, live = _targets(target, rows, inside, V, ignore_index)
-    m = tl.load(statistics + rows, live, other=0.0)
-    inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
-    upstream = _upstream(grad_output, grad_output_stride, rows, live, T)
-    one = tl.load(coefficients + rows, live, other=0.0)
-    two = tl.load(coefficients + (rows + N), live, other=0.0)
-    at_target = tl.load(coefficients + (rows + 2 * N), live, other=0.0) * upstream
-
-    columns, exists, z = _block(logits, row_stride, rows, live, tl.program_id(0) % blocks * BLOCK, V, BLOCK, T)
-    e = tl.exp(z - m)
-    if TERM is not None:
-        p = e * inverse
-        values = _params(param_values, param_strides, rows, inside, PARAMS)
-        weight = _class_weights(class_weight, columns, exists, T)
-        _, g = _negative_terms(p, weight, values, TERM, EXPONENT)
-        gradient = p * (g - one) * upstream
-        top = tl.load(index + rows, live, other=-1)
-        gradient = tl.where(columns == top, two * upstream, gradient)
-        gradient = tl.where(columns == t, at_target, gradient)
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
+    if SOURCE is None:
+        blocks = tl.cdiv(V, BLOCK)
+        block, column_block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     else:
-        u = two * upstream
-        gradient = e * (one * inverse * upstream)
-        if class_weight is None:
-            gradient -= u
-        elif _any(u != 0):
-            gradient -= u * _class_weights(class_weight, columns, exists, T)
-        gradient = tl.where(columns == t, at_target, gradient)
-        for k in tl.static_range(PICKS):
-            pick = tl.load(index + (rows + k * N), live, other=-1)
-            b = tl.load(coefficients + (rows + (_COEFFICIENTS + k) * N), live, other=0.0) * upstream
-            gradient = tl.where(columns == pick, gradient - b, gradient)
-    gradient = tl.where(live, gradient, 0.0)
-    tl.store(grad + (rows * grad_stride + columns), convert(gradient, grad.dtype.element_ty), inside & exists)
+        # The programs that run side by side have their columns in common, whose weights are read once for all of them.
+        blocks = tl.cdiv(N, ROWS).to(tl.int32)
+        block, column_block = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    rows, inside = _rows(block, N, ROWS)
+    t, live = _targets(target, rows, inside, V, ignore_index)
+    of_rows = _row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T)
+    values = _params(param_values, param_strides, rows, inside, PARAMS)
+    _write_gradient(
+        grad, grad_stride, of_rows, where, rows, inside, live, column_block * BLOCK, N, V, t, class_weight, index,
+        coefficients, values, TERM, EXPONENT, SOURCE, PICKS, BLOCK, T,
+    )  # fmt: skip
 
 
 @triton.jit
 def top_rest_pass(
-    logits,
-    row_stride: tl.int64,
+    where,
     target,
     statistics,
     index,
@@ -639,26 +836,25 @@ def top_rest_pass(
     BLOCK: tl.constexpr,
 ):
     """1 - p of each row's top class. Only a p > 0.5 of a class that is not the target needs a look at the others."""
-    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
     t, live = _targets(target, rows, inside, V, ignore_index)
     top = tl.load(index + rows, live, other=-1)
     m = tl.load(statistics + rows, live, other=0.0)
     sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
-    rest = 1.0 - tl.exp(_logit(logits, row_stride, rows, top, live & (top >= 0), T) - m) / sum_exp
+    rest = 1.0 - tl.exp(_logit(where, rows, top, live & (top >= 0), None, T) - m) / sum_exp
     rest = tl.where(top == t, tl.load(statistics + (rows + 2 * N), live, other=0.0), rest)
     wrong = live & (top != t) & (rest < 0.5)
     others = tl.zeros((ROWS, 1), tl.float64)
     for begin in range(0, tl.where(_any(wrong), V, 0), BLOCK):
-        columns, _, z = _block(logits, row_stride, rows, wrong, begin, V, BLOCK, T)
+        columns, _, z = _block(where, rows, wrong, begin, V, t, None, BLOCK, T)
         others += tl.sum(tl.where(columns == top, 0.0, tl.exp(z - m)), 1, keep_dims=True).to(tl.float64)
     tl.store(top_rest + rows, tl.where(wrong, others.to(T) / sum_exp, rest), inside)
 
 
 @triton.jit
 def class_sums_pass(
-    logits,
-    row_stride: tl.int64,
+    where,
     target,
     row_weight,
     row_weight_stride: tl.int64,
@@ -679,7 +875,7 @@ def class_sums_pass(
     BLOCK: tl.constexpr,
 ):
     """Grid (column blocks, groups of rows): `sums` (groups, 2, V), error and agreement over the rows of each group."""
-    T: tl.constexpr = tl.float64 if logits.dtype.element_ty == tl.float64 else tl.float32
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     begin = tl.program_id(0) * BLOCK
     group = tl.program_id(1).to(tl.int64)
     error = tl.zeros((1, BLOCK), tl.float64)
@@ -695,7 +891,7 @@ def class_sums_pass(
         top_q = tl.load(top_rest + rows, live, other=1.0)
         values = _params(param_values, param_strides, rows, inside, PARAMS)
 
-        columns, exists, z = _block(logits, row_stride, rows, live, begin, V, BLOCK, T)
+        columns, exists, z = _block(where, rows, live, begin, V, t, None, BLOCK, T)
         is_target, is_top = columns == t, columns == top
         p = tl.where(is_target | is_top, 0.0, tl.exp(z - m) * inverse)
         weights, steep = _powers(p, _exponent(p, values, EXPONENT))
@@ -703,7 +899,7 @@ def class_sums_pass(
         # The top class, whose 1 - p is known, and the target.
         top_power = power(top_q, _exponent(top_q, values, EXPONENT))
         top_e, _, _, _ = OVERLAP(1.0 - top_q, top_q, top_power, top_power, top_q, values, False)
-        target_p = tl.exp(_logit(logits, row_stride, rows, t, live & (t >= 0) & (t < V), T) - m) * inverse
+        target_p = tl.exp(_logit(where, rows, t, live & (t >= 0) & (t < V), None, T) - m) * inverse
         target_p = tl.where(t == top, 1.0 - top_q, target_p)
         target_q = tl.where(t == top, top_q, 1.0 - target_p)
         target_e, target_c, _, _ = OVERLAP(target_p, target_q, target_q, target_q, target_q, values, True)

@@ -14,6 +14,10 @@ from . import cpu, triton
 #: Implementations by name: what each runs on, and why it is not ready (None when it is).
 IMPLS = ("reference", "cpu", "triton")
 
+#: Of linear forms alone: kernels make the logits too, on the chip.
+PRODUCT_IMPLS = ("triton_fused",)
+LINEAR_IMPLS = (*IMPLS, *PRODUCT_IMPLS)
+
 
 def unavailable(impl: str, device: torch.device | None = None) -> str | None:
     """Why the implementation cannot run on this machine, or for tensors on `device`; None if it can."""
@@ -21,19 +25,21 @@ def unavailable(impl: str, device: torch.device | None = None) -> str | None:
         if device is not None and device.type != "cpu":
             return f"it runs on CPU tensors, but the input is on {device}"
         return cpu.unavailable()
-    if impl == "triton":
+    if impl in ("triton", "triton_fused"):
         return triton.unavailable(device)
     return None
 
 
-def resolve(impl: str | None, device: torch.device) -> str:
+def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str:
     """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready."""
     impl = impl or os.environ.get("FUSEDLOSS_IMPL") or None
     if impl is None:
         # Interpreted kernels are for tests: on a CPU nobody gets them without asking.
         fastest = "cpu" if device.type == "cpu" else "triton"
         return fastest if unavailable(fastest, device) is None else "reference"
-    check_choice("impl", impl, IMPLS)
+    check_choice("impl", impl, LINEAR_IMPLS)
+    if impl not in IMPLS and not linear:
+        raise ValueError(f"impl={impl!r} is for linear forms; losses of logits take one of {', '.join(IMPLS)}")
     reason = unavailable(impl, device)
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
@@ -42,7 +48,7 @@ def resolve(impl: str | None, device: torch.device) -> str:
 
 def has_epilogue(impl: str, name: str) -> bool:
     """Whether the implementation has this loss as a compiled epilogue."""
-    if impl == "triton":
+    if impl in ("triton", "triton_fused"):
         return triton.has_epilogue(name)
     return impl == "cpu" and name in cpu.EPILOGUES
 
