@@ -1,9 +1,9 @@
 """On a machine with a GPU: runs the tests marked `gpu`, then times the losses beside their floors and their peers.
 
 Row losses are held against 1.5 times copy_() of the logits, linear ones against their three matrix products alone. All
-candidates of a case have their turn in each round, with the L2 cache overwritten before; medians are reported, forward
-and backward together. A peer that is not installed, or fails, is named with its reason. What the time does not allow
-for is left out, and named too.
+candidates of a case have their turn in each round, with the L2 cache overwritten before and then once more without;
+medians are reported, forward and backward together. A peer that is not installed, or fails, is named with its reason.
+What the time does not allow for is left out, and named too.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ LINEAR_CASES = [
 QUICK_ROW_CASES, QUICK_LINEAR_CASES = ROW_CASES[:3], LINEAR_CASES[:2]
 
 NOTES = """\
-Medians of {rounds} rounds at most in which all have their turn, L2 cache cold, forward and backward, on one stream.
+Medians of {rounds} rounds at most in which all have their turn, forward and backward, on one stream.
 
-- *floor*: of a row loss 1.5 × `copy_()` of its logits; of a linear one the three matrix products of its shapes.
+- *ms*: with a cold L2 cache; *hot*: right after another turn of the same.
+- *floor*: of a row loss 1.5 × `copy_()` of its logits; of a linear one the three matrix products of its shapes, cold.
 - *GB/s*: of the 3 bytes per byte of logits that a forward and a separate backward have to move.
 - *memory*: the most that is allocated beyond the inputs, in MiB.
 """
@@ -175,10 +176,21 @@ def linear_case(rows: int, features: int, classes: int, deadline: float) -> dict
         return F.cross_entropy(F.linear(x, y).float(), t)
 
     inputs = (hidden, weight, target)
+
+    def evaluation(impl: str | None) -> Step:
+        def step() -> None:
+            with torch.no_grad():
+                fl.linear_cross_entropy(*inputs, impl=impl)
+
+        return step
+
     candidates: dict[str, Callable[[], Step]] = {
         "products": lambda: products,
         "linear_cross_entropy": lambda: of(fl.linear_cross_entropy, *inputs),
         "linear_focal_loss": lambda: of(fl.linear_focal_loss, *inputs),
+        "linear_cross_entropy fused": lambda: of(fl.linear_cross_entropy, *inputs, impl="triton_fused"),
+        "linear_cross_entropy evaluated": lambda: evaluation(None),
+        "linear_cross_entropy evaluated fused": lambda: evaluation("triton_fused"),
         "eager": lambda: of(eager, *inputs),
         "torch.compile": lambda: of(torch.compile(eager), *inputs),
         "F.linear_cross_entropy": lambda: of(_peer("torch.nn.functional", "linear_cross_entropy"), *inputs),
@@ -198,7 +210,7 @@ def _peer(module: str, name: str) -> Any:
 
 
 def contest(candidates: dict[str, Callable[[], Step]], reset: Callable[[], None], deadline: float) -> dict[str, Any]:
-    """Median seconds and peak MiB of each, and the reasons of those that cannot run."""
+    """Median seconds with a cold cache and a hot one and peak MiB of each, and the reasons of those that cannot run."""
     steps: dict[str, Step] = {}
     failed: dict[str, str] = {}
     memory: dict[str, float] = {}
@@ -219,25 +231,33 @@ def contest(candidates: dict[str, Callable[[], Step]], reset: Callable[[], None]
             if name in ("copy", "products") or module_is_ours(name):
                 raise
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    cold: dict[str, list[float]] = {name: [] for name in steps}
+    hot: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(ROUNDS):
         if turn >= 3 and time.monotonic() > deadline:
             break
         for name, step in steps.items():
             reset()
             flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            seconds[name].append(begin.elapsed_time(end) / 1e3)
-    return {"seconds": {name: median(times) for name, times in seconds.items()}, "memory": memory, "failed": failed}
+            cold[name].append(_timed(step))
+            reset()
+            hot[name].append(_timed(step))
+    medians = ({name: median(times) for name, times in turns.items()} for turns in (cold, hot))
+    return {**dict(zip(("seconds", "hot"), medians, strict=True)), "memory": memory, "failed": failed}
+
+
+def _timed(step: Step) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def module_is_ours(name: str) -> bool:
     """Whether the candidate is a loss of this package, whose failure must not be a footnote."""
-    return hasattr(fl, name.removesuffix(" in place"))
+    return hasattr(fl, name.split(" ")[0])
 
 
 def slug(text: str) -> str:
@@ -274,8 +294,8 @@ def _verdict(tests: dict[str, Any]) -> str:
 
 def _table(kind: str, cases: list[dict[str, Any]]) -> list[str]:
     last = "GB/s" if kind == "row" else "memory, MiB"
-    head = ("shape", "dtype", "candidate", "ms", "/ floor", last)
-    lines = [_line(head), _line(["---"] * 3 + ["---:"] * 3)]
+    head = ("shape", "dtype", "candidate", "ms", "/ floor", "hot", last)
+    lines = [_line(head), _line(["---"] * 3 + ["---:"] * 4)]
     for case in cases:
         shape = " × ".join(str(case[name]) for name in ("rows", "features", "classes") if name in case)
         for name, seconds in case["seconds"].items():
@@ -288,6 +308,7 @@ def _table(kind: str, cases: list[dict[str, Any]]) -> list[str]:
                 name,
                 f"{seconds * 1e3:.3g}",
                 f"{seconds / case['floor']:.2f}",
+                f"{case['hot'][name] * 1e3:.3g}",
                 f"{figure:.0f}",
             )
             lines.append(_line(cells))

@@ -45,7 +45,9 @@ Args:
         else 128 MiB.
     drop_ignored: leave ignored rows out of the products. Their number is read by the host, so that None does it on a
         CPU only.
-    {arguments}: as below.
+    {arguments}: as below. An `impl` of these alone is "triton_fused": on a GPU, kernels make the logits wherever they
+        look at them and store none; only gradients are chunks of `budget` bytes, and gradients of "mean" and "sum" take
+        four products too.
 
 Returns and raises as the row form, and ValueError for sizes, dtypes or devices that do not fit together and for a
 budget too small for the logits of one row.

@@ -9,6 +9,7 @@ import test_cross_entropy
 import test_dsc
 import test_flex
 import test_focal
+import test_linear
 import test_mixed_cross_entropy
 import torch
 from row_losses import LOSSES, each_inplace_loss, each_loss
@@ -121,3 +122,23 @@ def test_the_same_bits_twice(name, problem):
     z, target = problem
     first, second = (torch.autograd.grad(LOSSES[name](z, target), z)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "triton_fused"])
+@pytest.mark.parametrize("name", test_linear.LOSSES)
+def test_linear_forms_equal_those_in_float64(name, impl, dtype, generator):
+    """On the CPU. Beyond a block of rows, a span of classes and a step of the depth, none of them a multiple."""
+    shapes = (150, 77), (2100, 77)
+    sources = [torch.randn(shape, generator=generator, dtype=torch.float64) / 3 for shape in shapes]
+    target = torch.randint(2100, (150,), generator=generator)
+    target[::5] = -100
+    loss = test_linear.LOSSES[name].linear
+    results = []
+    for device, kind, options in (("cuda", dtype, {"impl": impl}), ("cpu", torch.float64, {"impl": "reference"})):
+        own = [x.to(dtype).to(device, kind).requires_grad_() for x in sources]
+        value = loss(*own, target.to(device), softcap=8.0, **options)
+        results.append([x.cpu().double() for x in (value, *torch.autograd.grad(value, own))])
+    for found, right in zip(*results, strict=True):
+        allowed = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+        assert float((found - right).abs().max()) <= allowed * float(right.abs().max())

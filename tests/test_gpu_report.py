@@ -25,6 +25,7 @@ FAKED = {
         {
             "rows": 8192, "classes": 32000, "dtype": "bfloat16", "floor": 0.0015, "bytes": 3e9,
             "seconds": {"copy": 0.001, "cross_entropy": 0.003}, "memory": {"copy": 0.0, "cross_entropy": 500.0},
+            "hot": {"copy": 0.0009, "cross_entropy": 0.0025},
             "failed": {"liger-kernel": "ModuleNotFoundError: No module named 'liger_kernel'"},
         }
     ],
@@ -32,6 +33,7 @@ FAKED = {
         {
             "rows": 4096, "features": 512, "classes": 32000, "dtype": "bfloat16", "floor": 0.002,
             "seconds": {"products": 0.002, "linear_cross_entropy": 0.003},
+            "hot": {"products": 0.002, "linear_cross_entropy": 0.003},
             "memory": {"products": 10.0, "linear_cross_entropy": 250.4}, "failed": {},
         }
     ],
@@ -46,9 +48,9 @@ def test_text_of_made_up_figures():
         "Python 3.12.1, CUDA 13.0, fusedloss 0.1.0, torch 2.11.0.",
         "Not installed: liger-kernel.",
         "Tests on this GPU: passed: 7 passed",
-        "| 8192 × 32000 | bfloat16 | copy | 1 | 0.67 | 2000 |",
-        "| 8192 × 32000 | bfloat16 | cross_entropy | 3 | 2.00 | 1000 |",
-        "| 4096 × 512 × 32000 | bfloat16 | linear_cross_entropy | 3 | 1.50 | 250 |",
+        "| 8192 × 32000 | bfloat16 | copy | 1 | 0.67 | 0.9 | 2000 |",
+        "| 8192 × 32000 | bfloat16 | cross_entropy | 3 | 2.00 | 2.5 | 1000 |",
+        "| 4096 × 512 × 32000 | bfloat16 | linear_cross_entropy | 3 | 1.50 | 3 | 250 |",
         "- liger-kernel: ModuleNotFoundError: No module named 'liger_kernel'",
         "- row 512 × 262144 × float32",
     ):
@@ -68,6 +70,7 @@ def test_the_file_is_named_after_the_device():
 
 def test_a_failure_of_our_own_is_no_footnote():
     assert gpu_report.module_is_ours("cross_entropy in place")
+    assert gpu_report.module_is_ours("linear_cross_entropy evaluated fused")
     assert not gpu_report.module_is_ours("liger-kernel")
 
 
