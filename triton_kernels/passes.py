@@ -425,15 +425,16 @@ def _series(p, x):
 
 @triton.jit
 def _powers(p, alpha):
-    """(1 - p)^alpha and (1 - p)^(alpha - 1): as series where no p of the block is large, as in almost every block."""
-    limit = (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
-    if _any(p > limit):
+    """(1 - p)^alpha and (1 - p)^(alpha - 1), of small p as series: all there is to do in almost every block. Which of the
+    two is up to each p alone, whatever stands beside it."""
+    large = p > (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
+    weight = _series(p, alpha)
+    steep = _series(p, alpha - 1.0)
+    if _any(large):
         q = 1.0 - p
-        weight = tl.exp(alpha * tl.log(q))
-        steep = weight / q
-    else:
-        weight = _series(p, alpha)
-        steep = _series(p, alpha - 1.0)
+        exact = tl.exp(alpha * tl.log(q))
+        weight = tl.where(large, exact, weight)
+        steep = tl.where(large, exact / q, steep)
     return weight, steep
 
 
