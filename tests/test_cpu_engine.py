@@ -19,6 +19,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends, ops
+from fusedloss.checks import compute_dtype
 
 if backends.unavailable("cpu") is not None:
     pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)
@@ -308,13 +309,33 @@ def test_exp_is_accurate_over_its_range(dtype: torch.dtype, instruction_set: str
     assert _exponential(torch.tensor([[torch.nan, -torch.nan]], dtype=dtype)).isnan().all()
 
 
-def _exponential(x: Tensor) -> Tensor:
-    """exp(x) as the gradient pass computes it, x (1, V)."""
+@pytest.mark.parametrize("a", [1.0, 0.7071, 0.70711, -3e-5, 2.0**-60, -(2.0**60)], ids=str)
+def test_bfloat16_gradients_are_rounded_once(a: float, instruction_set: str) -> None:
+    """a exp(z) where the exponential itself is rounded to bfloat16, and outside of the scales at which it is."""
+    z = all_bit_patterns(torch.bfloat16)
+    z = z[z <= 0][None]
+    for scale in (a, a * 2.0**-80):
+        got = _exponential(z, scale)
+        assert got.dtype == torch.bfloat16
+        exact = scale * z.double().exp()
+        # Half of the last of 8 bits, and a little for what was rounded; exponentials end at -87, numbers at 2^-126.
+        allowed = 0.503 * torch.exp2(exact.abs().log2().floor() - 7)
+        allowed[(z < -87) | (exact.abs() < 2.0**-126 * 1.0001)] += 2.0**-125
+        assert ((got.double() - exact).abs() <= allowed).all()
+        assert not got[z == -torch.inf].any()
+    near = z[z > -80][None]
+    assert _exponential(near, torch.nan).isnan().all()
+    assert (_exponential(near, -torch.inf) == -torch.inf).all()
+    assert not _exponential(near, 0.0).any()
+
+
+def _exponential(x: Tensor, a: float = 1.0) -> Tensor:
+    """a exp(x) as the gradient pass computes it, x (1, V)."""
     padded = torch.cat([x, x.new_zeros(1, 1)], 1)  # the last column is the target, whose gradient is another
-    statistics = x.new_zeros(ops.STATISTICS, 1)
+    statistics = torch.zeros(ops.STATISTICS, 1, dtype=compute_dtype(x.dtype))
     statistics[ops.SUM_EXP] = 1
-    coefficients = x.new_zeros(ops.COEFFICIENTS, 1)
-    coefficients[ops.A] = 1
+    coefficients = torch.zeros(ops.COEFFICIENTS, 1, dtype=compute_dtype(x.dtype))
+    coefficients[ops.A] = a
     index = torch.zeros(0, 1, dtype=torch.int64)
     target = torch.tensor([x.shape[1]])
     return ops.row_gradient(padded, target, None, statistics, index, coefficients, None, [], "", -100, "cpu")[:, :-1]

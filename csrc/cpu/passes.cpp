@@ -955,7 +955,7 @@ class Engine {
             for (; column + 2 * width <= end; column += 2 * width) {
                 prefetch_after(z + column);
                 const Pair x = load_pair(z + column);
-                store_pair(grad + column, {formula(x.even, column, width), formula(x.odd, column, width)});
+                store_pair(grad + column, formula(x.even, column, width), formula(x.odd, column, width));
             }
         }
         for (; column + width <= end; column += width) {
@@ -971,6 +971,12 @@ class Engine {
     // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
     template <int Smooth>
     FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
+        if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0) {
+            if (rows_.classes > kNarrow && RoundedExp::takes(a)) {
+                const RoundedExp exp(a);
+                return transform<false>(z, grad, begin, end, [&](V x, int64_t, int) { return exp(x - max); });
+            }
+        }
         transform<Smooth == 2>(z, grad, begin, end, [&](V x, int64_t column, int size) {
             const V p = exp_bounded<T>(x - max) * a;
             return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;

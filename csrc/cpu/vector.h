@@ -3,6 +3,7 @@
 // stores round.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -102,10 +103,13 @@ FUSEDLOSS_INLINE FloatVector widen(WordVector w, float16) {
     return bit_cast<FloatVector>(bit_cast<WordVector>(magnitude) | special | ((w & 0x8000u) << 16));
 }
 
-FUSEDLOSS_INLINE WordVector narrow(FloatVector x, bfloat16) {
-    const WordVector w = bit_cast<WordVector>(x);
+// Words of one or of a vector of floats.
+template <typename Words, typename Floats>
+FUSEDLOSS_INLINE Words narrow_to(Floats x) {
+    const Words w = bit_cast<Words>(x);
     return (x == x ? w + 0x7fffu + ((w >> 16) & 1u) : w | 0x400000u) >> 16;
 }
+FUSEDLOSS_INLINE WordVector narrow(FloatVector x, bfloat16) { return narrow_to<WordVector>(x); }
 
 FUSEDLOSS_INLINE WordVector narrow(FloatVector x, float16) {
     const WordVector w = bit_cast<WordVector>(x);
@@ -139,8 +143,14 @@ FUSEDLOSS_INLINE VectorOf<double>::Value load(const double* source) {
     return v;
 }
 
-template <typename S>
-FUSEDLOSS_INLINE void store(S* to, FloatVector v) {
+// Bits of a 16-bit type in the low halves of words; the high ones may hold anything.
+struct Rounded {
+    WordVector words;
+};
+FUSEDLOSS_INLINE WordVector narrow(Rounded x, bfloat16) { return x.words & 0xffffu; }
+
+template <typename S, typename X>
+FUSEDLOSS_INLINE void store(S* to, X v) {
     const HalfVector h = __builtin_convertvector(narrow(v, S{}), HalfVector);
     std::memcpy(static_cast<void*>(to), &h, sizeof h);
 }
@@ -157,9 +167,9 @@ FUSEDLOSS_INLINE Pair load_pair(const S* source) {
     std::memcpy(&w, source, sizeof w);
     return {widen(w & 0xffffu, S{}), widen(w >> 16, S{})};
 }
-template <typename S>
-FUSEDLOSS_INLINE void store_pair(S* to, Pair x) {
-    const WordVector w = narrow(x.even, S{}) | (narrow(x.odd, S{}) << 16);
+template <typename S, typename X>
+FUSEDLOSS_INLINE void store_pair(S* to, X even, X odd) {
+    const WordVector w = narrow(even, S{}) | (narrow(odd, S{}) << 16);
     std::memcpy(static_cast<void*>(to), &w, sizeof w);
 }
 
@@ -204,10 +214,7 @@ template <typename S>
 FUSEDLOSS_INLINE void write(S* to, typename ComputeOf<S>::type value) {
     store_part(to, 1, splat(value));
 }
-FUSEDLOSS_INLINE void write(bfloat16* to, float value) {
-    const uint32_t w = bit_cast<uint32_t>(value);
-    to->bits = static_cast<uint16_t>((value == value ? w + 0x7fffu + ((w >> 16) & 1u) : w | 0x400000u) >> 16);
-}
+FUSEDLOSS_INLINE void write(bfloat16* to, float value) { to->bits = static_cast<uint16_t>(narrow_to<uint32_t>(value)); }
 FUSEDLOSS_INLINE void write(float* to, float value) { *to = value; }
 FUSEDLOSS_INLINE void write(double* to, double value) { *to = value; }
 
@@ -323,6 +330,34 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_bounded(typename VectorOf<T>::V
     const V result = poly * power;
     return x < C::lowest ? V{} : result;
 }
+
+// a exp(x) as bfloat16 for x <= 0, which a polynomial rounds itself: a exp(x) = 2^n m with m in [1, 2), and the sum of
+// m and 2^16 ends where the mantissa of a bfloat16 does. Within 0.502 of the last bit, 0 below the normal numbers.
+class RoundedExp {
+   public:
+    explicit RoundedExp(float a)
+        : log2_a_(std::log2(std::abs(a)) - 0.49984589f), rounder_(0x1.8p23f + 126 + (a < 0 ? 256 : 0)) {}
+
+    // A NaN among the logits of a row makes `a` one, which this does not take.
+    static bool takes(float a) { return std::abs(a) >= 0x1p-60f && std::abs(a) <= 0x1p60f; }
+
+    FUSEDLOSS_INLINE Rounded operator()(FloatVector x) const {
+        const FloatVector log2 = x * 1.4426950408889634f + log2_a_;
+        const FloatVector shifted = log2 + rounder_;  // low bits: n, and the sign above it
+        const FloatVector f = log2 - (shifted - rounder_);
+        // m = 181/128 2^f, minimax for the relative error, 3e-6
+        FloatVector m = splat(0x1.bc07f6p-7f);
+        m = m * f + 0x1.43cf5ep-4f;
+        m = m * f + 0x1.5bde74p-2f;
+        m = m * f + 0x1.f5d26ap-1f;
+        m = m * f + (0x1p16f + 181.0f / 128);
+        const WordVector words = bit_cast<WordVector>(m) + (bit_cast<WordVector>(shifted) << 7);
+        return {log2 < -126.49984f ? WordVector{} : words};
+    }
+
+   private:
+    float log2_a_, rounder_;
+};
 
 // exp(x) - 1, and exp(x) in `exp`.
 template <typename T>
