@@ -53,6 +53,7 @@ std::vector<InstructionSet> instruction_sets() {
     sets.push_back({"avx512", avx512, avx512::forward, avx512::backward, avx512::class_sums, avx512::class_terms});
 #endif
 #if defined(FUSEDLOSS_HAVE_AVX2)
+    // Processors with AVX2 have F16C; not every compiler can ask for it.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     sets.push_back({"avx2", avx2, avx2::forward, avx2::backward, avx2::class_sums, avx2::class_terms});
 #endif

@@ -431,7 +431,7 @@ class Engine {
     template <bool InOrder, typename Body>
     FUSEDLOSS_INLINE void each_vector(const S* z, int64_t count, const Body& body) const {
         int64_t at = 0;
-        if constexpr (!InOrder && sizeof(S) == 2) {
+        if constexpr (!InOrder && kPairs<S>) {
             for (; at + 2 * width <= count; at += 2 * width) {
                 prefetch_after(z + at);
                 const Pair x = load_pair(z + at);
@@ -951,7 +951,7 @@ class Engine {
     template <bool InOrder, typename Formula>
     FUSEDLOSS_INLINE void transform(const S* z, S* grad, int64_t begin, int64_t end, const Formula& formula) const {
         int64_t column = begin;
-        if constexpr (!InOrder && sizeof(S) == 2) {
+        if constexpr (!InOrder && kPairs<S>) {
             for (; column + 2 * width <= end; column += 2 * width) {
                 prefetch_after(z + column);
                 const Pair x = load_pair(z + column);

@@ -9,6 +9,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 // One copy of a piece of arithmetic: where it is compiled into several loops, multiplications and additions may be
 // fused differently in each, and a result's last bit would depend on which loop ran.
 #if defined(__clang__)
@@ -126,11 +130,32 @@ FUSEDLOSS_INLINE WordVector narrow(FloatVector x, float16) {
     return half | sign;
 }
 
+// Vectors of 16-bit elements in order.
+template <typename S>
+FUSEDLOSS_INLINE FloatVector from_halves(HalfVector h, S) {
+    return widen(__builtin_convertvector(h, WordVector), S{});
+}
+template <typename S, typename X>
+FUSEDLOSS_INLINE HalfVector to_halves(X v, S) {
+    return __builtin_convertvector(narrow(v, S{}), HalfVector);
+}
+#if defined(__AVX512F__)
+FUSEDLOSS_INLINE FloatVector from_halves(HalfVector h, float16) { return _mm512_cvtph_ps(bit_cast<__m256i>(h)); }
+FUSEDLOSS_INLINE HalfVector to_halves(FloatVector v, float16) {
+    return bit_cast<HalfVector>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+FUSEDLOSS_INLINE FloatVector from_halves(HalfVector h, float16) { return _mm256_cvtph_ps(bit_cast<__m128i>(h)); }
+FUSEDLOSS_INLINE HalfVector to_halves(FloatVector v, float16) {
+    return bit_cast<HalfVector>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
 template <typename S>
 FUSEDLOSS_INLINE FloatVector load(const S* source) {
     HalfVector h;
     std::memcpy(&h, source, sizeof h);
-    return widen(__builtin_convertvector(h, WordVector), S{});
+    return from_halves(h, S{});
 }
 FUSEDLOSS_INLINE FloatVector load(const float* source) {
     FloatVector v;
@@ -151,13 +176,21 @@ FUSEDLOSS_INLINE WordVector narrow(Rounded x, bfloat16) { return x.words & 0xfff
 
 template <typename S, typename X>
 FUSEDLOSS_INLINE void store(S* to, X v) {
-    const HalfVector h = __builtin_convertvector(narrow(v, S{}), HalfVector);
+    const HalfVector h = to_halves(v, S{});
     std::memcpy(static_cast<void*>(to), &h, sizeof h);
 }
 FUSEDLOSS_INLINE void store(float* to, FloatVector v) { std::memcpy(to, &v, sizeof v); }
 FUSEDLOSS_INLINE void store(double* to, VectorOf<double>::Value v) { std::memcpy(to, &v, sizeof v); }
 
-// A whole register of 16-bit elements as its even and its odd ones: half the instructions of two loads in order.
+// A whole register of 16-bit elements as its even and its odd ones: half the instructions of two loads in order, but
+// where the processor itself converts.
+#if defined(__F16C__)
+template <typename S>
+constexpr bool kPairs = std::is_same_v<S, bfloat16>;
+#else
+template <typename S>
+constexpr bool kPairs = sizeof(S) == 2;
+#endif
 struct Pair {
     FloatVector even, odd;
 };
