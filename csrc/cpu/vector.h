@@ -107,13 +107,13 @@ FUSEDLOSS_INLINE FloatVector widen(WordVector w, float16) {
     return bit_cast<FloatVector>(bit_cast<WordVector>(magnitude) | special | ((w & 0x8000u) << 16));
 }
 
-// Words of one or of a vector of floats.
+// Of one or of a vector of floats: bfloat16 in the high halves of words.
 template <typename Words, typename Floats>
-FUSEDLOSS_INLINE Words narrow_to(Floats x) {
+FUSEDLOSS_INLINE Words round_high(Floats x) {
     const Words w = bit_cast<Words>(x);
-    return (x == x ? w + 0x7fffu + ((w >> 16) & 1u) : w | 0x400000u) >> 16;
+    return x == x ? w + 0x7fffu + ((w >> 16) & 1u) : w | 0x400000u;
 }
-FUSEDLOSS_INLINE WordVector narrow(FloatVector x, bfloat16) { return narrow_to<WordVector>(x); }
+FUSEDLOSS_INLINE WordVector narrow(FloatVector x, bfloat16) { return round_high<WordVector>(x) >> 16; }
 
 FUSEDLOSS_INLINE WordVector narrow(FloatVector x, float16) {
     const WordVector w = bit_cast<WordVector>(x);
@@ -201,8 +201,15 @@ FUSEDLOSS_INLINE Pair load_pair(const S* source) {
     return {widen(w & 0xffffu, S{}), widen(w >> 16, S{})};
 }
 template <typename S, typename X>
+FUSEDLOSS_INLINE WordVector pack(X even, X odd, S) {
+    return narrow(even, S{}) | (narrow(odd, S{}) << 16);
+}
+FUSEDLOSS_INLINE WordVector pack(FloatVector even, FloatVector odd, bfloat16) {
+    return narrow(even, bfloat16{}) | (round_high<WordVector>(odd) & 0xffff0000u);
+}
+template <typename S, typename X>
 FUSEDLOSS_INLINE void store_pair(S* to, X even, X odd) {
-    const WordVector w = narrow(even, S{}) | (narrow(odd, S{}) << 16);
+    const WordVector w = pack(even, odd, S{});
     std::memcpy(static_cast<void*>(to), &w, sizeof w);
 }
 
@@ -247,7 +254,9 @@ template <typename S>
 FUSEDLOSS_INLINE void write(S* to, typename ComputeOf<S>::type value) {
     store_part(to, 1, splat(value));
 }
-FUSEDLOSS_INLINE void write(bfloat16* to, float value) { to->bits = static_cast<uint16_t>(narrow_to<uint32_t>(value)); }
+FUSEDLOSS_INLINE void write(bfloat16* to, float value) {
+    to->bits = static_cast<uint16_t>(round_high<uint32_t>(value) >> 16);
+}
 FUSEDLOSS_INLINE void write(float* to, float value) { *to = value; }
 FUSEDLOSS_INLINE void write(double* to, double value) { *to = value; }
 
