@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import struct
 import sys
 import zlib
@@ -82,7 +83,7 @@ def test_the_modules_are_cached_whole(lm, tmp_path, monkeypatch):
 def test_a_fetch_that_fails_leaves_nothing_behind(lm, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(lm.data, "SWORD", Path("nowhere"))  # not even where this system has them installed
-    monkeypatch.setattr(lm.data.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(lm.data.DataError, match=r"apt-get install sword-text-kjv .* or .* --data text.txt"):
         lm.data.load_documents(None)
     assert list((tmp_path / "fusedloss").iterdir()) == []

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_paragraphs_are_paired_by_id(nmt, tmp_path):
 def test_a_fetch_that_fails_leaves_nothing_behind(nmt, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(nmt.data, "HELP", Path("nowhere"))  # not even where this system has the help installed
-    monkeypatch.setattr(nmt.data.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(nmt.data.DataError, match=r"apt-get install libreoffice-help-en-us .* or .* --data pairs.tsv"):
         nmt.data.load_pairs(None)
     assert list((tmp_path / "fusedloss").iterdir()) == []

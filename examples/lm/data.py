@@ -8,13 +8,10 @@ kept as one file in the cache folder.
 from __future__ import annotations
 
 import html
-import os
 import random
 import re
-import shutil
 import struct
-import subprocess
-import tempfile
+import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +19,9 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from packages import DataError, cached, fetch_debian
 
 PACKAGES = ("sword-text-kjv", "sword-comm-tdavid")
 SWORD = Path("usr/share/sword/modules")  # where both packages keep their text, below the root
@@ -33,10 +33,6 @@ PARTS = (
 )
 LINES_PER_BLOCK = 200  # a user's text has no documents: neighbouring lines stay on one side of the split
 END = "<|end|>"  # of a document
-
-
-class DataError(Exception):
-    """The data cannot be had or read; the message says what to do."""
 
 
 class Document(NamedTuple):
@@ -64,57 +60,27 @@ def read_text(path: Path) -> list[Document]:
     return [Document(f"block {number}", "\n".join(block)) for number, block in enumerate(blocks)]
 
 
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fusedloss"
-
-
 def _read_cached(path: Path) -> list[Document]:
     documents = (part.partition("\n") for part in path.read_text(encoding="utf-8").split("\f"))
     return [Document(name, text) for name, _, text in documents]
 
 
 def _sword_file() -> Path:
-    """The cached documents, `name` and paragraphs a line each, form feeds between them; made on first use."""
-    path = cache_folder() / "sword-english.txt"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    """The cached documents, `name` and paragraphs a line each, form feeds between them."""
+
+    def make(scratch: Path) -> Path:
         modules = Path("/") / SWORD
         if not all((modules / part).with_suffix(f".{letter}zz").exists() for part, letter in PARTS):
-            print(f"fetching {' and '.join(PACKAGES)} (8 MB) with apt-get download")
-            modules = _download(Path(scratch)) / SWORD
+            fetch_debian(PACKAGES, scratch, "8 MB", "pass your own text: --data text.txt")
+            modules = scratch / SWORD
         documents = [document for part, letter in PARTS for document in read_module(modules / part, letter)]
         if sum(len(document.text) for document in documents) < 10_000_000:
             raise DataError(f"too little text in the modules under {modules}; pass your own: --data text.txt")
-        partial = Path(scratch) / path.name
-        partial.write_text("\f".join(f"{d.name}\n{d.text}" for d in documents), encoding="utf-8")
-        os.replace(partial, path)  # whole or not at all: an interrupted fetch leaves nothing behind
-    return path
+        path = scratch / "documents"
+        path.write_text("\f".join(f"{d.name}\n{d.text}" for d in documents), encoding="utf-8")
+        return path
 
-
-def _download(folder: Path) -> Path:
-    """Fetches and unpacks the packages below `folder`; needs no root, as apt's lists and cache are private ones."""
-    way_out = f"install them (apt-get install {' '.join(PACKAGES)}) or pass your own text: --data text.txt"
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise DataError(f"no {tool} here to fetch {' and '.join(PACKAGES)}; on Debian or Ubuntu {way_out}")
-    for part in ("lists/partial", "cache/archives/partial"):
-        (folder / part).mkdir(parents=True)
-    settings = {"Dir::State::Lists": folder / "lists", "Dir::Cache": folder / "cache", "Acquire::http::Timeout": 20}
-    apt = ["apt-get", "-q", *(f"-o{name}={value}" for name, value in settings.items())]
-    commands = [[*apt, "update"], [*apt, "download", *PACKAGES]]
-    said = ""
-    for command in commands:  # the first is "done" even where no server answered: then the second fails
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-        said += "".join(f"\n  {line}" for line in done.stderr.splitlines()[-2:])
-    archives = sorted(folder.glob("*.deb"))
-    for archive in archives:
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
-    if len(archives) < len(PACKAGES):
-        raise DataError(f"cannot fetch {' and '.join(PACKAGES)}; {way_out}{said}")
-    return folder
+    return cached("sword-english.txt", make)
 
 
 def read_module(stem: Path, letter: str) -> list[Document]:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import html
 import io
-import os
 import random
 import re
-import shutil
-import subprocess
-import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +19,13 @@ from typing import NamedTuple
 import sentencepiece
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from packages import DataError, cached, fetch_debian
+
 PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
 HELP = Path("usr/share/libreoffice/help")  # where both packages keep their pages, below the root
 LINES_PER_BLOCK = 50  # a user's TSV has no files: neighbouring lines stay on one side of the split
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
-
-
-class DataError(Exception):
-    """The data cannot be had or read; the message says what to do."""
 
 
 class Pair(NamedTuple):
@@ -78,64 +74,27 @@ def read_tsv(path: Path) -> list[Pair]:
     return pairs
 
 
-def cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "fusedloss"
-
-
 def _read_cached(path: Path) -> list[Pair]:
     lines = path.read_text(encoding="utf-8").splitlines()
     return [Pair(source, target, file) for file, source, target in (line.split("\t") for line in lines)]
 
 
 def _help_tsv() -> Path:
-    """The cached `file TAB source TAB target` lines of the LibreOffice help, made on first use."""
-    path = cache_folder() / "libreoffice-help-en-de.tsv"
-    if path.exists():
-        return path
-    installed = Path("/") / HELP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        if (installed / "en-US/text").is_dir() and (installed / "de/text").is_dir():
-            pages = installed
-        else:
-            print(f"fetching {' and '.join(PACKAGES)} (5 MB) with apt-get download")
-            pages = _download(Path(scratch)) / HELP
+    """The cached `file TAB source TAB target` lines of the LibreOffice help."""
+
+    def make(scratch: Path) -> Path:
+        pages = Path("/") / HELP
+        if not ((pages / "en-US/text").is_dir() and (pages / "de/text").is_dir()):
+            fetch_debian(PACKAGES, scratch, "5 MB", "pass your own corpus: --data pairs.tsv")
+            pages = scratch / HELP
         pairs = _help_pairs(pages)
         if len(pairs) < 1000:
             raise DataError(f"only {len(pairs)} pairs in the help under {pages}; pass your own: --data pairs.tsv")
-        partial = Path(scratch) / path.name
-        partial.write_text("".join(f"{p.file}\t{p.source}\t{p.target}\n" for p in pairs), encoding="utf-8")
-        os.replace(partial, path)  # whole or not at all: an interrupted fetch leaves nothing behind
-    return path
+        path = scratch / "pairs.tsv"
+        path.write_text("".join(f"{p.file}\t{p.source}\t{p.target}\n" for p in pairs), encoding="utf-8")
+        return path
 
-
-def _download(folder: Path) -> Path:
-    """Fetches and unpacks the packages below `folder`; needs no root, as apt's lists and cache are private ones."""
-    way_out = f"install them (apt-get install {' '.join(PACKAGES)}) or pass your own corpus: --data pairs.tsv"
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise DataError(f"no {tool} here to fetch {' and '.join(PACKAGES)}; on Debian or Ubuntu {way_out}")
-    for part in ("lists/partial", "cache/archives/partial"):
-        (folder / part).mkdir(parents=True)
-    settings = {"Dir::State::Lists": folder / "lists", "Dir::Cache": folder / "cache", "Acquire::http::Timeout": 20}
-    apt = ["apt-get", "-q", *(f"-o{name}={value}" for name, value in settings.items())]
-    said = _run([*apt, "update"], folder)[1]  # "done" even where no server answered: then the download fails
-    code, more = _run([*apt, "download", *PACKAGES], folder)
-    for archive in sorted(folder.glob("*.deb")) if code == 0 else ():
-        code, more = _run(["dpkg-deb", "-x", str(archive), str(folder)], folder)
-        if code:
-            break
-    if code:
-        raise DataError(f"cannot fetch {' and '.join(PACKAGES)}; {way_out}\n{said}{more}".rstrip())
-    return folder
-
-
-def _run(command: list[str], folder: Path) -> tuple[int, str]:
-    """The exit code and the last of the complaints."""
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-    complaints = [line for line in done.stderr.splitlines() if line.strip()]
-    return done.returncode, "".join(f"  {line}\n" for line in complaints[-2:])
+    return cached("libreoffice-help-en-de.tsv", make)
 
 
 def _help_pairs(pages: Path) -> list[Pair]:
