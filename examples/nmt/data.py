@@ -21,6 +21,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 from packages import DataError, cached, fetch_debian
+from tsv import read_pairs
 
 PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
 HELP = Path("usr/share/libreoffice/help")  # where both packages keep their pages, below the root
@@ -46,32 +47,10 @@ def load_pairs(path: Path | None) -> list[Pair]:
 
 
 def read_tsv(path: Path) -> list[Pair]:
-    """Reads `source TAB target` lines in UTF-8; blank lines are skipped."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    pairs = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        where = f"{path}, line {number}"
-        try:
-            text = line.decode("utf-8").strip("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 (byte {line[error.start]:#04x} at {error.start})") from None
-        if not text.strip():
-            if "\t" in text:
-                raise DataError(f"{where}: the source and the target are empty")
-            continue
-        sides = [" ".join(side.split()) for side in text.split("\t")]
-        if len(sides) != 2:
-            raise DataError(f"{where}: expected source TAB target, found {len(sides) - 1} tabs: {text[:60]!r}")
-        for name, side in zip(("source", "target"), sides, strict=True):
-            if not side:
-                raise DataError(f"{where}: the {name} is empty: {text[:60]!r}")
-        pairs.append(Pair(sides[0], sides[1], f"block {(number - 1) // LINES_PER_BLOCK}"))
-    if not pairs:
-        raise DataError(f"{path} holds no pairs; expected lines of the form: source TAB target")
-    return pairs
+    return [
+        Pair(source, target, f"block {(number - 1) // LINES_PER_BLOCK}")
+        for number, source, target in read_pairs(path, "source", "target")
+    ]
 
 
 def _read_cached(path: Path) -> list[Pair]:
