@@ -11,7 +11,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 SANITIZED := build/sanitize
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test bench compile-report gpu-report lint dist sanitize clean
+.PHONY: help demo demo-lm demo-fewshot test bench compile-report gpu-report lint dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -21,6 +21,9 @@ demo: .venv/installed ## train a small translation model, about 3 minutes on 2 c
 
 demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 3 minutes
 	$(BIN)/python examples/lm/train.py $(ARGS)
+
+demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon, about 6 minutes
+	$(BIN)/python examples/fewshot/train.py $(ARGS)
 
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed ## run the tests
