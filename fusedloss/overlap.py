@@ -35,6 +35,15 @@ LEVELS = ("example", "class", "set")
 WITHOUT = ("label_smoothing", "smoothing_over")
 
 
+def probabilities(input: Tensor, target: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """p and y of the classes that the form looks at, (N, V) or (N, 1), as the losses' formulas in PyTorch begin."""
+    p = input.softmax(-1)
+    if form == "target":
+        p = p.gather(-1, target[:, None])
+        return p, torch.ones_like(p)
+    return p, (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)
+
+
 def overlap_loss(
     name: str,
     input: Source,

@@ -11,7 +11,7 @@ from ..checks import check_logits, check_parameter
 from ..epilogue import Overlap
 from ..examples import example
 from ..linear import linear_form
-from ..overlap import WITHOUT, overlap_loss
+from ..overlap import WITHOUT, overlap_loss, probabilities
 from ..row import RowOptions, row_form
 
 if TYPE_CHECKING:
@@ -34,12 +34,7 @@ def _formula(
     form: str = "one_vs_rest",
     level: str = "example",
 ) -> Tensor:
-    p = input.softmax(-1)
-    if form == "target":
-        p = p.gather(-1, target[:, None])
-        y = torch.ones_like(p)
-    else:
-        y = (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)
+    p, y = probabilities(input, target, form)
     tp, fp, fn = p * y, p * (1 - y), (1 - p) * y
     if level != "example":
         rows = 0 if level == "class" else (0, 1)
