@@ -289,10 +289,12 @@ def test_settings_are_chosen_without_the_test_part(fewshot, run, tmp_path, monke
         assert f"part: --lr {best} --lam 0.5 --temperature {chosen[3]}\n" in capsys.readouterr().out
 
 
-def test_a_draw_that_is_too_large_is_refused_before_any_training(fewshot, run, monkeypatch):
+def test_what_data_or_encoder_cannot_give_is_refused_before_any_training(fewshot, run, monkeypatch):
     monkeypatch.setattr(fewshot.train, "train", None)
     with pytest.raises(fewshot.data.DataError, match="cannot draw 64 of the 63 questions"):
         run("--sizes", "6", "64")
+    with pytest.raises(fewshot.data.DataError, match="--max-length 65 is more than the encoder's 64 positions"):
+        run("--max-length", "65")
 
 
 @pytest.mark.parametrize(

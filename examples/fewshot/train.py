@@ -42,6 +42,9 @@ class Experiment:
         for size in options.sizes:
             draw(self.parts.pool, size, options.seed)  # raises now rather than after hours
         self.encoder, self.tokenizer = load_encoder(options.encoder or encoder_folder())
+        longest = getattr(self.encoder.config, "max_position_embeddings", options.max_length)
+        if options.max_length > longest:
+            raise DataError(f"--max-length {options.max_length} is more than the encoder's {longest} positions")
         self.bf16 = options.dtype == "bf16"
         print(
             f"{len(questions):,} questions in {len(self.labels)} classes ({repeated:,} repetitions left out): "

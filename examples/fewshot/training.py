@@ -37,7 +37,7 @@ def batches(size: int, epochs: int, batch: int, order: torch.Generator) -> Itera
 
 def train(
     encoder: PreTrainedModel,
-    train: Encoded,
+    drawn: Encoded,
     classes: int,
     loss: str,
     epochs: int,
@@ -50,7 +50,7 @@ def train(
     torch.manual_seed(seed)
     model = Classifier(copy.deepcopy(encoder), classes, bf16).train()
     joint = fl.nn.CrossEntropySupConLoss(lam=settings.lam, temperature=settings.temperature)
-    size = len(train.labels)
+    size = len(drawn.labels)
     total = updates(size, epochs, settings.batch)
     optimizer = torch.optim.AdamW(
         [
@@ -65,8 +65,8 @@ def train(
         optimizer, lambda step: min((step + 1) / warmup, (total - step) / (total - warmup + 1))
     )
     for chosen in batches(size, epochs, settings.batch, torch.Generator().manual_seed(seed)):
-        logits, features = model([train.pieces[i] for i in chosen.tolist()])
-        labels = train.labels[chosen]
+        logits, features = model([drawn.pieces[i] for i in chosen.tolist()])
+        labels = drawn.labels[chosen]
         value = fl.cross_entropy(logits, labels) if loss == "CE" else joint(logits, features, labels)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
