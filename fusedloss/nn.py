@@ -30,6 +30,7 @@ from .row import RowOptions
 from .supcon import supcon_loss
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Self
 
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -354,7 +355,8 @@ class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss): ...
 
 
 class SupConLoss(nn.Module):
-    """:func:`~fusedloss.supcon_loss` as a module: its arguments are the constructor's, forward takes the tensors.
+    """:func:`~fusedloss.supcon_loss` as a module: its options are the constructor's, forward takes the tensors and the
+    `group`, which could not be copied or saved with a module.
 
     Args:
         temperature: a number, a 0-d tensor (a buffer) or a Parameter, which is learnt.
@@ -394,8 +396,10 @@ class SupConLoss(nn.Module):
         *,
         contrast: Tensor | None = None,
         contrast_labels: Tensor | None = None,
+        group: ProcessGroup | None = None,
     ) -> Tensor:
-        return supcon_loss(features, labels, contrast=contrast, contrast_labels=contrast_labels, **self._options())
+        bank: dict[str, Any] = {"contrast": contrast, "contrast_labels": contrast_labels}
+        return supcon_loss(features, labels, **bank, group=group, **self._options())
 
     def _options(self) -> dict[str, Any]:
         names = ("temperature", "normalize", "positives", "reduction", "impl")
@@ -416,7 +420,9 @@ class CrossEntropySupConLoss(nn.Module):
             "sum" as Gunel et al. write it (no 1/N, where their cross-entropy has it). Cross-entropy is the mean.
         cross_entropy: further arguments of :class:`CrossEntropyLoss`, the child ``cross_entropy``.
 
-    forward(logits, features, labels): logits (N, V) and features (N, D) of the same N examples with labels (N,).
+    forward(logits, features, labels, *, group=None): logits (N, V) and features (N, D) of the same N examples with
+    labels (N,); `group` is of the contrastive part, and cross-entropy stays the mean over this rank's examples, so that
+    DistributedDataParallel averages the two alike.
 
     Source: Gunel et al. 2021, "Supervised Contrastive Learning for Pre-trained Language Model Fine-tuning"
     (arXiv:2011.01403), with lam = 0.9 and temperature = 0.3.
@@ -445,9 +451,9 @@ class CrossEntropySupConLoss(nn.Module):
         self.supcon = SupConLoss(temperature, normalize=normalize, positives=positives, reduction=reduction, impl=impl)
         self.cross_entropy = CrossEntropyLoss(impl=impl, **cross_entropy)
 
-    def forward(self, logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, features: Tensor, labels: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
         classified: Tensor = self.cross_entropy(logits, labels)
-        return (1 - self.lam) * classified + self.lam * self.supcon(features, labels)
+        return (1 - self.lam) * classified + self.lam * self.supcon(features, labels, group=group)
 
     def extra_repr(self) -> str:
         return f"lam={self.lam}"

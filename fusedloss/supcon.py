@@ -9,16 +9,21 @@ positives, needs no pairs: the features of each label are summed once.
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import parallel
 from .checks import DTYPES, check_choice, check_local, check_number, compute_dtype
 from .epilogue import Epilogue
 from .projection import Form, Projection
 from .row import row_loss
 from .statistics import Statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Bytes of similarities held at a time.
 BUDGET = 12 * 2**20
@@ -44,6 +49,7 @@ def supcon_loss(
     contrast: Tensor | None = None,
     contrast_labels: Tensor | None = None,
     reduction: str = "mean",
+    group: ProcessGroup | None = None,
     impl: str | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss of features. With f = features / |features| and s_ij = f_i . f_j / temperature,
@@ -62,13 +68,26 @@ def supcon_loss(
         contrast, contrast_labels: (M, D) and (M,), another set to compare with in place of the anchors themselves, such
             as a memory bank; no pair is left out. Differentiated if it requires grad.
         reduction: "mean" over the anchors with a positive, "mean_all" over all of them, "sum", or "none" for (N,).
+        group: of torch.distributed: the ranks' features, any number on each, are one batch; see below.
         impl: as for the row losses.
 
     Memory is O((N + M) D): similarities exist a chunk at a time. "in" computes its positives in PyTorch, chunkwise.
 
+    Across the R ranks of a group, each takes its own rows for anchors and compares them with those of all ranks, in
+    memory O((N_own + N_all) D). All ranks must call it, and its backward.
+
+    - "mean", "mean_all" and "sum" are over the anchors of all ranks: every rank returns the same number. "none" returns
+      the rank's own anchors.
+    - The ranks' backward passes add up, as through any collective. Where each runs backward on the same number,
+      features get R times its gradient, and parameters in DistributedDataParallel, which averages, get exactly what one
+      process with the whole batch would give them: nothing is to be multiplied by R.
+    - The gradient of `temperature` comes averaged, the same on every rank, be it in DistributedDataParallel or not.
+    - The host reads the numbers of rows, torch.compile breaks its graph there, and a second derivative raises.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range; a zero vector that is to be normalized
-            (on a GPU, where looking would stall the stream, the loss is NaN).
+            (on a GPU, where looking would stall the stream, the loss is NaN); a group together with `contrast`, without
+            torch.distributed being initialised, or whose ranks do not agree on D, dtype or options.
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362); for language models, with
     cross-entropy beside it, Gunel et al. 2021 (arXiv:2011.01403).
@@ -77,51 +96,54 @@ def supcon_loss(
     >>> features = torch.randn(8, 64, requires_grad=True)
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
-    _check(features, labels, contrast, contrast_labels, temperature, normalize, positives, reduction)
-    own = contrast is None
+    _check(features, labels, contrast, contrast_labels, temperature, normalize, positives, reduction, group)
     anchors = _prepared("features", features, normalize)
-    others = anchors if contrast is None else _prepared("contrast", contrast, normalize)
-    other_labels = labels if contrast_labels is None else contrast_labels
     if isinstance(temperature, Tensor):
         temperature = temperature.to(anchors.device, anchors.dtype)
-    scaled = anchors / temperature
-    count, mean_similarity = _positives(scaled, anchors, labels, others, other_labels, own)
+    own: slice | None = slice(0, len(labels))
+    others, other_labels, ranks = anchors, labels, None
+    if contrast is not None and contrast_labels is not None:
+        own, others, other_labels = None, _prepared("contrast", contrast, normalize), contrast_labels
+    elif group is not None:
+        ranks = _meet(features, temperature, normalize, positives, reduction, group)
+        own, other_labels = ranks.own, parallel.whole(labels.to(torch.int64), ranks)
+        others, temperature = parallel.gather(anchors, torch.as_tensor(temperature).to(anchors), ranks)
+    pairs = _Pairs(anchors, anchors / temperature, labels, others, other_labels, own)
+
+    counts = _count(labels if own is None else other_labels, other_labels, own)  # (N,), across ranks that of all
+    count = counts if own is None else counts[own]
     compared = count > 0
-    if not torch.compiler.is_compiling() and features.device.type == "cpu" and len(features) and not compared.any():
+    looks = not torch.compiler.is_compiling() and features.device.type == "cpu"
+    if looks and len(counts) and not (counts > 0).any():
         warnings.warn("no anchor has a positive: the supervised contrastive loss is 0", stacklevel=2)
-
     if positives == "in":
-        positive_term = _positive_lse(scaled, labels, others, other_labels, own, compared) - count.clamp(min=1).log()
+        positive_term = _positive_lse(pairs, compared) - count.clamp(min=1).log()
     else:
-        positive_term = mean_similarity
+        positive_term = _mean_similarity(pairs, count)
     positive_term = torch.where(compared, positive_term, 0)
-    if len(others) == 0 or len(features) == 0:
-        rows = positive_term
-        return rows if reduction == "none" else rows.sum()
 
-    index = torch.arange(len(features), device=features.device) if own else torch.zeros_like(labels, dtype=torch.int64)
-    form = Form(0.0, max(BUDGET, len(others) * anchors.element_size()), features.device.type == "cpu", own)
-    projection = Projection(scaled, others, None, form)
-    target = torch.where(compared, index, _IGNORED)
     share = None
     if reduction != "none":
-        divisor = (
-            compared.sum().clamp(min=1) if reduction == "mean" else len(features) if reduction == "mean_all" else 1
-        )
-        share = compared.to(anchors.dtype) / divisor
-    lse = row_loss(
-        "supcon_loss",
-        projection,
-        target,
-        LOG_SUM_EXP,
-        ignore_index=_IGNORED,
-        reduction="none" if share is None else "sum",
-        token_weight=share,
-        impl=impl,
-    )
-    if share is None:
-        return lse - positive_term
-    return lse - (positive_term * share).sum()
+        divisors: dict[str, Tensor | int] = {"mean": (counts > 0).sum().clamp(min=1), "mean_all": len(counts), "sum": 1}
+        share = compared.to(anchors.dtype) / divisors[reduction]
+    if len(others) == 0 or len(features) == 0:
+        loss = positive_term if share is None else positive_term.sum()
+    else:
+        loss = _log_sum_exp(pairs, compared, share, impl)
+        loss = loss - (positive_term if share is None else (positive_term * share).sum())
+    return loss if share is None or ranks is None else parallel.total(loss, ranks)
+
+
+class _Pairs(NamedTuple):
+    """The anchors and what they are compared with."""
+
+    anchors: Tensor  # (N, D)
+    scaled: Tensor  # the same, divided by the temperature
+    labels: Tensor  # (N,)
+    others: Tensor  # (M, D)
+    other_labels: Tensor  # (M,)
+    own: slice | None
+    """Where the anchors lie among the others; None where those are another set."""
 
 
 def _check(
@@ -133,7 +155,12 @@ def _check(
     normalize: object,
     positives: str,
     reduction: str,
+    group: object,
 ) -> None:
+    if group is not None:
+        if contrast is not None:
+            raise ValueError("contrast and group both say what to compare with; pass one of them")
+        parallel.check_group(group)
     if (contrast is None) != (contrast_labels is None):
         missing, given = ("contrast_labels", "contrast") if contrast_labels is None else ("contrast", "contrast_labels")
         raise TypeError(f"{given} was given without {missing}")
@@ -190,37 +217,85 @@ def _prepared(name: str, features: Tensor, normalize: bool) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def _positives(
-    scaled: Tensor, anchors: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, own: bool
-) -> tuple[Tensor, Tensor]:
-    """How many positives each anchor has, and its mean similarity to them, without a look at the pairs."""
-    if len(others) == 0:
-        return torch.zeros_like(labels), (scaled * 0).sum(-1)
+def _meet(
+    features: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    positives: str,
+    reduction: str,
+    group: ProcessGroup,
+) -> parallel.Ranks:
+    """The other ranks, if they do the same."""
+    learnt = isinstance(temperature, Tensor) and temperature.requires_grad
+    same = {
+        "the number of features": features.shape[1],
+        "the features' dtype": features.dtype,
+        "temperature": "a tensor" if isinstance(temperature, Tensor) else float(temperature),
+        "normalize": normalize,
+        "positives": positives,
+        "reduction": reduction,
+        # The backward has collectives of its own.
+        "features.requires_grad": torch.is_grad_enabled() and features.requires_grad,
+        "temperature.requires_grad": torch.is_grad_enabled() and learnt,
+    }
+    return parallel.meet(group, len(features), features.device, same)
+
+
+def _count(labels: Tensor, other_labels: Tensor, own: slice | None) -> Tensor:
+    """How many positives each anchor has."""
     ordered = other_labels.sort().values
-    first, last = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
-    count = last - first - int(own)
+    count = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+    return count if own is None else count - 1
+
+
+def _mean_similarity(pairs: _Pairs, count: Tensor) -> Tensor:
+    """An anchor's mean similarity to its positives, without a look at the pairs."""
+    anchors, scaled, labels, others, other_labels, own = pairs
+    if len(others) == 0:
+        return (scaled * 0).sum(-1)
+    ordered = other_labels.sort().values
     sums = torch.zeros_like(others).index_add(0, torch.searchsorted(ordered, other_labels), others)
-    mine = sums[first.clamp(max=len(others) - 1)]
-    if own:
+    mine = sums[torch.searchsorted(ordered, labels).clamp(max=len(others) - 1)]
+    if own is not None:
         mine = mine - anchors
-    return count, (scaled * mine).sum(-1) / count.clamp(min=1)
+    return (scaled * mine).sum(-1) / count.clamp(min=1)
 
 
-def _positive_lse(
-    scaled: Tensor, labels: Tensor, others: Tensor, other_labels: Tensor, own: bool, compared: Tensor
-) -> Tensor:
+def _positive_lse(pairs: _Pairs, compared: Tensor) -> Tensor:
     """log sum over an anchor's positives of exp s; 0 where there are none."""
+    _, scaled, labels, others, other_labels, own = pairs
 
     def lse(scaled: Tensor, others: Tensor, first: int) -> Tensor:
         rows = slice(first, first + len(scaled))
         with torch.autocast(scaled.device.type, enabled=False):
             similarity = scaled @ others.t()
         apart = labels[rows, None] != other_labels
-        if own:
-            apart.diagonal(first).fill_(True)
+        if own is not None:
+            apart.diagonal(own.start + first).fill_(True)
         similarity = similarity.masked_fill(apart, -torch.inf).masked_fill(~compared[rows, None], 0)
         return torch.where(compared[rows], similarity.logsumexp(-1), 0)
 
     size = max(1, BUDGET // (4 * max(1, len(others)) * scaled.element_size()))
     parts = [checkpoint(lse, part, others, i * size, use_reentrant=False) for i, part in enumerate(scaled.split(size))]
     return torch.cat(parts)
+
+
+def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: str | None) -> Tensor:
+    """log sum over all that an anchor is compared with of exp s: (N,), or the sum of these times `share`."""
+    _, scaled, labels, others, _, own = pairs
+    if own is None:
+        index = torch.zeros_like(labels, dtype=torch.int64)
+    else:
+        index = torch.arange(own.start, own.stop, device=labels.device)
+    budget = max(BUDGET, len(others) * scaled.element_size())
+    form = Form(0.0, budget, drop_ignored=scaled.device.type == "cpu", mask_target=own is not None)
+    return row_loss(
+        "supcon_loss",
+        Projection(scaled, others, None, form),
+        torch.where(compared, index, _IGNORED),
+        LOG_SUM_EXP,
+        ignore_index=_IGNORED,
+        reduction="none" if share is None else "sum",
+        token_weight=share,
+        impl=impl,
+    )

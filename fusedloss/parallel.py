@@ -1,0 +1,135 @@
+"""Batches of which each rank of a process group has a part, on torch.distributed.
+
+Gradients follow the rule of collectives: the ranks' backward passes are one, that of the sum of what each of them
+differentiates. So where every rank differentiates one and the same loss, the gradient by a rank's part is that of the
+loss times the number of ranks, and the average that DistributedDataParallel takes is the gradient of the loss itself.
+
+Only collectives that every backend has and no release deprecates, and parts of any number of rows: a part is sent by a
+broadcast, its gradient summed by a reduction.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def check_group(group: object) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ValueError(
+            f"group was given, {group!r}, but torch.distributed is not initialised; call "
+            "torch.distributed.init_process_group, or pass group=None"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a process group that this rank is in, such as torch.distributed.group.WORLD, got {group!r}"
+        )
+
+
+class Ranks(NamedTuple):
+    """The ranks of a group, and how many rows of the batch each of them has."""
+
+    group: Any
+    rank: int
+    rows: list[int]
+
+    @property
+    def own(self) -> slice:
+        """This rank's rows in the batch."""
+        first = sum(self.rows[: self.rank])
+        return slice(first, first + self.rows[self.rank])
+
+
+def meet(group: Any, rows: int, device: torch.device, same: dict[str, object]) -> Ranks:
+    """Tells each other the number of rows. Read by the host.
+
+    Raises ValueError on every rank where they do not agree on the values of `same`: the next collective would hang.
+    """
+    own = [rows, *(zlib.crc32(repr(value).encode()) for value in same.values())]
+    mine = torch.tensor(own, device=device)
+    tables = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(tables, mine, group=group)
+    every = torch.stack(tables).tolist()
+    for column, (name, value) in enumerate(same.items(), start=1):
+        others = [rank for rank, told in enumerate(every) if told[column] != own[column]]
+        if others:
+            raise ValueError(
+                f"{name} must be the same on every rank, is {value} on rank {group.rank()}, not on {others}"
+            )
+    return Ranks(group, group.rank(), [told[0] for told in every])
+
+
+def whole(part: Tensor, ranks: Ranks) -> Tensor:
+    """The parts (N_r, ...) of all ranks, one after the other. Not differentiable."""
+    result = part.new_empty((sum(ranks.rows), *part.shape[1:]))
+    parts = result.split(ranks.rows)
+    parts[ranks.rank].copy_(part)
+    pending = [
+        dist.broadcast(x, group_src=rank, group=ranks.group, async_op=True) for rank, x in enumerate(parts) if len(x)
+    ]
+    for work in pending:
+        work.wait()
+    return result
+
+
+def gather(part: Tensor, shared: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """The parts of all ranks, and a 0-d tensor that is the same on all of them; differentiable, once.
+
+    The gradient of `shared` is averaged over the ranks, so that it is the same on all of them, too. The two come
+    together, because every rank must run the collectives of a backward in the same order.
+    """
+    return _Gather.apply(part, shared, ranks)
+
+
+def total(x: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over the ranks; differentiable, once."""
+    return _Total.apply(x, ranks)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shared: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        ctx.ranks = ranks
+        return whole(part, ranks), shared.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_shared: Tensor) -> tuple[Tensor | None, ...]:
+        ranks = ctx.ranks
+        by_part = by_shared = None
+        if ctx.needs_input_grad[0]:
+            parts = grad.clone(memory_format=torch.contiguous_format).split(ranks.rows)
+            pending = [
+                dist.reduce(x, group_dst=rank, group=ranks.group, async_op=True)
+                for rank, x in enumerate(parts)
+                if len(x)
+            ]
+            for work in pending:
+                work.wait()
+            by_part = parts[ranks.rank].clone()  # and not the memory of all of them
+        if ctx.needs_input_grad[1]:
+            by_shared = _summed(grad_shared, ranks) / len(ranks.rows)
+        return by_part, by_shared, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return _summed(x, ranks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.ranks), None
+
+
+def _summed(x: Tensor, ranks: Ranks) -> Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=ranks.group)
+    return x

@@ -1,0 +1,285 @@
+"""Across ranks: real processes over gloo, against one process that has the whole batch."""
+
+import contextlib
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import supervised_contrastive
+from torch import Tensor, nn
+
+import fusedloss as fl
+from fusedloss import supcon
+
+FEATURES = 6
+
+#: Rows of each rank, for every number of ranks.
+BATCHES = {
+    2: {"even": [8, 8], "ragged": [11, 5], "nothing on one": [0, 9], "nothing on the last": [9, 0]},
+    3: {"ragged": [3, 9, 4], "one row": [1, 6, 1], "nothing in the middle": [7, 0, 6]},
+}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "out": {},
+    "in": {"positives": "in"},
+    "as they are": {"normalize": False},
+    "reference": {"impl": "reference"},
+    "in, reference": {"positives": "in", "impl": "reference"},
+}
+
+
+# --- what every rank runs ---
+
+
+def _batch(sizes: list[int]) -> tuple[Tensor, Tensor, list[slice]]:
+    """The whole of it, and where each rank's rows are. Labels that lie on one rank, on several, on one row."""
+    generator = torch.Generator().manual_seed(sum(sizes))
+    x = torch.randn(sum(sizes), FEATURES, generator=generator, dtype=torch.float64) / 2
+    y = torch.randint(4, (len(x),), generator=generator)
+    y[::5] = 100 + torch.arange(len(y[::5]))
+    y[0] = 7
+    y[1:3] = 8
+    parts = [slice(sum(sizes[:rank]), sum(sizes[: rank + 1])) for rank in range(len(sizes))]
+    return x, y, parts
+
+
+def _equals_one_process(rank: int, world: int) -> None:
+    """Loss and gradients, for any upstream gradients: each rank's own, as all of them are one backward."""
+    for batch, sizes in BATCHES[world].items():
+        x, y, parts = _batch(sizes)
+        for kind, options in KINDS.items():
+            for reduction in supcon.REDUCTIONS:
+                case = f"{batch}, {kind}, {reduction}"
+                mine = x[parts[rank]].clone().requires_grad_()
+                temperature = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+                labels = y[parts[rank]].int() if rank else y[parts[rank]]
+                got = fl.supcon_loss(
+                    mine, labels, temperature=temperature, reduction=reduction, group=dist.group.WORLD, **options
+                )
+
+                leaves = [x.clone().requires_grad_(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)]
+                exact = {name: value for name, value in options.items() if name != "impl"}
+                rows = supervised_contrastive(leaves[0], y, leaves[1], **exact)
+                divisor = {"none": 1, "sum": 1, "mean": int((rows != 0).sum()), "mean_all": len(rows)}[reduction]
+                generator = torch.Generator().manual_seed(1)
+                if reduction == "none":
+                    upstream = torch.randn(len(y), generator=generator, dtype=torch.float64)
+                    expected, all_of_it = rows[parts[rank]], (rows * upstream).sum()
+                    upstream = upstream[parts[rank]]
+                else:
+                    upstreams = torch.randn(world, generator=generator, dtype=torch.float64)
+                    expected = rows.sum() / divisor
+                    all_of_it, upstream = expected * upstreams.sum(), upstreams[rank]
+                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
+                by_x, by_temperature = torch.autograd.grad(all_of_it, leaves)
+                wanted = (by_x[parts[rank]], by_temperature / world)
+                for value, right in zip(torch.autograd.grad(got, (mine, temperature), upstream), wanted, strict=True):
+                    torch.testing.assert_close(value, right, rtol=1e-10, atol=1e-11, msg=lambda m, c=case: f"{c}: {m}")
+
+
+def _every_dtype(rank: int, world: int) -> None:
+    x, y, parts = _batch([9, 4, 5][:world])
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)):
+        alone = x.to(dtype).requires_grad_()
+        expected = fl.supcon_loss(alone, y, temperature=0.1)
+        (wanted,) = torch.autograd.grad(expected, alone)
+        mine = x[parts[rank]].to(dtype).requires_grad_()
+        got = fl.supcon_loss(mine, y[parts[rank]], temperature=0.1, group=dist.group.WORLD)
+        (gradient,) = torch.autograd.grad(got / world, mine)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, wanted[parts[rank]], rtol=tolerance, atol=tolerance)
+
+
+def _under_ddp(rank: int, world: int) -> None:
+    """The parameters' gradients are those of one process, the loss as it stands; also of a temperature beside it."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    for sizes in ([6] * world, [10, 2, 7][:world]):
+        x, y, parts = _batch(sizes)
+        y = y % 4
+        even = len(set(sizes)) == 1
+        for joint in [False, True] if even else [False]:  # a mean of means is the mean where parts are even
+            kind = fl.nn.CrossEntropySupConLoss if joint else fl.nn.SupConLoss
+            alone = copy.deepcopy(encoder)
+            criterion = kind(temperature=nn.Parameter(torch.tensor(0.3, dtype=torch.float64)))
+            expected = criterion(*[alone(x)] * (1 + joint), y)
+            expected.backward()
+            right = [p.grad for p in (*alone.parameters(), *criterion.parameters())]
+
+            model, criterion = copy.deepcopy(encoder), copy.deepcopy(criterion)
+            criterion.zero_grad()
+            ddp = nn.parallel.DistributedDataParallel(model)
+            features = ddp(x[parts[rank]])
+            got = criterion(*[features] * (1 + joint), y[parts[rank]], group=dist.group.WORLD)
+            got.backward()
+            if not joint:
+                torch.testing.assert_close(got, expected)
+            for p, wanted in zip((*model.parameters(), *criterion.parameters()), right, strict=True):
+                torch.testing.assert_close(p.grad, wanted, rtol=1e-10, atol=1e-12)
+
+
+def _other_groups(rank: int, world: int) -> None:
+    """Some of the ranks; those outside have no such group."""
+    members = [0, world - 1]
+    group = dist.new_group(members)
+    x, y, parts = _batch([5, 4])
+    if rank not in members:
+        with pytest.raises(TypeError, match="a process group that this rank is in"):
+            fl.supcon_loss(x, y, group=group)
+        return
+    part = parts[members.index(rank)]
+    mine = x[part].clone().requires_grad_()
+    got = fl.supcon_loss(mine, y[part], group=group)
+    alone = x.clone().requires_grad_()
+    expected = fl.supcon_loss(alone, y)
+    torch.testing.assert_close(got, expected)
+    (wanted,) = torch.autograd.grad(expected, alone)
+    torch.testing.assert_close(torch.autograd.grad(got, mine)[0], 2 * wanted[part])
+
+
+def _without_gradients(rank: int, world: int) -> None:
+    x, y, parts = _batch([4] * world)
+    with torch.no_grad():
+        got = fl.supcon_loss(x[parts[rank]].requires_grad_(), y[parts[rank]], group=dist.group.WORLD)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, fl.supcon_loss(x, y))
+    # of the temperature alone
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    loss = fl.supcon_loss(x[parts[rank]], y[parts[rank]], temperature=temperature, group=dist.group.WORLD)
+    expected = fl.supcon_loss(x, y, temperature=temperature)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, temperature), torch.autograd.grad(expected, temperature), rtol=1e-10, atol=1e-12
+    )
+
+
+def _no_rows_and_no_positives(rank: int, world: int) -> None:
+    """The loss is 0, attached; the warning is for the whole batch and not for a part of it."""
+    for rows, warns in ((0, False), (2, True)):
+        x = torch.randn(rows, FEATURES, requires_grad=True)
+        labels = torch.arange(rows) + 10 * rank
+        with pytest.warns(UserWarning, match="no anchor has a positive") if warns else contextlib.nullcontext():
+            loss = fl.supcon_loss(x, labels, group=dist.group.WORLD)
+        assert loss == 0
+        assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros_like(x))
+    # None on this rank alone, but on all of them: no warning.
+    fl.supcon_loss(torch.randn(1, FEATURES), torch.tensor([3]), group=dist.group.WORLD)
+
+
+def _a_second_derivative_raises(rank: int, world: int) -> None:
+    x, y, parts = _batch([4] * world)
+    mine = x[parts[rank]].clone().requires_grad_()
+    loss = fl.supcon_loss(mine, y[parts[rank]], group=dist.group.WORLD)
+    (gradient,) = torch.autograd.grad(loss, mine, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def _disagreements_raise_on_every_rank(rank: int, world: int) -> None:
+    x, y = torch.randn(4, FEATURES), torch.arange(4) // 2
+    last = rank == world - 1
+    changes: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "the number of features must be the same on every rank": (x[:, :3], y, {}),
+        "the features' dtype .* torch.float": (x.double(), y, {}),
+        "reduction": (x, y, {"reduction": "sum"}),
+        "positives": (x, y, {"positives": "in"}),
+        "normalize": (x, y, {"normalize": False}),
+        "temperature .* 0.": (x, y, {"temperature": 0.1}),
+        "temperature .* a tensor|temperature .* 0.3": (x, y, {"temperature": torch.tensor(0.3)}),
+        "features.requires_grad": (x.clone().requires_grad_(), y, {}),
+    }
+    for message, (features, labels, options) in changes.items():
+        arguments = (features, labels, options) if last else (x, y, {})
+        with pytest.raises(ValueError, match=message) as raised:
+            fl.supcon_loss(*arguments[:2], group=dist.group.WORLD, **arguments[2])
+        others = list(range(world - 1)) if last else [world - 1]
+        assert f"on rank {rank}, not on {others}" in str(raised.value)
+
+
+def _the_same_bits_twice(rank: int, world: int) -> None:
+    x, y, parts = _batch([9, 4, 5][:world])
+    mine = x[parts[rank]].float().requires_grad_()
+    results = []
+    for _ in range(2):
+        loss = fl.supcon_loss(mine, y[parts[rank]], group=dist.group.WORLD)
+        results.append((loss.detach(), torch.autograd.grad(loss, mine)[0]))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def _similarities_are_not_stored(rank: int, world: int) -> None:
+    """A rank's would take 48 MB and more, several times in eager PyTorch."""
+    import resource  # Windows has none
+
+    rows = 6144 // world
+    x, y = torch.randn(rows, 64, requires_grad=True), torch.randint(50, (rows,))
+    torch.autograd.grad(fl.supcon_loss(x[:64], y[:64], group=dist.group.WORLD), x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.autograd.grad(fl.supcon_loss(x, y, group=dist.group.WORLD), x)
+    unit = 1024 if sys.platform == "linux" else 1
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 48 * 2**20
+
+
+SCENES: list[Callable[[int, int], None]] = [
+    _equals_one_process,
+    _every_dtype,
+    _under_ddp,
+    _other_groups,
+    _without_gradients,
+    _no_rows_and_no_positives,
+    _a_second_derivative_raises,
+    _disagreements_raise_on_every_rank,
+    _the_same_bits_twice,
+    _similarities_are_not_stored,
+]
+
+
+def _rank(rank: int, world: int, store: str) -> None:
+    """A process of its own, in which a deprecated function is an error as everywhere in these tests."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+    )
+    for scene in SCENES:
+        scene(rank, world)
+    dist.destroy_process_group()
+
+
+# --- what the tests run ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the scenes in one start of the processes, which costs more than they do; a traceback names the scene."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path / "store")), nprocs=world)
+
+
+X, Y = torch.eye(3), torch.tensor([0, 0, 1])
+
+
+def test_no_group_without_torch_distributed() -> None:
+    for call in (fl.supcon_loss, fl.nn.SupConLoss()):
+        with pytest.raises(ValueError, match=r"group was given, 'all', but torch\.distributed is not initialised"):
+            call(X, Y, group="all")
+
+
+def test_what_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(TypeError, match=r"group must be a process group that this rank is in.* got 'all'"):
+        fl.supcon_loss(X, Y, group="all")
+
+
+def test_a_group_and_a_contrast_set_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="contrast and group both say what to compare with"):
+        fl.supcon_loss(X, Y, contrast=X, contrast_labels=Y, group="all")
