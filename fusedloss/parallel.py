@@ -77,13 +77,9 @@ def whole(part: Tensor, ranks: Ranks) -> Tensor:
     return result
 
 
-def gather(part: Tensor, shared: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """The parts of all ranks, and a 0-d tensor that is the same on all of them; differentiable, once.
-
-    The gradient of `shared` is averaged over the ranks, so that it is the same on all of them, too. The two come
-    together, because every rank must run the collectives of a backward in the same order.
-    """
-    return _Gather.apply(part, shared, ranks)
+def gather(part: Tensor, ranks: Ranks) -> Tensor:
+    """The parts of all ranks; differentiable, once."""
+    return _Gather.apply(part, ranks)
 
 
 def total(x: Tensor, ranks: Ranks) -> Tensor:
@@ -91,45 +87,55 @@ def total(x: Tensor, ranks: Ranks) -> Tensor:
     return _Total.apply(x, ranks)
 
 
+def averaged(x: Tensor, group: Any) -> Tensor:
+    """The same, with a gradient that is averaged over the ranks; differentiable, once."""
+    return _Averaged.apply(x, group)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, shared: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        return whole(part, ranks), shared.clone()
+        return whole(part, ranks)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_shared: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ranks = ctx.ranks
-        by_part = by_shared = None
-        if ctx.needs_input_grad[0]:
-            parts = grad.clone(memory_format=torch.contiguous_format).split(ranks.rows)
-            pending = [
-                dist.reduce(x, group_dst=rank, group=ranks.group, async_op=True)
-                for rank, x in enumerate(parts)
-                if len(x)
-            ]
-            for work in pending:
-                work.wait()
-            by_part = parts[ranks.rank].clone()  # and not the memory of all of them
-        if ctx.needs_input_grad[1]:
-            by_shared = _summed(grad_shared, ranks) / len(ranks.rows)
-        return by_part, by_shared, None
+        parts = grad.clone(memory_format=torch.contiguous_format).split(ranks.rows)
+        pending = [
+            dist.reduce(x, group_dst=rank, group=ranks.group, async_op=True) for rank, x in enumerate(parts) if len(x)
+        ]
+        for work in pending:
+            work.wait()
+        return parts[ranks.rank].clone(), None  # and not the memory of all of them
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        return _summed(x, ranks)
+        return _summed(x, ranks.group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.ranks), None
+        return _summed(grad, ctx.ranks.group), None
 
 
-def _summed(x: Tensor, ranks: Ranks) -> Tensor:
+class _Averaged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.group) / ctx.group.size(), None
+
+
+def _summed(x: Tensor, group: Any) -> Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=ranks.group)
+    dist.all_reduce(x, group=group)
     return x

@@ -9,7 +9,7 @@ positives, needs no pairs: the features of each label are summed once.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from . import parallel
 from .checks import DTYPES, check_choice, check_local, check_number, compute_dtype
 from .epilogue import Epilogue
 from .projection import Form, Projection
-from .row import row_loss
+from .row import parameter, row_loss
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Bytes of similarities held at a time.
 BUDGET = 12 * 2**20
+
+#: Features at a time in what is done to each of them apart.
+COLUMNS = 32
 
 REDUCTIONS = ("mean", "mean_all", "sum", "none")
 _IGNORED = -1
@@ -97,18 +100,21 @@ def supcon_loss(
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
     _check(features, labels, contrast, contrast_labels, temperature, normalize, positives, reduction, group)
-    anchors = _prepared("features", features, normalize)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.to(anchors.device, anchors.dtype)
+    # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
+    scale = parameter(temperature, compute_dtype(features.dtype), features.device)
+    if group is not None:
+        scale = parallel.averaged(scale, group)
     own: slice | None = slice(0, len(labels))
+    anchors = _prepared("features", features, normalize, scale.sqrt())
     others, other_labels, ranks = anchors, labels, None
     if contrast is not None and contrast_labels is not None:
-        own, others, other_labels = None, _prepared("contrast", contrast, normalize), contrast_labels
+        own, other_labels = None, contrast_labels
+        others = _prepared("contrast", contrast, normalize, scale.sqrt())
     elif group is not None:
         ranks = _meet(features, temperature, normalize, positives, reduction, group)
         own, other_labels = ranks.own, parallel.whole(labels.to(torch.int64), ranks)
-        others, temperature = parallel.gather(anchors, torch.as_tensor(temperature).to(anchors), ranks)
-    pairs = _Pairs(anchors, anchors / temperature, labels, others, other_labels, own)
+        others = parallel.gather(anchors, ranks)
+    pairs = _Pairs(anchors, labels, others, other_labels, own)
 
     counts = _count(labels if own is None else other_labels, other_labels, own)  # (N,), across ranks that of all
     count = counts if own is None else counts[own]
@@ -135,10 +141,9 @@ def supcon_loss(
 
 
 class _Pairs(NamedTuple):
-    """The anchors and what they are compared with."""
+    """The anchors and what they are compared with. Similarities are products of the two as they are."""
 
     anchors: Tensor  # (N, D)
-    scaled: Tensor  # the same, divided by the temperature
     labels: Tensor  # (N,)
     others: Tensor  # (M, D)
     other_labels: Tensor  # (M,)
@@ -204,17 +209,58 @@ def _check(
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def _prepared(name: str, features: Tensor, normalize: bool) -> Tensor:
+def _prepared(name: str, features: Tensor, normalize: bool, root: Tensor) -> Tensor:
     x = features.to(compute_dtype(features.dtype))
     if not normalize:
-        return x
-    # Divided by the largest first: the squares of large or small ones would leave the range.
-    largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[1] else x.new_zeros((len(x), 1))
+        return x / root
+    largest = (
+        torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    )
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not largest.all():
         row = int((largest[:, 0] == 0).nonzero()[0, 0])
         raise ValueError(f"row {row} of {name} is zero and has no direction; drop it, or pass normalize=False")
-    x = x / largest
-    return x / x.norm(dim=-1, keepdim=True)
+    direction, _ = _Direction.apply(x, largest, root)
+    return direction
+
+
+class _Direction(torch.autograd.Function):
+    """x / (|x| root), and |x|. Of all (N, D) on the way autograd would keep as many copies as there are steps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, largest: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        # Divided by the largest first: the squares of large or small ones would leave the range.
+        direction = x / largest
+        length = direction.norm(dim=-1, keepdim=True)
+        direction /= length * root
+        length = length * largest
+        ctx.save_for_backward(direction, length, root)
+        ctx.set_materialize_grads(False)
+        return direction, length
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_length: Tensor | None
+    ) -> tuple[Tensor | None, None, Tensor | None]:
+        direction, length, root = ctx.saved_tensors
+        by_x = by_root = None
+        if grad is not None:
+            along = _dot(direction, grad)[:, None]
+            by_x = torch.addcmul(grad, direction, along * root.square(), value=-1).div_(length * root)
+            by_root = -along.sum() / root
+        if grad_length is not None:  # of a second derivative
+            of_length = direction * (grad_length * root)
+            by_x = of_length if by_x is None else by_x + of_length
+        return by_x, None, by_root
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Of each row."""
+    return sum(((x[:, c] * y[:, c]).sum(-1) for c in _columns(x)), x.new_zeros(len(x)))
+
+
+def _columns(x: Tensor) -> list[slice]:
+    """A few at a time, for what is by columns and would need memory of the size of x."""
+    return [slice(i, i + COLUMNS) for i in range(0, x.shape[1], COLUMNS)]
 
 
 def _meet(
@@ -250,48 +296,100 @@ def _count(labels: Tensor, other_labels: Tensor, own: slice | None) -> Tensor:
 
 def _mean_similarity(pairs: _Pairs, count: Tensor) -> Tensor:
     """An anchor's mean similarity to its positives, without a look at the pairs."""
-    anchors, scaled, labels, others, other_labels, own = pairs
+    anchors, labels, others, other_labels, own = pairs
     if len(others) == 0:
-        return (scaled * 0).sum(-1)
+        return (anchors * 0).sum(-1)
     ordered = other_labels.sort().values
-    sums = torch.zeros_like(others).index_add(0, torch.searchsorted(ordered, other_labels), others)
-    mine = sums[torch.searchsorted(ordered, labels).clamp(max=len(others) - 1)]
-    if own is not None:
-        mine = mine - anchors
-    return (scaled * mine).sum(-1) / count.clamp(min=1)
+    slot = torch.searchsorted(ordered, labels).clamp(max=len(others) - 1)
+    if others is anchors:
+        sums = _SumSimilarity.apply(anchors, None, slot, None, own)
+    else:
+        sums = _SumSimilarity.apply(anchors, others, slot, torch.searchsorted(ordered, other_labels), own)
+    return sums / count.clamp(min=1)
+
+
+class _SumSimilarity(torch.autograd.Function):
+    """An anchor's similarity to the sum of the others of its label, itself left out; labels are slots in [0, M).
+
+    Others of None are the anchors themselves. The gradients are sums over labels, too; autograd alone would keep every
+    step between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, others: Tensor | None, slot: Tensor, other_slot: Tensor | None, own: slice | None
+    ) -> Tensor:
+        ctx.save_for_backward(anchors, others, slot, other_slot)
+        ctx.own = own
+        if others is None or other_slot is None:
+            others, other_slot = anchors, slot
+        similarity = anchors.new_zeros(len(anchors))
+        for c in _columns(anchors):
+            sums = _label_sums(others[:, c], other_slot, slot)
+            if own is not None:
+                sums -= anchors[:, c]
+            similarity += (anchors[:, c] * sums).sum(-1)
+        return similarity
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        anchors, others, slot, other_slot = ctx.saved_tensors
+        own, grad = ctx.own, grad[:, None]
+        if same := others is None:
+            others, other_slot = anchors, slot
+        by_anchors = torch.empty_like(anchors)
+        by_others = None if same else torch.empty_like(others)
+        for c in _columns(anchors):
+            weighted = grad * anchors[:, c]
+            of_anchors = grad * _label_sums(others[:, c], other_slot, slot)
+            of_others = _label_sums(weighted, slot, other_slot)
+            if own is not None:
+                of_anchors -= weighted
+                of_others[own] -= weighted
+            if by_others is None:
+                by_anchors[:, c] = of_anchors + of_others
+            else:
+                by_anchors[:, c], by_others[:, c] = of_anchors, of_others
+        return by_anchors, by_others, None, None, None
+
+
+def _label_sums(x: Tensor, slot: Tensor, at: Tensor) -> Tensor:
+    """The sums of the rows of x by slot, at the slots `at`."""
+    return x.new_zeros((max(len(slot), len(at)), x.shape[1])).index_add_(0, slot, x)[at]
 
 
 def _positive_lse(pairs: _Pairs, compared: Tensor) -> Tensor:
     """log sum over an anchor's positives of exp s; 0 where there are none."""
-    _, scaled, labels, others, other_labels, own = pairs
+    anchors, labels, others, other_labels, own = pairs
 
-    def lse(scaled: Tensor, others: Tensor, first: int) -> Tensor:
-        rows = slice(first, first + len(scaled))
-        with torch.autocast(scaled.device.type, enabled=False):
-            similarity = scaled @ others.t()
+    def lse(anchors: Tensor, others: Tensor, first: int) -> Tensor:
+        rows = slice(first, first + len(anchors))
+        with torch.autocast(anchors.device.type, enabled=False):
+            similarity = anchors @ others.t()
         apart = labels[rows, None] != other_labels
         if own is not None:
             apart.diagonal(own.start + first).fill_(True)
         similarity = similarity.masked_fill(apart, -torch.inf).masked_fill(~compared[rows, None], 0)
         return torch.where(compared[rows], similarity.logsumexp(-1), 0)
 
-    size = max(1, BUDGET // (4 * max(1, len(others)) * scaled.element_size()))
-    parts = [checkpoint(lse, part, others, i * size, use_reentrant=False) for i, part in enumerate(scaled.split(size))]
+    size = max(1, BUDGET // (4 * max(1, len(others)) * anchors.element_size()))
+    parts = [checkpoint(lse, part, others, i * size, use_reentrant=False) for i, part in enumerate(anchors.split(size))]
     return torch.cat(parts)
 
 
 def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: str | None) -> Tensor:
     """log sum over all that an anchor is compared with of exp s: (N,), or the sum of these times `share`."""
-    _, scaled, labels, others, _, own = pairs
+    anchors, labels, others, _, own = pairs
     if own is None:
         index = torch.zeros_like(labels, dtype=torch.int64)
     else:
         index = torch.arange(own.start, own.stop, device=labels.device)
-    budget = max(BUDGET, len(others) * scaled.element_size())
-    form = Form(0.0, budget, drop_ignored=scaled.device.type == "cpu", mask_target=own is not None)
+    budget = max(BUDGET, len(others) * anchors.element_size())
+    form = Form(0.0, budget, drop_ignored=anchors.device.type == "cpu", mask_target=own is not None)
     return row_loss(
         "supcon_loss",
-        Projection(scaled, others, None, form),
+        # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
+        Projection(anchors, others.view_as(others), None, form),
         torch.where(compared, index, _IGNORED),
         LOG_SUM_EXP,
         ignore_index=_IGNORED,
