@@ -8,6 +8,7 @@ from typing import Any
 import linear_suite
 import pytest
 import suite
+import supcon_suite
 import torch
 
 import fusedloss
@@ -37,7 +38,13 @@ def _linear_extent(config: pytest.Config) -> linear_suite.Extent:
     return linear_suite.QUICK if config.getoption("quick") else linear_suite.DEFAULT
 
 
-def _cases(config: pytest.Config) -> dict[str, Sequence[suite.Case | linear_suite.Case]]:
+def _supcon_cases(config: pytest.Config) -> list[supcon_suite.Case]:
+    if config.getoption("full"):
+        return supcon_suite.FULL
+    return supcon_suite.QUICK if config.getoption("quick") else supcon_suite.DEFAULT
+
+
+def _cases(config: pytest.Config) -> dict[str, Sequence[suite.Case | linear_suite.Case | supcon_suite.Case]]:
     """By the fixture that they parametrize."""
     extent, linear_extent = _extent(config), _linear_extent(config)
     return {
@@ -45,6 +52,7 @@ def _cases(config: pytest.Config) -> dict[str, Sequence[suite.Case | linear_suit
         "variant_case": suite.variant_cases(extent),
         "linear_case": linear_suite.cases(linear_extent),
         "linear_variant_case": linear_suite.variant_cases(linear_extent),
+        "supcon_case": _supcon_cases(config),
     }
 
 

@@ -26,7 +26,7 @@ from fusedloss import timing
 from fusedloss.examples import EXAMPLES, Example
 
 Shape = tuple[int, int, int]  # rows, features, classes
-Loss = Callable[[Tensor, Tensor], Tensor]  # of hidden states (N, D) and weight (V, D)
+Loss = Callable[..., Tensor]  # of hidden states (N, D) and weight (V, D), or of whatever is differentiated
 
 MAIN: Shape = (512, 512, 32000)
 
@@ -129,9 +129,9 @@ def _cut_cross_entropy(hidden: Tensor, weight: Tensor, *, target: Tensor) -> Ten
     return linear_cross_entropy(hidden, weight, target, impl="torch_compile")
 
 
-def step(loss: Loss, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def step(loss: Loss, *sources: Tensor) -> tuple[Tensor, ...]:
     """Loss and gradients, as in training."""
-    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    leaves = [x.detach().requires_grad_() for x in sources]
     value = loss(*leaves)
     return value.detach(), *torch.autograd.grad(value, leaves)
 
@@ -160,7 +160,7 @@ def expected(example: Example, hidden: Tensor, weight: Tensor, target: Tensor) -
 class Contest:
     """The candidates' turns, one after the other, and their seconds."""
 
-    def __init__(self, case: Case, steps: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
+    def __init__(self, case: Any, steps: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
         self.case = case
         self.steps = steps
         self.seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -199,42 +199,64 @@ class Contest:
 
 
 def measure(benchmark: Any, case: Case, example: Example) -> None:
-    """Times a linear form in turn with the three matrix products and with its peers, forward and backward.
+    """Times a linear form in turn with the three matrix products and with its peers, forward and backward."""
+    hidden, weight, target = data(case)
+    compare(
+        benchmark,
+        case,
+        f"linear_{example}",
+        (hidden, weight),
+        candidates(example, target),
+        partial(products, hidden, weight),
+        partial(expected, example, hidden, weight, target),
+        partial(memory_in_process, example, case=case),
+    )
+    benchmark.extra_info["classes"] = case.classes
 
-    pytest-benchmark times the fused form; the others have their turns in the setup of each of its rounds. Memory comes
+
+def compare(
+    benchmark: Any,
+    case: Any,
+    label: str,
+    sources: tuple[Tensor, ...],
+    ways: dict[str, Loss],
+    products: Callable[[], tuple[Tensor, ...]],
+    expected: Callable[[], tuple[Tensor, ...]],
+    memory_of: Callable[[str], float | None],
+) -> None:
+    """Times losses of the sources, one of them the fused one, in turn with the products that are the floor.
+
+    pytest-benchmark times the fused one; the others have their turns in the setup of each of its rounds. Memory comes
     first, in a process for each candidate: one that fails there is not timed, and the report says why.
 
-    Raises WrongResult, and so fails, where a candidate's loss or gradients are not those of the formula.
+    Raises WrongResult, and so fails, where a candidate's loss or gradients are not those expected.
     """
-    hidden, weight, target = data(case)
     memory: dict[str, float | None] = {}
     failed: dict[str, str] = {}
-    ways = candidates(example, target)
     for name in ways:
         try:
-            memory[name] = memory_in_process(example, name, case)
+            memory[name] = memory_of(name)
         except ChildFailed as error:
             failed[name] = str(error)
     if "fused" in failed:
-        raise RuntimeError(f"{example}, fused, on {case}: {failed['fused']}")
+        raise RuntimeError(f"{label}, fused, on {case}: {failed['fused']}")
 
-    running = {name: partial(step, way, hidden, weight) for name, way in ways.items() if name not in failed}
-    contest = Contest(case, {"products": partial(products, hidden, weight), **running})
-    right = expected(example, hidden, weight, target)
+    running = {name: partial(step, way, *sources) for name, way in ways.items() if name not in failed}
+    contest = Contest(case, {"products": products, **running})
+    right = expected()
     for name in running:
-        timing.require(f"{example}, {name},", contest.first(name), right)
+        timing.require(f"{label}, {name},", contest.first(name), right)
     del right
 
-    benchmark.group = f"linear {example}"
+    benchmark.group = label
     benchmark.pedantic(
         contest.turn, args=("fused",), setup=partial(contest.others, but="fused"), rounds=case.rounds
     )  # fmt: skip
     seconds = contest.medians()
     benchmark.extra_info.update(
-        loss=f"linear_{example}",
+        loss=label,
         rows=case.rows,
         features=case.features,
-        classes=case.classes,
         dtype=str(case.dtype).removeprefix("torch."),
         floor=seconds.pop("products"),
         seconds=seconds,
@@ -250,8 +272,13 @@ class ChildFailed(Exception):
 
 def memory_in_process(example: Example, name: str, case: Case) -> float | None:
     """Bytes at the peak of a step beyond its inputs, in a process of its own; None where the kernel does not tell."""
-    arguments = [EXAMPLES.index(example), name, *case[:3], str(case.dtype).removeprefix("torch.")]
-    done = subprocess.run([sys.executable, Path(__file__), *map(str, arguments)], capture_output=True, text=True)
+    arguments = (EXAMPLES.index(example), name, *case[:3], str(case.dtype).removeprefix("torch."))
+    return child(Path(__file__), *arguments)
+
+
+def child(script: Path, *arguments: object) -> float | None:
+    """The number that a script prints as JSON."""
+    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode < 0:
         raise ChildFailed(f"ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:

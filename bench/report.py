@@ -8,8 +8,9 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,18 +37,6 @@ Medians of rounds in which all candidates have their turn, one after the other, 
 """
 
 
-LINEAR_PEERS = ("eager", "compiled", "torch", "torch chunked", "cut-cross-entropy")
-LINEAR_MARKERS = dict(zip(("fused", *LINEAR_PEERS), "ox+123", strict=True))
-
-LINEAR_HEAD = (
-    "loss", "N × D → V", "dtype", "floor, ms", "fused, ms", "/ floor",
-    *(f"× {peer}" for peer in LINEAR_PEERS), "gradients, MiB", *(f"{name}, MiB" for name in ("fused", *LINEAR_PEERS)),
-)  # fmt: skip
-
-SLOPES_HEAD = (
-    "loss", "dtype", "", "time ∝ N^", "D^", "V^", "memory ∝ N^", "D^", "V^",
-)  # fmt: skip
-
 LINEAR_NOTES = """\
 Hidden states (N, D) and the output layer's weight (V, D) to the loss and both gradients; turns as above.
 
@@ -59,10 +48,59 @@ Hidden states (N, D) and the output layer's weight (V, D) to the loss and both g
 - *MiB*: the most that a step holds beyond hidden states and weight, in a process of its own, the gradients included.
 """
 
+SUPCON_NOTES = """\
+Features (N, D) of 100 labels to the loss and its gradient; turns as above.
+
+- *floor*: the products alone that make the N × N similarities and, of them, the two parts of the gradient, by
+  `torch.mm` into memory that is there.
+- *×*: how many times faster *fused* is: than the formula in PyTorch on the matrix of similarities, than `torch.compile`
+  of it, than `SupConLoss` of pytorch-metric-learning. A number after @ is that of the candidate's turns where it had
+  fewer than *fused*, as too slow for more.
+- *MiB*: the most that a step holds beyond the features, in a process of its own, the gradient included.
+"""
+
 SLOPES_NOTES = """\
 How time and memory grow: exponents of a power law through the above, by least squares of the logarithms; - where a size
 does not vary.
 """
+
+
+class Kind(NamedTuple):
+    """What is measured beside its matrix products and has tables of its own."""
+
+    title: str
+    sizes: dict[str, str]  # the run's names, and the tables'
+    peers: tuple[str, ...]
+    notes: str
+
+    @property
+    def markers(self) -> dict[str, str]:
+        return dict(zip(("fused", *self.peers), "ox+123", strict=False))
+
+    @property
+    def head(self) -> list[str]:
+        columns = ["loss", _arrow(self.sizes.values()), "dtype", "floor, ms", "fused, ms", "/ floor"]
+        columns += [f"× {peer}" for peer in self.peers]
+        return [*columns, "gradients, MiB", *(f"{name}, MiB" for name in ("fused", *self.peers))]
+
+    @property
+    def slopes_head(self) -> list[str]:
+        first, *others = (f"{size}^" for size in self.sizes.values())
+        return ["loss", "dtype", "", f"time ∝ {first}", *others, f"memory ∝ {first}", *others]
+
+
+LINEAR = Kind(
+    "Linear forms",
+    {"rows": "N", "features": "D", "classes": "V"},
+    ("eager", "compiled", "torch", "torch chunked", "cut-cross-entropy"),
+    LINEAR_NOTES,
+)
+SUPCON = Kind(
+    "Supervised contrastive loss",
+    {"rows": "N", "features": "D"},
+    ("eager", "compiled", "pytorch-metric-learning"),
+    SUPCON_NOTES,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,12 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or RESULTS / slug(machine[0])
     output.parent.mkdir(parents=True, exist_ok=True)
     runs = [run for run in every if "features" not in run]
-    linear = [run for run in every if "features" in run]
+    linear = [run for run in every if "features" in run and "classes" in run]
+    supcon = [run for run in every if "features" in run and "classes" not in run]
     text = [f"# Benchmarks: {machine[0]}", "", f"{machine[1]}.", ""]
     written = [Path(f"{output}.md")]
     for part, lines, markers, yardstick, suffix in (
         (runs, markdown, MARKERS, "1.5 × copy", ""),
-        (linear, linear_markdown, LINEAR_MARKERS, "three matrix products", "-linear"),
+        (linear, partial(products_markdown, LINEAR), LINEAR.markers, "three matrix products", "-linear"),
+        (supcon, partial(products_markdown, SUPCON), SUPCON.markers, "three matrix products", "-supcon"),
     ):
         if part:
             picture = Path(f"{output}{suffix}.png")
@@ -122,11 +162,11 @@ def markdown(runs: list[dict[str, Any]], plot_name: str) -> list[str]:
     return [*lines, "", NOTES]
 
 
-def linear_markdown(runs: list[dict[str, Any]], plot_name: str) -> list[str]:
-    lines = ["## Linear forms", "", f"![Time over the floor]({plot_name})", ""]
-    lines += [_line(LINEAR_HEAD), _line(["---"] * 3 + ["---:"] * (len(LINEAR_HEAD) - 3))]
-    lines += [_line(_linear_cells(run)) for run in runs]
-    lines += ["", LINEAR_NOTES]
+def products_markdown(kind: Kind, runs: list[dict[str, Any]], plot_name: str) -> list[str]:
+    lines = [f"## {kind.title}", "", f"![Time over the floor]({plot_name})", ""]
+    lines += [_line(kind.head), _line(["---"] * 3 + ["---:"] * (len(kind.head) - 3))]
+    lines += [_line(_products_cells(kind, run)) for run in runs]
+    lines += ["", kind.notes]
     failures = dict.fromkeys((name, error) for run in runs for name, error in run["failed"].items())
     for name, error in failures:
         where = [f"{_shape(r)} {r['dtype']}" for r in runs if r["failed"].get(name) == error]
@@ -135,9 +175,10 @@ def linear_markdown(runs: list[dict[str, Any]], plot_name: str) -> list[str]:
         lines.append(
             f"- *{name}* did not run ({', '.join(where) if len(where) < len(runs) else 'anywhere'}): {message}"
         )
-    slopes = [_line(cells) for cells in _slopes(runs)]
+    slopes = [_line(cells) for cells in _slopes(kind, runs)]
     if slopes:
-        lines += ["", _line(SLOPES_HEAD), _line(["---"] * 3 + ["---:"] * 6), *slopes, "", SLOPES_NOTES]
+        rule = ["---"] * 3 + ["---:"] * 2 * len(kind.sizes)
+        lines += ["", _line(kind.slopes_head), _line(rule), *slopes, "", SLOPES_NOTES]
     return lines
 
 
@@ -160,48 +201,47 @@ def _cells(run: dict[str, Any]) -> list[str]:
     return cells
 
 
-def _linear_cells(run: dict[str, Any]) -> list[str]:
+def _products_cells(kind: Kind, run: dict[str, Any]) -> list[str]:
     seconds, turns, floor = run["seconds"], run["turns"], run["floor"]
     cells = [f"`{run['loss']}`", _shape(run), run["dtype"], _ms(floor)]
     cells += [_ms(seconds["fused"]), f"{seconds['fused'] / floor:.2f}"]
-    for peer in LINEAR_PEERS:
+    for peer in kind.peers:
         if peer in seconds:
             fewer = f" @{turns[peer]}" if turns[peer] < turns["fused"] else ""
             cells.append(f"{seconds[peer] / seconds['fused']:.3g}{fewer}")
         else:
             cells.append("failed" if peer in run["failed"] else "-")
-    gradients = (run["rows"] + run["classes"]) * run["features"] * BYTES[run["dtype"]]
-    memory = [run["memory"].get(name) for name in ("fused", *LINEAR_PEERS)]
+    gradients = (run["rows"] + run.get("classes", 0)) * run["features"] * BYTES[run["dtype"]]
+    memory = [run["memory"].get(name) for name in ("fused", *kind.peers)]
     return cells + ["-" if m is None else f"{m / 2**20:.0f}" for m in (gradients, *memory)]
 
 
-def _slopes(runs: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """The exponents of time and memory by N, D and V, for each loss, dtype and candidate."""
+def _slopes(kind: Kind, runs: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """The exponents of time and memory by the sizes, for each loss, dtype and candidate."""
     for loss, dtype in dict.fromkeys((run["loss"], run["dtype"]) for run in runs):
         part = [run for run in runs if (run["loss"], run["dtype"]) == (loss, dtype)]
         if len(part) == 1:
             continue
-        for name in ("products", "fused", *LINEAR_PEERS):
+        for name in ("products", "fused", *kind.peers):
             times = [run["floor"] if name == "products" else run["seconds"].get(name) for run in part]
             memory = [run["memory"].get(name) for run in part]
             if any(times):
                 label = "floor" if name == "products" else name
-                yield [f"`{loss}`", dtype, label, *exponents(part, times), *exponents(part, memory)]
+                yield [f"`{loss}`", dtype, label, *exponents(kind, part, times), *exponents(kind, part, memory)]
 
 
-def exponents(runs: list[dict[str, Any]], values: list[float | None]) -> list[str]:
-    """(b, c, d) of value = a N^b D^c V^d; - where the runs that have a value do not determine it."""
+def exponents(kind: Kind, runs: list[dict[str, Any]], values: list[float | None]) -> list[str]:
+    """(b, c, ...) of value = a N^b D^c ...; - where the runs that have a value do not determine it."""
     import numpy as np
 
     found = [(run, value) for run, value in zip(runs, values, strict=True) if value]
-    sizes = ("rows", "features", "classes")
-    varied = [size for size in sizes if len({run[size] for run, _ in found}) > 1]
+    varied = [size for size in kind.sizes if len({run[size] for run, _ in found}) > 1]
     columns = np.array([[1.0, *(math.log(run[size]) for size in varied)] for run, _ in found])
     if not varied or np.linalg.matrix_rank(columns) <= len(varied):
-        return ["-"] * len(sizes)
+        return ["-"] * len(kind.sizes)
     fit = np.linalg.lstsq(columns, np.log([value for _, value in found]), rcond=None)[0]
     powers = dict(zip(varied, fit[1:], strict=True))
-    return [f"{powers[size]:.2f}" if size in powers else "-" for size in sizes]
+    return [f"{powers[size]:.2f}" if size in powers else "-" for size in kind.sizes]
 
 
 def _ms(seconds: float) -> str:
@@ -210,8 +250,14 @@ def _ms(seconds: float) -> str:
 
 def _shape(run: dict[str, Any]) -> str:
     if "features" in run:
-        return f"{run['rows']} × {run['features']} → {run['classes']}"
+        return _arrow(str(run[size]) for size in LINEAR.sizes if size in run)
     return f"{run['rows']} × {run['classes']}"
+
+
+def _arrow(sizes: Iterable[str]) -> str:
+    """N × D → V, or N × D."""
+    rows, features, *classes = sizes
+    return " → ".join([f"{rows} × {features}", *classes])
 
 
 def plot(

@@ -32,7 +32,7 @@ def _module(name: str) -> ModuleType:
 
 def test_every_loss_has_its_benchmark() -> None:
     stems = {path.stem for path in (ROOT / "fusedloss" / "losses").glob("[!_]*.py")}
-    assert {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")} == stems | {"linear"}
+    assert {path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py")} == stems | {"linear", "supcon"}
 
 
 def test_every_linear_form_has_its_benchmark() -> None:
@@ -368,6 +368,70 @@ def test_report_on_linear_forms(
     ]
     where = ", ".join(f"{shape} float32" for shape in ("512 × 64 → 1024", "2048 × 64 → 1024", "512 × 64 → 4096"))
     assert f"- *cut-cross-entropy* did not run ({where}): ImportError: no 'this.so' here" in text
+
+
+# the supervised contrastive loss
+
+
+@pytest.fixture
+def supcon_suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("supcon_suite")
+
+
+def test_supcon_candidates_agree(supcon_suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supcon_suite, "FORMULA_ROWS", 5)
+    features, labels = torch.randn(23, 7), torch.randint(6, (23,))
+    labels[4] = 9  # without a positive
+    right = supcon_suite.expected(features, labels)
+    ways = supcon_suite.candidates(labels)
+    assert list(ways) == ["fused", "eager", "compiled", "pytorch-metric-learning"]
+    for name in ("fused", "eager"):
+        timing.require(name, supcon_suite.step(ways[name], features), right)
+    by_rows, by_columns = supcon_suite.products(features)()
+    torch.testing.assert_close(by_rows, features @ features.t() @ features)
+    assert by_columns.shape == features.shape
+
+
+@pytest.mark.slow
+def test_supcon_measurement(supcon_suite: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = supcon_suite.candidates
+    monkeypatch.setattr(
+        supcon_suite, "candidates", lambda labels: {name: candidates(labels)[name] for name in ("fused", "eager")}
+    )
+    benchmark = _Benchmark()
+    supcon_suite.measure(benchmark, supcon_suite.Case(1500, 16, rounds=2, seconds=60))
+    info = benchmark.extra_info
+    assert info["loss"] == "supcon_loss(temperature=0.3)" and info["dtype"] == "float32" and not info["failed"]
+    assert (info["rows"], info["features"]) == (1500, 16) and "classes" not in info
+    assert info["turns"] == {"fused": 2, "eager": 2} and info["floor"] > 0 and all(info["seconds"].values())
+    if info["memory"]["eager"] is None:
+        pytest.skip("this kernel does not tell the peak of the memory")
+    assert info["memory"]["eager"] > 1500 * 1500 * 4
+
+
+def _supcon_run(rows: int, features: int) -> dict[str, Any]:
+    run = _linear_run(rows, features, 1, loss="supcon_loss(temperature=0.3)")
+    return {name: value for name, value in run.items() if name != "classes"} | {"failed": {}}
+
+
+def test_report_on_the_contrastive_loss(benchmark_json: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    data = json.loads(benchmark_json.read_text())
+    runs = [_supcon_run(512, 256), _supcon_run(2048, 256), _supcon_run(512, 768)]
+    data["benchmarks"] = [{"extra_info": run} for run in [*runs, _linear_run(512, 64, 1024)]]
+    benchmark_json.write_text(json.dumps(data))
+    assert _module("report").main([str(benchmark_json), "--output", str(tmp_path / "both")]) == 0
+    text = (tmp_path / "both.md").read_text(encoding="utf-8")
+    assert (tmp_path / "both-supcon.png").read_bytes().startswith(b"\x89PNG")
+    parts = [part.strip() for part in text.split("## Supervised contrastive loss")[1].split("\n\n")]
+    table, slopes = [part for part in parts if part[:1] == "|"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert rows[0][1] == "N × D" and rows[0][8] == "× pytorch-metric-learning"
+    assert len({len(row) for row in rows}) == 1
+    assert rows[2][1:3] == ["512 × 256", "float32"] and rows[2][9] == "0"  # MiB of gradients, 0.5 of them
+    assert [abs(float(cell)) for cell in slopes.splitlines()[3].split("|")[4:6]] == [1, 0]
+    assert "512 × 64 → 1024" in text.split("## Supervised")[0]
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def test_known_values() -> None:
     assert fl.supcon_loss(x, y, reduction="mean_all").item() == pytest.approx(5.27985842 / 5, abs=6e-9)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.3])
+def test_equals_pytorch_metric_learning(temperature: float, generator: torch.Generator) -> None:
+    """Which takes the mean over the anchors that have a positive, too. It is not among the extras: it needs SciPy."""
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning")
+    x, y, _ = problem(generator, {})
+    got, theirs = fl.supcon_loss(x, y, temperature=temperature), losses.SupConLoss(temperature=temperature)(x, y)
+    torch.testing.assert_close(got, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(theirs, x), rtol=1e-8, atol=1e-9)
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "mean_all"])
 def test_equals_the_matrix_of_all_pairs(
     reduction: str, kind: dict[str, Any], chunk: int, impl: str, generator: torch.Generator
