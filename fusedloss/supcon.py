@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from . import parallel
 from .checks import DTYPES, check_choice, check_local, check_number, compute_dtype
@@ -337,20 +336,18 @@ class _SumSimilarity(torch.autograd.Function):
         own, grad = ctx.own, grad[:, None]
         if same := others is None:
             others, other_slot = anchors, slot
-        by_anchors = torch.empty_like(anchors)
-        by_others = None if same else torch.empty_like(others)
+        by_anchors = torch.zeros_like(anchors)
+        by_others = by_anchors if same else torch.zeros_like(others) if ctx.needs_input_grad[1] else None
         for c in _columns(anchors):
             weighted = grad * anchors[:, c]
-            of_anchors = grad * _label_sums(others[:, c], other_slot, slot)
-            of_others = _label_sums(weighted, slot, other_slot)
+            by_anchors[:, c] += grad * _label_sums(others[:, c], other_slot, slot)
             if own is not None:
-                of_anchors -= weighted
-                of_others[own] -= weighted
-            if by_others is None:
-                by_anchors[:, c] = of_anchors + of_others
-            else:
-                by_anchors[:, c], by_others[:, c] = of_anchors, of_others
-        return by_anchors, by_others, None, None, None
+                by_anchors[:, c] -= weighted
+            if by_others is not None:
+                by_others[:, c] += _label_sums(weighted, slot, other_slot)
+                if own is not None:
+                    by_others[own, c] -= weighted
+        return by_anchors, None if same else by_others, None, None, None
 
 
 def _label_sums(x: Tensor, slot: Tensor, at: Tensor) -> Tensor:
@@ -361,20 +358,68 @@ def _label_sums(x: Tensor, slot: Tensor, at: Tensor) -> Tensor:
 def _positive_lse(pairs: _Pairs, compared: Tensor) -> Tensor:
     """log sum over an anchor's positives of exp s; 0 where there are none."""
     anchors, labels, others, other_labels, own = pairs
+    return _PositiveLse.apply(anchors, others.view_as(others), labels, other_labels, own, compared)
 
-    def lse(anchors: Tensor, others: Tensor, first: int) -> Tensor:
-        rows = slice(first, first + len(anchors))
+
+class _PositiveLse(torch.autograd.Function):
+    """The same, some anchors at a time, whose similarities are made once more in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchors: Tensor,
+        others: Tensor,
+        labels: Tensor,
+        other_labels: Tensor,
+        own: slice | None,
+        compared: Tensor,
+    ) -> Tensor:
+        pairs = _Pairs(anchors, labels, others, other_labels, own)
+        lse = anchors.new_empty(len(anchors))
+        for rows in _chunks(pairs):
+            lse[rows] = _positive_similarity(pairs, compared, rows).logsumexp(-1)
+        ctx.save_for_backward(anchors, others, labels, other_labels, compared, lse)
+        ctx.own = own
+        return torch.where(compared, lse, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        anchors, others, labels, other_labels, compared, lse = ctx.saved_tensors
+        pairs = _Pairs(anchors, labels, others, other_labels, ctx.own)
+        grad = torch.where(compared, grad, 0)
+        needed, nothing = ctx.needs_input_grad[:2], (None,) * 4
+        if torch.is_grad_enabled():
+            lse = _positive_similarity(pairs, compared, slice(None)).logsumexp(-1)
+            wanted = [x for x, need in zip((anchors, others), needed, strict=True) if need]
+            grads = iter(torch.autograd.grad(lse, wanted, grad, create_graph=True))
+            return *(next(grads) if need else None for need in needed), *nothing
+        by_anchors = torch.empty_like(anchors) if needed[0] else None
+        by_others = torch.zeros_like(others) if needed[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
-            similarity = anchors @ others.t()
-        apart = labels[rows, None] != other_labels
-        if own is not None:
-            apart.diagonal(own.start + first).fill_(True)
-        similarity = similarity.masked_fill(apart, -torch.inf).masked_fill(~compared[rows, None], 0)
-        return torch.where(compared[rows], similarity.logsumexp(-1), 0)
+            for rows in _chunks(pairs):
+                p = _positive_similarity(pairs, compared, rows).sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
+                if by_anchors is not None:
+                    torch.mm(p, others, out=by_anchors[rows])
+                if by_others is not None:
+                    by_others.addmm_(p.t(), anchors[rows])
+        return by_anchors, by_others, *nothing
 
-    size = max(1, BUDGET // (4 * max(1, len(others)) * anchors.element_size()))
-    parts = [checkpoint(lse, part, others, i * size, use_reentrant=False) for i, part in enumerate(anchors.split(size))]
-    return torch.cat(parts)
+
+def _chunks(pairs: _Pairs) -> list[slice]:
+    """Anchors whose similarities, and what is made of them, fit into the budget."""
+    size = max(1, BUDGET // (4 * max(1, len(pairs.others)) * pairs.anchors.element_size()))
+    return [slice(i, min(i + size, len(pairs.anchors))) for i in range(0, len(pairs.anchors), size)]
+
+
+def _positive_similarity(pairs: _Pairs, compared: Tensor, rows: slice) -> Tensor:
+    """Of some anchors to all others, -inf where these are no positives; 0 for an anchor that has none."""
+    anchors, labels, others, other_labels, own = pairs
+    with torch.autocast(anchors.device.type, enabled=False):
+        similarity = anchors[rows] @ others.t()
+    apart = labels[rows, None] != other_labels
+    if own is not None:
+        apart.diagonal(own.start + (rows.start or 0)).fill_(True)
+    return similarity.masked_fill(apart, -torch.inf).masked_fill(~compared[rows, None], 0)
 
 
 def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: str | None) -> Tensor:
