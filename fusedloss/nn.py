@@ -355,8 +355,8 @@ class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss): ...
 
 
 class SupConLoss(nn.Module):
-    """:func:`~fusedloss.supcon_loss` as a module: its options are the constructor's, forward takes the tensors and the
-    `group`, which could not be copied or saved with a module.
+    """:func:`~fusedloss.supcon_loss` as a module: its options are the constructor's, forward takes the tensors, the
+    `group`, which could not be copied or saved with a module, and `averaged`.
 
     Args:
         temperature: a number, a 0-d tensor (a buffer) or a Parameter, which is learnt.
@@ -397,9 +397,10 @@ class SupConLoss(nn.Module):
         contrast: Tensor | None = None,
         contrast_labels: Tensor | None = None,
         group: ProcessGroup | None = None,
+        averaged: bool = False,
     ) -> Tensor:
         bank: dict[str, Any] = {"contrast": contrast, "contrast_labels": contrast_labels}
-        return supcon_loss(features, labels, **bank, group=group, **self._options())
+        return supcon_loss(features, labels, **bank, group=group, averaged=averaged, **self._options())
 
     def _options(self) -> dict[str, Any]:
         names = ("temperature", "normalize", "positives", "reduction", "impl")
@@ -421,8 +422,9 @@ class CrossEntropySupConLoss(nn.Module):
         cross_entropy: further arguments of :class:`CrossEntropyLoss`, the child ``cross_entropy``.
 
     forward(logits, features, labels, *, group=None): logits (N, V) and features (N, D) of the same N examples with
-    labels (N,); `group` is of the contrastive part, and cross-entropy stays the mean over this rank's examples, so that
-    DistributedDataParallel averages the two alike.
+    labels (N,). With `group`, whose ranks' features are one batch, gradients are taken to be averaged over them, as
+    DistributedDataParallel does: cross-entropy stays the mean over this rank's examples, and the contrastive part is
+    computed with averaged=True.
 
     Source: Gunel et al. 2021, "Supervised Contrastive Learning for Pre-trained Language Model Fine-tuning"
     (arXiv:2011.01403), with lam = 0.9 and temperature = 0.3.
@@ -453,7 +455,9 @@ class CrossEntropySupConLoss(nn.Module):
 
     def forward(self, logits: Tensor, features: Tensor, labels: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
         classified: Tensor = self.cross_entropy(logits, labels)
-        return (1 - self.lam) * classified + self.lam * self.supcon(features, labels, group=group)
+        return (1 - self.lam) * classified + self.lam * self.supcon(
+            features, labels, group=group, averaged=group is not None
+        )
 
     def extra_repr(self) -> str:
         return f"lam={self.lam}"

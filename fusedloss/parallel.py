@@ -1,8 +1,8 @@
 """Batches of which each rank of a process group has a part, on torch.distributed.
 
-Gradients follow the rule of collectives: the ranks' backward passes are one, that of the sum of what each of them
-differentiates. So where every rank differentiates one and the same loss, the gradient by a rank's part is that of the
-loss times the number of ranks, and the average that DistributedDataParallel takes is the gradient of the loss itself.
+The ranks' backward passes are one: collectives add up what each of them has for another's part. A loss that all of them
+have counts once, so that its gradients are those of one process; or, where gradients are averaged over the ranks
+afterwards, as DistributedDataParallel does, once for each rank, so that their average is.
 
 Only collectives that every backend has and no release deprecates, and parts of any number of rows: a part is sent by a
 broadcast, its gradient summed by a reduction.
@@ -82,14 +82,14 @@ def gather(part: Tensor, ranks: Ranks) -> Tensor:
     return _Gather.apply(part, ranks)
 
 
-def total(x: Tensor, ranks: Ranks) -> Tensor:
-    """The sum over the ranks; differentiable, once."""
-    return _Total.apply(x, ranks)
+def total(x: Tensor, ranks: Ranks, count: float = 1) -> Tensor:
+    """The sum over the ranks, which counts `count` times in the backward of all; differentiable, once."""
+    return _Total.apply(x, ranks.group, count / len(ranks.rows))
 
 
-def averaged(x: Tensor, group: Any) -> Tensor:
-    """The same, with a gradient that is averaged over the ranks; differentiable, once."""
-    return _Averaged.apply(x, group)
+def shared(x: Tensor, group: Any, factor: float = 1) -> Tensor:
+    """What is the same on every rank. Its gradient is summed over them, times a factor; differentiable, once."""
+    return _Shared.apply(x, group, factor)
 
 
 class _Gather(torch.autograd.Function):
@@ -113,26 +113,26 @@ class _Gather(torch.autograd.Function):
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return _summed(x, ranks.group)
+    def forward(ctx: Any, x: Tensor, group: Any, factor: float) -> Tensor:
+        ctx.group, ctx.factor = group, factor
+        return _summed(x, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.ranks.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _summed(grad, ctx.group) * ctx.factor, None, None
 
 
-class _Averaged(torch.autograd.Function):
+class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, x: Tensor, group: Any, factor: float) -> Tensor:
+        ctx.group, ctx.factor = group, factor
         return x.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.group) / ctx.group.size(), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _summed(grad, ctx.group) * ctx.factor, None, None
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:

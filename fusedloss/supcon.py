@@ -52,6 +52,7 @@ def supcon_loss(
     contrast_labels: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
+    averaged: bool = False,
     impl: str | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss of features. With f = features / |features| and s_ij = f_i . f_j / temperature,
@@ -71,6 +72,7 @@ def supcon_loss(
             as a memory bank; no pair is left out. Differentiated if it requires grad.
         reduction: "mean" over the anchors with a positive, "mean_all" over all of them, "sum", or "none" for (N,).
         group: of torch.distributed: the ranks' features, any number on each, are one batch; see below.
+        averaged: with a group, whether gradients are averaged over its ranks afterwards; see below.
         impl: as for the row losses.
 
     Memory is O((N + M) D): similarities exist a chunk at a time. "in" computes its positives in PyTorch, chunkwise.
@@ -80,10 +82,10 @@ def supcon_loss(
 
     - "mean", "mean_all" and "sum" are over the anchors of all ranks: every rank returns the same number. "none" returns
       the rank's own anchors.
-    - The ranks' backward passes add up, as through any collective. Where each runs backward on the same number,
-      features get R times its gradient, and parameters in DistributedDataParallel, which averages, get exactly what one
-      process with the whole batch would give them: nothing is to be multiplied by R.
-    - The gradient of `temperature` comes averaged, the same on every rank, be it in DistributedDataParallel or not.
+    - The gradients are those of one process that has the whole batch, where each rank runs backward on what it has.
+    - DistributedDataParallel averages the gradients of parameters, which would divide them by R. With averaged=True
+      those of the features come times R, so that the average is exact and nothing else is to be multiplied.
+    - The gradient of `temperature` is that of one process in either case, the same on every rank.
     - The host reads the numbers of rows, torch.compile breaks its graph there, and a second derivative raises.
 
     Raises:
@@ -98,11 +100,11 @@ def supcon_loss(
     >>> features = torch.randn(8, 64, requires_grad=True)
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
-    _check(features, labels, contrast, contrast_labels, temperature, normalize, positives, reduction, group)
+    _check(features, labels, contrast, contrast_labels, temperature, normalize, positives, reduction, group, averaged)
     # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
     scale = parameter(temperature, compute_dtype(features.dtype), features.device)
     if group is not None:
-        scale = parallel.averaged(scale, group)
+        scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
     own: slice | None = slice(0, len(labels))
     anchors = _prepared("features", features, normalize, scale.sqrt())
     others, other_labels, ranks = anchors, labels, None
@@ -110,7 +112,7 @@ def supcon_loss(
         own, other_labels = None, contrast_labels
         others = _prepared("contrast", contrast, normalize, scale.sqrt())
     elif group is not None:
-        ranks = _meet(features, temperature, normalize, positives, reduction, group)
+        ranks = _meet(features, temperature, normalize, positives, reduction, averaged, group)
         own, other_labels = ranks.own, parallel.whole(labels.to(torch.int64), ranks)
         others = parallel.gather(anchors, ranks)
     pairs = _Pairs(anchors, labels, others, other_labels, own)
@@ -136,7 +138,9 @@ def supcon_loss(
     else:
         loss = _log_sum_exp(pairs, compared, share, impl)
         loss = loss - (positive_term if share is None else (positive_term * share).sum())
-    return loss if share is None or ranks is None else parallel.total(loss, ranks)
+    if share is None or ranks is None:
+        return loss
+    return parallel.total(loss, ranks, len(ranks.rows) if averaged else 1)
 
 
 class _Pairs(NamedTuple):
@@ -160,6 +164,7 @@ def _check(
     positives: str,
     reduction: str,
     group: object,
+    averaged: object,
 ) -> None:
     if group is not None:
         if contrast is not None:
@@ -206,6 +211,10 @@ def _check(
         raise TypeError(f"normalize must be a bool, got {normalize!r}")
     check_choice("positives", positives, ("out", "in"))
     check_choice("reduction", reduction, REDUCTIONS)
+    if not isinstance(averaged, bool):
+        raise TypeError(f"averaged must be a bool, got {averaged!r}")
+    if averaged and reduction == "none":
+        raise ValueError("averaged=True is for a loss that all ranks share, but reduction is 'none'")
 
 
 def _prepared(name: str, features: Tensor, normalize: bool, root: Tensor) -> Tensor:
@@ -268,6 +277,7 @@ def _meet(
     normalize: bool,
     positives: str,
     reduction: str,
+    averaged: bool,
     group: ProcessGroup,
 ) -> parallel.Ranks:
     """The other ranks, if they do the same."""
@@ -279,6 +289,7 @@ def _meet(
         "normalize": normalize,
         "positives": positives,
         "reduction": reduction,
+        "averaged": averaged,
         # The backward has collectives of its own.
         "features.requires_grad": torch.is_grad_enabled() and features.requires_grad,
         "temperature.requires_grad": torch.is_grad_enabled() and learnt,

@@ -51,7 +51,7 @@ def _batch(sizes: list[int]) -> tuple[Tensor, Tensor, list[slice]]:
 
 
 def _equals_one_process(rank: int, world: int) -> None:
-    """Loss and gradients, for any upstream gradients: each rank's own, as all of them are one backward."""
+    """Loss and gradients, for any upstream gradients: of a loss that all have their mean, as all are one backward."""
     for batch, sizes in BATCHES[world].items():
         x, y, parts = _batch(sizes)
         for kind, options in KINDS.items():
@@ -76,10 +76,10 @@ def _equals_one_process(rank: int, world: int) -> None:
                 else:
                     upstreams = torch.randn(world, generator=generator, dtype=torch.float64)
                     expected = rows.sum() / divisor
-                    all_of_it, upstream = expected * upstreams.sum(), upstreams[rank]
+                    all_of_it, upstream = expected * upstreams.mean(), upstreams[rank]
                 torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}")
                 by_x, by_temperature = torch.autograd.grad(all_of_it, leaves)
-                wanted = (by_x[parts[rank]], by_temperature / world)
+                wanted = (by_x[parts[rank]], by_temperature)
                 for value, right in zip(torch.autograd.grad(got, (mine, temperature), upstream), wanted, strict=True):
                     torch.testing.assert_close(value, right, rtol=1e-10, atol=1e-11, msg=lambda m, c=case: f"{c}: {m}")
 
@@ -92,7 +92,7 @@ def _every_dtype(rank: int, world: int) -> None:
         (wanted,) = torch.autograd.grad(expected, alone)
         mine = x[parts[rank]].to(dtype).requires_grad_()
         got = fl.supcon_loss(mine, y[parts[rank]], temperature=0.1, group=dist.group.WORLD)
-        (gradient,) = torch.autograd.grad(got / world, mine)
+        (gradient,) = torch.autograd.grad(got, mine)
         assert gradient.dtype == dtype
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(gradient, wanted[parts[rank]], rtol=tolerance, atol=tolerance)
@@ -118,7 +118,8 @@ def _under_ddp(rank: int, world: int) -> None:
             criterion.zero_grad()
             ddp = nn.parallel.DistributedDataParallel(model)
             features = ddp(x[parts[rank]])
-            got = criterion(*[features] * (1 + joint), y[parts[rank]], group=dist.group.WORLD)
+            averaged = {} if joint else {"averaged": True}  # which is what the joint objective is for
+            got = criterion(*[features] * (1 + joint), y[parts[rank]], group=dist.group.WORLD, **averaged)
             got.backward()
             if not joint:
                 torch.testing.assert_close(got, expected)
@@ -142,7 +143,7 @@ def _other_groups(rank: int, world: int) -> None:
     expected = fl.supcon_loss(alone, y)
     torch.testing.assert_close(got, expected)
     (wanted,) = torch.autograd.grad(expected, alone)
-    torch.testing.assert_close(torch.autograd.grad(got, mine)[0], 2 * wanted[part])
+    torch.testing.assert_close(torch.autograd.grad(got, mine)[0], wanted[part])
 
 
 def _without_gradients(rank: int, world: int) -> None:
@@ -193,6 +194,7 @@ def _disagreements_raise_on_every_rank(rank: int, world: int) -> None:
         "normalize": (x, y, {"normalize": False}),
         "temperature .* 0.": (x, y, {"temperature": 0.1}),
         "temperature .* a tensor|temperature .* 0.3": (x, y, {"temperature": torch.tensor(0.3)}),
+        "averaged": (x, y, {"averaged": True}),
         "features.requires_grad": (x.clone().requires_grad_(), y, {}),
     }
     for message, (features, labels, options) in changes.items():
@@ -278,6 +280,13 @@ def test_what_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(TypeError, match=r"group must be a process group that this rank is in.* got 'all'"):
         fl.supcon_loss(X, Y, group="all")
+
+
+def test_averages_are_of_shared_losses() -> None:
+    with pytest.raises(ValueError, match="averaged=True is for a loss that all ranks share, but reduction is 'none'"):
+        fl.supcon_loss(X, Y, averaged=True, reduction="none")
+    with pytest.raises(TypeError, match="averaged must be a bool, got 1"):
+        fl.supcon_loss(X, Y, averaged=1)
 
 
 def test_a_group_and_a_contrast_set_exclude_each_other() -> None:

@@ -425,8 +425,10 @@ def _series(p, x):
 
 @triton.jit
 def _powers(p, alpha):
-    """(1 - p)^alpha and (1 - p)^(alpha - 1), of small p as series: all there is to do in almost every block. Which of the
-    two is up to each p alone, whatever stands beside it."""
+    """(1 - p)^alpha and (1 - p)^(alpha - 1), of small p as series: all there is to do in almost every block.
+
+    Which of the two it is is up to each p alone, whatever stands beside it.
+    """
     large = p > (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
     weight = _series(p, alpha)
     steep = _series(p, alpha - 1.0)
