@@ -430,13 +430,14 @@ def _powers(p, alpha):
     Which of the two it is is up to each p alone, whatever stands beside it.
     """
     large = p > (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
-    weight = _series(p, alpha)
-    steep = _series(p, alpha - 1.0)
     if _any(large):
         q = 1.0 - p
         exact = tl.exp(alpha * tl.log(q))
-        weight = tl.where(large, exact, weight)
-        steep = tl.where(large, exact / q, steep)
+        weight = tl.where(large, exact, _series(p, alpha))
+        steep = tl.where(large, exact / q, _series(p, alpha - 1.0))
+    else:
+        weight = _series(p, alpha)
+        steep = _series(p, alpha - 1.0)
     return weight, steep
 
 
