@@ -1,0 +1,3 @@
+#include "rows.h"
+
+void fusedloss::cuda::run_bfloat16(const Job& job) { run<bfloat16>(job); }

@@ -1,0 +1,135 @@
+// What the kernels ask of the device they run on, in a few words, so that tests can run them on a host: there these
+// words come from tests/cuda/host_device.h.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#define FUSEDLOSS_KERNEL __global__
+#define FUSEDLOSS_DEVICE __device__ __forceinline__
+#define FUSEDLOSS_BLOCKS(threads, beside) __launch_bounds__(threads, beside)
+
+namespace fusedloss {
+namespace cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+using Stream = cudaStream_t;
+
+FUSEDLOSS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+FUSEDLOSS_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
+FUSEDLOSS_DEVICE int64_t block_index() { return blockIdx.x; }
+FUSEDLOSS_DEVICE int64_t block_row() { return blockIdx.y; }
+
+FUSEDLOSS_DEVICE char* shared_memory() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+FUSEDLOSS_DEVICE void block_sync() { __syncthreads(); }
+
+// A value of any type from the thread of the warp whose number differs by these bits.
+template <typename X>
+FUSEDLOSS_DEVICE X shuffle_xor(const X& x, int bits) {
+    static_assert(sizeof(X) % 4 == 0, "in words");
+    union Words {
+        X x;
+        unsigned word[sizeof(X) / 4];
+        __device__ Words() {}
+    } from, to;
+    from.x = x;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(X) / 4); ++i) {
+        to.word[i] = __shfl_xor_sync(0xffffffffu, from.word[i], bits);
+    }
+    return to.x;
+}
+
+// Clusters are there from sm_90 on; before, a block is its own.
+FUSEDLOSS_DEVICE void cluster_sync() {
+#if defined(_CG_HAS_CLUSTER_GROUP)
+    cooperative_groups::this_cluster().sync();
+#endif
+}
+template <typename X>
+FUSEDLOSS_DEVICE const X* cluster_peer(X* shared, int rank) {
+#if defined(_CG_HAS_CLUSTER_GROUP)
+    return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+#else
+    return shared;
+#endif
+}
+
+// 16 bytes to shared memory, behind the threads' back: in groups, of which the last few may still be on their way.
+FUSEDLOSS_DEVICE void copy_16_bytes(void* shared, const void* global) {
+    __pipeline_memcpy_async(shared, global, 16);
+}
+FUSEDLOSS_DEVICE void commit_copies() { __pipeline_commit(); }
+template <int Pending>
+FUSEDLOSS_DEVICE void wait_copies() {
+    __pipeline_wait_prior(Pending);
+}
+
+FUSEDLOSS_DEVICE float read(float x) { return x; }
+FUSEDLOSS_DEVICE double read(double x) { return x; }
+FUSEDLOSS_DEVICE float read(bfloat16 x) { return __bfloat162float(x); }
+FUSEDLOSS_DEVICE float read(float16 x) { return __half2float(x); }
+FUSEDLOSS_DEVICE void write(float* to, float x) { *to = x; }
+FUSEDLOSS_DEVICE void write(double* to, double x) { *to = x; }
+FUSEDLOSS_DEVICE void write(bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+FUSEDLOSS_DEVICE void write(float16* to, float x) { *to = __float2half_rn(x); }
+
+// For x <= 0; off by |x| / 2 units in the last place, as the rounding of x is.
+FUSEDLOSS_DEVICE float fast_exp(float x) { return __expf(x); }
+FUSEDLOSS_DEVICE double fast_exp(double x) { return exp(x); }
+
+inline void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Starts `columns` x `rows` blocks, which each `cluster` beside each other can look into one another's memory.
+template <typename Argument>
+void launch(void (*kernel)(Argument), int64_t columns, int64_t rows, int cluster, int threads, int64_t shared_bytes,
+            Stream stream, const Argument& argument) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          "shared memory of a CUDA kernel");
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, argument), "launch of a CUDA kernel");
+    check(cudaGetLastError(), "launch of a CUDA kernel");
+}
+
+// What a device has: bytes of shared memory for a block, and whether blocks form clusters.
+struct Limits {
+    int shared_bytes;
+    bool clusters;
+};
+inline Limits limits(int device) {
+    int bytes = 0, clusters = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "limits of a CUDA device");
+    check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device), "limits of a CUDA device");
+    return {bytes, clusters != 0};
+}
+
+}  // namespace cuda
+}  // namespace fusedloss
+#else
+#include <host_device.h>
+#endif

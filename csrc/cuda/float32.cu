@@ -1,0 +1,3 @@
+#include "rows.h"
+
+void fusedloss::cuda::run_float32(const Job& job) { run<float>(job); }

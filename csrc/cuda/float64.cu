@@ -1,0 +1,3 @@
+#include "rows.h"
+
+void fusedloss::cuda::run_float64(const Job& job) { run<double>(job); }

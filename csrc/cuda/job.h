@@ -1,0 +1,61 @@
+// What a launch takes: addresses, sizes and strides, by value. Nothing here allocates or knows a framework.
+#pragma once
+
+#include "../engine.h"
+#include "device.h"
+
+namespace fusedloss {
+namespace cuda {
+
+constexpr int kMaxThreads = 256;
+constexpr int kStages = 6;      // tiles on their way from memory, and the one that is looked at
+constexpr int kItemBytes = 32;  // of a tile for each thread
+
+// `T` below is float, or double when the logits are that; statistics and coefficients are laid out as engine.h says.
+struct Job {
+    const void* logits;
+    int64_t rows, row_stride;
+    int classes;
+    const int64_t* target;  // [rows]
+    int64_t ignore_index;
+    const int64_t* candidates;  // [rows, candidate_count] or null
+    int candidate_count;
+    int top_k;                 // 0, 1 or 2 largest logits
+    bool below;                // the largest logit strictly below the target's
+    bool mean;                 // mean_ce
+    const void* class_weight;  // T [classes] or null
+    const double* weight_sum;  // their sum; null: the number of classes
+
+    int epilogue;                   // its number among RowEpilogues or ClassTerms; -1: none
+    bool class_term;                // which of the two
+    const void* param[kMaxParams];  // T
+    int64_t param_stride[kMaxParams];
+    double main, smooth, z_loss;
+
+    // The statistics pass writes these, the gradient pass alone reads them.
+    bool forward;
+    void* loss;          // T [rows]
+    void* statistics;    // T [kStatistics + picks, rows]
+    int64_t* index;      // [picks, rows]
+    void* coefficients;  // T [kCoefficients + picks, rows]
+
+    void* grad;            // of the logits' dtype; may be the logits themselves; null: no gradient
+    int64_t grad_row_stride;
+    const void* upstream;  // T [rows], or null for all ones
+    int64_t upstream_stride;
+
+    // How rows are cut: `parts` blocks of `threads` threads each, whose shared memory holds `slots` tiles of logits. All
+    // of a part's: then the gradient needs no second read.
+    int threads, parts, slots;
+    Stream stream;
+
+    FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
+};
+
+void run_float64(const Job&);
+void run_float32(const Job&);
+void run_bfloat16(const Job&);
+void run_float16(const Job&);
+
+}  // namespace cuda
+}  // namespace fusedloss
