@@ -1,3 +1,5 @@
+#include "class_sums.h"
 #include "rows.h"
 
 void fusedloss::cuda::run_bfloat16(const Job& job) { run<bfloat16>(job); }
+void fusedloss::cuda::sum_bfloat16(const Job& job) { sum<bfloat16>(job); }

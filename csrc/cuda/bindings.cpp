@@ -19,16 +19,21 @@ std::vector<std::string> names_of(FunctorList<Functors...>) {
     return {Functors::name...};
 }
 
-void run(const Job& job, int dtype) {
+struct Launches {
+    void (*run)(const Job&);
+    void (*sum)(const Job&);
+};
+
+Launches launches(int dtype) {
     switch (static_cast<DType>(dtype)) {
         case DType::float64:
-            return run_float64(job);
+            return {run_float64, sum_float64};
         case DType::float32:
-            return run_float32(job);
+            return {run_float32, sum_float32};
         case DType::bfloat16:
-            return run_bfloat16(job);
+            return {run_bfloat16, sum_bfloat16};
         case DType::float16:
-            return run_float16(job);
+            return {run_float16, sum_float16};
     }
     throw std::invalid_argument("no dtype numbered " + std::to_string(dtype));
 }
@@ -63,6 +68,8 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     add_address(job, "coefficients", &Job::coefficients);
     add_address(job, "grad", &Job::grad);
     add_address(job, "upstream", &Job::upstream);
+    add_address(job, "sums", &Job::sums);
+    add_address(job, "top_rest", &Job::top_rest);
     add_address(job, "stream", &Job::stream);
     job.def_readwrite("rows", &Job::rows)
         .def_readwrite("row_stride", &Job::row_stride)
@@ -80,6 +87,7 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
         .def_readwrite("forward", &Job::forward)
         .def_readwrite("grad_row_stride", &Job::grad_row_stride)
         .def_readwrite("upstream_stride", &Job::upstream_stride)
+        .def_readwrite("groups", &Job::groups)
         .def_readwrite("threads", &Job::threads)
         .def_readwrite("parts", &Job::parts)
         .def_readwrite("slots", &Job::slots);
@@ -91,15 +99,18 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
         }
     });
 
-    module.def("run", &run);
+    module.def("run", [](const Job& x, int dtype) { launches(dtype).run(x); });
+    module.def("sum", [](const Job& x, int dtype) { launches(dtype).sum(x); });
     module.def("limits", [](int device) {
         const Limits x = limits(device);
         return std::make_pair(x.shared_bytes, x.clusters);
     });
     module.def("row_epilogues", [] { return names_of(RowEpilogues{}); });
     module.def("class_terms", [] { return names_of(ClassTerms{}); });
+    module.def("summed_terms", [] { return names_of(SummedTerms{}); });
     module.attr("targets") = FUSEDLOSS_TARGETS;
     module.attr("stages") = kStages;
     module.attr("item_bytes") = kItemBytes;
     module.attr("max_threads") = kMaxThreads;
+    module.attr("sum_columns") = kSumThreads * kSumColumns;
 }

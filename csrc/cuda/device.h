@@ -5,15 +5,19 @@
 #include <cstdint>
 #include <limits>
 
+#if defined(FUSEDLOSS_HOST_DEVICE)
+#include <host_device.h>
+#else
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-#include <string>
 
 #define FUSEDLOSS_KERNEL __global__
 #define FUSEDLOSS_DEVICE __device__ __forceinline__
@@ -24,7 +28,6 @@ namespace cuda {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
-using Stream = cudaStream_t;
 
 FUSEDLOSS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FUSEDLOSS_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
@@ -92,6 +95,15 @@ FUSEDLOSS_DEVICE void write(float16* to, float x) { *to = __float2half_rn(x); }
 FUSEDLOSS_DEVICE float fast_exp(float x) { return __expf(x); }
 FUSEDLOSS_DEVICE double fast_exp(double x) { return exp(x); }
 
+}  // namespace cuda
+}  // namespace fusedloss
+#endif
+
+namespace fusedloss {
+namespace cuda {
+
+using Stream = cudaStream_t;
+
 inline void check(cudaError_t status, const char* what) {
     if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
@@ -130,6 +142,4 @@ inline Limits limits(int device) {
 
 }  // namespace cuda
 }  // namespace fusedloss
-#else
-#include <host_device.h>
 #endif

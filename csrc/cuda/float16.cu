@@ -1,3 +1,5 @@
+#include "class_sums.h"
 #include "rows.h"
 
 void fusedloss::cuda::run_float16(const Job& job) { run<float16>(job); }
+void fusedloss::cuda::sum_float16(const Job& job) { sum<float16>(job); }

@@ -1,3 +1,5 @@
+#include "class_sums.h"
 #include "rows.h"
 
 void fusedloss::cuda::run_float64(const Job& job) { run<double>(job); }
+void fusedloss::cuda::sum_float64(const Job& job) { sum<double>(job); }

@@ -10,6 +10,8 @@ namespace cuda {
 constexpr int kMaxThreads = 256;
 constexpr int kStages = 6;      // tiles on their way from memory, and the one that is looked at
 constexpr int kItemBytes = 32;  // of a tile for each thread
+constexpr int kSumThreads = 128;
+constexpr int kSumColumns = 4;  // of a thread in the sums over the rows
 
 // `T` below is float, or double when the logits are that; statistics and coefficients are laid out as engine.h says.
 struct Job {
@@ -44,6 +46,12 @@ struct Job {
     const void* upstream;  // T [rows], or null for all ones
     int64_t upstream_stride;
 
+    // The sums over the rows, in groups of rows, from the statistics with the top class for a pick. `upstream` is then the
+    // rows' weight.
+    int groups;
+    double* sums;    // [groups, 2, classes]: error, agreement
+    void* top_rest;  // T [rows], for what is found on the way
+
     // How rows are cut: `parts` blocks of `threads` threads each, whose shared memory holds `slots` tiles of logits. All
     // of a part's: then the gradient needs no second read.
     int threads, parts, slots;
@@ -52,10 +60,14 @@ struct Job {
     FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
 };
 
-void run_float64(const Job&);
-void run_float32(const Job&);
-void run_bfloat16(const Job&);
-void run_float16(const Job&);
+// Of the logits' dtype; `sum` for the sums over the rows, `run` for all else.
+#define FUSEDLOSS_DECLARE_LAUNCHES(dtype) \
+    void run_##dtype(const Job&);         \
+    void sum_##dtype(const Job&);
+FUSEDLOSS_DECLARE_LAUNCHES(float64)
+FUSEDLOSS_DECLARE_LAUNCHES(float32)
+FUSEDLOSS_DECLARE_LAUNCHES(bfloat16)
+FUSEDLOSS_DECLARE_LAUNCHES(float16)
 
 }  // namespace cuda
 }  // namespace fusedloss

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from . import cpu, triton
+from . import cpu, cuda, triton
 
 #: Implementations by name: what each runs on, and why it is not ready (None when it is).
-IMPLS = ("reference", "cpu", "triton")
+IMPLS = ("reference", "cpu", "triton", "cuda")
 
 #: Of linear forms alone: kernels make the logits too, on the chip.
 PRODUCT_IMPLS = ("triton_fused",)
@@ -27,6 +27,8 @@ def unavailable(impl: str, device: torch.device | None = None) -> str | None:
         return cpu.unavailable()
     if impl in ("triton", "triton_fused"):
         return triton.unavailable(device)
+    if impl == "cuda":
+        return cuda.unavailable(device)
     return None
 
 
@@ -34,7 +36,8 @@ def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str
     """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready."""
     impl = impl or os.environ.get("FUSEDLOSS_IMPL") or None
     if impl is None:
-        # Interpreted kernels are for tests: on a CPU nobody gets them without asking.
+        # Interpreted kernels are for tests: on a CPU nobody gets them without asking. Those in CUDA C++ are not the
+        # default anywhere until somebody has timed them.
         fastest = "cpu" if device.type == "cpu" else "triton"
         return fastest if unavailable(fastest, device) is None else "reference"
     check_choice("impl", impl, LINEAR_IMPLS)
@@ -50,6 +53,8 @@ def has_epilogue(impl: str, name: str) -> bool:
     """Whether the implementation has this loss as a compiled epilogue."""
     if impl in ("triton", "triton_fused"):
         return triton.has_epilogue(name)
+    if impl == "cuda":
+        return cuda.has_epilogue(name)
     return impl == "cpu" and name in cpu.EPILOGUES
 
 

@@ -39,7 +39,7 @@ struct Barrier {
 
 struct Warp {
     Barrier barrier;
-    char exchanged[32][64];
+    char exchanged[32][128];
 };
 
 struct Block {

@@ -1,0 +1,305 @@
+"""The CUDA kernels for the operators: how rows are cut into the blocks of a launch, and addresses handed over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checks import check_indices
+from ..epilogue import Shared
+from . import passes
+
+try:
+    from .. import _cuda
+except ImportError as error:
+    _cuda = None  # type: ignore[assignment]
+    _IMPORT_ERROR = error
+
+#: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
+RUNS_ON = "cuda"
+
+#: What a pick costs in shared memory is little, and the gradient looks at each; so are candidates limited.
+MAX_CANDIDATES = 64
+MAX_CLASSES = 2**30
+
+#: Bytes of shared memory with which three blocks share a multiprocessor of 228 KiB, so that some read while others
+#: write; and what a block needs of it for other things than logits.
+COMFORT = 74 * 1024
+_OVERHEAD = 6 * 1024
+#: Blocks that may look at a row together, on GPUs that form clusters of them.
+_PARTS = (1, 2, 4, 8)
+#: Blocks that sums over the rows should have, before their rows are no longer cut into groups.
+_SUM_BLOCKS = 512
+
+_DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why the kernels cannot run, here or for tensors on `device`; None if they can."""
+    if _cuda is None:
+        if isinstance(_IMPORT_ERROR, ModuleNotFoundError):
+            return "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"
+        return f"its kernels did not load ({_IMPORT_ERROR})"
+    if device is not None and device.type != RUNS_ON:
+        return f"it runs on GPU tensors, but the input is on {device}"
+    if RUNS_ON == "cuda":
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return "there is no NVIDIA GPU that torch can use"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"its kernels are for compute capability 8.0 and above, and the GPU has {'.'.join(map(str, capability))}"
+    return None
+
+
+def has_epilogue(name: str) -> bool:
+    return name in _row_epilogues() or name in _class_terms()
+
+
+@cache
+def _row_epilogues() -> list[str]:
+    return _cuda.row_epilogues()
+
+
+@cache
+def _class_terms() -> list[str]:
+    return _cuda.class_terms()
+
+
+@cache
+def _summed_terms() -> list[str]:
+    return _cuda.summed_terms()
+
+
+@cache
+def _limits(device: int) -> tuple[int, bool]:
+    return _cuda.limits(device)
+
+
+class Plan(NamedTuple):
+    """The blocks that look at a row together, their threads, and the tiles of logits that fit into the memory of each."""
+
+    threads: int
+    parts: int
+    slots: int
+
+
+def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan:
+    """The row on chip, in as few blocks as have room for it; where none have, as much as is on its way there.
+
+    Only the sizes and the kind of GPU count, so that a row's bits do not depend on the rows beside it.
+    """
+    # A tile or less of short rows, and no thread without a column.
+    threads = min(_cuda.max_threads, -(-classes * itemsize // (_cuda.item_bytes * 32)) * 32)
+    tile = threads * _cuda.item_bytes
+    choices = _PARTS if clusters else _PARTS[:1]
+    for room in (min(COMFORT, shared_bytes), shared_bytes):
+        for parts in choices:
+            pieces = -(-classes * itemsize // 16)
+            slots = -(-(-(-pieces // parts) * 16) // tile)
+            if slots * (tile + 16) + _OVERHEAD <= room:
+                return Plan(threads, parts, slots)
+    return Plan(threads, choices[-1], _cuda.stages)
+
+
+def _run(job: Any, logits: Tensor, on_chip: bool) -> None:
+    """`on_chip`: whether the kernel looks at the logits more than once."""
+    rows, classes = logits.shape
+    if rows == 0:
+        return
+    if classes > MAX_CLASSES:
+        raise ValueError(f"impl='cuda' takes at most {MAX_CLASSES} classes, got {classes}; use impl='reference'")
+    threads, parts, slots = plan(classes, logits.element_size(), *_limits(logits.device.index or 0))
+    if rows * parts >= 2**31:
+        raise ValueError(f"impl='cuda' takes fewer than {2**31 // parts} rows of {classes} classes, got {rows}")
+    job.threads, job.parts, job.slots = threads, parts, slots if on_chip else min(slots, _cuda.stages)
+    _launch(_cuda.run, job, logits)
+
+
+def _launch(function: Callable[[Any, int], None], job: Any, logits: Tensor) -> None:
+    """On the stream that is current where the logits are."""
+    with torch.cuda.device(logits.device) if RUNS_ON == "cuda" else contextlib.nullcontext():
+        job.stream = torch.cuda.current_stream().cuda_stream if RUNS_ON == "cuda" else 0
+        function(job, _DTYPE_CODES[logits.dtype])
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _job(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Any:
+    job = _cuda.Job()
+    job.logits = logits.data_ptr()
+    job.rows, job.classes = logits.shape
+    job.row_stride = logits.stride(0)
+    job.target = target.data_ptr()
+    job.ignore_index = ignore_index
+    job.class_weight = _address(weight)
+    job.epilogue = -1
+    return job
+
+
+def _set_epilogue(job: Any, epilogue: str, names: list[str], params: list[Tensor]) -> None:
+    if epilogue not in names:
+        raise ValueError(f"no epilogue named {epilogue!r}")
+    job.epilogue = names.index(epilogue)
+    job.set_params([(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params])
+
+
+def _set_gradient(job: Any, grad: Tensor, upstream: Tensor | None) -> None:
+    job.grad, job.grad_row_stride = grad.data_ptr(), grad.stride(0)
+    job.upstream, job.upstream_stride = _address(upstream), 0 if upstream is None else upstream.stride(0)
+
+
+def _statistics_pass(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    epilogue: str | None,
+    shared: Shared,
+    ignore_index: int,
+    top_k: int,
+    below: bool,
+    mean: bool,
+    statistics: Tensor,
+    index: Tensor,
+    loss: Tensor | None,
+    coefficients: Tensor | None,
+    grad: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> None:
+    """With the gradient, if one is given: of the row losses' sum, times `row_weight`."""
+    classes = logits.shape[1]
+    if logits.device.type == "cpu":
+        check_indices("target", target, classes, ignore_index)
+        if candidates is not None:
+            check_indices("candidate", candidates, classes, None)
+    job = _job(logits, target, weight, ignore_index)
+    job.forward = True
+    if candidates is not None:
+        job.candidates, job.candidate_count = candidates.data_ptr(), candidates.shape[1]
+        if job.candidate_count > MAX_CANDIDATES:
+            raise ValueError(
+                f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {job.candidate_count}; "
+                "use another implementation"
+            )
+    job.top_k, job.below, job.mean = top_k, below, mean
+    weight_sum = weight.sum(dtype=torch.float64) if mean and weight is not None else None
+    job.weight_sum = _address(weight_sum)
+    if epilogue is not None:
+        job.class_term = epilogue in _class_terms()
+        _set_epilogue(job, epilogue, _class_terms() if job.class_term else _row_epilogues(), params)
+    job.main, job.smooth = shared.coefficients(classes)
+    job.z_loss = shared.z_loss
+    job.loss, job.coefficients = _address(loss), _address(coefficients)
+    job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
+    if grad is not None:
+        _set_gradient(job, grad, row_weight)
+    _run(job, logits, on_chip=grad is not None or job.class_term)
+
+
+def _gradient_pass(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    grad_output: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> None:
+    job = _job(logits, target, weight, ignore_index)
+    job.candidate_count = index.shape[0]
+    if epilogue in _class_terms():  # what others have of their own is in the coefficients
+        job.class_term = True
+        _set_epilogue(job, epilogue, _class_terms(), params)
+    job.statistics, job.index, job.coefficients = statistics.data_ptr(), index.data_ptr(), coefficients.data_ptr()
+    _set_gradient(job, grad, grad_output)
+    _run(job, logits, on_chip=False)
+
+
+def row_loss_gradient_(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    row_weight: Tensor | None,
+    epilogue: str,
+    label_smoothing: float,
+    smoothing_over: str,
+    z_loss: float,
+    ignore_index: int,
+    top_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of one read, where the row has room on the chip."""
+    statistics, index = ops.new_statistics(logits, target, ops.picks_of(candidates, top_k))
+    loss, coefficients = ops.new_losses(statistics)
+    shared = Shared(label_smoothing, smoothing_over, z_loss)
+    settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
+    outputs = (statistics, index, loss, coefficients)
+    _statistics_pass(logits, target, weight, candidates, params, *settings, *outputs, logits, row_weight)
+    return loss, statistics, index, coefficients
+
+
+def class_sums(
+    logits: Tensor,
+    target: Tensor,
+    row_weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> Tensor:
+    rows, classes = logits.shape
+    job = _job(logits, target, None, ignore_index)
+    _set_epilogue(job, epilogue, _summed_terms(), params)
+    job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
+    job.upstream, job.upstream_stride = _address(row_weight), 0 if row_weight is None else row_weight.stride(0)
+    top_rest = statistics.new_empty(rows)
+    job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // _cuda.sum_columns)))
+    sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)
+    job.top_rest, job.sums = top_rest.data_ptr(), sums.data_ptr()
+    if rows == 0:
+        return sums[0].zero_()
+    _launch(_cuda.sum, job, logits)
+    return sums.sum(0) if job.groups > 1 else sums[0]
+
+
+def class_terms(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    # The statistics are computed anew: the logits are read for the terms in any case, right after.
+    loss, coefficients = ops.new_losses(statistics)
+    outputs = (torch.empty_like(statistics), torch.empty_like(index), loss, coefficients)
+    settings = (epilogue, Shared(), ignore_index, 1, False, False)
+    _statistics_pass(logits, target, weight, None, params, *settings, *outputs)
+    return loss, coefficients
+
+
+def register(device: str) -> None:
+    """Under a dispatch key."""
+    others = {"row_loss_gradient_": row_loss_gradient_, "class_sums": class_sums, "class_terms": class_terms}
+    passes.register(device, "cuda", _statistics_pass, _gradient_pass, **others)
+
+
+if _cuda:
+    register("CUDA")
