@@ -58,7 +58,11 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture(params=backends.IMPLS)
+#: Those that the shared tests run on; the CUDA kernels have test_cuda.py, and a GPU test_gpu.py.
+SHARED = [name for name in backends.IMPLS if name != "cuda"]
+
+
+@pytest.fixture(params=SHARED)
 def impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that is ready on this machine."""
     reason = backends.unavailable(request.param, torch.device("cpu"))
@@ -67,7 +71,7 @@ def impl(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[name for name in backends.IMPLS if name != "reference"])
+@pytest.fixture(params=[name for name in SHARED if name != "reference"])
 def compiled_impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that is ready and has kernels of its own."""
     reason = backends.unavailable(request.param, torch.device("cpu"))

@@ -3,3 +3,4 @@
 
 void fusedloss::cuda::run_float16(const Job& job) { run<float16>(job); }
 void fusedloss::cuda::sum_float16(const Job& job) { sum<float16>(job); }
+int fusedloss::cuda::shared_bytes_float16(const Job& job) { return shared_bytes<float16>(job); }

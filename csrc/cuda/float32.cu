@@ -3,3 +3,4 @@
 
 void fusedloss::cuda::run_float32(const Job& job) { run<float>(job); }
 void fusedloss::cuda::sum_float32(const Job& job) { sum<float>(job); }
+int fusedloss::cuda::shared_bytes_float32(const Job& job) { return shared_bytes<float>(job); }

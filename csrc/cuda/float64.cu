@@ -3,3 +3,4 @@
 
 void fusedloss::cuda::run_float64(const Job& job) { run<double>(job); }
 void fusedloss::cuda::sum_float64(const Job& job) { sum<double>(job); }
+int fusedloss::cuda::shared_bytes_float64(const Job& job) { return shared_bytes<double>(job); }

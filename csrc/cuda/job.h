@@ -60,10 +60,11 @@ struct Job {
     FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
 };
 
-// Of the logits' dtype; `sum` for the sums over the rows, `run` for all else.
+// Of the logits' dtype; `sum` for the sums over the rows, `run` for all else, for which a block takes `shared_bytes`.
 #define FUSEDLOSS_DECLARE_LAUNCHES(dtype) \
     void run_##dtype(const Job&);         \
-    void sum_##dtype(const Job&);
+    void sum_##dtype(const Job&);         \
+    int shared_bytes_##dtype(const Job&);
 FUSEDLOSS_DECLARE_LAUNCHES(float64)
 FUSEDLOSS_DECLARE_LAUNCHES(float32)
 FUSEDLOSS_DECLARE_LAUNCHES(bfloat16)

@@ -210,16 +210,6 @@ class RowPart {
         for (int i = 0; i < tiles_; ++i) body(tile(i));
     }
 
-    // body(column, logit) for a thread's columns of a tile; beyond it they are -inf.
-    template <typename Body>
-    FUSEDLOSS_DEVICE void over_columns(const Tile& tile, const Body& body) const {
-#pragma unroll
-        for (int k = 0; k < items; ++k) {
-            const int i = thread_ + k * threads_;
-            body(k, i, i < tile.count ? read(tile.z[i]) : -kInfinity<T>);
-        }
-    }
-
     // The parts of all threads, merged; known to the first warp.
     template <typename Part>
     FUSEDLOSS_DEVICE Part gather(Part part, Part* records) const {
@@ -265,10 +255,12 @@ class RowPart {
 
     FUSEDLOSS_DEVICE void scan(const Tile& tile, T target_logit, T reference, Partial<T>& part) const {
         T z[items], max = -kInfinity<T>;
-        over_columns(tile, [&](int k, int, T x) {
-            z[k] = x;
-            max = larger(max, x);
-        });
+#pragma unroll
+        for (int k = 0; k < items; ++k) {
+            const int i = thread_ + k * threads_;
+            z[k] = i < tile.count ? read(tile.z[i]) : -kInfinity<T>;
+            max = larger(max, z[k]);
+        }
         if (max > part.max) {
             part.rest *= std::exp(part.max - max);
             part.max = max;
@@ -382,15 +374,16 @@ class RowPart {
         const int hole = target_ - tile.from, other = top - tile.from;
         const T exponent = Term::exponent(params_);
         T rest = 0, loss = 0, slope = 0;
-        over_columns(tile, [&](int, int i, T z) {
-            const T e = i == hole || i == other ? T(0) : fast_exp(z - max);  // p = 0 adds nothing
-            const T p = e * inverse, weight = i < tile.count ? weight_of(tile.from + i) : T(0);
+#pragma unroll 4
+        for (int i = thread_; i < tile.count; i += threads_) {
+            const T e = i == hole || i == other ? T(0) : fast_exp(read(tile.z[i]) - max);  // p = 0 adds nothing
+            const T p = e * inverse, weight = weight_of(tile.from + i);
             T g;
             const T f = negative_term<Term>(p, exponent, params_, g);
             rest += e;
             loss += f * weight;
             slope += p * (g * weight);
-        });
+        }
         sums.rest += rest;
         sums.loss += loss;
         sums.slope += slope;
@@ -600,9 +593,13 @@ void with_term(int number, const Visit& visit, FunctorList<Terms...>) {
 }
 
 template <typename S>
+int shared_bytes(const Job& job) {
+    return Layout::of<decltype(read(S{}))>(job.threads, job.slots, job.picks()).size;
+}
+
+template <typename S>
 void run(const Job& job) {
-    using T = decltype(read(S{}));
-    const int bytes = Layout::of<T>(job.threads, job.slots, job.picks()).size;
+    const int bytes = shared_bytes<S>(job);
     with_term(
         job.class_term ? job.epilogue : -1,
         [&](auto* term) {

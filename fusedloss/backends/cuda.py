@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +20,14 @@ try:
     from .. import _cuda
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
-    _IMPORT_ERROR = error
+    _IMPORT_ERROR = str(error)
 
 #: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
 RUNS_ON = "cuda"
+
+#: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, columns of a
+#: block that sums over the rows.
+MAX_THREADS, ITEM_BYTES, STAGES, SUM_COLUMNS = 256, 32, 6, 512
 
 #: What a pick costs in shared memory is little, and the gradient looks at each; so are candidates limited.
 MAX_CANDIDATES = 64
@@ -31,7 +36,7 @@ MAX_CLASSES = 2**30
 #: Bytes of shared memory with which three blocks share a multiprocessor of 228 KiB, so that some read while others
 #: write; and what a block needs of it for other things than logits.
 COMFORT = 74 * 1024
-_OVERHEAD = 6 * 1024
+OVERHEAD = 6 * 1024
 #: Blocks that may look at a row together, on GPUs that form clusters of them.
 _PARTS = (1, 2, 4, 8)
 #: Blocks that sums over the rows should have, before their rows are no longer cut into groups.
@@ -43,7 +48,7 @@ _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.flo
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why the kernels cannot run, here or for tensors on `device`; None if they can."""
     if _cuda is None:
-        if isinstance(_IMPORT_ERROR, ModuleNotFoundError):
+        if find_spec("fusedloss._cuda") is None:
             return "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"
         return f"its kernels did not load ({_IMPORT_ERROR})"
     if device is not None and device.type != RUNS_ON:
@@ -95,16 +100,16 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
     Only the sizes and the kind of GPU count, so that a row's bits do not depend on the rows beside it.
     """
     # A tile or less of short rows, and no thread without a column.
-    threads = min(_cuda.max_threads, -(-classes * itemsize // (_cuda.item_bytes * 32)) * 32)
-    tile = threads * _cuda.item_bytes
+    threads = min(MAX_THREADS, -(-classes * itemsize // (ITEM_BYTES * 32)) * 32)
+    tile = threads * ITEM_BYTES
     choices = _PARTS if clusters else _PARTS[:1]
     for room in (min(COMFORT, shared_bytes), shared_bytes):
         for parts in choices:
             pieces = -(-classes * itemsize // 16)
             slots = -(-(-(-pieces // parts) * 16) // tile)
-            if slots * (tile + 16) + _OVERHEAD <= room:
+            if slots * (tile + 16) + OVERHEAD <= room:
                 return Plan(threads, parts, slots)
-    return Plan(threads, choices[-1], _cuda.stages)
+    return Plan(threads, choices[-1], STAGES)
 
 
 def _run(job: Any, logits: Tensor, on_chip: bool) -> None:
@@ -117,7 +122,7 @@ def _run(job: Any, logits: Tensor, on_chip: bool) -> None:
     threads, parts, slots = plan(classes, logits.element_size(), *_limits(logits.device.index or 0))
     if rows * parts >= 2**31:
         raise ValueError(f"impl='cuda' takes fewer than {2**31 // parts} rows of {classes} classes, got {rows}")
-    job.threads, job.parts, job.slots = threads, parts, slots if on_chip else min(slots, _cuda.stages)
+    job.threads, job.parts, job.slots = threads, parts, slots if on_chip else min(slots, STAGES)
     _launch(_cuda.run, job, logits)
 
 
@@ -268,7 +273,7 @@ def class_sums(
     job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
     job.upstream, job.upstream_stride = _address(row_weight), 0 if row_weight is None else row_weight.stride(0)
     top_rest = statistics.new_empty(rows)
-    job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // _cuda.sum_columns)))
+    job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // SUM_COLUMNS)))
     sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)
     job.top_rest, job.sums = top_rest.data_ptr(), sums.data_ptr()
     if rows == 0:

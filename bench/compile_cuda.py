@@ -1,0 +1,149 @@
+"""What nvcc makes of the CUDA kernels, for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+from fusedloss.backends import cuda
+
+KERNELS = Path(__file__).parents[1] / "csrc/cuda"
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+TARGETS = ("sm_90a", "sm_80", "sm_100")
+#: Shared memory of a block and of a multiprocessor, and whether there are clusters.
+MEMORY = {"sm_90a": (227, 228, True), "sm_80": (163, 164, False), "sm_100": (227, 228, True)}
+CLASSES = (1000, 32000, 50257, 128256, 151936, 262144)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as a machine would run it."""
+
+    target: str
+    kernel: str
+    loss: str
+    dtype: str
+    registers: int
+    stack: int  # bytes
+    spills: int  # instructions that move registers to local memory and back
+    wide_copies: int  # of 16 bytes into shared memory
+    wide_stores: int
+
+
+def compile_all(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Compiled]:
+    """As the build does it, with -O3."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(_compile, dtype, target, Path(folder)) for target, dtype in product(targets, dtypes)]
+        return [kernel for job in jobs for kernel in job.result()]
+
+
+def _compile(dtype: str, target: str, folder: Path) -> list[Compiled]:
+    cubin = folder / f"{dtype}.{target}.cubin"
+    options = ["-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch={target}", "-o", str(cubin)]
+    log = _run("nvcc", *options, str(KERNELS / f"{dtype}.cu"))
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _run(_cuobjdump() or "", "-sass", str(cubin)), re.S))
+    report = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
+        log,
+        re.S,
+    )
+    assert len(report) == len(code) > 0, log
+    return [
+        Compiled(
+            target,
+            re.search(r"(row|class_sums|top_rest)_pass", name)[0],  # type: ignore[index]
+            _loss(name),
+            dtype,
+            int(registers),
+            int(stack),
+            len(re.findall(r"\b(?:LDL|STL)\b", code[name])) + int(spilled),
+            len(re.findall(r"\bLDGSTS\.E\.[\w.]*128\b", code[name])),
+            len(re.findall(r"\bSTG\.E[\w.]*\.128\b", code[name])),
+        )
+        for name, stack, spilled, registers in report
+    ]
+
+
+def _loss(name: str) -> str:
+    term = re.search(r"\d((?:Dsc|Tversky)[A-Za-z]+?)E", name)
+    return re.sub(r"(?<=.)([A-Z])", r"_\1", term[1]).lower() if term else ""
+
+
+def _run(command: str, *arguments: str) -> str:
+    done = subprocess.run([command, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command} failed: {done.stderr}")
+    return done.stdout + done.stderr
+
+
+def version() -> str:
+    found = re.search(r"V([\d.]+)", _run("nvcc", "--version"))
+    assert found is not None
+    return found[1]
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here; None if it can."""
+    if shutil.which("nvcc") is None:
+        return "there is no nvcc on PATH"
+    return None if _cuobjdump() else "there is no cuobjdump on PATH, nor triton, which brings one"
+
+
+def _cuobjdump() -> str | None:
+    triton = find_spec("triton")
+    folders = triton.submodule_search_locations if triton and triton.submodule_search_locations else []
+    return shutil.which("cuobjdump") or next((f"{f}/backends/nvidia/bin/cuobjdump" for f in folders), None)
+
+
+def markdown(kernels: Sequence[Compiled]) -> list[str]:
+    lines = [f"# What nvcc {version()} makes of the CUDA kernels", ""]
+    lines += [
+        "All row losses share one kernel, which each loss over the classes has once more. *copies* and *stores* are those",
+        "of 16 bytes, in the code of a thread; the others are of a row's ends, and of what a row has but one.",
+        "",
+    ]
+    lines += _table(
+        ("target", "kernel", "loss", "dtype", "registers", "spills", "16-byte copies", "stores"),
+        [
+            (k.target, f"{k.kernel}_pass", k.loss or "all of a row", k.dtype, k.registers, k.spills, k.wide_copies, k.wide_stores)
+            for k in kernels
+        ],
+    )  # fmt: skip
+    lines += [
+        "How loss and gradient of a row are cut: into so many parts, each the work of a block with so much shared memory,",
+        "of which so many have room on a multiprocessor. *reads* of each logit: 1 where the row is on chip as a whole.",
+        "",
+    ]
+    registers = {(k.target, k.dtype): k.registers for k in kernels if k.kernel == "row" and not k.loss}
+    rows = []
+    for target, dtype, classes in product(("sm_90a", "sm_80"), ("bfloat16", "float32"), CLASSES):
+        block, multiprocessor, clusters = MEMORY[target]
+        threads, parts, slots = cuda.plan(classes, DTYPES[dtype], block * 1024, clusters)
+        size = slots * (threads * cuda.ITEM_BYTES + 16) + cuda.OVERHEAD
+        of_block = -(-registers[target, dtype] // 8) * 8 * threads
+        blocks = min(65536 // of_block, multiprocessor * 1024 // (size + 1024), 2048 // threads, 32)
+        columns = -(-(-(-classes * DTYPES[dtype] // 16)) // parts) * 16
+        reads = 1 if slots * threads * cuda.ITEM_BYTES >= columns else 2
+        rows.append((target, dtype, classes, parts, threads, size, blocks, reads))
+    head = ("target", "dtype", "classes", "parts", "threads", "shared", "blocks", "reads")
+    return lines + _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    aligned = ["---:" if isinstance(cell, int) else "---" for cell in rows[0]]
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, aligned, *rows)] + [""]
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(kernel) for kernel in compile_all()]))
+    sys.exit()

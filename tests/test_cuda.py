@@ -1,0 +1,400 @@
+"""The CUDA kernels, on a host that plays the GPU (tests/cuda/host_device.h): blocks of fibers, in clusters.
+
+The shared suite on the cases that differ in them, and what is theirs alone. On a GPU the tests of test_gpu.py take over.
+"""
+
+import mmap
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import pytest
+import test_cross_entropy
+import test_dsc
+import test_flex
+import test_focal
+import test_mixed_cross_entropy
+import test_tversky
+import torch
+from cuda_host import compiler, load
+from row_suite import DTYPES, Problem, RowLossSuite, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
+from test_traps import _far_apart_rows
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import _engine, backends, ops
+from fusedloss.backends import cuda
+
+if compiler() is None:
+    pytest.skip("there is no C++ compiler to build the kernels for the host with", allow_module_level=True)
+
+pytestmark = pytest.mark.compile
+
+SUITES = {
+    "cross_entropy": test_cross_entropy.TestRowLoss,
+    "focal": test_focal.TestRowLoss,
+    "mixed": test_mixed_cross_entropy.TestRowLoss,
+    "dsc": test_dsc.TestRowLoss,
+    "tversky": test_tversky.TestRowLoss,
+    "flex": test_flex.TestRowLoss,
+}
+CASES = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in suite.CASES}
+
+PLAN = cuda.plan
+
+#: Of the host's blocks: two warps, so that rows of the tests have several tiles, and more of them than are on their way.
+THREADS = 64
+
+
+def cut(parts: int = 1, on_chip: bool = True) -> Callable[..., cuda.Plan]:
+    """A plan of so many parts, with room for all of each, or for no more than the tiles on their way."""
+
+    def plan(classes: int, itemsize: int, *limits: object) -> cuda.Plan:
+        bytes_of_part = -(-(-(-classes * itemsize // 16)) // parts) * 16
+        tiles = -(-bytes_of_part // (THREADS * cuda.ITEM_BYTES))
+        return cuda.Plan(THREADS, parts, tiles if on_chip else cuda.STAGES)
+
+    return plan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_host() -> Iterator[None]:
+    """The kernels that were built for the host, in place of those of a GPU, if there are any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_cuda", load())
+        patch.setattr(cuda, "RUNS_ON", "cpu")
+        patch.setattr(ops, "_kernels", dict(ops._kernels))
+        cuda.register("CPU")
+        caches = (cuda._row_epilogues, cuda._class_terms, cuda._summed_terms, cuda._limits)
+        for cache in caches:
+            cache.cache_clear()
+        yield
+        for cache in caches:
+            cache.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "plan", cut(2))
+
+
+@pytest.fixture
+def impl() -> str:
+    return "cuda"
+
+
+@pytest.fixture
+def compiled_impl() -> str:
+    return "cuda"
+
+
+class TestRowLoss(RowLossSuite):
+    """All of the suite, on one case for each way through the kernels."""
+
+    CASES: ClassVar = [
+        CASES["cross_entropy cross_entropy"],
+        CASES["mixed top 2"],
+        CASES["dsc one-vs-rest"],
+        CASES["flex dual focal"],
+    ]
+    CERTAIN: ClassVar = [case for suite in SUITES.values() for case in suite.CERTAIN]
+
+    test_gradcheck = None
+    test_long_rows = None
+
+
+LARGE = [name for name, case in CASES.items() if case.large]  # every loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_every_loss(name, dtype, generator, monkeypatch):
+    """In clusters of 1, 2 and 4, of two reads and of one, where the gradient takes the logits' place."""
+    case = CASES[name]
+    for classes in (1, 7, 128, 129, 1000, 4097, 33000):
+        if classes < case.least_classes:
+            continue
+        problem = Problem.make(case, (3, classes), generator, dtype, "everything")
+        upstream = problem.upstream(generator)
+        for parts in (1, 2, 4):
+            monkeypatch.setattr(cuda, "plan", cut(parts))
+            loss, gradient = problem.run("cuda", upstream)
+            problem.check(loss, gradient, upstream)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LARGE])
+def test_every_other_case(name, generator):
+    """The epilogues, with all of their parameters."""
+    problem = Problem.make(CASES[name], (5, 300), generator, torch.float32, "everything")
+    upstream = problem.upstream(generator)
+    problem.check(*problem.run("cuda", upstream), upstream)
+
+
+def test_its_epilogues_are_those_of_the_engine():
+    assert all(backends.has_epilogue("cuda", name) for name in _engine.epilogues())
+    assert {*cuda._row_epilogues(), *cuda._class_terms()} == set(_engine.epilogues())
+
+
+# --- loss and gradient of one read ---
+
+#: Epilogues with the number of their parameters and of the top classes that they look at.
+EPILOGUES = {
+    "cross_entropy": (0, 0),
+    "log_sum_exp": (0, 1),
+    "focal": (1, 1),
+    "mixed_cross_entropy": (1, 2),
+    "dsc_target": (4, 0),
+    "tversky_target": (3, 0),
+    "dsc_one_vs_rest": (4, 1),
+    "dsc_over_rows": (4, 1),
+    "tversky_one_vs_rest": (3, 1),
+    "tversky_over_rows": (3, 1),
+}
+
+
+def _one_read_and_two(
+    z: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, epilogue: str, smoothing: float
+) -> list[tuple[Tensor, ...]]:
+    count, top_k = EPILOGUES[epilogue]
+    params = [torch.full((), 0.5, dtype=row_weight.dtype) for _ in range(count)]
+    names = (epilogue, smoothing, "all", 0.01, -100, top_k, "cuda")
+    one, two = z.clone(), z.clone()
+    first = ops.row_loss_gradient_(one, target, weight, None, params, row_weight, *names)
+    second = ops.row_loss(two, target, weight, None, params, *names)
+    ops.row_gradient_(two, target, weight, *second[1:], row_weight, params, epilogue, -100, "cuda")
+    return [(*first, one), (*second, two)]
+
+
+@pytest.mark.parametrize("on_chip", [True, False], ids=["on chip", "too wide"])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, monkeypatch):
+    for classes, dtype in ((9, torch.float32), (4099, torch.float64), (33000, torch.bfloat16)):
+        z, target = logits_and_targets(4, classes, generator, dtype)
+        target[2] = -100
+        weight, row_weight = (torch.rand(n, generator=generator).to(compute_dtype(dtype)) for n in (classes, 4))
+        monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
+        smoothing = 0.0 if epilogue in cuda._class_terms() else 0.1
+        one, two = _one_read_and_two(z, target, weight, row_weight, epilogue, smoothing)
+        for name, x, y in zip(("loss", "statistics", "index", "coefficients", "gradient"), one, two, strict=True):
+            assert torch.equal(x, y), name
+        assert not one[-1][2].any()
+        assert one[-1].isfinite().all()
+
+
+def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
+    """On chip, a second look costs no read: the launch has room for all tiles, and for few where it looks but once."""
+    jobs = []
+    monkeypatch.setattr(cuda, "plan", cut(1))
+    monkeypatch.setattr(cuda, "_launch", lambda function, job, logits: jobs.append((job.slots, bool(job.grad))))
+    z, target = logits_and_targets(2, 33000, generator, torch.float32)
+    ops.row_loss_gradient_(z, target, None, None, [], None, "cross_entropy", 0.0, "all", 0.0, -100, 0, "cuda")
+    ops.row_loss(z, target, None, None, [], "cross_entropy", 0.0, "all", 0.0, -100, 0, "cuda")
+    assert jobs == [(-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), True), (cuda.STAGES, False)]
+
+
+# --- how rows are cut ---
+
+H100, A100 = (227 * 1024, True), (163 * 1024, False)
+
+
+@pytest.mark.parametrize("limits", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+def test_plans(itemsize, limits):
+    for classes in (1, 7, 128, 1000, 32000, 50257, 128256, 151936, 262144, 2**30):
+        threads, parts, slots = PLAN(classes, itemsize, *limits)
+        assert threads % 32 == 0 and 32 <= threads <= cuda.MAX_THREADS
+        assert parts in ((1, 2, 4, 8) if limits[1] else (1,))
+        assert slots * (threads * cuda.ITEM_BYTES + 16) + cuda.OVERHEAD <= limits[0]
+        if classes * itemsize <= (parts if limits[1] else 1) * 150 * 1024:
+            assert slots * threads * cuda.ITEM_BYTES * parts >= classes * itemsize  # on chip
+        else:
+            assert slots >= cuda.STAGES
+
+
+def test_large_vocabularies_stay_on_chip_where_there_are_clusters():
+    assert [PLAN(v, 2, *H100)[1:] for v in (32000, 128256, 262144)] == [(1, 8), (4, 8), (8, 8)]
+    assert PLAN(262144, 2, *A100) == (256, 1, cuda.STAGES)
+
+
+def test_sizes_are_those_of_the_kernels():
+    sizes = (cuda.MAX_THREADS, cuda.ITEM_BYTES, cuda.STAGES, cuda.SUM_COLUMNS)
+    assert sizes == (cuda._cuda.max_threads, cuda._cuda.item_bytes, cuda._cuda.stages, cuda._cuda.sum_columns)
+    for itemsize, dtype in ((2, 2), (4, 1), (8, 0)):
+        threads, _, slots = PLAN(128256, itemsize, *H100)
+        job = cuda._cuda.Job()
+        job.threads, job.slots, job.candidate_count, job.top_k, job.below = threads, slots, cuda.MAX_CANDIDATES, 2, True
+        beside = cuda._cuda.shared_bytes(job, dtype) - slots * (threads * cuda.ITEM_BYTES + 16)
+        assert 0 < beside <= cuda.OVERHEAD
+
+
+def test_what_it_does_not_take_is_refused(generator):
+    z, target = logits_and_targets(2, 300, generator, torch.float32)
+    candidates = torch.zeros(2, cuda.MAX_CANDIDATES + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at most 64 candidates for each target, got 65"):
+        fl.mixed_cross_entropy(z, target, alpha=0.5, candidates=candidates, impl="cuda")
+    fl.mixed_cross_entropy(z, target, alpha=0.5, candidates=candidates[:, :-1], impl="cuda")
+    many = z[:, :1].expand(2, 2**30 + 1)
+    with pytest.raises(ValueError, match="at most 1073741824 classes, got 1073741825"):
+        ops.row_statistics(many, target, None, None, -100, 0, False, False, "cuda")
+    with pytest.raises(ValueError, match="fewer than 1073741824 rows of 300 classes, got 1073741824"):
+        ops.row_statistics(z[:1].expand(2**30, 300), target[:1].expand(2**30), None, None, -100, 0, False, False, "cuda")
+    with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
+        ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "cuda")
+
+
+# --- what is out of range ---
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nobody looks at the targets beforehand."""
+    monkeypatch.setattr(cuda, "check_indices", lambda *arguments: None)
+
+
+@pytest.mark.parametrize("value", [-1, 300, 2**31, 2**32 + 1, -(2**63)])
+@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"])
+def test_a_target_out_of_range_makes_its_row_nan(name, value, generator, unchecked):
+    problem = Problem.make(CASES[name], (6, 300), generator, torch.float32)
+    upstream = problem.upstream(generator)
+    before = problem.run("cuda", upstream)
+    problem.target[2] = value
+    loss, gradient = problem.run("cuda", upstream)
+    assert loss[2].isnan()
+    assert gradient[2].isnan().any()
+    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+
+
+@pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
+def test_a_candidate_out_of_range_makes_its_row_nan(value, generator, unchecked):
+    problem = Problem.make(CASES["mixed 3 candidates"], (6, 300), generator, torch.float32)
+    upstream = problem.upstream(generator)
+    before = problem.run("cuda", upstream)
+    problem.own["candidates"][2, 1] = value
+    loss, gradient = problem.run("cuda", upstream)
+    assert loss[2].isnan()
+    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+
+
+def test_a_target_out_of_range_makes_sums_over_rows_nan(generator, unchecked):
+    z, target = logits_and_targets(6, 300, generator, torch.float32)
+    target[2] = 300
+    assert fl.dsc_loss(z, target, level="set", impl="cuda").isnan()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
+@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])
+def test_offsets_beyond_32_bits(name, generator):
+    """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
+    problem = Problem.make(CASES[name], (3, 300), generator, torch.bfloat16)
+    upstream = problem.upstream(generator)
+    far = _far_apart_rows(problem.z, 2**31 + 5)
+    expected = problem.run("cuda", upstream)
+    assert_same_bits(problem.run("cuda", upstream, far), expected)
+    assert_same_bits(problem.run("cuda", upstream, far, inplace_backward=True), expected)
+
+
+# --- sums over the rows ---
+
+
+def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
+    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
+    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("loss", ["dsc", "tversky"])
+@pytest.mark.parametrize("shape", [(5, 9), (200, 9), (20, 600)], ids=str)
+def test_class_sums(shape, loss, dtype, generator):
+    """Against the engine's; in one group of rows and in several, and in two blocks of columns."""
+    z, target = logits_and_targets(*shape, generator, dtype)
+    z[1] += 12 * torch.eye(shape[1], dtype=dtype)[(target[1] + 1) % shape[1]]  # sure, and wrong
+    target[shape[0] // 2] = -100
+    alpha = torch.rand(shape[0], generator=generator).to(compute_dtype(dtype))
+    one = torch.ones((), dtype=alpha.dtype)
+    params = [alpha, one, one] if loss == "dsc" else [alpha, one]
+    for row_weight in (None, torch.rand(shape[0], generator=generator).to(alpha.dtype)):
+        ours, engine, again = (_sums(z, target, row_weight, loss, params, impl) for impl in ("cuda", "cpu", "cuda"))
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours, again)
+        rtol = 1e-12 if dtype == torch.float64 else 2e-6
+        torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.parametrize("level", ["class", "set"])
+def test_levels_above_the_rows(level, generator):
+    z, target = logits_and_targets(40, 131, generator, torch.float32)
+    target[7] = -100
+    results = [
+        with_gradient(lambda x, impl=impl: fl.dsc_loss(x, target, alpha=0.5, level=level, impl=impl), z)
+        for impl in ("cuda", "cpu")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
+    nothing = z[:0].requires_grad_()
+    loss = fl.dsc_loss(nothing, target[:0], level=level, impl="cuda")
+    assert torch.equal(loss, fl.dsc_loss(nothing, target[:0], level=level, impl="cpu"))
+
+
+# --- linear forms, torch.compile ---
+
+
+@pytest.mark.parametrize("budget", [300 * 4 * 3, None], ids=["chunks", "one chunk"])
+def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
+    target = torch.randint(300, (7,), generator=generator)
+    target[2] = -100
+    results = []
+    for impl in ("cuda", "reference"):
+        loss = fl.linear_focal_loss(hidden, weight, target, budget=budget, impl=impl)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert kernel_calls == {("row_loss_gradient_", "cuda"): 3 if budget else 1}
+
+
+def test_compiled(generator):
+    z, target = logits_and_targets(5, 300, generator, torch.float32)
+
+    def loss(x):
+        return fl.mixed_cross_entropy(x, target, alpha=0.25, impl="cuda")
+
+    torch.testing.assert_close(with_gradient(torch.compile(loss, fullgraph=True), z), with_gradient(loss, z))
+
+
+def test_opcheck(generator):
+    z, target = logits_and_targets(5, 21, generator, torch.float32)
+    params = [torch.tensor(0.25)]
+    names = ("mixed_cross_entropy", 0.1, "all", 0.01, -100, 2, "cuda")
+    torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), target, None, None, params, torch.rand(5), *names))
+
+
+# --- where it runs ---
+
+
+def test_nobody_gets_it_without_asking():
+    assert backends.resolve(None, torch.device("cpu")) == "cpu"
+
+
+REFUSED = """
+import sys
+{setup}
+import torch, fusedloss as fl
+try:
+    fl.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), impl="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "reason"),
+    [
+        ("sys.modules['fusedloss._cuda'] = None", "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"),
+        ("import types; sys.modules['fusedloss._cuda'] = types.ModuleType('_cuda')", "it runs on GPU tensors, but the"),
+    ],
+    ids=["not built", "built"],
+)
+def test_tensors_on_a_cpu_are_refused(setup, reason):
+    command = [sys.executable, "-c", REFUSED.format(setup=setup)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(f"impl='cuda' cannot run: {reason}"), done.stderr
