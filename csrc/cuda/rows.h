@@ -99,21 +99,16 @@ class RowPart {
     FUSEDLOSS_DEVICE explicit RowPart(const Job& job)
         : job_(job),
           memory_(shared_memory()),
-          layout_(Layout::of<T>(job.threads, job.slots, job.picks())),
           thread_(thread_index()),
           threads_(job.threads),
           rank_(static_cast<int>(block_index() % job.parts)),
-          row_(block_index() / job.parts),
+          row_(static_cast<int>(block_index() / job.parts)),
           target_(column_of(job.target[row_])) {
         const int packs = (job.classes + pack - 1) / pack;
         const int64_t columns = int64_t((packs + job.parts - 1) / job.parts) * pack;
         begin_ = at_most(rank_ * columns);
         end_ = at_most((rank_ + 1) * columns);
         tiles_ = (end_ - begin_ + threads_ * items - 1) / (threads_ * items);
-#pragma unroll
-        for (int k = 0; k < kMaxParams; ++k) {
-            params_[k] = job.param[k] ? static_cast<const T*>(job.param[k])[row_ * job.param_stride[k]] : T(0);
-        }
     }
 
     FUSEDLOSS_DEVICE void run() {
@@ -129,6 +124,17 @@ class RowPart {
     FUSEDLOSS_DEVICE int at_most(int64_t column) const {
         return static_cast<int>(column < job_.classes ? column : job_.classes);
     }
+    struct Params {
+        T value[kMaxParams];
+    };
+    FUSEDLOSS_DEVICE Params params() const {
+        Params x;
+#pragma unroll
+        for (int k = 0; k < kMaxParams; ++k) {
+            x.value[k] = job_.param[k] ? static_cast<const T*>(job_.param[k])[row_ * job_.param_stride[k]] : T(0);
+        }
+        return x;
+    }
     FUSEDLOSS_DEVICE const S* logits() const { return static_cast<const S*>(job_.logits) + row_ * job_.row_stride; }
     FUSEDLOSS_DEVICE S* grad() const { return static_cast<S*>(job_.grad) + row_ * job_.grad_row_stride; }
     FUSEDLOSS_DEVICE const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
@@ -137,11 +143,12 @@ class RowPart {
     FUSEDLOSS_DEVICE T upstream() const {
         return job_.upstream ? static_cast<const T*>(job_.upstream)[row_ * job_.upstream_stride] : T(1);
     }
+    FUSEDLOSS_DEVICE Layout layout() const { return Layout::of<T>(job_.threads, job_.slots, job_.picks()); }
     template <typename X>
     FUSEDLOSS_DEVICE X* at(int offset) const {
         return reinterpret_cast<X*>(memory_ + offset);
     }
-    FUSEDLOSS_DEVICE Settled<T>& settled() const { return *at<Settled<T>>(layout_.settled); }
+    FUSEDLOSS_DEVICE Settled<T>& settled() const { return *at<Settled<T>>(layout().settled); }
     FUSEDLOSS_DEVICE void sync() const { job_.parts > 1 ? cluster_sync() : block_sync(); }
 
     // Puts an output of the row, which all parts know.
@@ -165,7 +172,7 @@ class RowPart {
     FUSEDLOSS_DEVICE Tile tile(int i) const {
         const int from = begin_ + i * threads_ * items, rest = end_ - from;
         const int count = rest < threads_ * items ? rest : threads_ * items;
-        return {from, count, at<const S>(layout_.slot * (i % job_.slots)) + phase(logits() + from)};
+        return {from, count, at<const S>(layout().slot * (i % job_.slots)) + phase(logits() + from)};
     }
 
     // body(first, whole) for the packs of the columns that a thread moves, as they lie in that memory; `first` may be
@@ -235,7 +242,7 @@ class RowPart {
         const T reference = first - first == T(0) ? first : T(0);
         Partial<T> part;
         over_tiles([&](const Tile& tile) { scan(tile, target_logit, reference, part); });
-        part = gather(part, at<Partial<T>>(layout_.records));
+        part = gather(part, at<Partial<T>>(layout().records));
         if (thread_ == 0) find_statistics(part, target_logit, reference);
         if constexpr (class_term) {
             block_sync();
@@ -243,8 +250,9 @@ class RowPart {
             const T max = x.s.max, inverse = T(1) / x.s.sum_exp;
             const int top = x.top;
             ClassPartial sums;
-            over_tiles_again([&](const Tile& tile) { sweep(tile, max, inverse, top, sums); });
-            sums = gather(sums, at<ClassPartial>(layout_.class_records));
+            const Params params = this->params();
+            over_tiles_again([&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            sums = gather(sums, at<ClassPartial>(layout().class_records));
             if (thread_ == 0) finish_class_term(sums);
         } else if (thread_ == 0 && job_.epilogue >= 0) {
             finish();
@@ -299,8 +307,8 @@ class RowPart {
     FUSEDLOSS_DEVICE void find_statistics(const Partial<T>& part, T target_logit, T reference) {
         Settled<T>& x = settled();
         RowStatistics<T>& s = x.s;
-        T* const logit = at<T>(layout_.logit);
-        int64_t* const column = at<int64_t>(layout_.column);
+        T* const logit = at<T>(layout().logit);
+        int64_t* const column = at<int64_t>(layout().column);
         int k = 0;
         const auto pick = [&](T value, int64_t index) {
             put(job_.statistics, kStatistics + k, logit[k] = value);
@@ -313,7 +321,7 @@ class RowPart {
         if (job_.top_k > 1) pick(part.second.value, part.second.column);
         if (job_.below) pick(part.below.value, part.below.column);
         for (int c = 0; c < job_.candidate_count; ++c) {
-            const int64_t index = job_.candidates[row_ * job_.candidate_count + c];
+            const int64_t index = job_.candidates[int64_t(row_) * job_.candidate_count + c];
             const int column = column_of(index);
             if (column < 0) target_logit = kNaN<T>;
             pick(column < 0 ? -kInfinity<T> : read(logits()[column]), index);
@@ -351,9 +359,9 @@ class RowPart {
         Settled<T>& x = settled();
         const RowStatistics<T>& s = x.s;
         RowGradient<T> g;
-        g.b = at<T>(layout_.b);
+        g.b = at<T>(layout().b);
         for (int k = 0; k < s.picks; ++k) g.b[k] = T(0);
-        run_epilogue(job_.epilogue, s, params_, g, RowEpilogues{});
+        run_epilogue(job_.epilogue, s, params().value, g, RowEpilogues{});
         const T weight = weight_of_target(), smooth = T(job_.smooth);
         const Shared<T> shared = {T(job_.main), smooth, T(job_.z_loss), T(weight_sum())};
         apply_shared(s, shared, weight, job_.classes, g);
@@ -370,16 +378,17 @@ class RowPart {
     }
 
     // Of the columns that are neither the target nor the top class, which are singled out.
-    FUSEDLOSS_DEVICE void sweep(const Tile& tile, T max, T inverse, int top, ClassPartial& sums) const {
+    FUSEDLOSS_DEVICE void sweep(const Tile& tile, T max, T inverse, int top, const T* params,
+                                ClassPartial& sums) const {
         const int hole = target_ - tile.from, other = top - tile.from;
-        const T exponent = Term::exponent(params_);
+        const T exponent = Term::exponent(params);
         T rest = 0, loss = 0, slope = 0;
 #pragma unroll 4
         for (int i = thread_; i < tile.count; i += threads_) {
             const T e = i == hole || i == other ? T(0) : fast_exp(read(tile.z[i]) - max);  // p = 0 adds nothing
             const T p = e * inverse, weight = weight_of(tile.from + i);
             T g;
-            const T f = negative_term<Term>(p, exponent, params_, g);
+            const T f = negative_term<Term>(p, exponent, params, g);
             rest += e;
             loss += f * weight;
             slope += p * (g * weight);
@@ -392,7 +401,9 @@ class RowPart {
     FUSEDLOSS_DEVICE void finish_class_term(const ClassPartial& sums) {
         Settled<T>& x = settled();
         const RowStatistics<T>& s = x.s;
-        const T exponent = Term::exponent(params_), target_weight = weight_of_target();
+        const Params values = this->params();
+        const T* const params = values.value;
+        const T exponent = Term::exponent(params), target_weight = weight_of_target();
         // L = w_t z_loss lse^2, to which a class term adds; dL/dz_j = z_slope p_j
         const T lse = s.max + s.log_sum, factor = T(job_.z_loss) * target_weight;
         const T z_term = factor != T(0) ? factor * lse * lse : T(0);
@@ -406,7 +417,7 @@ class RowPart {
             rest += s.p * s.sum_exp;
             target_p = s.p;
             const T q = T(1) - target_p;
-            loss += Term::positive(target_p, q, power_pair(q, exponent), target_weight, params_, h);
+            loss += Term::positive(target_p, q, power_pair(q, exponent), target_weight, params, h);
             target_g = h / q;
             slope += double(target_p) * target_g;
         }
@@ -414,10 +425,10 @@ class RowPart {
         // row is flat.
         const T top_q = T(rest) * inverse, top_p = inverse;
         if (is_top) {
-            loss += Term::positive(top_p, top_q, power_pair(top_q, exponent), target_weight, params_, h);
+            loss += Term::positive(top_p, top_q, power_pair(top_q, exponent), target_weight, params, h);
         } else {
             const T weight = weight_of(x.top);
-            loss += weight * Term::negative(top_p, top_q, Power<T>{power(top_q, exponent), T(0)}, params_, h);
+            loss += weight * Term::negative(top_p, top_q, Power<T>{power(top_q, exponent), T(0)}, params, h);
             h *= weight;
         }
         // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q underflows,
@@ -446,9 +457,9 @@ class RowPart {
             x.at_target = coefficient[2 * n];
             x.top = class_term ? column_of(job_.index[row_]) : -1;
             for (int k = 0; !class_term && k < x.s.picks; ++k) {
-                at<T>(layout_.logit)[k] = statistic[(kStatistics + k) * n];
-                at<T>(layout_.b)[k] = coefficient[(kCoefficients + k) * n];
-                at<int64_t>(layout_.column)[k] = job_.index[k * n + row_];
+                at<T>(layout().logit)[k] = statistic[(kStatistics + k) * n];
+                at<T>(layout().b)[k] = coefficient[(kCoefficients + k) * n];
+                at<int64_t>(layout().column)[k] = job_.index[k * n + row_];
             }
             list_exceptions();
         }
@@ -458,7 +469,7 @@ class RowPart {
     FUSEDLOSS_DEVICE void list_exceptions() {
         Settled<T>& x = settled();
         const T scale = upstream();
-        Exception<T>* const exceptions = at<Exception<T>>(layout_.exceptions);
+        Exception<T>* const exceptions = at<Exception<T>>(layout().exceptions);
         int count = 0;
         exceptions[count++] = {target_, x.at_target * scale};
         if constexpr (class_term) {
@@ -466,13 +477,13 @@ class RowPart {
         } else {
             const T a = x.one / x.s.sum_exp * scale, u = x.two * scale;
             for (int k = 0; k < x.s.picks; ++k) {
-                const int column = column_of(at<int64_t>(layout_.column)[k]);
-                const T b = at<T>(layout_.b)[k] * scale;
+                const int column = column_of(at<int64_t>(layout().column)[k]);
+                const T b = at<T>(layout().b)[k] * scale;
                 if (column < 0 || b == T(0)) continue;
                 int i = 0;
                 while (i < count && exceptions[i].column != column) ++i;
                 if (i == count) {
-                    const T p = a * std::exp(at<T>(layout_.logit)[k] - x.s.max);
+                    const T p = a * std::exp(at<T>(layout().logit)[k] - x.s.max);
                     exceptions[count++] = {column, u == T(0) ? p : p - u * weight_of(column)};
                 }
                 exceptions[i].value -= b;
@@ -485,11 +496,12 @@ class RowPart {
         const Settled<T>& x = settled();
         const T max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
         if constexpr (class_term) {
-            const T exponent = Term::exponent(params_), shift = x.one;
+            const Params params = this->params();
+            const T exponent = Term::exponent(params.value), shift = x.one;
             write_rows([&](T z, int column) {
                 const T p = fast_exp(z - max) * inverse;
                 T g;
-                negative_term<Term>(p, exponent, params_, g);
+                negative_term<Term>(p, exponent, params.value, g);
                 return p * (g * weight_of(column) - shift) * scale;
             });
         } else {
@@ -501,7 +513,7 @@ class RowPart {
             }
         }
         block_sync();
-        const Exception<T>* const exceptions = at<Exception<T>>(layout_.exceptions);
+        const Exception<T>* const exceptions = at<Exception<T>>(layout().exceptions);
         for (int k = thread_; k < x.exceptions; k += threads_) {
             const int column = exceptions[k].column;
             if (column >= begin_ && column < end_) write(grad() + column, exceptions[k].value);
@@ -571,12 +583,10 @@ class RowPart {
 
     const Job& job_;
     char* const memory_;
-    const Layout layout_;
     const int thread_, threads_, rank_;
-    const int64_t row_;
+    const int row_;
     const int target_;  // -1 where it is out of range
     int begin_, end_, tiles_;
-    T params_[kMaxParams];
 };
 
 template <typename S, typename Term>
