@@ -34,7 +34,7 @@ bench: .venv/installed ## run the benchmarks; writes a table and a plot
 	$(BIN)/pytest bench --benchmark-json=build/bench.json $(ARGS)
 	$(BIN)/python bench/report.py build/bench.json
 
-compile-report: .venv/installed ## compile the Triton kernels for GPUs that need not be here; writes a table
+compile-report: .venv/installed ## compile the Triton and CUDA kernels for GPUs that need not be here; writes a table
 	$(BIN)/python bench/compile_report.py $(ARGS)
 
 gpu-report: .venv/installed ## on a machine with a GPU: its tests, then its benchmarks; writes a table and the figures

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import compile_cuda
 import torch
 import triton
 from torch import Tensor
@@ -266,8 +267,20 @@ def _line(cells: Any) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one way through each pass: half a minute")
+    parser.add_argument("--only", choices=("triton", "cuda"), help="leave the other part of the table as it is")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON and write nothing")
     options = parser.parse_args(arguments)
+    parts = OUTPUT.read_text(encoding="utf-8").split("\n# ") if OUTPUT.exists() else []
+    kept = {("cuda" if "nvcc" in part.splitlines()[0] else "triton"): part for part in parts}
+    cuda = kept.get("cuda")
+    if options.only != "triton" and not options.json:
+        if compile_cuda.unavailable() is None:
+            cuda = "\n".join(compile_cuda.markdown(compile_cuda.compile_all()))
+        else:
+            print(f"the CUDA kernels are left as they are: {compile_cuda.unavailable()}", file=sys.stderr)
+    if options.only == "cuda":
+        _write(kept.get("triton"), cuda)
+        return 0
     if backend.INTERPRETED:
         parser.error("TRITON_INTERPRET is set, under which nothing is compiled")
     rows: dict[Compiled, None] = {}
@@ -278,10 +291,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps([asdict(row) for row in rows]))
         return 0
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(markdown(list(rows)), encoding="utf-8")
-    print(f"wrote {os.path.relpath(OUTPUT)}")
+    _write(markdown(list(rows)), cuda)
     return 0
+
+
+def _write(*parts: str | None) -> None:
+    OUTPUT.parent.mkdir(exist_ok=True)
+    text = "\n\n".join(f"# {part.removeprefix('# ').strip()}" for part in parts if part)
+    OUTPUT.write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {os.path.relpath(OUTPUT)}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss as fl
+from fusedloss import backends, ops
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -55,6 +56,7 @@ Medians of {rounds} rounds at most in which all have their turn, forward and bac
 - *ms*: with a cold L2 cache; *hot*: right after another turn of the same.
 - *floor*: of a row loss 1.5 × `copy_()` of its logits; of a linear one the three matrix products of its shapes, cold.
 - *GB/s*: of the 3 bytes per byte of logits that a forward and a separate backward have to move.
+- *cuda*: impl="cuda"; *one read*: cross-entropy and its gradient in one kernel, which has 2 bytes per byte to move.
 - *memory*: the most that is allocated beyond the inputs, in MiB.
 """
 
@@ -141,6 +143,9 @@ def row_case(rows: int, classes: int, dtype: torch.dtype, deadline: float) -> di
         "cross_entropy": lambda: of(fl.cross_entropy),
         "cross_entropy in place": lambda: of(fl.cross_entropy, inplace_backward=True),
         "focal_loss": lambda: of(fl.focal_loss),
+        "cross_entropy cuda": lambda: of(fl.cross_entropy, impl="cuda"),
+        "focal_loss cuda": lambda: of(fl.focal_loss, impl="cuda"),
+        "one read cuda": lambda: lambda: one_read(logits.detach(), target),
         "mixed_cross_entropy": lambda: of(fl.mixed_cross_entropy, alpha=0.25),
         "dsc_loss": lambda: of(fl.dsc_loss),
         "F.cross_entropy": lambda: of(F.cross_entropy),
@@ -152,6 +157,13 @@ def row_case(rows: int, classes: int, dtype: torch.dtype, deadline: float) -> di
     floor = 1.5 * result["seconds"]["copy"]
     moved = 3 * original.nbytes
     return {"rows": rows, "classes": classes, "dtype": str(dtype)[6:], "floor": floor, "bytes": moved, **result}
+
+
+def one_read(logits: Tensor, target: Tensor) -> object:
+    """Losses, and the gradient in the logits' place."""
+    backends.resolve("cuda", logits.device)
+    names = ("cross_entropy", 0.0, "all", 0.0, -100, 0, "cuda")
+    return ops.row_loss_gradient_(logits, target, None, None, [], None, *names)
 
 
 def linear_case(rows: int, features: int, classes: int, deadline: float) -> dict[str, Any]:
@@ -187,6 +199,7 @@ def linear_case(rows: int, features: int, classes: int, deadline: float) -> dict
     candidates: dict[str, Callable[[], Step]] = {
         "products": lambda: products,
         "linear_cross_entropy": lambda: of(fl.linear_cross_entropy, *inputs),
+        "linear_cross_entropy cuda": lambda: of(fl.linear_cross_entropy, *inputs, impl="cuda"),
         "linear_focal_loss": lambda: of(fl.linear_focal_loss, *inputs),
         "linear_cross_entropy fused": lambda: of(fl.linear_cross_entropy, *inputs, impl="triton_fused"),
         "linear_cross_entropy evaluated": lambda: evaluation(None),

@@ -13,6 +13,7 @@ import torch
 import fusedloss
 
 from . import backends, selfcheck, timing
+from .backends import cuda
 from .examples import EXAMPLES, Example
 
 #: Spread of the copies' times (third quartile over first) from which on the machine counts as busy.
@@ -87,6 +88,7 @@ def _info() -> int:
 
         names, used = _engine.instruction_sets(), _engine.instruction_set()
         rows.append(("instruction sets", ", ".join(f"{n} (in use)" if n == used else n for n in names)))
+    rows.append(("cuda kernels", cuda.TARGETS or "none"))
     rows.append(("huge pages", _huge_pages()))
     try:
         default = backends.resolve(None, torch.device("cpu"))

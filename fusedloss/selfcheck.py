@@ -80,7 +80,7 @@ def unchecked(impl: str) -> str | None:
 
 
 def _device(impl: str) -> torch.device:
-    return torch.device("cuda" if impl == "triton" else "cpu")
+    return torch.device("cuda" if impl in ("triton", "cuda") else "cpu")
 
 
 def count() -> int:

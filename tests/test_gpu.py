@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "cuda"])
 def impl(request: pytest.FixtureRequest) -> str:
     reason = backends.unavailable(request.param, torch.device("cuda"))
     if reason is not None:

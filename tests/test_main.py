@@ -12,6 +12,7 @@ from torch import Tensor
 import fusedloss as fl
 from fusedloss import __main__ as command
 from fusedloss import backends, selfcheck
+from fusedloss.backends import cuda
 from fusedloss.examples import EXAMPLES, Example
 
 
@@ -48,12 +49,14 @@ def test_info() -> None:
     assert fl.__version__ in done.stdout and torch.__version__ in done.stdout
     for impl in backends.IMPLS:
         assert f"impl {impl}" in done.stdout
+    (built,) = (line for line in done.stdout.splitlines() if line.startswith("cuda kernels "))
+    assert built.endswith(f" {cuda.TARGETS or 'none'}")
 
 
 def test_info_tells_why_an_implementation_is_not_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reasons = {"reference": None, "triton": None, "cpu": "the C++ extension did not load (no such file)"}
+    reasons = {"reference": None, "triton": None, "cuda": None, "cpu": "the C++ extension did not load (no such file)"}
     monkeypatch.setattr(backends, "unavailable", lambda impl, device=None: reasons[impl])
     assert command.main(["info"]) == 0
     assert "not ready: the C++ extension did not load (no such file)" in capsys.readouterr().out

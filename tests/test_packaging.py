@@ -56,7 +56,7 @@ def test_extension_links_no_torch() -> None:
     assert not [name for name in needed if re.match(r"lib(torch|c10|shm|python)", name)]
 
 
-@pytest.mark.parametrize("name", ["py.typed", "_engine.pyi", "triton_kernels/__init__.py"])
+@pytest.mark.parametrize("name", ["py.typed", "_engine.pyi", "_cuda.pyi", "triton_kernels/__init__.py"])
 def test_file_ships(name: str) -> None:
     assert (PACKAGE / name).is_file()
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ try:
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
+
+#: What they were built with, and for.
+TARGETS: str | None = _cuda.targets if _cuda else None
+
+#: In the order in which the kernels number them.
+ROW_EPILOGUES: list[str] = _cuda.row_epilogues() if _cuda else []
+CLASS_TERMS: list[str] = _cuda.class_terms() if _cuda else []
+SUMMED_TERMS: list[str] = _cuda.summed_terms() if _cuda else []
 
 #: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
 RUNS_ON = "cuda"
@@ -53,32 +61,13 @@ def unavailable(device: torch.device | None = None) -> str | None:
         return f"its kernels did not load ({_IMPORT_ERROR})"
     if device is not None and device.type != RUNS_ON:
         return f"it runs on GPU tensors, but the input is on {device}"
-    if RUNS_ON == "cuda":
-        if torch.version.cuda is None or not torch.cuda.is_available():
-            return "there is no NVIDIA GPU that torch can use"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"its kernels are for compute capability 8.0 and above, and the GPU has {'.'.join(map(str, capability))}"
+    if RUNS_ON == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
+        return "there is no NVIDIA GPU that torch can use"
     return None
 
 
 def has_epilogue(name: str) -> bool:
-    return name in _row_epilogues() or name in _class_terms()
-
-
-@cache
-def _row_epilogues() -> list[str]:
-    return _cuda.row_epilogues()
-
-
-@cache
-def _class_terms() -> list[str]:
-    return _cuda.class_terms()
-
-
-@cache
-def _summed_terms() -> list[str]:
-    return _cuda.summed_terms()
+    return name in ROW_EPILOGUES or name in CLASS_TERMS
 
 
 @cache
@@ -112,7 +101,7 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
     return Plan(threads, choices[-1], STAGES)
 
 
-def _run(job: Any, logits: Tensor, on_chip: bool) -> None:
+def _run(job: _cuda.Job, logits: Tensor, on_chip: bool) -> None:
     """`on_chip`: whether the kernel looks at the logits more than once."""
     rows, classes = logits.shape
     if rows == 0:
@@ -126,7 +115,7 @@ def _run(job: Any, logits: Tensor, on_chip: bool) -> None:
     _launch(_cuda.run, job, logits)
 
 
-def _launch(function: Callable[[Any, int], None], job: Any, logits: Tensor) -> None:
+def _launch(function: Callable[[_cuda.Job, int], None], job: _cuda.Job, logits: Tensor) -> None:
     """On the stream that is current where the logits are."""
     with torch.cuda.device(logits.device) if RUNS_ON == "cuda" else contextlib.nullcontext():
         job.stream = torch.cuda.current_stream().cuda_stream if RUNS_ON == "cuda" else 0
@@ -137,7 +126,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _job(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Any:
+def _job(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> _cuda.Job:
     job = _cuda.Job()
     job.logits = logits.data_ptr()
     job.rows, job.classes = logits.shape
@@ -149,14 +138,14 @@ def _job(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     return job
 
 
-def _set_epilogue(job: Any, epilogue: str, names: list[str], params: list[Tensor]) -> None:
+def _set_epilogue(job: _cuda.Job, epilogue: str, names: list[str], params: list[Tensor]) -> None:
     if epilogue not in names:
         raise ValueError(f"no epilogue named {epilogue!r}")
     job.epilogue = names.index(epilogue)
     job.set_params([(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params])
 
 
-def _set_gradient(job: Any, grad: Tensor, upstream: Tensor | None) -> None:
+def _set_gradient(job: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None:
     job.grad, job.grad_row_stride = grad.data_ptr(), grad.stride(0)
     job.upstream, job.upstream_stride = _address(upstream), 0 if upstream is None else upstream.stride(0)
 
@@ -199,8 +188,8 @@ def _statistics_pass(
     weight_sum = weight.sum(dtype=torch.float64) if mean and weight is not None else None
     job.weight_sum = _address(weight_sum)
     if epilogue is not None:
-        job.class_term = epilogue in _class_terms()
-        _set_epilogue(job, epilogue, _class_terms() if job.class_term else _row_epilogues(), params)
+        job.class_term = epilogue in CLASS_TERMS
+        _set_epilogue(job, epilogue, CLASS_TERMS if job.class_term else ROW_EPILOGUES, params)
     job.main, job.smooth = shared.coefficients(classes)
     job.z_loss = shared.z_loss
     job.loss, job.coefficients = _address(loss), _address(coefficients)
@@ -225,9 +214,9 @@ def _gradient_pass(
 ) -> None:
     job = _job(logits, target, weight, ignore_index)
     job.candidate_count = index.shape[0]
-    if epilogue in _class_terms():  # what others have of their own is in the coefficients
+    if epilogue in CLASS_TERMS:  # what others have of their own is in the coefficients
         job.class_term = True
-        _set_epilogue(job, epilogue, _class_terms(), params)
+        _set_epilogue(job, epilogue, CLASS_TERMS, params)
     job.statistics, job.index, job.coefficients = statistics.data_ptr(), index.data_ptr(), coefficients.data_ptr()
     _set_gradient(job, grad, grad_output)
     _run(job, logits, on_chip=False)
@@ -269,7 +258,7 @@ def class_sums(
 ) -> Tensor:
     rows, classes = logits.shape
     job = _job(logits, target, None, ignore_index)
-    _set_epilogue(job, epilogue, _summed_terms(), params)
+    _set_epilogue(job, epilogue, SUMMED_TERMS, params)
     job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
     job.upstream, job.upstream_stride = _address(row_weight), 0 if row_weight is None else row_weight.stride(0)
     top_rest = statistics.new_empty(rows)

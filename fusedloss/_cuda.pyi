@@ -1,0 +1,51 @@
+targets: str
+stages: int
+item_bytes: int
+max_threads: int
+sum_columns: int
+
+class Job:
+    logits: int
+    rows: int
+    row_stride: int
+    classes: int
+    target: int
+    ignore_index: int
+    candidates: int
+    candidate_count: int
+    top_k: int
+    below: bool
+    mean: bool
+    class_weight: int
+    weight_sum: int
+    epilogue: int
+    class_term: bool
+    main: float
+    smooth: float
+    z_loss: float
+    forward: bool
+    loss: int
+    statistics: int
+    index: int
+    coefficients: int
+    grad: int
+    grad_row_stride: int
+    upstream: int
+    upstream_stride: int
+    groups: int
+    sums: int
+    top_rest: int
+    threads: int
+    parts: int
+    slots: int
+    stream: int
+    def __init__(self) -> None: ...
+    def set_params(self, params: list[tuple[int, int]]) -> None: ...
+
+def run(job: Job, dtype: int) -> None: ...
+def sum(job: Job, dtype: int) -> None: ...
+def shared_bytes(job: Job, dtype: int) -> int: ...
+def limits(device: int) -> tuple[int, bool]: ...
+def row_epilogues() -> list[str]: ...
+def class_terms() -> list[str]: ...
+def summed_terms() -> list[str]: ...

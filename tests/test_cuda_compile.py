@@ -1,0 +1,41 @@
+"""The CUDA kernels compiled for GPUs that are not here: what nvcc makes of them is held to what they need."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import compile_cuda
+
+if compile_cuda.unavailable() is not None:
+    pytest.skip(f"the CUDA kernels: {compile_cuda.unavailable()}", allow_module_level=True)
+
+pytestmark = [pytest.mark.compile, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[compile_cuda.Compiled]:
+    return compile_cuda.compile_all()
+
+
+def test_every_kernel_is_compiled_for_every_target(compiled):
+    terms = {"dsc_one_vs_rest", "dsc_over_rows", "tversky_one_vs_rest", "tversky_over_rows"}
+    kernels = {("row", loss) for loss in {"", *terms}} | {("top_rest", "")}
+    kernels |= {("class_sums", loss) for loss in terms if loss.endswith("over_rows")}
+    expected = {(t, d, *k) for t in ("sm_80", "sm_90a", "sm_100") for d in compile_cuda.DTYPES for k in kernels}
+    assert {(k.target, k.dtype, k.kernel, k.loss) for k in compiled} == expected
+
+
+def test_nothing_is_spilled(compiled):
+    assert [k for k in compiled if k.spills or k.stack] == []
+
+
+def test_logits_move_by_16_bytes(compiled):
+    """Into shared memory, and out of it."""
+    assert [k for k in compiled if k.kernel == "row" and not (k.wide_copies and k.wide_stores)] == []
+
+
+def test_blocks_share_a_multiprocessor(compiled):
+    """Three of 256 threads, or two of float64; else nothing is read while one computes."""
+    assert [k for k in compiled if k.registers > (128 if k.dtype == "float64" else 80)] == []
