@@ -7,8 +7,12 @@ ARGS ?=
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SANITIZED := build/sanitize
+# Where no GPU could run the CUDA kernels they are not built, which would take minutes; a test compiles them. CUDA=AUTO
+# builds them where there is nvcc, CUDA=ON fails without.
+CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
+export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-lm demo-fewshot test bench compile-report gpu-report lint dist sanitize clean
@@ -95,6 +99,6 @@ $(SANITIZED)/installed: $(BUILD_INPUTS) | .venv/installed
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	    "$$($(SANITIZED)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	CXX="$(CXX)" SKBUILD_BUILD_DIR=$(SANITIZED)/cmake SKBUILD_INSTALL_STRIP=false \
-	    SKBUILD_CMAKE_DEFINE="FUSEDLOSS_SANITIZE=ON" $(SANITIZED)/venv/bin/python -m pip install --quiet \
+	    SKBUILD_CMAKE_DEFINE="FUSEDLOSS_SANITIZE=ON;FUSEDLOSS_CUDA=OFF" $(SANITIZED)/venv/bin/python -m pip install --quiet \
 	    --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -51,7 +51,11 @@ def _compile(dtype: str, target: str, folder: Path) -> list[Compiled]:
     cubin = folder / f"{dtype}.{target}.cubin"
     options = ["-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch={target}", "-o", str(cubin)]
     log = _run("nvcc", *options, str(KERNELS / f"{dtype}.cu"))
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _run(_cuobjdump() or "", "-sass", str(cubin)), re.S))
+    code = dict(
+        re.findall(
+            r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _run(_cuobjdump() or "", "-sass", str(cubin)), re.S
+        )
+    )
     report = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
         log,

@@ -31,7 +31,13 @@ def load() -> ModuleType:
     flags = [
         *("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         *("-isystem", f"{Path(torch.__file__).parent}/include", "-isystem", sysconfig.get_path("include")),
-        *("-I", str(ROOT / "tests/cuda"), "-DFUSEDLOSS_HOST_DEVICE", f"-DFUSEDLOSS_MODULE={NAME}", '-DFUSEDLOSS_TARGETS="host"'),
+        *(
+            "-I",
+            str(ROOT / "tests/cuda"),
+            "-DFUSEDLOSS_HOST_DEVICE",
+            f"-DFUSEDLOSS_MODULE={NAME}",
+            '-DFUSEDLOSS_TARGETS="host"',
+        ),
     ]
     inputs = [*sources, *KERNELS.glob("*.h"), *(ROOT / "csrc").glob("*.h"), *(ROOT / "tests/cuda").glob("*.h")]
     key = hashlib.sha256(repr((cxx, flags, sysconfig.get_config_var("EXT_SUFFIX"))).encode())

@@ -391,7 +391,10 @@ except RuntimeError as error:
     ("setup", "reason"),
     [
         ("sys.modules['fusedloss._cuda'] = None", "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"),
-        ("import unittest.mock; sys.modules['fusedloss._cuda'] = unittest.mock.Mock()", "it runs on GPU tensors, but the"),
+        (
+            "import unittest.mock; sys.modules['fusedloss._cuda'] = unittest.mock.Mock()",
+            "it runs on GPU tensors, but the",
+        ),
     ],
     ids=["not built", "built"],
 )

@@ -41,7 +41,7 @@ Launches launches(int dtype) {
 
 // A member that holds an address.
 template <typename Pointer>
-void add_address(py::class_<Job>& job, const char* name, Pointer Job::*member) {
+void add_address(py::class_<Job>& job, const char* name, Pointer Job::* member) {
     job.def_property(
         name, [member](const Job& x) { return reinterpret_cast<std::uintptr_t>(x.*member); },
         [member](Job& x, std::uintptr_t address) { x.*member = reinterpret_cast<Pointer>(address); });

@@ -44,7 +44,7 @@ FUSEDLOSS_KERNEL void top_rest_pass(const Job job) {
     }
     sums = merge_warp(sums);
     if (thread_index() > 0) return;
-    static_cast<T*>(job.top_rest)[row] = wrong             ? T(sums.rest) * x.inverse
+    static_cast<T*>(job.top_rest)[row] = wrong               ? T(sums.rest) * x.inverse
                                          : x.top == x.target ? SummedRow<S>::statistic(job, kQ, row)
                                                              : T(1) - x.inverse;
 }
@@ -54,7 +54,8 @@ template <typename S, typename Term>
 FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
     using T = decltype(read(S{}));
     const int begin = static_cast<int>(block_index()) * kSumThreads * kSumColumns + thread_index();
-    const int64_t group = block_row(), first = job.rows * group / job.groups, last = job.rows * (group + 1) / job.groups;
+    const int64_t group = block_row(), first = job.rows * group / job.groups,
+                  last = job.rows * (group + 1) / job.groups;
     double error[kSumColumns] = {}, agreement[kSumColumns] = {};
     for (int64_t row = first; row < last; ++row) {
         if (job.target[row] == job.ignore_index) continue;

@@ -73,9 +73,7 @@ FUSEDLOSS_DEVICE const X* cluster_peer(X* shared, int rank) {
 }
 
 // 16 bytes to shared memory, behind the threads' back: in groups, of which the last few may still be on their way.
-FUSEDLOSS_DEVICE void copy_16_bytes(void* shared, const void* global) {
-    __pipeline_memcpy_async(shared, global, 16);
-}
+FUSEDLOSS_DEVICE void copy_16_bytes(void* shared, const void* global) { __pipeline_memcpy_async(shared, global, 16); }
 FUSEDLOSS_DEVICE void commit_copies() { __pipeline_commit(); }
 template <int Pending>
 FUSEDLOSS_DEVICE void wait_copies() {

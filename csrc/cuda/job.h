@@ -41,19 +41,19 @@ struct Job {
     int64_t* index;      // [picks, rows]
     void* coefficients;  // T [kCoefficients + picks, rows]
 
-    void* grad;            // of the logits' dtype; may be the logits themselves; null: no gradient
+    void* grad;  // of the logits' dtype; may be the logits themselves; null: no gradient
     int64_t grad_row_stride;
     const void* upstream;  // T [rows], or null for all ones
     int64_t upstream_stride;
 
-    // The sums over the rows, in groups of rows, from the statistics with the top class for a pick. `upstream` is then the
-    // rows' weight.
+    // The sums over the rows, in groups of rows, from the statistics with the top class for a pick. `upstream` is then
+    // the rows' weight.
     int groups;
     double* sums;    // [groups, 2, classes]: error, agreement
     void* top_rest;  // T [rows], for what is found on the way
 
-    // How rows are cut: `parts` blocks of `threads` threads each, whose shared memory holds `slots` tiles of logits. All
-    // of a part's: then the gradient needs no second read.
+    // How rows are cut: `parts` blocks of `threads` threads each, whose shared memory holds `slots` tiles of logits.
+    // All of a part's: then the gradient needs no second read.
     int threads, parts, slots;
     Stream stream;
 

@@ -1,7 +1,8 @@
 // A GPU played by a host, for tests: what csrc/cuda/device.h asks of a device, one thread of a block being a fiber.
 //
-// It is stricter than a GPU where that shows mistakes. Shared memory is NaN at first, copies arrive when they are waited
-// for and not before, the threads run in turn forwards and backwards, and a barrier that not all reach is an error.
+// It is stricter than a GPU where that shows mistakes. Shared memory is NaN at first, copies arrive when they are
+// waited for and not before, the threads run in turn forwards and backwards, and a barrier that not all reach is an
+// error.
 #pragma once
 
 #include <ucontext.h>
