@@ -22,6 +22,7 @@ DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 TARGETS = ("sm_90a", "sm_80", "sm_100")
 #: Shared memory of a block and of a multiprocessor, and whether there are clusters.
 MEMORY = {"sm_90a": (227, 228, True), "sm_80": (163, 164, False), "sm_100": (227, 228, True)}
+_KERNEL = re.compile(r"(row|class_sums|top_rest)_pass")
 CLASSES = (1000, 32000, 50257, 128256, 151936, 262144)
 
 
@@ -51,11 +52,8 @@ def _compile(dtype: str, target: str, folder: Path) -> list[Compiled]:
     cubin = folder / f"{dtype}.{target}.cubin"
     options = ["-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch={target}", "-o", str(cubin)]
     log = _run("nvcc", *options, str(KERNELS / f"{dtype}.cu"))
-    code = dict(
-        re.findall(
-            r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", _run(_cuobjdump() or "", "-sass", str(cubin)), re.S
-        )
-    )
+    listing = _run(_cuobjdump() or "", "-sass", str(cubin))
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", listing, re.S))
     report = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers",
         log,
@@ -65,7 +63,7 @@ def _compile(dtype: str, target: str, folder: Path) -> list[Compiled]:
     return [
         Compiled(
             target,
-            re.search(r"(row|class_sums|top_rest)_pass", name)[0],  # type: ignore[index]
+            _KERNEL.findall(name)[0],
             _loss(name),
             dtype,
             int(registers),
@@ -112,20 +110,21 @@ def _cuobjdump() -> str | None:
 def markdown(kernels: Sequence[Compiled]) -> list[str]:
     lines = [f"# What nvcc {version()} makes of the CUDA kernels", ""]
     lines += [
-        "All row losses share one kernel, which each loss over the classes has once more. *copies* and *stores* are those",
-        "of 16 bytes, in the code of a thread; the others are of a row's ends, and of what a row has but one.",
+        "All row losses share one kernel, which each loss over the classes has once more. *copies* and *stores* are",
+        "those of 16 bytes, in the code of a thread; the others are of a row's ends, and of what a row has but one.",
         "",
     ]
     lines += _table(
         ("target", "kernel", "loss", "dtype", "registers", "spills", "16-byte copies", "stores"),
         [
-            (k.target, f"{k.kernel}_pass", k.loss or "all of a row", k.dtype, k.registers, k.spills, k.wide_copies, k.wide_stores)
+            (k.target, f"{k.kernel}_pass", k.loss or "all others", k.dtype, k.registers, k.spills, k.wide_copies,
+             k.wide_stores)
             for k in kernels
         ],
     )  # fmt: skip
     lines += [
-        "How loss and gradient of a row are cut: into so many parts, each the work of a block with so much shared memory,",
-        "of which so many have room on a multiprocessor. *reads* of each logit: 1 where the row is on chip as a whole.",
+        "How loss and gradient of a row are cut: into so many parts, each the work of a block with so much shared",
+        "memory, and so many have room on a multiprocessor. *reads* of each logit: 1 where the whole row is on chip.",
         "",
     ]
     registers = {(k.target, k.dtype): k.registers for k in kernels if k.kernel == "row" and not k.loss}
@@ -136,8 +135,7 @@ def markdown(kernels: Sequence[Compiled]) -> list[str]:
         size = slots * (threads * cuda.ITEM_BYTES + 16) + cuda.OVERHEAD
         of_block = -(-registers[target, dtype] // 8) * 8 * threads
         blocks = min(65536 // of_block, multiprocessor * 1024 // (size + 1024), 2048 // threads, 32)
-        columns = -(-(-(-classes * DTYPES[dtype] // 16)) // parts) * 16
-        reads = 1 if slots * threads * cuda.ITEM_BYTES >= columns else 2
+        reads = 1 if slots * threads * cuda.ITEM_BYTES * parts >= classes * DTYPES[dtype] else 2
         rows.append((target, dtype, classes, parts, threads, size, blocks, reads))
     head = ("target", "dtype", "classes", "parts", "threads", "shared", "blocks", "reads")
     return lines + _table(head, rows)

@@ -71,7 +71,8 @@ _OPTIONS_DOC = {
     "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
 needed after that; a second backward raises. Needs an implementation with kernels. Under
 torch.compile the gradient is a new tensor all the same.""",
-    "impl": '"cpu", "triton", "cuda" (GPUs) or "reference"; None takes FUSEDLOSS_IMPL or else the fastest that is ready.',
+    "impl": """"cpu", "triton" or "cuda" (GPUs), or "reference"; None takes FUSEDLOSS_IMPL or else the fastest
+that is ready.""",
 }
 
 _SHAPES_DOC = """

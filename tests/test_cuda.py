@@ -1,6 +1,6 @@
 """The CUDA kernels, on a host that plays the GPU (tests/cuda/host_device.h): blocks of fibers, in clusters.
 
-The shared suite on the cases that differ in them, and what is theirs alone. On a GPU the tests of test_gpu.py take over.
+The shared suite on the cases that differ in them, and what is theirs alone. On a GPU those of test_gpu.py take over.
 """
 
 import mmap
@@ -43,7 +43,7 @@ CASES = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in su
 
 PLAN = cuda.plan
 
-#: Of the host's blocks: two warps, so that rows of the tests have several tiles, and more of them than are on their way.
+#: Of the host's blocks: two warps, so that rows of the tests have several tiles, more than are on their way at a time.
 THREADS = 64
 
 
@@ -51,8 +51,8 @@ def cut(parts: int = 1, on_chip: bool = True) -> Callable[..., cuda.Plan]:
     """A plan of so many parts, with room for all of each, or for no more than the tiles on their way."""
 
     def plan(classes: int, itemsize: int, *limits: object) -> cuda.Plan:
-        bytes_of_part = -(-(-(-classes * itemsize // 16)) // parts) * 16
-        tiles = -(-bytes_of_part // (THREADS * cuda.ITEM_BYTES))
+        packs = -(-classes * itemsize // 16)
+        tiles = -(-(-(-packs // parts) * 16) // (THREADS * cuda.ITEM_BYTES))
         return cuda.Plan(THREADS, parts, tiles if on_chip else cuda.STAGES)
 
     return plan

@@ -33,8 +33,8 @@ SUMMED_TERMS: list[str] = _cuda.summed_terms() if _cuda else []
 #: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
 RUNS_ON = "cuda"
 
-#: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, columns of a
-#: block that sums over the rows.
+#: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, columns of
+#: a block that sums over the rows.
 MAX_THREADS, ITEM_BYTES, STAGES, SUM_COLUMNS = 256, 32, 6, 512
 
 #: What a pick costs in shared memory is little, and the gradient looks at each; so are candidates limited.
@@ -76,7 +76,7 @@ def _limits(device: int) -> tuple[int, bool]:
 
 
 class Plan(NamedTuple):
-    """The blocks that look at a row together, their threads, and the tiles of logits that fit into the memory of each."""
+    """The blocks that look at a row together, their threads, and the tiles of logits in the shared memory of each."""
 
     threads: int
     parts: int
@@ -291,8 +291,15 @@ def class_terms(
 
 def register(device: str) -> None:
     """Under a dispatch key."""
-    others = {"row_loss_gradient_": row_loss_gradient_, "class_sums": class_sums, "class_terms": class_terms}
-    passes.register(device, "cuda", _statistics_pass, _gradient_pass, **others)
+    passes.register(
+        device,
+        "cuda",
+        _statistics_pass,
+        _gradient_pass,
+        row_loss_gradient_=row_loss_gradient_,
+        class_sums=class_sums,
+        class_terms=class_terms,
+    )
 
 
 if _cuda:
