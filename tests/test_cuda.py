@@ -4,9 +4,14 @@ The shared suite on the cases that differ in them, and what is theirs alone. On 
 """
 
 import mmap
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -17,7 +22,7 @@ import test_focal
 import test_mixed_cross_entropy
 import test_tversky
 import torch
-from cuda_host import compiler, load
+from cuda_host import ROOT, compiler, load
 from row_suite import DTYPES, Problem, RowLossSuite, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
 from test_traps import _far_apart_rows
 from torch import Tensor
@@ -402,3 +407,27 @@ def test_tensors_on_a_cpu_are_refused(setup, reason):
     command = [sys.executable, "-c", REFUSED.format(setup=setup)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith(f"impl='cuda' cannot run: {reason}"), done.stderr
+
+
+# --- how it is built ---
+
+
+def _configure(folder: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    """Where there is no nvcc."""
+    scripts = sysconfig.get_path("scripts")
+    cmake = shutil.which("cmake", path=f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}")
+    if cmake is None or find_spec("pybind11") is None:
+        pytest.skip("there is no cmake, or no pybind11, to configure a build with")
+    import pybind11
+
+    options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DFUSEDLOSS_CUDA={mode}", *options]
+    return subprocess.run(command, env=os.environ | {"CUDACXX": "/nowhere/nvcc"}, capture_output=True, text=True)
+
+
+def test_a_build_without_nvcc_fails_only_where_it_must(tmp_path):
+    for mode, message in (("ON", "CMake found no nvcc"), ("maybe", "must be AUTO, ON or OFF, and is maybe")):
+        done = _configure(tmp_path / mode, mode)
+        assert done.returncode != 0
+        assert message in " ".join(done.stderr.split())
+    assert _configure(tmp_path / "auto", "AUTO").returncode == 0

@@ -37,5 +37,5 @@ def test_logits_move_by_16_bytes(compiled):
 
 
 def test_blocks_share_a_multiprocessor(compiled):
-    """Three of 256 threads, or two of float64; else nothing is read while one computes."""
-    assert [k for k in compiled if k.registers > (128 if k.dtype == "float64" else 80)] == []
+    """Three of 256 threads, or two where the arithmetic takes more; else nothing is read while one computes."""
+    assert [k for k in compiled if k.registers > (128 if k.loss or k.dtype == "float64" else 80)] == []

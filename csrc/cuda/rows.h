@@ -589,8 +589,10 @@ class RowPart {
     int begin_, end_, tiles_;
 };
 
+// Three blocks share a multiprocessor, if registers for them do not have to be spilled.
 template <typename S, typename Term>
-FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 ? 2 : 3) row_pass(const Job job) {
+FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 || !std::is_void_v<Term> ? 2 : 3)
+    row_pass(const Job job) {
     RowPart<S, Term>(job).run();
 }
 

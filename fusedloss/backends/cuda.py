@@ -92,12 +92,11 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
     threads = min(MAX_THREADS, -(-classes * itemsize // (ITEM_BYTES * 32)) * 32)
     tile = threads * ITEM_BYTES
     choices = _PARTS if clusters else _PARTS[:1]
-    for room in (min(COMFORT, shared_bytes), shared_bytes):
-        for parts in choices:
-            pieces = -(-classes * itemsize // 16)
-            slots = -(-(-(-pieces // parts) * 16) // tile)
-            if slots * (tile + 16) + OVERHEAD <= room:
-                return Plan(threads, parts, slots)
+    packs = -(-classes * itemsize // 16)
+    for parts, room in (*((parts, min(COMFORT, shared_bytes)) for parts in choices), (choices[-1], shared_bytes)):
+        slots = -(-packs // (parts * tile // 16))
+        if slots * (tile + 16) + OVERHEAD <= room:
+            return Plan(threads, parts, slots)
     return Plan(threads, choices[-1], STAGES)
 
 
