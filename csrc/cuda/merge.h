@@ -47,7 +47,7 @@ struct ClassPartial {
 // NaN is no number to be the largest; the sums let it through.
 template <typename T>
 FUSEDLOSS_DEVICE T larger(T max, T x) {
-    return x > max ? x : max;
+    return std::fmax(max, x);
 }
 
 template <typename T>

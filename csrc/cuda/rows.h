@@ -161,7 +161,7 @@ class RowPart {
 
     struct Tile {
         int from, count;
-        const S* z;  // in shared memory, as far from a multiple of 16 bytes as the row in memory is
+        S* z;  // in shared memory, as far from a multiple of 16 bytes as the row in memory is
     };
 
     // Elements from the last multiple of 16 bytes.
@@ -172,7 +172,8 @@ class RowPart {
     FUSEDLOSS_DEVICE Tile tile(int i) const {
         const int from = begin_ + i * threads_ * items, rest = end_ - from;
         const int count = rest < threads_ * items ? rest : threads_ * items;
-        return {from, count, at<const S>(layout().slot * (i % job_.slots)) + phase(logits() + from)};
+        const int slot = i < job_.slots ? i : i % job_.slots;
+        return {from, count, at<S>(layout().slot * slot) + phase(logits() + from)};
     }
 
     // body(first, whole) for the packs of the columns that a thread moves, as they lie in that memory; `first` may be
@@ -187,11 +188,18 @@ class RowPart {
     FUSEDLOSS_DEVICE void load(int i) const {
         const Tile to = tile(i);
         const S* const from = logits() + to.from;
-        S* const z = const_cast<S*>(to.z);
         over_packs(from, to.count, [&](int first, bool whole) {
-            if (whole) return copy_16_bytes(z + first, from + first);
-            for (int k = first < 0 ? 0 : first; k < first + pack && k < to.count; ++k) z[k] = from[k];
+            if (whole) return copy_16_bytes(to.z + first, from + first);
+            for (int k = first < 0 ? 0 : first; k < first + pack && k < to.count; ++k) to.z[k] = from[k];
         });
+        // So that nobody who looks at the tile has to mind where the row ends.
+        for (int k = to.count + thread_; k < threads_ * items; k += threads_) write(to.z + k, -kInfinity<T>);
+    }
+
+    // A logit that is accounted for elsewhere; for the thread that will look at it.
+    FUSEDLOSS_DEVICE void leave_out(const Tile& tile, int column) const {
+        const int i = column - tile.from;
+        if (i >= 0 && i < tile.count && i % threads_ == thread_) write(tile.z + i, -kInfinity<T>);
     }
 
     // body(tile) for each, as they come from memory.
@@ -243,7 +251,10 @@ class RowPart {
         Partial<T> part;
         over_tiles([&](const Tile& tile) { scan(tile, target_logit, reference, part); });
         part = gather(part, at<Partial<T>>(layout().records));
-        if (thread_ == 0) find_statistics(part, target_logit, reference);
+        if (thread_ == 0) {
+            merge(part, of_target(target_logit, reference));
+            find_statistics(part, target_logit, reference);
+        }
         if constexpr (class_term) {
             block_sync();
             const Settled<T>& x = settled();
@@ -261,12 +272,23 @@ class RowPart {
         sync();  // nobody looks at this row's logits or this block's memory any more
     }
 
+    // The target is no part of `rest`, and so of no thread's columns.
+    FUSEDLOSS_DEVICE Partial<T> of_target(T logit, T reference) const {
+        Partial<T> part;
+        if (job_.mean) part.mean = (logit - reference) * weight_of_target();
+        if (logit == logit) {
+            part.max = logit;
+            part.top = {logit, target_};
+        }
+        return part;
+    }
+
     FUSEDLOSS_DEVICE void scan(const Tile& tile, T target_logit, T reference, Partial<T>& part) const {
+        leave_out(tile, target_);
         T z[items], max = -kInfinity<T>;
 #pragma unroll
         for (int k = 0; k < items; ++k) {
-            const int i = thread_ + k * threads_;
-            z[k] = i < tile.count ? read(tile.z[i]) : -kInfinity<T>;
+            z[k] = read(tile.z[thread_ + k * threads_]);
             max = larger(max, z[k]);
         }
         if (max > part.max) {
@@ -274,16 +296,15 @@ class RowPart {
             part.max = max;
         }
         const T base = finite_max(part.max);
-        const int hole = target_ - tile.from - thread_;
         T rest = 0, mean = 0;
 #pragma unroll
-        for (int k = 0; k < items; ++k) rest += k * threads_ == hole ? T(0) : fast_exp(z[k] - base);
+        for (int k = 0; k < items; ++k) rest += fast_exp(z[k] - base);
         part.rest += rest;
         if (job_.mean) {
 #pragma unroll
             for (int k = 0; k < items; ++k) {
                 const int i = thread_ + k * threads_;
-                if (i < tile.count) mean += (z[k] - reference) * weight_of(tile.from + i);
+                if (i < tile.count && tile.from + i != target_) mean += (z[k] - reference) * weight_of(tile.from + i);
             }
             part.mean += mean;
         }
@@ -291,7 +312,8 @@ class RowPart {
 #pragma unroll
             for (int k = 0; k < items; ++k) {
                 const int i = thread_ + k * threads_;
-                if (i < tile.count && z[k] == z[k]) insert(part.top, part.second, Best<T>{z[k], tile.from + i});
+                if (i < tile.count && tile.from + i != target_ && z[k] == z[k])
+                    insert(part.top, part.second, Best<T>{z[k], tile.from + i});
             }
         }
         if (job_.below) {
@@ -380,13 +402,13 @@ class RowPart {
     // Of the columns that are neither the target nor the top class, which are singled out.
     FUSEDLOSS_DEVICE void sweep(const Tile& tile, T max, T inverse, int top, const T* params,
                                 ClassPartial& sums) const {
-        const int hole = target_ - tile.from, other = top - tile.from;
+        leave_out(tile, target_);
+        leave_out(tile, top);
         const T exponent = Term::exponent(params);
         T rest = 0, loss = 0, slope = 0;
 #pragma unroll 4
         for (int i = thread_; i < tile.count; i += threads_) {
-            const T e = i == hole || i == other ? T(0) : fast_exp(read(tile.z[i]) - max);  // p = 0 adds nothing
-            const T p = e * inverse, weight = weight_of(tile.from + i);
+            const T e = fast_exp(read(tile.z[i]) - max), p = e * inverse, weight = weight_of(tile.from + i);
             T g;
             const T f = negative_term<Term>(p, exponent, params, g);
             rest += e;
