@@ -30,7 +30,6 @@ using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
 FUSEDLOSS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-FUSEDLOSS_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
 FUSEDLOSS_DEVICE int64_t block_index() { return blockIdx.x; }
 FUSEDLOSS_DEVICE int64_t block_row() { return blockIdx.y; }
 

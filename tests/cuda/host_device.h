@@ -74,7 +74,6 @@ struct Cluster {
 inline Fiber* fiber;
 inline Cluster* cluster;
 inline ucontext_t scheduler;
-inline int threads;
 inline int64_t progress;
 inline void (*body)(const void*);
 inline const void* argument;
@@ -135,7 +134,6 @@ inline void run(std::deque<Fiber>& fibers) {
 }  // namespace host
 
 inline int thread_index() { return host::fiber->thread; }
-inline int thread_count() { return host::threads; }
 inline int64_t block_index() { return host::fiber->block->index; }
 inline int64_t block_row() { return host::fiber->block->row; }
 inline char* shared_memory() { return host::fiber->block->shared(); }
@@ -205,7 +203,6 @@ template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t columns, int64_t rows, int cluster_size, int threads,
             int64_t shared_bytes, Stream, const Argument& argument) {
     static std::deque<host::Fiber> fibers;  // their stacks serve every launch
-    host::threads = threads;
     host::failure = nullptr;
     const auto call = [kernel](const void* a) { kernel(*static_cast<const Argument*>(a)); };
     static const auto* current = &call;
