@@ -1,4 +1,5 @@
-"""On a machine with a GPU: runs the tests marked `gpu`, then times the losses beside their floors and their peers.
+"""On a machine with a GPU: runs the tests marked `gpu`, then times the losses beside their floors and their peers, and
+lets compute-sanitizer look at a small run where it is installed.
 
 Row losses are held against 1.5 times copy_() of the logits, linear ones against their three matrix products alone. All
 candidates of a case have their turn in each round, with the L2 cache overwritten before and then once more without;
@@ -12,8 +13,10 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -74,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + (100 if options.quick else 440)
     tests = None if options.no_tests else run_tests()
     report = measure(deadline, options.quick) | {"tests": tests}
+    report["sanitizer"] = None if options.no_tests else run_sanitizer()
     output = RESULTS / slug(report["device"])
     RESULTS.mkdir(exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -90,6 +94,47 @@ def run_tests() -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     print(done.stdout[-4000:])
     return {"passed": done.returncode == 0, "summary": (done.stdout.strip().splitlines() or [done.stderr])[-1]}
+
+
+#: Every kernel on small logits, forward and backward, for compute-sanitizer.
+SMALL_RUN = """
+import torch, fusedloss as fl
+from fusedloss import backends
+device = torch.device("cuda")
+for impl in backends.LINEAR_IMPLS:
+    if impl == "reference" or backends.unavailable(impl, device):
+        continue
+    for rows, classes in ((9, 33), (3, 5001)):
+        hidden, weight = (torch.randn(n, 24, device=device, requires_grad=True) for n in (rows, classes))
+        target = torch.randint(classes, (rows,), device=device)
+        fl.linear_cross_entropy(hidden, weight, target, label_smoothing=0.1, impl=impl).backward()
+        fl.linear_dsc_loss(hidden, weight, target, impl=impl).backward()
+        if impl in backends.IMPLS:
+            logits = (hidden @ weight.t()).detach().requires_grad_()
+            fl.mixed_cross_entropy(logits, target, alpha=0.3, top_k=2, impl=impl).backward()
+            fl.dsc_loss(logits, target, level="class", impl=impl).backward()
+torch.cuda.synchronize()
+"""
+
+
+def run_sanitizer() -> dict[str, str] | None:
+    """What each of its tools says of a small run; None where there is no compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        return None
+    # Memory of its own for each tensor, so that what lies beyond one belongs to none.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    verdicts = {}
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL_RUN]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        except subprocess.TimeoutExpired:
+            verdicts[tool] = "not finished after two minutes"
+            continue
+        lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line] or done.stderr.strip().splitlines()
+        verdicts[tool] = lines[-1].strip("= ") if lines else f"exit status {done.returncode}"
+    return verdicts
 
 
 def measure(deadline: float, quick: bool) -> dict[str, Any]:
@@ -269,8 +314,12 @@ def _timed(step: Step) -> float:
 
 
 def module_is_ours(name: str) -> bool:
-    """Whether the candidate is a loss of this package, whose failure must not be a footnote."""
-    return hasattr(fl, name.split(" ")[0])
+    """Whether the candidate is a loss of this package, whose failure must not be a footnote.
+
+    Kernels that nobody built are no failure.
+    """
+    loss, *how = name.split(" ")
+    return hasattr(fl, loss) and not ("cuda" in how and backends.unavailable("cuda"))
 
 
 def slug(text: str) -> str:
@@ -289,6 +338,10 @@ def markdown(report: dict[str, Any]) -> str:
         "Tests on this GPU: " + ("not run." if tests is None else f"{_verdict(tests)}: {tests['summary']}"),
         "",
     ]
+    if report["sanitizer"] is None:
+        lines += ["compute-sanitizer: not run.", ""]
+    else:
+        lines += [*(f"- compute-sanitizer, {tool}: {found}" for tool, found in report["sanitizer"].items()), ""]
     lines += [NOTES.format(rounds=ROUNDS)]
     for kind, title in (("row", "Row losses"), ("linear", "Linear forms")):
         if report[kind]:

@@ -21,6 +21,7 @@ FAKED = {
     "cuda": "13.0",
     "versions": {"fusedloss": "0.1.0", "torch": "2.11.0", "liger-kernel": None},
     "tests": {"passed": True, "summary": "7 passed"},
+    "sanitizer": {"memcheck": "ERROR SUMMARY: 0 errors"},
     "row": [
         {
             "rows": 8192, "classes": 32000, "dtype": "bfloat16", "floor": 0.0015, "bytes": 3e9,
@@ -48,6 +49,7 @@ def test_text_of_made_up_figures():
         "Python 3.12.1, CUDA 13.0, fusedloss 0.1.0, torch 2.11.0.",
         "Not installed: liger-kernel.",
         "Tests on this GPU: passed: 7 passed",
+        "- compute-sanitizer, memcheck: ERROR SUMMARY: 0 errors",
         "| 8192 × 32000 | bfloat16 | copy | 1 | 0.67 | 0.9 | 2000 |",
         "| 8192 × 32000 | bfloat16 | cross_entropy | 3 | 2.00 | 2.5 | 1000 |",
         "| 4096 × 512 × 32000 | bfloat16 | linear_cross_entropy | 3 | 1.50 | 3 | 250 |",
@@ -64,6 +66,16 @@ def test_red_tests_show(tests, line):
     assert f"Tests on this GPU: {line}" in gpu_report.markdown(FAKED | {"tests": tests}).splitlines()
 
 
+def test_where_nothing_was_sanitized_it_says_so():
+    assert "compute-sanitizer: not run." in gpu_report.markdown(FAKED | {"sanitizer": None}).splitlines()
+
+
+def test_what_the_sanitizer_would_run():
+    """On the CPU: the engine, and Triton's kernels where they are interpreted."""
+    small = gpu_report.SMALL_RUN.replace('"cuda"', '"cpu"').replace("torch.cuda.synchronize()", "")
+    exec(compile(small, "small run", "exec"), {})
+
+
 def test_the_file_is_named_after_the_device():
     assert gpu_report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
@@ -72,6 +84,12 @@ def test_a_failure_of_our_own_is_no_footnote():
     assert gpu_report.module_is_ours("cross_entropy in place")
     assert gpu_report.module_is_ours("linear_cross_entropy evaluated fused")
     assert not gpu_report.module_is_ours("liger-kernel")
+
+
+def test_kernels_that_are_not_built_are_no_failure(monkeypatch):
+    for reason in (None, "it is not built"):
+        monkeypatch.setattr(gpu_report.backends, "unavailable", lambda impl, reason=reason: reason)
+        assert gpu_report.module_is_ours("cross_entropy cuda") == (reason is None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
