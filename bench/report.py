@@ -240,7 +240,7 @@ def exponents(kind: Kind, runs: list[dict[str, Any]], values: list[float | None]
     if not varied or np.linalg.matrix_rank(columns) <= len(varied):
         return ["-"] * len(kind.sizes)
     fit = np.linalg.lstsq(columns, np.log([value for _, value in found]), rcond=None)[0]
-    powers = dict(zip(varied, fit[1:], strict=True))
+    powers = dict(zip(varied, fit[1:].round(2) + 0.0, strict=True))  # 0 is added for the sign of one that is none
     return [f"{powers[size]:.2f}" if size in powers else "-" for size in kind.sizes]
 
 
