@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: Bytes of similarities held at a time.
 BUDGET = 12 * 2**20
 
-#: Features at a time in what is done to each of them apart.
-COLUMNS = 32
+#: Bytes of features at a time in what is done to each of them apart.
+COLUMN_BYTES = 2**20
 
 REDUCTIONS = ("mean", "mean_all", "sum", "none")
 _IGNORED = -1
@@ -268,7 +268,8 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _columns(x: Tensor) -> list[slice]:
     """A few at a time, for what is by columns and would need memory of the size of x."""
-    return [slice(i, i + COLUMNS) for i in range(0, x.shape[1], COLUMNS)]
+    count = max(32, COLUMN_BYTES // max(1, len(x) * x.element_size()))
+    return [slice(i, i + count) for i in range(0, x.shape[1], count)]
 
 
 def _meet(
