@@ -26,7 +26,7 @@ demo: .venv/installed ## train a small translation model, about 3 minutes on 2 c
 demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 3 minutes
 	$(BIN)/python examples/lm/train.py $(ARGS)
 
-demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon, about 6 minutes
+demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon: 10 minutes of processor time
 	$(BIN)/python examples/fewshot/train.py $(ARGS)
 
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
