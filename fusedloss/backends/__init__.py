@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from . import cpu, cuda, triton
+from . import cpu, cuda, memory, triton
 
 #: Implementations by name: what each runs on, and why it is not ready (None when it is).
 IMPLS = ("reference", "cpu", "triton", "cuda")
@@ -60,7 +60,8 @@ def has_epilogue(impl: str, name: str) -> bool:
 
 def new_buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory on the device of `like` that the caller writes next, in whatever way is cheapest there."""
-    buffer = like.new_empty(shape, dtype=dtype)
-    if buffer.device.type == "cpu":
-        cpu.advise_huge_pages(buffer)
+    if like.device.type != "cpu":
+        return like.new_empty(shape, dtype=dtype)
+    buffer = memory.empty(shape, dtype or like.dtype)
+    cpu.advise_huge_pages(buffer)
     return buffer

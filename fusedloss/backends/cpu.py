@@ -118,7 +118,7 @@ def _statistics_pass(
 
 
 def _new_gradient(logits: Tensor) -> Tensor:
-    grad = memory.empty_gradient(logits)
+    grad = memory.empty(logits.shape, logits.dtype)
     advise_huge_pages(grad)
     return grad
 

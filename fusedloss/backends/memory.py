@@ -1,16 +1,19 @@
-"""Memory of large gradients on a CPU, kept from one step to the next.
+"""Memory of large gradients and of chunks of logits on a CPU, kept from one step to the next.
 
 New memory comes from the system page by page, each zeroed on the first touch, which costs more than the arithmetic of
-a gradient, and the C library gives large blocks back as soon as they are freed. So the block of the last gradient that
-was freed is kept for the next, as torch does on a GPU. ``FUSEDLOSS_KEEP_BYTES`` says how large a block may be for that
-(1 GiB; 0 keeps nothing).
+a gradient, and the C library gives large blocks back as soon as they are freed. So the blocks that were freed last are
+kept for the next, as torch does on a GPU. ``FUSEDLOSS_KEEP_BYTES`` says how large a block may be for that (1 GiB; 0
+keeps nothing).
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,23 +24,27 @@ SMALL = 4 * 2**20
 KEPT_BYTES = 2**30
 _HUGE_PAGE = 2 * 2**20
 
-# At most one block, which no tensor uses. Taking it out and putting one in are single steps, so that threads need no
-# lock, which a forked child might inherit locked.
+#: A linear form's chunk and the sum of its weight's gradients.
+_MOST_BLOCKS = 2
+
+# The blocks that no tensor uses, the last one last. Taking one out and putting one in are single steps, so that threads
+# need no lock, which a forked child might inherit locked.
 _kept: list[mmap.mmap] = []
 
 
-def empty_gradient(logits: Tensor) -> Tensor:
-    """Uninitialised, contiguous, like `logits`; its memory comes back here when the last tensor on it is gone."""
-    size = logits.numel() * logits.element_size()
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised and contiguous; its memory comes back here when the last tensor on it is gone."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
     block = _take(size) if SMALL <= size <= _limit() else None
     if block is None:
-        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+        return torch.empty(shape, dtype=dtype)
     view = memoryview(block)  # lives as long as the tensors on it
     weakref.finalize(view, _keep, block).atexit = False
-    gradient = torch.frombuffer(view, dtype=logits.dtype, count=logits.numel()).view(logits.shape)
+    tensor = torch.frombuffer(view, dtype=dtype, count=count).view(shape)
     if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
-        gradient.fill_(torch.nan)  # as torch.empty does
-    return gradient
+        tensor.fill_(torch.nan)  # as torch.empty does
+    return tensor
 
 
 def _limit() -> int:
@@ -52,13 +59,12 @@ def _limit() -> int:
 
 
 def _take(size: int) -> mmap.mmap | None:
-    try:
-        block = _kept.pop()
-    except IndexError:
-        pass
-    else:
-        if len(block) // 4 <= size <= len(block):  # a small gradient must not hold a large block
-            return block
+    with suppress(IndexError):  # another thread took the last
+        for _ in range(len(_kept)):
+            block = _kept.pop()
+            if len(block) // 4 <= size <= len(block):  # a small tensor must not hold a large block
+                return block
+            _kept.insert(0, block)
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
     try:
@@ -68,4 +74,4 @@ def _take(size: int) -> mmap.mmap | None:
 
 
 def _keep(block: mmap.mmap) -> None:
-    _kept[:] = [block]
+    _kept[:] = [*_kept[1 - _MOST_BLOCKS :], block]
