@@ -11,12 +11,14 @@ from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entro
 from .losses.tversky import linear_tversky_loss, tversky_loss
 from .statistics import RowStats, Statistics
 from .supcon import supcon_loss
+from .vocabulary import VocabularyShards
 
 __version__ = _version("fusedloss")
 
 __all__ = [
     "RowStats",
     "Statistics",
+    "VocabularyShards",
     "alpha_schedule",
     "cross_entropy",
     "dice_loss",

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, vocabulary
 from .backends import reference
 from .checks import compute_dtype
 from .epilogue import Epilogue, Overlap, Shared
 from .projection import Form, Projection, dense_logits
 from .statistics import Columns, Picks, dense_columns
+from .vocabulary import VocabularyShards
 
 Source = Tensor | Projection
 
@@ -291,11 +292,14 @@ def row_statistics(
     picks: Picks,
     inplace: bool,
     impl: str,
+    shards: VocabularyShards | None = None,
 ) -> tuple[Columns, Tensor]:
-    """The statistics of rows as differentiable columns, and the picks' indices (K, N)."""
-    *columns, index = _apply(
-        _RowStatistics, source, (ignore_index, tuple(picks), inplace, impl), target, weight, candidates
-    )
+    """The statistics of rows as differentiable columns, and the picks' indices (K, N).
+
+    With `shards` the source has this rank's classes; all else is of the classes of all ranks.
+    """
+    settings = (ignore_index, tuple(picks), inplace, impl, shards)
+    *columns, index = _apply(_RowStatistics, source, settings, target, weight, candidates)
     return Columns(*columns), index
 
 
@@ -303,11 +307,50 @@ def detached_statistics(
     source: Source, target: Tensor, weight: Tensor | None, ignore_index: int, picks: Picks, impl: str
 ) -> tuple[Tensor, Tensor]:
     """The operator's statistics and pick indices."""
-    rows = (target, weight, None, ignore_index, *picks)
+    rows = (target, weight, None, ignore_index, picks, impl)
     if not isinstance(source, Projection):
-        return ops.row_statistics(source.detach(), *rows, impl)
+        return _statistics((source.detach(), None, None), None, *rows)
     sources = [None if x is None else x.detach() for x in (source.hidden, source.weight, source.bias)]
-    return ops.linear_row_statistics(*sources, *rows, *source.form, impl)
+    return _statistics(sources, source.form, *rows)
+
+
+def _statistics(
+    sources: Sequence[Any],
+    form: Form | None,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    picks: Picks,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    rows = (target, weight, candidates, ignore_index, *picks)
+    if form is None:
+        return ops.row_statistics(sources[0], *rows, impl)
+    return ops.linear_row_statistics(*sources, *rows, *form, impl)
+
+
+def _merged_statistics(
+    sources: Sequence[Any],
+    form: Form | None,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    picks: Picks,
+    impl: str,
+    shards: VocabularyShards,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the classes of all ranks, and the logits of this rank's targets or else of its first class."""
+    own = shards.sizes[shards.rank]
+    rows = vocabulary.rows_here(shards, target, weight, candidates, ignore_index)
+    if own:
+        here = picks._replace(top_k=min(picks.top_k, own))
+        statistics, index = _statistics(sources, form, *rows, vocabulary.IGNORED, here, impl)
+    else:
+        statistics, index = vocabulary.nothing_here(sources[0], target, ops.picks_of(candidates, 0))
+    merged = vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks)
+    return *merged, statistics[ops.TARGET_LOGIT].clone()
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -315,13 +358,14 @@ class _RowStatistics(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, candidates
     ):
-        form, ignore_index, picks, _, impl = settings
-        rows = (target, weight, candidates, ignore_index, *picks)
-        if form is None:
-            statistics, index = ops.row_statistics(logits, *rows, impl)
+        form, ignore_index, picks, _, impl, shards = settings
+        sources, rows = (logits, linear_weight, linear_bias), (target, weight, candidates, ignore_index, Picks(*picks))
+        first_logit = None
+        if shards is None:
+            statistics, index = _statistics(sources, form, *rows, impl)
         else:
-            statistics, index = ops.linear_row_statistics(logits, linear_weight, linear_bias, *rows, *form, impl)
-        ctx.save_for_backward(logits, linear_weight, linear_bias, target, weight, candidates, statistics, index)
+            statistics, index, first_logit = _merged_statistics(sources, form, *rows, impl, shards)
+        ctx.save_for_backward(*sources, target, weight, candidates, statistics, index, first_logit)
         ctx.settings = settings
         ctx.mark_non_differentiable(index)
         m, ce = statistics[ops.MAX], statistics[ops.CE].clone()
@@ -341,10 +385,15 @@ class _RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *sources, target, weight, candidates, statistics, index = ctx.saved_tensors
-        form, ignore_index, picks, inplace, impl = ctx.settings
+        *sources, target, weight, candidates, statistics, index, first_logit = ctx.saved_tensors
+        form, ignore_index, picks, inplace, impl, shards = ctx.settings
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
+            if shards is not None:
+                raise RuntimeError(
+                    "a vocabulary-parallel loss is differentiated once: its second derivative would need the logits "
+                    "of all ranks; compute create_graph=True on one rank's logits"
+                )
 
             def columns(z: Tensor) -> Columns:
                 ignored = target == ignore_index
@@ -353,8 +402,17 @@ class _RowStatistics(torch.autograd.Function):
 
             result = _dense_gradients(sources, form, target, needed, columns, grads[:-1])
         else:
-            classes = sources[0].shape[-1] if form is None else sources[1].shape[0]
+            own = sources[0].shape[-1] if form is None else sources[1].shape[0]
+            classes = own if shards is None else shards.classes
             coefficients = _coefficients(statistics, target, index, weight, Columns(*grads[:-1]), classes)
+            if shards is not None:
+                if not own and form is None:
+                    return torch.zeros_like(sources[0]), None, None, None, None, None, None
+                here, weight, _ = vocabulary.rows_here(shards, target, weight, None, ignore_index)
+                first_weight = None if weight is None or not own else weight[0]
+                rows = (target, statistics, index, coefficients, first_logit, first_weight)
+                index, coefficients = vocabulary.gradient_here(shards, *rows)
+                target, ignore_index = here, vocabulary.IGNORED
             tensors: tuple[Any, ...] = (target, weight, statistics, index, coefficients, None, [])
             result = _gradients(sources, form, needed, inplace, tensors, ("", ignore_index), impl)
         return *result, None, None, None, None
@@ -374,7 +432,7 @@ def _coefficients(
     weight_sum: Tensor | int = classes if weight is None else weight.sum()
     # d = a - b_target is summed without the terms that cancel in it
     d = g.lse + (g.pick_ce * ~same).sum(0) + u * weight_sum
-    a = d + g_ce + g.q * p
+    a = d + g_ce + torch.where(p == 0, 0, g.q * p)  # of an infinite ce, whatever the loss does with it
     at_target = d + g_target - a * q
     valid_target = target.clamp(0, classes - 1)  # ignored rows may hold any index
     at_target = at_target - (u if weight is None else u * weight[valid_target])

@@ -63,11 +63,15 @@ def _range(low: float, high: float, above: bool = False) -> str:
     return f"{'greater than' if above else 'at least'} {low:g}"
 
 
-def check_local(name: str, value: Tensor) -> None:
+def is_dtensor(x: object) -> bool:
     # By its name, since importing the class would import half of torch.distributed.
-    if type(value).__name__ == "DTensor":
+    return type(x).__name__ == "DTensor"
+
+
+def check_local(name: str, value: Tensor) -> None:
+    if is_dtensor(value):
         raise ValueError(
-            f"{name} is a DTensor, and the losses take the tensors of one process; pass the whole tensor, "
+            f"{name} is a DTensor, and the loss takes the tensors of one process; pass the whole tensor, "
             f"{name}.full_tensor()"
         )
 
@@ -77,14 +81,11 @@ def check_logits(input: object, target: object) -> None:
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
-    for name, value in (("input", input), ("target", target)):
-        if isinstance(value, Tensor):
-            check_local(name, value)
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must hold class indices as int64 or int32, got {target.dtype}")
-    if input.dim() < 1 or input.shape[-1] < 1:
+    if input.dim() < 1:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
     if target.shape != input.shape[:-1]:
         raise ValueError(
@@ -95,12 +96,17 @@ def check_logits(input: object, target: object) -> None:
         raise ValueError(f"target is on {target.device}, but input on {input.device}")
 
 
-def check_weight(weight: object, input: Tensor | Projection) -> None:
+def check_classes(classes: int, input: Tensor | Projection) -> None:
+    if classes < 1:
+        raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
+
+
+def check_weight(weight: object, input: Tensor | Projection, classes: int) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(f"weight must be a floating point tensor, got {kind}")
-    if weight.shape != input.shape[-1:]:
-        raise ValueError(f"weight must be ({input.shape[-1]},), one a class, got shape {tuple(weight.shape)}")
+    if weight.shape != (classes,):
+        raise ValueError(f"weight must be ({classes},), one a class, got shape {tuple(weight.shape)}")
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device}, but input on {input.device}")
     if weight.requires_grad:

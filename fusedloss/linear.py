@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, ops
-from .checks import check_local, check_number, compute_dtype
+from . import backends, ops, vocabulary
+from .checks import check_number, compute_dtype
 from .projection import Form, Projection
 
 #: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
@@ -45,6 +45,9 @@ Args:
         else 128 MiB.
     drop_ignored: leave ignored rows out of the products. Their number is read by the host, so that None does it on a
         CPU only.
+    sequence_parallel: with a group, whose ranks then have an equal part of the hidden states each, (S / R, *, D), one
+        after the other along the first dimension; the target is that of all of them, (S, *). They are gathered chunk by
+        chunk, and their gradient is sent back likewise: no rank ever has all of them. Losses over the classes do.
     {arguments}: as below. An `impl` of these alone is "triton_fused": on a GPU, kernels make the logits wherever they
         look at them and store none; only gradients are chunks of `budget` bytes, and gradients of "mean" and "sum" take
         four products too.
@@ -70,9 +73,16 @@ def linear_form(loss: Callable[..., Any]) -> Callable[..., Any]:
         softcap: float | None = None,
         budget: int | None = None,
         drop_ignored: bool | None = None,
+        sequence_parallel: bool = False,
         **options: Any,
     ) -> Any:
-        projection = project(input, linear_weight, linear_bias, softcap, budget, drop_ignored)
+        input, linear_weight, linear_bias, group, sequence_parallel = vocabulary.local_projection(
+            input, linear_weight, linear_bias, options.get("group"), sequence_parallel
+        )
+        if group is not None:
+            options["group"] = group
+        parts = vocabulary.row_parts(sequence_parallel, group)
+        projection = project(input, linear_weight, linear_bias, softcap, budget, drop_ignored, parts)
         return loss(projection, target, *arguments, **options)
 
     shared = inspect.signature(linear).parameters
@@ -101,6 +111,7 @@ def project(
     softcap: float | None,
     budget: int | None,
     drop_ignored: bool | None,
+    row_parts: int = 1,
 ) -> Projection:
     """Checks what makes the logits and casts it under autocast."""
     for name, value in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias)):
@@ -108,15 +119,12 @@ def project(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        check_local(name, value)
     if hidden.dim() < 1 or weight.dim() != 2:
         raise ValueError(
             f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"input has D = {hidden.shape[-1]} features, but linear_weight {weight.shape[1]}")
-    if weight.shape[0] < 1:
-        raise ValueError(f"linear_weight must have at least one class, got shape {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_bias must be ({weight.shape[0]},), one a class, got shape {tuple(bias.shape)}")
     hidden, weight, bias = _autocast(hidden, weight, bias)
@@ -135,9 +143,11 @@ def project(
     budget = _budget(budget)
     if budget < row:
         raise ValueError(f"budget of {budget} bytes is too small for one row of logits, {row} bytes")
+    if row_parts > 1:
+        drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
         drop_ignored = hidden.device.type == "cpu"
-    return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored))
+    return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
 
 
 def _budget(budget: int | None) -> int:
@@ -177,21 +187,32 @@ class _Chunks:
     ):
         self.hidden, self.weight, self.bias, self.target = hidden, weight, bias, target
         self.form, self.valid, self._impl = form, valid, impl
-        rows, classes = hidden.shape[0], weight.shape[0]
+        rows, classes = target.shape[0], weight.shape[0]
         copies = self._copies(gradient)
-        most = max(1, form.budget // (classes * hidden.element_size() * copies)) if copies else max(1, rows)
+        row = classes * hidden.element_size() * copies
+        most = form.most_rows or (max(1, form.budget // row) if row else max(1, rows))
         self.count = max(1, -(-rows // most))
         self.rows = -(-rows // self.count)
         self._buffers = [backends.new_buffer(hidden, (self.rows, classes)) for _ in range(copies)]
+        self._fetched: slice | None = None
+        self._rows = hidden.new_empty((self.rows if form.row_parts > 1 else 0, hidden.shape[1]))
 
     def _copies(self, gradient: bool) -> int:
         """How many tensors as large as a chunk's logits there are."""
         return 2 if gradient and self.form.softcap else 1
 
     def __iter__(self) -> Iterator[slice]:
-        rows = self.hidden.shape[0]
+        rows = self.target.shape[0]
         for begin in range(0, max(rows, 1), max(self.rows, 1)):
             yield slice(begin, min(begin + self.rows, rows))
+
+    def rows_of_hidden(self, rows: slice) -> Tensor:
+        if self.form.row_parts == 1:
+            return self.hidden[rows]
+        if self._fetched != rows:
+            self._fetched, size = rows, rows.stop - rows.start
+            self._rows = vocabulary.fetch_rows(self.hidden, rows, self._rows[:size], self.form.group)
+        return self._rows[: rows.stop - rows.start]
 
     def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor]:
         return ops.row_statistics(self._logits(rows), self.target[rows], *arguments, self._impl)
@@ -223,7 +244,7 @@ class _Chunks:
         return self._before_softcap(logits)
 
     def _logits(self, rows: slice) -> Tensor:
-        hidden, softcap = self.hidden[rows], self.form.softcap
+        hidden, softcap = self.rows_of_hidden(rows), self.form.softcap
         logits, *slope = (buffer[: len(hidden)] for buffer in self._buffers)
         if rows.start >= self.valid:
             return logits
@@ -282,7 +303,7 @@ class _ProductChunks(_Chunks):
     def _product(self, rows: slice) -> tuple[Any, ...]:
         form = self.form
         return (
-            self.hidden[rows], self.weight, self.bias, form.softcap, form.mask_target, self.target[rows],
+            self.rows_of_hidden(rows), self.weight, self.bias, form.softcap, form.mask_target, self.target[rows],
         )  # fmt: skip
 
 
@@ -301,21 +322,38 @@ class _Gradients:
         self.hidden = backends.new_buffer(hidden, hidden.shape if needed[0] else (0,))
         self.weight = backends.new_buffer(weight, weight.shape if needed[1] else (0,), dtype)
         self.bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=dtype)
+        self._pending: Any = None
 
     def add(self, rows: slice, gradient: Tensor) -> None:
         chunks = self._chunks
         if rows.start >= chunks.valid:
             if self._needed[0]:
                 self.hidden[rows] = 0
+                self._sum_over_ranks(rows)
             if self._needed[1] and rows.start == 0:
                 self.weight.zero_()
             return
-        if self._needed[0]:
+        parts: list[Any] = []
+        if self._needed[0] and chunks.form.row_parts == 1:
             torch.mm(gradient, chunks.weight, out=self.hidden[rows])
+            self._sum_over_ranks(rows)
+        elif self._needed[0]:
+            parts = vocabulary.send_rows(torch.mm(gradient, chunks.weight), rows, self.hidden, chunks.form.group)
         if self._needed[1]:
-            self._add_weight(gradient, chunks.hidden[rows], first=rows.start == 0)
+            self._add_weight(gradient, chunks.rows_of_hidden(rows), first=rows.start == 0)
         if self._needed[2]:
             self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+        for arrive in parts:
+            arrive()
+
+    def _sum_over_ranks(self, rows: slice) -> None:
+        """With the last rows, while the weight's product goes on."""
+        if self._chunks.form.group and rows.stop == len(self.hidden):
+            self._pending = vocabulary.sum_in_place(self.hidden, self._chunks.form.group)
+
+    def wait(self) -> None:
+        if self._pending is not None:
+            self._pending.wait()
 
     def _add_weight(self, gradient: Tensor, hidden: Tensor, first: bool) -> None:
         if self.weight.dtype == gradient.dtype:
@@ -381,11 +419,14 @@ def linear_row_statistics(
     budget: int,
     drop_ignored: bool,
     mask_target: bool,
+    group: str,
+    row_parts: int,
+    most_rows: int,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates = _take(order, hidden, target, candidates)
-    form = Form(softcap, budget, drop_ignored, mask_target)
+    form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
     parts = [
         chunks.statistics(rows, weight, _optional_part(rows, candidates), ignore_index, top_k, below, mean)
@@ -416,11 +457,14 @@ def linear_row_loss(
     budget: int,
     drop_ignored: bool,
     mask_target: bool,
+    group: str,
+    row_parts: int,
+    most_rows: int,
     impl: str,
 ) -> tuple[Tensor, ...]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates, row_weight, *params = _take(order, hidden, target, candidates, row_weight, *params)
-    form = Form(softcap, budget, drop_ignored, mask_target)
+    form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=any(needed), impl=impl)
     gradients = _Gradients(chunks, needed)
     shared = (label_smoothing, smoothing_over, z_loss)
@@ -459,20 +503,28 @@ def linear_gradient(
     budget: int,
     drop_ignored: bool,
     mask_target: bool,
+    group: str,
+    row_parts: int,
+    most_rows: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, grad_output, *params = _take(order, hidden, target, grad_output, *params)
     if order is not None:
         statistics, index, coefficients = (x.index_select(1, order) for x in (statistics, index, coefficients))
-    form = Form(softcap, budget, drop_ignored, mask_target)
+    form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
+    valid = valid if len(linear_weight) else 0  # a rank without classes adds nothing to the sums of others
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=True, impl=impl)
     gradients = _Gradients(chunks, needed)
     for rows in chunks:
+        if not valid:
+            gradients.add(rows, hidden)
+            continue
         saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))
         upstream = _optional_part(rows, grad_output)
         gradient = chunks.gradient(rows, weight, *saved, upstream, _part(rows, params), epilogue, ignore_index)
         gradients.add(rows, gradient)
+    gradients.wait()
     (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)
     return grad_hidden, gradients.weight, gradients.bias
 

@@ -132,7 +132,10 @@ class _Loss(nn.Module):
             return
         every = [p for p in inspect.signature(loss).parameters.values() if p.name not in cls._sources]
         # Class weights are those of the task; any other argument that is a tensor or nothing comes with a batch.
-        batch = [p.name for p in every if p.name != "weight" and set(_types(p)) == {"Tensor", "None"}]
+        # A group could not be copied or saved with the module.
+        batch = [
+            p.name for p in every if p.name == "group" or (p.name != "weight" and set(_types(p)) == {"Tensor", "None"})
+        ]
         values = [p.name for p in every if p.name not in ("weight", *batch) and "Tensor" in _types(p)]
         kept = [_retyped(p, "nn.Module") if p.name in values else p for p in every if p.name not in batch]
         per_call = [_retyped(p, "None").replace(default=None) for p in every if p.name in (*batch, *values)]

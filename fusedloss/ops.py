@@ -11,6 +11,8 @@
                     a loss L of those sums
 ``product_row_...`` the row operators of logits that a kernel makes and never stores; ``product_row_gradient_`` writes
                     the gradient by the products, before the softcap
+``gather``          what each rank of a process group, by its name, has of a tensor, (R, ...)
+``sum_over_ranks``  the sum of what they have
 ``linear_...``      the same of hidden states and a weight, (N, D) and (V, D), whose logits are made a chunk at a time:
                     ``linear_row_loss`` also gives the gradients of its ``row_weight``-weighted sum by hidden states,
                     weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
@@ -71,6 +73,9 @@ _library.define(
     "str epilogue, int ignore_index, str impl) -> (Tensor loss, Tensor coefficients)"
 )
 
+_library.define("gather(Tensor part, int ranks, str group) -> Tensor")
+_library.define("sum_over_ranks(Tensor part, str group) -> Tensor")
+
 _LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
 _PRODUCT = f"{_LINEAR}, float softcap, bool mask_target"
 _library.define(
@@ -83,7 +88,9 @@ _library.define(
     "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
 _library.define(f"product_row_gradient_(Tensor(a!) gradient, {_PRODUCT}, {_GRADIENT_ARGUMENTS}) -> ()")
-_FORM = "float softcap, int budget, bool drop_ignored, bool mask_target, str impl"
+_FORM = (
+    "float softcap, int budget, bool drop_ignored, bool mask_target, str group, int row_parts, int most_rows, str impl"
+)
 _library.define(
     f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
     f"bool below, bool mean, {_FORM}) -> (Tensor statistics, Tensor index)"
@@ -107,6 +114,8 @@ row_gradient = torch.ops.fusedloss.row_gradient.default
 row_gradient_ = torch.ops.fusedloss.row_gradient_.default
 class_sums = torch.ops.fusedloss.class_sums.default
 class_terms = torch.ops.fusedloss.class_terms.default
+gather = torch.ops.fusedloss.gather.default
+sum_over_ranks = torch.ops.fusedloss.sum_over_ranks.default
 product_row_statistics = torch.ops.fusedloss.product_row_statistics.default
 product_row_loss = torch.ops.fusedloss.product_row_loss.default
 product_row_gradient_ = torch.ops.fusedloss.product_row_gradient_.default
@@ -235,6 +244,16 @@ def new_class_sums(logits: Tensor) -> Tensor:
 @_fake("class_terms")
 def _(statistics, **_):  # type: ignore[no-untyped-def]
     return new_losses(statistics)
+
+
+@_fake("gather")
+def _(part, ranks, **_):  # type: ignore[no-untyped-def]
+    return part.new_empty((ranks, *part.shape))
+
+
+@_fake("sum_over_ranks")
+def _(part, **_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(part)
 
 
 @_fake("linear_row_statistics")

@@ -22,8 +22,20 @@ from .backends import reference
 from .checks import check_choice, check_number, compute_dtype
 from .epilogue import Overlap
 from .projection import Projection
-from .row import Problem, RowOptions, dense_row_stats, in_chunks, parameter, prepare, row_loss, row_stats, shaped_stats
-from .statistics import Picks
+from .row import (
+    Problem,
+    RowOptions,
+    dense_row_stats,
+    in_chunks,
+    over_own_classes,
+    parameter,
+    prepare,
+    row_loss,
+    row_stats,
+    shaped_stats,
+    statistics_of_classes,
+)
+from .statistics import Picks, Statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,15 +88,20 @@ def overlap_loss(
     _check_level(problem, level)
     sums, stats = _sums(problem, overlap)
     dtype = compute_dtype(input.dtype)
-    error, agreement = sums.unbind()
+    shards, weight = problem.shards, problem.weight
     if level == "set":
-        error, agreement = error.sum(), agreement.sum()
+        sums = sums.sum(1)
+        sums = sums if shards is None else shards.sum(sums)
+    error, agreement = sums.unbind()
     # In the float64 of the sums: by E the ratio's derivative is a difference.
     loss = Overlap.ratio(error, agreement, parameter(smooth, torch.float64, input.device)).to(dtype)
     if level == "class":
-        loss = loss if problem.weight is None else loss * problem.weight
+        own = weight if shards is None else shards.weight(weight)
+        loss = loss if own is None else loss * own
         reduction = problem.options["reduction"]
-        loss = loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+        if reduction != "none":
+            loss = loss.sum() if shards is None else shards.sum(loss.sum())
+            loss = loss if reduction == "sum" else loss / problem.classes
     return loss if stats is None else (loss, shaped_stats(stats, target))
 
 
@@ -105,7 +122,7 @@ def _check_level(problem: Problem, level: str) -> None:
 
 def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Error and agreement of each class, (2, V) in float64, and the columns of RowStats where asked."""
-    logits, target, _, _, params, row_weight, impl, inplace, o = problem
+    logits, target, _, _, params, row_weight, impl, inplace, shards, _, o = problem
     assert isinstance(logits, Tensor)
     ignore_index, return_stats = o["ignore_index"], o["return_stats"]
 
@@ -115,6 +132,9 @@ def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...
     if impl == "reference":
         sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)
         return sums, dense_row_stats(s, target, ignore_index) if return_stats else None
+    if shards is not None:
+        sums, s = _sums_of_own(problem, overlap)
+        return sums, dense_row_stats(s, target, ignore_index) if return_stats else None
     if backends.has_epilogue(impl, overlap.over_rows) and not any(p.requires_grad for p in params):
         sums, statistics, index = autograd.class_sums(
             logits, target, row_weight, params, overlap, ignore_index, inplace, impl
@@ -122,7 +142,20 @@ def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...
     else:
         if inplace:
             raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
-        sums = torch.stack(in_chunks(dense, logits, target, row_weight, *params)).sum(0)
+        sums = torch.stack(in_chunks(dense, logits.shape[-1], logits, target, row_weight, *params)).sum(0)
         if return_stats:
             statistics, index = autograd.detached_statistics(logits, target, None, ignore_index, Picks(1), impl)
     return sums, row_stats(statistics, index, target, ignore_index) if return_stats else None
+
+
+def _sums_of_own(problem: Problem, overlap: Overlap) -> tuple[Tensor, Statistics]:
+    """Of this rank's classes."""
+    s, ignored = statistics_of_classes(problem)
+
+    def sums(p: Tensor, q: Tensor, positive: Tensor, row_weight: Tensor | None, *params: Tensor) -> Tensor:
+        columns = (x[:, None] if x.dim() else x for x in params)
+        terms = torch.stack(overlap.function(p, q, positive, *columns))
+        return (terms if row_weight is None else terms * row_weight[:, None]).sum(1, dtype=torch.float64)
+
+    parts = over_own_classes(problem, s, ignored, sums, [problem.token_weight, *problem.params])
+    return torch.stack(parts).sum(0), s

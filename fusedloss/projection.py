@@ -20,6 +20,12 @@ class Form(NamedTuple):
     """Leave ignored rows out of the products. Counting them is a host read."""
     mask_target: bool = False
     """Take the target's logit for -inf: a row is compared with all but itself."""
+    group: str = ""
+    """Name of the process group over whose ranks the classes are divided, which sum the hidden states' gradient."""
+    row_parts: int = 1
+    """Over how many of its ranks the rows of the hidden states are divided too, evenly."""
+    most_rows: int = 0
+    """Rows of a chunk where the ranks must agree on them; 0: by the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +39,8 @@ class Projection:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        first, *others = *self.hidden.shape[:-1], self.weight.shape[0]
+        return torch.Size((first * self.form.row_parts, *others))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -154,18 +154,8 @@ def dense_columns(
     one_hot = torch.zeros_like(z, dtype=torch.bool).scatter(-1, target[:, None], True)
     rest = exp.masked_fill(one_hot, 0).sum(-1)
     target_logit = z.gather(-1, target[:, None])[:, 0]
-    mine = (target_logit - m).exp()
-    total = rest + mine
+    ce, q, total = of_target(m, rest, target_logit)
     log_sum = total.log()
-    # log(1 + rest/mine) keeps its digits for p_t -> 1; the guards keep the branch not taken free of NaN gradients
-    near = rest < mine
-    ratio = torch.where(near, rest, 0) / torch.where(near, mine, 1)
-    ce = torch.where(near, ratio.log1p(), (m - target_logit) + log_sum)
-    # For p_t -> 0 it is the gradient of rest / total that would cancel.
-    q = torch.where(near, rest / total, 1 - (-ce).exp())
-    hopeless = total == 0  # no finite logit at all
-    ce = torch.where(hopeless, torch.inf, ce)
-    q = torch.where(hopeless, 1, q)
 
     scaled = shifted if weight is None else shifted * weight
     scale = 1 if weight is None else weight.mean()
@@ -176,6 +166,20 @@ def dense_columns(
     pick_logit = torch.where(index < 0, -torch.inf, pick_logit)
     pick_ce = torch.where(index == target, ce, log_sum + (m - pick_logit))
     return Columns(ce, q, m + log_sum, target_logit, mean_ce, pick_logit, pick_ce), index
+
+
+def of_target(m: Tensor, rest: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ce, q and sum_j exp(z_j - m), from the maximum and the sum over all but the target; differentiable."""
+    mine = (target_logit - m).exp()
+    total = rest + mine
+    # log(1 + rest/mine) keeps its digits for p_t -> 1; the guards keep the branch not taken free of NaN gradients
+    near = rest < mine
+    ratio = torch.where(near, rest, 0) / torch.where(near, mine, 1)
+    ce = torch.where(near, ratio.log1p(), (m - target_logit) + total.log())
+    # For p_t -> 0 it is the gradient of rest / total that would cancel.
+    q = torch.where(near, rest / total, 1 - (-ce).exp())
+    hopeless = total == 0  # no finite logit at all
+    return torch.where(hopeless, torch.inf, ce), torch.where(hopeless, 1, q), total
 
 
 def _pick_indices(z: Tensor, target: Tensor, candidates: Tensor | None, picks: Picks) -> Tensor:

@@ -10,17 +10,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
 from fusedloss import linear, ops
+from fusedloss.projection import Form
 
 ROWS, FEATURES, CLASSES = 37, 19, 131
 IGNORED = -1
@@ -436,7 +434,7 @@ def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
     data = Data.make(generator, torch.float32)
     sources = [x.detach() for x in data.sources]
     rows = (data.target, data.class_weight.float(), None)
-    form = (0.0, budget_for(8, data.sources), True, masked, "cpu")
+    form = (*Form(0.0, budget_for(8, data.sources), drop_ignored=True, mask_target=masked), "cpu")
     loss_arguments = (
         *sources, *rows, [], data.token_weight.float(), [True] * 3, "cross_entropy", 0.1, "all", 0.0, IGNORED, 1, *form,
     )  # fmt: skip
@@ -454,36 +452,6 @@ def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
 
 
 # --- refused ---
-
-
-@pytest.fixture
-def distributed() -> Iterator[Callable[[Tensor], Tensor]]:
-    """Makes a DTensor, on a mesh of this process alone."""
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    mesh = init_device_mesh("cpu", (1,))
-    yield lambda x: distribute_tensor(x, mesh, [Shard(0)])
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "target"])
-def test_distributed_tensors_are_refused(name: str, distributed: Callable[[Tensor], Tensor]) -> None:
-    arguments = {"input": torch.zeros(3, 4), "linear_weight": torch.zeros(7, 4), "linear_bias": torch.zeros(7)}
-    arguments["target"] = torch.tensor([0, 6, 1])
-    arguments[name] = distributed(arguments[name])
-    with pytest.raises(ValueError, match=rf"{name} is a DTensor.*{name}\.full_tensor\(\)"):
-        fl.linear_cross_entropy(**arguments)
-    assert fl.linear_cross_entropy(**(arguments | {name: arguments[name].full_tensor()})) == pytest.approx(
-        float(torch.tensor(7.0).log())
-    )
-
-
-@pytest.mark.parametrize("name", ["input", "target"])
-def test_distributed_logits_are_refused(name: str, distributed: Callable[[Tensor], Tensor]) -> None:
-    arguments = {"input": torch.zeros(3, 4), "target": torch.tensor([0, 3, 1])}
-    arguments[name] = distributed(arguments[name])
-    with pytest.raises(ValueError, match=f"{name} is a DTensor"):
-        fl.focal_loss(**arguments)
 
 
 @pytest.mark.parametrize(

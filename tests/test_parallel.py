@@ -3,13 +3,12 @@
 import contextlib
 import copy
 import sys
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from oracle import supervised_contrastive
@@ -242,29 +241,13 @@ SCENES: list[Callable[[int, int], None]] = [
 ]
 
 
-def _rank(rank: int, world: int, store: str) -> None:
-    """A process of its own, in which a deprecated function is an error as everywhere in these tests."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
-    )
-    for scene in SCENES:
-        scene(rank, world)
-    dist.destroy_process_group()
-
-
 # --- what the tests run ---
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All the scenes in one start of the processes, which costs more than they do; a traceback names the scene."""
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path / "store")), nprocs=world)
+    ranks.run(SCENES, world, tmp_path, monkeypatch)
 
 
 X, Y = torch.eye(3), torch.tensor([0, 0, 1])

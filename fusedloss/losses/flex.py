@@ -80,8 +80,6 @@ def flex_loss(
     check_choice("over", over, ("rows", "classes"))
     if over == "classes" and (statistics or candidates is not None):
         raise ValueError("over='classes' takes neither statistics nor candidates")
-    if "second" in statistics and input.shape[-1] < 2:
-        raise ValueError(f"the second largest logit needs at least 2 classes, got {input.shape[-1]}")
     names = tuple(statistics)
     if "second" in names and "top" not in names:
         names = ("top", *names)

@@ -81,8 +81,6 @@ def mixed_cross_entropy(
         raise ValueError(f"top_k must be 1 or 2, got {top_k!r}")
     if candidates is not None and top_k != 1:
         raise ValueError(f"candidates take the place of the top predictions; drop top_k={top_k}")
-    if top_k == 2 and input.shape[-1] < 2:
-        raise ValueError(f"top_k=2 needs at least 2 classes, got {input.shape[-1]}")
     epilogue = _CANDIDATES if candidates is not None else _TOP_2 if top_k == 2 else _TOP_1
     return row_loss("mixed_cross_entropy", input, target, epilogue, (alpha,), candidates=candidates, **options)
 

@@ -1,0 +1,441 @@
+"""Vocabulary-parallel losses: each rank of a process group has the logits of some of the classes.
+
+The statistics of the parts of a row merge exactly. Each rank's pass makes those of its own classes, one collective
+brings them together, and every rank goes on with the statistics of whole rows: the loss comes out alike on all of them,
+and the gradient pass of a rank needs nothing from the others.
+
+The passes know nothing of this. On a rank that has not got a row's target they take the rank's first class for it,
+whose logit and gradient are put right around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops, parallel
+from .checks import is_dtensor
+from .projection import Form, Projection
+from .statistics import Picks, of_target
+
+#: What the passes are told of ignored rows: the caller's ignore_index may be the number of a class on this rank.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class VocabularyShards:
+    """How many classes each rank of a process group has, in the order of the ranks; `group` of the losses takes it.
+
+    A process group in its place makes the ranks tell each other their numbers at each call, by a collective that the
+    host waits for. ``VocabularyShards.gather(group, classes)`` does so once.
+
+    Args:
+        group: the process group; this rank must be in it.
+        sizes: classes of each rank, 0 or more.
+
+    Raises:
+        TypeError, ValueError: no such group, or no such sizes for it.
+    """
+
+    group: Any
+    sizes: tuple[int, ...]
+
+    def __init__(self, group: Any, sizes: Sequence[int]) -> None:
+        parallel.check_group(group)
+        sizes = tuple(sizes)
+        for size in sizes:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+                raise ValueError(f"sizes must be numbers of classes, got {size!r} in {sizes}")
+        if len(sizes) != group.size() or not any(sizes):
+            raise ValueError(f"sizes must be of the {group.size()} ranks of the group, one class at least, got {sizes}")
+        object.__setattr__(self, "group", group)
+        object.__setattr__(self, "sizes", sizes)
+        _groups[self.name] = group
+
+    @classmethod
+    def gather(cls, group: Any, classes: int, device: torch.device | str = "cpu") -> VocabularyShards:
+        """From the number of classes on this rank, told by each. `device`: one on which the group communicates."""
+        parallel.check_group(group)
+        return cls(group, parallel.meet(group, classes, torch.device(device), {}).rows)
+
+    @property
+    def name(self) -> str:
+        return self.group.group_name
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def classes(self) -> int:
+        """Of all ranks."""
+        return sum(self.sizes)
+
+    @property
+    def own(self) -> slice:
+        """This rank's classes among all."""
+        first = sum(self.sizes[: self.rank])
+        return slice(first, first + self.sizes[self.rank])
+
+    def here(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes as columns of this rank, -1 for those of others, and which ones are here."""
+        here = (index >= self.own.start) & (index < self.own.stop)
+        return torch.where(here, index - self.own.start, -1), here
+
+    def owner(self, index: Tensor) -> Tensor:
+        """The ranks that have these classes."""
+        ends = torch.tensor(list(accumulate(self.sizes)), device=index.device)
+        return torch.bucketize(index.contiguous(), ends, right=True).clamp(max=len(self.sizes) - 1)
+
+    def weight(self, weight: Tensor | None) -> Tensor | None:
+        """Those of this rank's classes."""
+        return None if weight is None else weight[self.own].contiguous()
+
+    def gather_parts(self, part: Tensor) -> Tensor:
+        """(R, ...): what each rank has. Not differentiable."""
+        return ops.gather(part.contiguous(), len(self.sizes), self.name)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Over the ranks, in their order, of parts that each has made from what all have alike; differentiable, once.
+
+        What they are made from goes through :meth:`alike`.
+        """
+        return _Sum.apply(part, self)
+
+    def rows(self, part: Tensor) -> Tensor:
+        """The rows of all ranks, which have as many each, as what is alike on them. Differentiable, once."""
+        return _Rows.apply(part, self)
+
+    def alike(self, x: Tensor) -> Tensor:
+        """What is the same on every rank; its gradient is the sum of theirs. Differentiable, once."""
+        return _Alike.apply(x, self)
+
+
+_groups: dict[str, Any] = {}
+
+
+def gather(part: Tensor, ranks: int, group: str) -> Tensor:
+    parts = part.new_empty((ranks, *part.shape))
+    dist.all_gather(list(parts.unbind()), part, group=_groups[group])
+    return parts
+
+
+def sum_over_ranks(part: Tensor, group: str) -> Tensor:
+    total = part.clone()
+    dist.all_reduce(total, group=_groups[group])
+    return total
+
+
+ops.register_for_every_device(gather=gather, sum_over_ranks=sum_over_ranks)
+
+
+def sum_in_place(x: Tensor, group: str) -> Any:
+    """Over the ranks; what to wait for."""
+    return dist.all_reduce(x, group=_groups[group], async_op=True)
+
+
+def row_parts(sequence_parallel: object, group: Any) -> int:
+    """Over how many ranks the rows of the hidden states are divided."""
+    if not isinstance(sequence_parallel, bool):
+        raise TypeError(f"sequence_parallel must be a bool, got {sequence_parallel!r}")
+    if not sequence_parallel:
+        return 1
+    if group is None:
+        raise ValueError("sequence_parallel=True is for the ranks of a group, but group is None")
+    if not isinstance(group, VocabularyShards):
+        parallel.check_group(group)
+        return group.size()
+    if not all(group.sizes):
+        raise ValueError(f"sequence_parallel=True needs a class on each rank, but their numbers are {group.sizes}")
+    return len(group.sizes)
+
+
+def _owners(rows: slice, part: int) -> Iterator[tuple[int, slice, slice]]:
+    """The ranks that have some of these rows, `part` being on each: which of `rows`, and which of theirs."""
+    for rank in range(rows.start // part, -(-rows.stop // part)):
+        begin, end = max(rows.start, rank * part), min(rows.stop, (rank + 1) * part)
+        yield rank, slice(begin - rows.start, end - rows.start), slice(begin - rank * part, end - rank * part)
+
+
+def fetch_rows(own: Tensor, rows: slice, buffer: Tensor, group: str) -> Tensor:
+    """Rows of which each rank has an equal part, into the buffer, which then begins with them."""
+    ranks, pending = _groups[group], []
+    for rank, where, which in _owners(rows, len(own)):
+        if rank == ranks.rank():
+            buffer[where] = own[which]
+        pending.append(dist.broadcast(buffer[where], group_src=rank, group=ranks, async_op=True))
+    for work in pending:
+        work.wait()
+    return buffer
+
+
+def send_rows(gradient: Tensor, rows: slice, own: Tensor, group: str) -> list[Callable[[], None]]:
+    """The sum over the ranks of such rows, to those that have them; what to call for it to have arrived in `own`."""
+    ranks = _groups[group]
+
+    def send(rank: int, where: slice, which: slice) -> Callable[[], None]:
+        work = dist.reduce(gradient[where], group_dst=rank, group=ranks, async_op=True)
+
+        def arrive() -> None:
+            work.wait()
+            if rank == ranks.rank():
+                own[which] = gradient[where]
+
+        return arrive
+
+    return [send(*owner) for owner in _owners(rows, len(own))]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shards: VocabularyShards) -> Tensor:
+        return shards.gather_parts(part).sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Alike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: VocabularyShards) -> Tensor:
+        ctx.name = shards.name
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ops.sum_over_ranks(grad.contiguous(), ctx.name), None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shards: VocabularyShards) -> Tensor:
+        ctx.shards = shards
+        return shards.gather_parts(part).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shards = ctx.shards
+        return ops.sum_over_ranks(grad.contiguous(), shards.name).chunk(len(shards.sizes))[shards.rank], None
+
+
+def local_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyShards | None]:
+    """What this rank has of a DTensor whose dimension `dim` is the classes, and how they are divided, None if not."""
+    where = f"{name} is a DTensor with placements {tuple(x.placements)}"
+    divided = [axis for axis, placement in enumerate(x.placements) if not placement.is_replicate()]
+    if not divided:
+        return x.to_local(grad_placements=x.placements), None
+    placement = x.placements[divided[0]]
+    # A subclass of Shard lays the parts out in another order.
+    if len(divided) > 1 or type(placement).__name__ != "Shard" or placement.dim != dim % x.dim():
+        raise ValueError(
+            f"{where}; the losses take replicated ones, and those that one dimension of the mesh shards on the classes"
+        )
+    group = x.device_mesh.get_group(divided[0])
+    size, ranks = x.shape[dim], group.size()
+    most = -(-size // ranks)
+    sizes = [max(0, min(most, size - rank * most)) for rank in range(ranks)]
+    return x.to_local(grad_placements=x.placements), VocabularyShards(group, sizes)
+
+
+def local_rows(target: Any) -> Tensor:
+    """The target, which every rank must have whole."""
+    if not is_dtensor(target):
+        return target
+    if not all(placement.is_replicate() for placement in target.placements):
+        raise ValueError(f"target is a DTensor with placements {tuple(target.placements)}; it must be replicated")
+    return target.to_local()
+
+
+def local_projection(
+    hidden: Any, weight: Any, bias: Any, group: Any, sequence_parallel: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Of DTensors, what this rank has, with the group that they say. Others pass through."""
+    if not any(map(is_dtensor, (hidden, weight, bias))):
+        return hidden, weight, bias, group, sequence_parallel
+    if not is_dtensor(weight) or not is_dtensor(hidden) or (bias is not None and not is_dtensor(bias)):
+        kinds = ", ".join(
+            f"{name} a {type(x).__name__}"
+            for name, x in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias))
+        )
+        raise ValueError(
+            f"input, linear_weight and linear_bias must all be DTensors or all be tensors of this rank, got {kinds}. "
+            "A weight that FSDP has sharded is whole within the forward of its module alone: use a Linear* module of "
+            "fusedloss.nn there. A weight that is sharded on the classes goes with an input that is replicated on the "
+            "same mesh, or pass to_local() of both and group="
+        )
+    if group is not None:
+        raise ValueError(f"group is for tensors of this rank, and DTensors name their own, got {group!r}")
+    mesh = weight.device_mesh
+    if hidden.device_mesh != mesh or (bias is not None and bias.device_mesh != mesh):
+        raise ValueError("input, linear_weight and linear_bias must be DTensors on the same mesh")
+    placements = hidden.placements
+    weight, shards = local_part("linear_weight", weight, 0)
+    if bias is not None:
+        bias, bias_shards = local_part("linear_bias", bias, 0)
+        if bias_shards != shards:
+            raise ValueError("linear_bias must be placed as linear_weight is")
+    by_rows = [placement.is_shard(0) for placement in placements]
+    if shards is not None and any(by_rows):
+        if mesh.get_group(by_rows.index(True)).group_name != shards.name:
+            raise ValueError("input is sharded over another dimension of the mesh than linear_weight")
+        sequence_parallel = True
+    if not all(p.is_replicate() or rows for p, rows in zip(placements, by_rows, strict=True)) or (
+        any(by_rows) and (shards is None or sum(by_rows) > 1 or len(hidden) % len(shards.sizes))
+    ):
+        raise ValueError(
+            f"input is a DTensor with placements {tuple(placements)}; it must be replicated, or sharded evenly on its "
+            "first dimension where linear_weight is sharded on the classes"
+        )
+    return hidden.to_local(grad_placements=placements), weight, bias, shards, sequence_parallel
+
+
+def shards_of(group: object, input: Tensor | Projection) -> VocabularyShards | None:
+    """What a loss was given for `group`, checked against the classes that this rank has."""
+    classes = input.shape[-1]
+    if group is None:
+        return None
+    if not isinstance(group, VocabularyShards):
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a process group has the ranks tell each other their classes, which torch.compile cannot do; make "
+                "fusedloss.VocabularyShards.gather(group, classes) beforehand, and pass it as group"
+            )
+        return VocabularyShards.gather(group, classes, input.device)
+    if classes != group.sizes[group.rank]:
+        raise ValueError(
+            f"group says that rank {group.rank} has a part of {group.sizes} classes, but input has {classes}"
+        )
+    return group
+
+
+def form_for(shards: VocabularyShards, projection: Projection) -> Form:
+    form = projection.form._replace(group=shards.name)
+    if form.row_parts == 1:
+        return form
+    row = max(shards.sizes) * projection.hidden.element_size() * (2 if form.softcap else 1)
+    return form._replace(most_rows=max(1, form.budget // row))
+
+
+def rows_here(
+    shards: VocabularyShards, target: Tensor, weight: Tensor | None, candidates: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the passes get on this rank. They are to take IGNORED for ignore_index."""
+    column, here = shards.here(target)
+    column = torch.where(here, column, 0).masked_fill(target == ignore_index, IGNORED)
+    if candidates is not None:
+        candidates = shards.here(candidates)[0].clamp(min=0)
+    return column, shards.weight(weight), candidates
+
+
+def nothing_here(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
+    """Statistics and indices of rows without a class."""
+    statistics, index = ops.new_statistics(logits, target, picks)
+    statistics.zero_()
+    statistics[ops.MAX] = -torch.inf
+    statistics[ops.STATISTICS :] = -torch.inf
+    return statistics, index.fill_(-1)
+
+
+def merge(
+    shards: VocabularyShards,
+    statistics: Tensor,
+    index: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    picks: Picks,
+) -> tuple[Tensor, Tensor]:
+    """Statistics and pick indices of whole rows from those of this rank's classes. One collective.
+
+    `picks` and what precedes it are of all ranks; `statistics` and `index` may have fewer of the largest logits where
+    this rank has fewer classes.
+    """
+    own = shards.own.start
+    top_k = picks.top_k
+    has = min(top_k, shards.sizes[shards.rank])
+    here = shards.here(target)[1]
+    integer = torch.int64 if statistics.dtype == torch.float64 else torch.int32
+    parts = statistics.new_zeros((5 + 2 * top_k + (index.shape[0] - has), statistics.shape[1]))
+    parts[0] = statistics[ops.MAX].masked_fill(statistics[ops.SUM_EXP] == 0, -torch.inf)  # no finite logit here
+    parts[1] = statistics[ops.SUM_EXP]
+    parts[2] = statistics[ops.SUM_EXP] * torch.where(here, statistics[ops.Q], 1)
+    parts[3] = statistics[ops.TARGET_LOGIT]
+    if picks.mean:
+        parts[4] = statistics[ops.MEAN_CE] * shards.sizes[shards.rank]
+    top, top_index, candidate = parts[5:].split((top_k, top_k, index.shape[0] - has))
+    top.fill_(-torch.inf)[:has] = statistics[ops.STATISTICS :][:has]
+    numbers = torch.full_like(top_index, -1, dtype=integer)
+    numbers[:has] = torch.where(index[:has] < 0, -1, index[:has] + own)
+    top_index.copy_(numbers.view(statistics.dtype))
+    candidate.copy_(statistics[ops.STATISTICS :][has:])
+
+    parts = shards.gather_parts(parts)
+    m, sums, rest, target_logits, mean = parts[:, :5].unbind(1)
+    top, top_index, candidate = parts[:, 5:].split((top_k, top_k, candidate.shape[0]), 1)
+    ignored = target == ignore_index
+    valid = target.masked_fill(ignored, 0)
+    largest = m.amax(0)
+    shift = torch.where(largest.isneginf(), 0, largest)
+    target_logit = target_logits.gather(0, shards.owner(valid)[None])[0]
+    ce, q, total = of_target(shift, (rest * (m - shift).exp()).sum(0), target_logit)
+    log_sum = total.log()
+    mean_ce = torch.zeros_like(ce)
+    if picks.mean:
+        # Each term is positive: nothing cancels.
+        sizes = torch.tensor(shards.sizes, dtype=ce.dtype, device=ce.device)
+        scale = sizes if weight is None else torch.stack([w.sum() for w in weight.split(list(shards.sizes))])
+        lag = (shift - m) + (log_sum - sums.log())
+        part = torch.where(m.isneginf(), torch.inf, mean + scale[:, None] * lag)
+        mean_ce = torch.where(sizes[:, None] > 0, part, 0).sum(0) / shards.classes
+    outside = ~ignored & ((target < 0) | (target >= shards.classes))  # on a GPU; elsewhere it has raised
+    if candidates is not None:
+        outside |= ~ignored & ((candidates < 0) | (candidates >= shards.classes)).any(-1)
+    ce, total = ce.masked_fill(outside, torch.nan), total.masked_fill(outside, torch.nan)
+
+    chosen, chosen_index = _largest(top, top_index.contiguous().view(integer), top_k)
+    columns, numbers_of = [shift, total, q, ce, target_logit, mean_ce, *chosen], [*chosen_index]
+    if candidates is not None:
+        owner = shards.owner(candidates.t())
+        columns.extend(candidate.gather(0, owner[None])[0])
+        numbers_of.extend(candidates.t())
+    merged = torch.stack(columns)
+    merged[:, ignored] = 0
+    return merged, torch.stack(numbers_of) if numbers_of else target.new_empty((0, len(target)))
+
+
+def _largest(logit: Tensor, index: Tensor, top_k: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The `top_k` largest (R, K, N), of equal ones the lowest index, which comes first."""
+    logit, index = logit.flatten(0, 1), index.flatten(0, 1).to(torch.int64)
+    order = logit.sort(dim=0, descending=True, stable=True).indices
+    # A rank of fewer classes has holes, which are less than the least.
+    order = order.gather(0, (index.gather(0, order) < 0).to(torch.int8).sort(dim=0, stable=True).indices)[:top_k]
+    return list(logit.gather(0, order)), list(index.gather(0, order))
+
+
+def gradient_here(
+    shards: VocabularyShards,
+    target: Tensor,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    first_logit: Tensor,
+    first_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Pick indices and coefficients for the gradient pass on this rank; `first`: of its first class."""
+    a, u, at_target = coefficients[: ops.COEFFICIENTS].unbind()
+    p = (first_logit - statistics[ops.MAX]).exp() / statistics[ops.SUM_EXP]
+    at_first = a * p - (u if first_weight is None else u * first_weight)
+    at_target = torch.where(shards.here(target)[1], at_target, at_first)
+    return shards.here(index)[0], torch.cat([torch.stack([a, u, at_target]), coefficients[ops.COEFFICIENTS :]])

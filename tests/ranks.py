@@ -1,0 +1,43 @@
+"""Real processes over gloo, each of which runs the scenes of a test file one after the other."""
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+#: What torch.compile says of its own code, as in pyproject.toml.
+COMPILER_WARNINGS = (
+    "`torch.jit.script_method` is",
+    ".*autograd.function.Function.* should not be instantiated",
+    "The .grad attribute of a Tensor that is not a leaf",
+)
+
+#: A function of the rank and the number of ranks, of a module's top level, since it travels to other processes.
+Scene = Callable[[int, int], None]
+
+
+def _rank(rank: int, world: int, store: str, scenes: Sequence[Scene]) -> None:
+    """A process of its own, in which a deprecated function is an error as everywhere in these tests."""
+    warnings.simplefilter("error")
+    for message in COMPILER_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+    )
+    for scene in scenes:
+        scene(rank, world)
+    dist.destroy_process_group()
+
+
+def run(scenes: Sequence[Scene], world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the scenes in one start of the processes, which costs more than they do; a traceback names the scene."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path / "store"), list(scenes)), nprocs=world)
