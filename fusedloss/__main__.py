@@ -1,4 +1,5 @@
-"""python -m fusedloss: what is installed here (info), whether it is right (check) and how fast it is (bench)."""
+"""python -m fusedloss: what is installed here (info), whether it is right (check), how fast it is (bench), and how much
+memory a step takes (memory)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ import fusedloss
 
 from . import backends, selfcheck, timing
 from .backends import cuda
+from .checks import DTYPES
 from .examples import EXAMPLES, Example
+from .footprint import footprint
 
 #: Spread of the copies' times (third quartile over first) from which on the machine counts as busy.
 BUSY = 1.3
@@ -22,10 +25,21 @@ BUSY = 1.3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 for success, 1 for a failed check, 2 for arguments that make no sense."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except _UsageError as error:
+        parser.error(str(error))
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fusedloss", description="What is installed here, whether it is right, and how fast it is."
+        prog="python -m fusedloss",
+        description="What is installed here, whether it is right, how fast it is, and how much memory a step takes.",
     )
-    commands = parser.add_subparsers(required=True, metavar="info | check | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | check | bench | memory")
 
     info = commands.add_parser("info", help="versions, instruction sets, and which implementations are ready")
     info.set_defaults(run=lambda _: _info())
@@ -44,12 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a while")
     bench.set_defaults(run=lambda a: _bench(a.shape, getattr(torch, a.dtype), a.rounds, a.loss, not a.no_compile))
 
-    parsed = parser.parse_args(arguments)
-    try:
-        status: int = parsed.run(parsed)
-    except _UsageError as error:
-        parser.error(str(error))
-    return status
+    memory = commands.add_parser("memory", help="bytes of a step: logits in hand, and the linear form")
+    for size, of in (("rows", "targets of a batch"), ("features", "hidden size"), ("classes", "of the vocabulary")):
+        memory.add_argument(f"--{size}", type=_positive, required=True, help=of)
+    memory.add_argument("--dtype", choices=[_name(d) for d in DTYPES], default="float32")
+    memory.add_argument(
+        "--budget", type=_positive, metavar="BYTES", help="of a chunk, default FUSEDLOSS_LINEAR_BUDGET or 128 MiB"
+    )
+    memory.set_defaults(run=lambda a: _memory(a.rows, a.features, a.classes, getattr(torch, a.dtype), a.budget))
+
+    return parser
 
 
 class _UsageError(Exception):
@@ -209,6 +227,32 @@ def _bench_row(example: Example, contest: timing.Contest) -> tuple[str, ...]:
     for name in ("eager", "compiled"):
         cells.append(f"{contest.median(name) / fused:.3g}" if name in contest.losses else "-")
     return tuple(cells)
+
+
+def _memory(rows: int, features: int, classes: int, dtype: torch.dtype, budget: int | None) -> int:
+    try:
+        f = footprint(rows, features, classes, dtype, budget)
+    except ValueError as error:
+        raise _UsageError(str(error)) from None
+    chunk = f"a chunk of logits, 1 of {f.chunks} with up to {f.chunk_rows} rows"
+    sizes = {
+        "hidden states, and their gradient": f.hidden,
+        "weight, and its gradient": f.weight,
+        "logits, and their gradient": f.logits,
+        chunk: f.chunk,
+        "the weight's gradient while it is added up": f.weight_sum,
+    }
+    peaks = {
+        "row form": f.row,
+        "row form, inplace_backward=True": f.row_in_place,
+        "linear form": f.linear,
+        "linear form, evaluation": f.evaluation,
+    }
+    print(f"{rows} rows, {features} features, {classes} classes, {_name(dtype)}\n")
+    table = [(name, str(size), f"{size / 2**20:.1f}") for name, size in {**sizes, **peaks}.items()]
+    table.insert(len(sizes), ("peak of a step beyond hidden states and weight:", "", ""))
+    _print_table([("each of", "bytes", "MiB"), *table])
+    return 0
 
 
 def _first_line(error: Exception) -> str:

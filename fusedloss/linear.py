@@ -139,15 +139,20 @@ def project(
         check_number("softcap", softcap, 0, above=True)
         if not math.isfinite(softcap):
             raise ValueError(f"softcap must be finite, got {softcap!r}")
-    row = weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2)
-    budget = _budget(budget)
-    if budget < row:
-        raise ValueError(f"budget of {budget} bytes is too small for one row of logits, {row} bytes")
+    budget = checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
     if row_parts > 1:
         drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
         drop_ignored = hidden.device.type == "cpu"
     return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
+
+
+def checked_budget(budget: int | None, row: int) -> int:
+    """The budget, which must hold the `row` bytes of one row's logits."""
+    budget = _budget(budget)
+    if budget < row:
+        raise ValueError(f"budget of {budget} bytes is too small for one row of logits, {row} bytes")
+    return budget
 
 
 def _budget(budget: int | None) -> int:
@@ -171,6 +176,12 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
+def chunk_rows(rows: int, row: int, budget: int) -> tuple[int, int]:
+    """How many chunks there are for so many rows of `row` bytes, and how many rows each has."""
+    count = max(1, -(-rows // max(1, budget // row)))
+    return count, -(-rows // count)
+
+
 class _Chunks:
     """Chunks of logits, each in the place of the one before."""
 
@@ -190,9 +201,11 @@ class _Chunks:
         rows, classes = target.shape[0], weight.shape[0]
         copies = self._copies(gradient)
         row = classes * hidden.element_size() * copies
-        most = form.most_rows or (max(1, form.budget // row) if row else max(1, rows))
-        self.count = max(1, -(-rows // most))
-        self.rows = -(-rows // self.count)
+        if form.most_rows:
+            row, budget = 1, form.most_rows
+        else:
+            budget = form.budget
+        self.count, self.rows = chunk_rows(rows, row, budget) if row else (1, rows)
         self._buffers = [backends.new_buffer(hidden, (self.rows, classes)) for _ in range(copies)]
         self._fetched: slice | None = None
         self._rows = hidden.new_empty((self.rows if form.row_parts > 1 else 0, hidden.shape[1]))

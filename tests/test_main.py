@@ -1,4 +1,4 @@
-"""python -m fusedloss: info, check and bench, what they print and how they exit."""
+"""python -m fusedloss: info, check, bench and memory, what they print and how they exit."""
 
 import io
 import subprocess
@@ -134,13 +134,16 @@ def test_bench_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "info | check | bench"),
+        ([], "info | check | bench | memory"),
         (["bench", "--shape", "1024"], "expected rows x classes such as 1024x32768, got '1024'"),
         (["bench", "--shape", "0x9"], "at least 1 row and 2 classes, got '0x9'"),
         (["bench", "--rounds", "0"], "at least 1, got '0'"),
         (["bench", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["bench", "--loss", "hinge"], "no loss has 'hinge' in its name; there are cross_entropy, dsc_loss,"),
         (["bench", "--shape", "99999999x9999999"], "no logits of 99999999 x 9999999"),
+        (["memory", "--rows", "8", "--features", "8"], "--classes"),
+        (["memory", "--rows", "0", "--features", "8", "--classes", "8"], "at least 1, got '0'"),
+        (["memory", "--rows", "8", "--features", "8", "--classes", "8", "--budget", "9"], "too small for one row"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +151,19 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.Capt
         command.main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rows", "4096", "--features", "512", "--classes", "131072", "--dtype", "bfloat16"]
+    assert command.main(["memory", *sizes, "--budget", str(64 * 2**20)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "4096 rows, 512 features, 131072 classes, bfloat16"
+    (logits,) = (line.split() for line in lines if line.startswith("logits"))
+    (chunk,) = (line.split() for line in lines if line.startswith("a chunk"))
+    (linear,) = (line.split() for line in lines if line.startswith("linear form  "))
+    assert logits[-2:] == [str(4096 * 131072 * 2), "1024.0"]
+    assert "16" in chunk and chunk[-2:] == [str(64 * 2**20), "64.0"]
+    assert linear[-2:] == [str((4 + 256 + 128) * 2**20), "388.0"]
 
 
 def test_bench_with_a_default_that_does_not_exist(

@@ -1,0 +1,82 @@
+"""How much memory a step takes, told beforehand: of the row form behind a linear layer, and of the linear form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import linear
+from .checks import DTYPES, compute_dtype
+
+
+class Footprint(NamedTuple):
+    """What there is, in bytes, of hidden states (N, D), a weight (V, D) and their logits (N, V).
+
+    Peaks are those of a training step beyond hidden states and weight, the gradients of both included, with no row
+    ignored. What is one number for each row is left out.
+    """
+
+    hidden: int
+    weight: int
+    logits: int
+    chunks: int
+    """How many chunks the linear form cuts the logits into,"""
+    chunk_rows: int
+    """of how many rows each,"""
+    chunk: int
+    """and the bytes of one."""
+    weight_sum: int
+    """The weight's gradient while the linear form adds it up."""
+    row: int
+    """Peak of the row form: the logits, their gradient and the gradients of hidden states and weight."""
+    row_in_place: int
+    """The same with ``inplace_backward=True``."""
+    linear: int
+    """Peak of the linear form: a chunk and the gradients, or these and the weight's in its own dtype."""
+    evaluation: int
+    """Peak of the linear form where nothing requires a gradient."""
+
+
+def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget: int | None = None) -> Footprint:
+    """The memory of a loss of hidden states (rows, features) over so many classes, by the linear form's own rule.
+
+    Args:
+        rows, features, classes: N, D and V, at least 1.
+        dtype: of hidden states and weight.
+        budget: bytes that a chunk of logits may take; None takes FUSEDLOSS_LINEAR_BUDGET or else 128 MiB.
+
+    Raises TypeError and ValueError for sizes, a dtype or a budget that the linear forms do not take.
+
+    >>> import torch
+    >>> f = footprint(4096, 512, 131072, torch.bfloat16)
+    >>> f.logits // 2**20, f.chunk // 2**20, f.linear // 2**20
+    (1024, 128, 388)
+    """
+    for name, value in (("rows", rows), ("features", features), ("classes", classes)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
+    size = dtype.itemsize
+    budget = linear.checked_budget(budget, classes * size)
+    chunks, chunk_rows = linear.chunk_rows(rows, classes * size, budget)
+    hidden, weight, logits = rows * features * size, classes * features * size, rows * classes * size
+    chunk = chunk_rows * classes * size
+    weight_sum = classes * features * compute_dtype(dtype).itemsize
+    handed_over = weight if weight_sum != weight else 0
+    return Footprint(
+        hidden=hidden,
+        weight=weight,
+        logits=logits,
+        chunks=chunks,
+        chunk_rows=chunk_rows,
+        chunk=chunk,
+        weight_sum=weight_sum,
+        row=2 * logits + hidden + weight,
+        row_in_place=logits + hidden + weight,
+        linear=hidden + weight_sum + max(chunk, handed_over),
+        evaluation=chunk,
+    )
