@@ -15,7 +15,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-fewshot test bench compile-report gpu-report lint dist sanitize clean
+.PHONY: help demo demo-lm demo-fewshot test bench compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -49,6 +49,9 @@ lint: .venv/installed-lint ## ruff, mypy, clang-format
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+docs: .venv/installed-lint ## build the documentation into build/docs; warnings are errors
+	$(BIN)/sphinx-build -W --keep-going -q docs build/docs $(ARGS)
 
 dist: .venv/installed-lint ## build dist/*.tar.gz, and the wheel from it
 	rm -rf dist

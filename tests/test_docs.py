@@ -2,22 +2,28 @@
 
 import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pydoc
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import fusedloss as fl
+from fusedloss import __main__ as command
 from fusedloss import row
 from fusedloss.statistics import OPTIONAL
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
 
 FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
 LINEAR = [function for function in FUNCTIONS if function.__name__.startswith("linear_")]
@@ -153,48 +159,114 @@ def test_statistics_documents_what_it_holds() -> None:
     assert all(f"``{field}``" in doc for field in ("ce", "q", "lse", "target_logit", "target"))
 
 
-# README
+# README and docs/
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf8"), re.M | re.S)
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The blocks of a page in a language, each with the number of its first line."""
+    text = page.read_text(encoding="utf8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def run_blocks(page: Path) -> dict[str, Any]:
+    """One after the other, as a reader would paste them."""
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    for line, block in blocks(page, "python"):
+        exec(compile("\n" * line + block, page.name, "exec"), namespace)
+    return namespace
 
 
 needs_readme = pytest.mark.skipif(not README.exists(), reason="runs in the repository, where README.md is")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 
 
 @needs_readme
 def test_readme_examples_run() -> None:
-    """One after the other, as a reader would paste them."""
-    blocks = python_blocks()
-    assert blocks
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"{README.name}, block {i + 1}", "exec"), namespace)
+    namespace = run_blocks(README)
     assert namespace["loss"].isfinite() and namespace["logits"].grad is not None
     assert 0 <= namespace["accuracy"] <= 1
 
 
+@each_page
+def test_examples_of_a_page_run(page: Path) -> None:
+    try:
+        run_blocks(page)
+    finally:
+        if dist.is_initialized():  # where a block between the first and the last failed
+            dist.destroy_process_group()
+
+
 @needs_readme
-def test_readme_names_what_exists() -> None:
+def test_pages_are_there() -> None:
+    assert {page.stem for page in PAGES} >= {"quickstart", "choosing", "flex", "linear", "migration", "troubleshooting"}
+    assert len([page for page in PAGES if blocks(page, "python")]) >= 14
+    assert "](docs/index.md)" in README.read_text(encoding="utf8")
+
+
+@needs_readme
+def test_readme_names_every_loss() -> None:
     text = README.read_text(encoding="utf8")
+    for loss in (*LOSSES, *LINEAR):
+        assert f"`fl.{loss.__name__}`" in text
+    assert {"demo", "test"} <= set(re.findall(r"^make ([a-z-]+)", text, re.M))
+
+
+@needs_readme
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.relative_to(README.parent).as_posix())
+def test_page_names_what_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf8")
     for name in set(re.findall(r"\bfl\.(\w+)", text)):
         assert name in fl.__all__ or name == "nn", name
     for name in set(re.findall(r"\bfl\.nn\.(\w+)", text)):
         assert hasattr(fl.nn, name), name
-    for loss in (*LOSSES, *LINEAR):
-        assert f"`fl.{loss.__name__}`" in text
+    folders = "|".join(path.name for path in README.parent.iterdir() if path.is_dir() and path.name[0].isalpha())
+    for path in re.findall(rf"^((?:{folders})/\S*) ", text, re.M) + re.findall(rf"`((?:{folders})/[^\s`<]*)`", text):
+        assert (README.parent / path).exists() or path == "build/docs", path
     targets = (README.parent / "Makefile").read_text(encoding="utf8")
-    commands = set(re.findall(r"^make (\w+)", text, re.M)) | set(re.findall(r"`make (\w+)`", text))
-    assert {"demo", "test"} <= commands
-    for command in commands:
-        assert re.search(rf"^{command}:", targets, re.M), command
-    for path in re.findall(r"^((?:fusedloss|csrc|triton_kernels)/\S*) ", text, re.M):
-        assert (README.parent / path).exists(), path
+    shell = "".join(block for _, block in blocks(page, "sh"))
+    lines = [line.strip() for line in shell.splitlines()] + re.findall(r"`((?:make|python|pip) [^`]+)`", text)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", targets, re.M), line
+        elif words[:3] == ["python", "-m", "fusedloss"]:
+            command._parser().parse_args(words[3:])
+        elif words[:1] == ["python"]:
+            assert (README.parent / words[1]).exists(), line
+        for extra in re.findall(r"(?:fusedloss|\.)\[(\w+)\]", " ".join(words)):
+            assert re.search(rf"^{extra} = ", (README.parent / "pyproject.toml").read_text(encoding="utf8"), re.M), line
 
 
 @needs_readme
 def test_examples_are_short_and_parse() -> None:
-    usage = python_blocks()[0]
+    _, usage = blocks(README, "python")[0]
     assert ast.parse(usage).body
     assert len([line for line in usage.splitlines() if line.strip()]) <= 12
+
+
+@pytest.fixture(scope="module")
+def pictures() -> ModuleType:
+    pytest.importorskip("matplotlib", reason="draws the pictures (fusedloss[demo])")
+    spec = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def curves(picture: Path) -> dict[str, list[float]]:
+    """The points of the curves of a picture, by their names."""
+    groups = re.findall(r'<g id="((?:loss|derivative)-[^"]+)">\s*<path d="([^"]+)"', picture.read_text(encoding="utf8"))
+    return {name: [float(number) for number in re.findall(r"-?[\d.]+", path)] for name, path in groups}
+
+
+@needs_readme
+def test_pictures_are_those_of_the_losses(pictures: ModuleType, tmp_path: Path) -> None:
+    """Curve by curve: another release of matplotlib may write the rest otherwise."""
+    assert {path.stem for path in (DOCS / "pictures").iterdir()} == {draw.__name__ for draw in pictures.PICTURES}
+    for draw in pictures.PICTURES:
+        committed, drawn = curves(DOCS / "pictures" / f"{draw.__name__}.svg"), curves(pictures.save(draw, tmp_path))
+        assert committed.keys() == drawn.keys() and len(drawn) >= 6
+        for name, points in drawn.items():
+            assert points == pytest.approx(committed[name], abs=0.01), f"{name}: python docs/pictures.py"

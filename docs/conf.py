@@ -1,0 +1,70 @@
+"""The documentation as a site: `make docs`. Nothing is fetched while it is built or read."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version as version_of
+from typing import Any
+
+project = "fusedloss"
+author = "fusedloss contributors"
+version = release = version_of("fusedloss")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"fusedloss {version}"
+html_show_copyright = False
+default_role = "code"
+nitpicky = True
+# What others document: no index of theirs is here to look names up in.
+nitpick_ignore_regex = [("py:.*", r"(torch|transformers)\..*")]
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say what each argument may be
+python_maximum_signature_line_length = 100
+napoleon_use_rtype = False
+
+napoleon_custom_sections = ["Shapes", ("Options of every row loss", "params_style")]
+
+#: Where the docstring of a linear form or a module begins to repeat that of its function.
+_REPEATED = re.compile(r"^(?:The row form|The function), (:func:`.+`):$", re.M)
+#: The arguments that it has in common with it.
+_AS_BELOW = re.compile(r"^ {4}\w+(?:,\s+\w+)*: as below\b", re.M)
+
+
+def _as_rst(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
+    """Docstrings are written for help(): they repeat, and formulas and lists are indented rather than marked up."""
+    text = "\n".join(lines)
+    if repeated := _REPEATED.search(text):
+        text = _AS_BELOW.sub(f"    others: as of {repeated[1]}", text[: repeated.start()])
+    if name.startswith("fusedloss.nn."):  # names that are relative to where the docstring came from
+        text = re.sub(r":func:`(\w+)`", r":func:`~fusedloss.\1`", text)
+        text = text.replace(":meth:`tied`", ":meth:`~fusedloss.nn.LinearCrossEntropyLoss.tied`")
+    lines[:] = _marked_up(text.split("\n"))
+
+
+def _marked_up(lines: list[str]) -> list[str]:
+    """Paragraphs that stand further in than the one before are literal, columns a list, and `*` and `|` themselves."""
+    result: list[str] = []
+    literal, column = 0, False
+    for line, before in zip(lines, ["", *lines], strict=False):
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and indent < literal:
+            literal = 0
+        if line.strip() and not before.strip() and not literal:
+            outer = next((len(x) - len(x.lstrip()) for x in reversed(result) if x.strip()), 0)
+            if indent > outer:
+                literal = indent
+                result += [" " * outer + "::", ""]
+        if not literal and not line.lstrip().startswith(">>>"):
+            line = re.sub(r"(``.*?``)|([*|])", lambda m: m[1] or f"\\{m[2]}", line)
+            column = re.match(r"``\S+`` {2,}", line) is not None or (column and indent > 8)
+            if column:
+                line = re.sub(r"^(``\S+``) {2,}", r"- \1 ", line) if indent == 0 else f"  {line.strip()}"
+        result.append(line)
+    return result
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _as_rst, priority=100)  # before napoleon
