@@ -16,6 +16,7 @@ html_theme = "furo"
 html_title = f"fusedloss {version}"
 html_show_copyright = False
 default_role = "code"
+smartquotes = False  # strings are to be copied
 nitpicky = True
 # What others document: no index of theirs is here to look names up in.
 nitpick_ignore_regex = [("py:.*", r"(torch|transformers)\..*")]
@@ -23,6 +24,7 @@ nitpick_ignore_regex = [("py:.*", r"(torch|transformers)\..*")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what each argument may be
 python_maximum_signature_line_length = 100
+napoleon_use_param = False
 napoleon_use_rtype = False
 
 napoleon_custom_sections = ["Shapes", ("Options of every row loss", "params_style")]
@@ -30,7 +32,7 @@ napoleon_custom_sections = ["Shapes", ("Options of every row loss", "params_styl
 #: Where the docstring of a linear form or a module begins to repeat that of its function.
 _REPEATED = re.compile(r"^(?:The row form|The function), (:func:`.+`):$", re.M)
 #: The arguments that it has in common with it.
-_AS_BELOW = re.compile(r"^ {4}\w+(?:,\s+\w+)*: as below\b", re.M)
+_AS_BELOW = re.compile(r"^ {4}\w+(?:,\s+\w+)*:\s+as\s+below\b", re.M)
 
 
 def _as_rst(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:

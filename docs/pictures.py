@@ -5,7 +5,6 @@ Each curve is a group of the SVG that is named after its axes and its label, by 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,20 +59,21 @@ def of_a_pair(temperature: float) -> tuple[Tensor, Tensor]:
 def draw(curves: dict[str, tuple[Tensor, Tensor]], x: Tensor, xlabel: str, by: str, top: float) -> Figure:
     """Losses up to `top` beside their derivatives."""
     figure = Figure(figsize=(8, 3.2))
-    figure.subplots_adjust(0.07, 0.15, 0.99, 0.9, wspace=0.2)
+    figure.subplots_adjust(0.06, 0.15, 0.98, 0.9, wspace=0.2)
     axes: list[Axes] = list(figure.subplots(1, 2))
     for axis, title in zip(axes, ("loss", f"derivative by {by}"), strict=True):
-        axis.set(title=title, xlabel=xlabel, xlim=(math.floor(float(x[0])), 1))
+        axis.set(title=title, xlabel=xlabel, xlim=(round(float(x[0])), 1))
+        axis.locator_params(axis="x", nbins=5)
         axis.axhline(0, color="0.8", linewidth=0.8)
     for label, values in curves.items():
         for axis, name, y in zip(axes, ("loss", "derivative"), values, strict=True):
-            dashed = {"linestyle": "--"} if "detach" in label else {}
+            dashed = {"linestyle": "--", "color": "black"} if "detach" in label else {}
             axis.plot(x, y, label=label, gid=f"{name}-{label}".replace(", ", "-"), linewidth=1.4, **dashed)
     axes[0].set_ylim(-0.02 * top, top)
     low = min(float(gradient.min()) for _, gradient in curves.values())
     high = max(float(gradient.max()) for _, gradient in curves.values())
     axes[1].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="upper right")
     return figure
 
 
@@ -96,7 +96,7 @@ def dsc() -> Figure:
     """The target's term alone, and where its derivative is positive: there the loss pushes p down again."""
     curves = {f"alpha={a:g}": of_two_classes(fl.dsc_loss, alpha=a, form="target") for a in (0.0, 0.01, 0.5, 1.0)}
     curves["alpha=1, detach_weight"] = of_two_classes(fl.dsc_loss, alpha=1.0, form="target", detach_weight=True)
-    figure = draw(curves, P, "p of the target", "the target's logit", 0.55)
+    figure = draw(curves, P, "p of the target", "the target's logit", 1.05)
     least = figure.axes[0]
     for alpha in (0.5, 1.0):
         loss, gradient = curves[f"alpha={alpha:g}"]
@@ -111,7 +111,7 @@ def dsc() -> Figure:
 
 def tversky() -> Figure:
     curves = {f"alpha={a:g}": of_two_classes(fl.tversky_loss, alpha=a) for a in (0.1, 0.3, 0.6, 0.9)}
-    return draw(curves, P, "p of the target", "the target's logit", 0.9)
+    return draw(curves, P, "p of the target", "the target's logit", 0.95)
 
 
 def supcon() -> Figure:

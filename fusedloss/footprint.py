@@ -11,29 +11,32 @@ from .checks import DTYPES, compute_dtype
 
 
 class Footprint(NamedTuple):
-    """What there is, in bytes, of hidden states (N, D), a weight (V, D) and their logits (N, V).
+    """What :func:`footprint` tells, in bytes, of hidden states (N, D), a weight (V, D) and their logits (N, V).
 
     Peaks are those of a training step beyond hidden states and weight, the gradients of both included, with no row
     ignored. What is one number for each row is left out.
     """
 
     hidden: int
+    """The hidden states; their gradient is as large."""
     weight: int
+    """The weight; its gradient is as large when it is handed over."""
     logits: int
+    """All logits; their gradient is as large."""
     chunks: int
-    """How many chunks the linear form cuts the logits into,"""
+    """How many chunks the linear form cuts the logits into."""
     chunk_rows: int
-    """of how many rows each,"""
+    """How many rows a chunk has."""
     chunk: int
-    """and the bytes of one."""
+    """The logits of a chunk."""
     weight_sum: int
     """The weight's gradient while the linear form adds it up."""
     row: int
-    """Peak of the row form: the logits, their gradient and the gradients of hidden states and weight."""
+    """Peak of the row form, with the logits, their gradient and the gradients of hidden states and weight."""
     row_in_place: int
     """The same with ``inplace_backward=True``."""
     linear: int
-    """Peak of the linear form: a chunk and the gradients, or these and the weight's in its own dtype."""
+    """Peak of the linear form, with a chunk and the gradients, or with these and the weight's in its own dtype."""
     evaluation: int
     """Peak of the linear form where nothing requires a gradient."""
 
