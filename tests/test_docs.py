@@ -239,6 +239,17 @@ def test_page_names_what_exists(page: Path) -> None:
 
 
 @needs_readme
+def test_the_calculator_prints_what_its_page_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FUSEDLOSS_LINEAR_BUDGET", raising=False)
+    ((_, line),) = blocks(DOCS / "linear.md", "sh")
+    assert command.main(shlex.split(line)[3:]) == 0
+    ((_, shown),) = blocks(DOCS / "linear.md", "text")
+    assert capsys.readouterr().out == shown
+
+
+@needs_readme
 def test_examples_are_short_and_parse() -> None:
     _, usage = blocks(README, "python")[0]
     assert ast.parse(usage).body
