@@ -205,6 +205,20 @@ def test_pages_are_there() -> None:
 
 
 @needs_readme
+def test_the_reference_is_whole() -> None:
+    text = "".join(page.read_text(encoding="utf8") for page in PAGES if page.parent.name == "reference")
+    listed = set(re.findall(r"^\.\. auto(?:function|class):: (\w+)", text, re.M))
+    modules = {
+        name
+        for name, x in vars(fl.nn).items()
+        if inspect.isclass(x) and x.__module__ == "fusedloss.nn" and name[0] != "_"
+    }
+    assert "FocalLoss" in modules and listed >= {*fl.__all__, *modules}
+    losses = {loss.__name__.removesuffix("_loss") for loss in LOSSES} - {"flex"} | {"supcon"}
+    assert {page.stem for page in PAGES if page.parent.name == "losses"} == losses - {"dice"}  # which is on DSC's
+
+
+@needs_readme
 def test_readme_names_every_loss() -> None:
     text = README.read_text(encoding="utf8")
     for loss in (*LOSSES, *LINEAR):
