@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import nn as nn  # not in __all__: `import *` must not take the place of torch's
+from .counts import normalizer
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
@@ -32,6 +33,7 @@ __all__ = [
     "linear_mixed_cross_entropy",
     "linear_tversky_loss",
     "mixed_cross_entropy",
+    "normalizer",
     "supcon_loss",
     "tversky_loss",
 ]

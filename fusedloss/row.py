@@ -71,8 +71,9 @@ _OPTIONS_DOC = {
     "z_loss": "adds z_loss * lse^2 to each row, lse = log sum_j exp z_j (weighted as the row is).",
     "token_weight": "tensor of the target's shape by which each target's loss is multiplied. Differentiated if it\n"
     "requires grad.",
-    "normalizer": """number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation; or
-"token_weight" for the sum of the token weights of the targets that count.""",
+    "normalizer": """number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation and for
+ranks, of which :func:`~fusedloss.normalizer` counts the targets; or "token_weight" for the sum of the
+token weights of the targets that count.""",
     "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
     "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
 needed after that; a second backward raises. Needs an implementation with kernels. Under
@@ -478,6 +479,7 @@ def _mean(total: Tensor, target: Tensor, weight: Tensor | None, token_weight: Te
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
     if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(total.dtype)  # a float64 count is no reason for a float64 loss
         # A count of no targets at all; anything else over 0 stays infinite.
         nothing = (normalizer == 0) & (total == 0)
         return total / torch.where(nothing, 1, normalizer)

@@ -40,6 +40,7 @@ FORMULAS = {
     "tversky_loss": "1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth)",
     "flex_loss": "loss_fn(s)",
     "alpha_schedule": "maximum * step / total_steps",
+    "normalizer": "n = sum_i [target_i != ignore_index] * weight_{target_i} * token_weight_i",
     "supcon_loss": "L_i = log sum_{k != i} exp s_ik - 1/|P(i)| sum_{j in P(i)} s_ij",
 }
 SOURCES = {
@@ -54,7 +55,7 @@ SOURCES = {
 
 def test_public_names_are_all_there() -> None:
     assert sorted(fl.__all__) == fl.__all__
-    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule", "supcon_loss"}
+    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule", "normalizer", "supcon_loss"}
     assert {function.__name__.removeprefix("linear_") for function in FUNCTIONS} == set(FORMULAS)
 
 

@@ -126,6 +126,73 @@ def _under_ddp(rank: int, world: int) -> None:
                 torch.testing.assert_close(p.grad, wanted, rtol=1e-10, atol=1e-12)
 
 
+def _targets(world: int) -> tuple[list[list[Tensor]], list[list[Tensor]], Tensor]:
+    """Two micro-batches on each rank, one of them without targets, another without any that counts; and weights."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = [[5, 2], [0, 9], [3, 3]][:world]
+    targets = [[torch.randint(FEATURES, (size,), generator=generator) for size in both] for both in sizes]
+    targets[0][0][1:4] = -100
+    targets[0][1][:] = -100
+    token_weights = [[torch.rand(len(t), generator=generator, dtype=torch.float64) for t in both] for both in targets]
+    return targets, token_weights, torch.rand(FEATURES, generator=generator, dtype=torch.float64)
+
+
+def _a_normalizer_of_all_ranks(rank: int, world: int) -> None:
+    """Shares of the mean over all targets: their gradients add up, or average under DDP, to those of one process."""
+    targets, token_weights, weight = _targets(world)
+    counted = sum(int((t != -100).sum()) for both in targets for t in both)
+    assert fl.normalizer(targets[rank], group=dist.group.WORLD).tolist() == counted
+    one = fl.normalizer(targets[rank][0].int(), group=dist.group.WORLD, averaged=True)
+    assert one.dtype == torch.float64 and one == sum(int((both[0] != -100).sum()) for both in targets) / world
+
+    torch.manual_seed(0)
+    alone = nn.Linear(4, FEATURES).double()
+    inputs = [[torch.randn(len(t), 4, dtype=torch.float64) for t in both] for both in targets]
+    kinds: list[tuple[Callable[..., Tensor], dict[str, Any], bool]] = [
+        (fl.focal_loss, {}, False),
+        (fl.cross_entropy, {"weight": weight}, False),
+        (fl.cross_entropy, {"normalizer": "token_weight"}, True),
+    ]
+    for loss, options, weighted in kinds:
+        alone.zero_grad()
+        every = [torch.cat([x for both in each for x in both]) for each in (inputs, targets, token_weights)]
+        tokens = {"token_weight": every[2]} if weighted else {}
+        expected = loss(alone(every[0]), every[1], **options, **tokens)
+        expected.backward()
+        counts = {name: value for name, value in options.items() if name == "weight"}
+        counts |= {"token_weight": token_weights[rank]} if weighted else {}
+        for averaged in (False, True):
+            n = fl.normalizer(targets[rank], group=dist.group.WORLD, averaged=averaged, **counts)
+            model = copy.deepcopy(alone)
+            model.zero_grad()
+            ddp = nn.parallel.DistributedDataParallel(model) if averaged else model
+            total = torch.zeros((), dtype=torch.float64)
+            for i, (x, t, w) in enumerate(zip(inputs[rank], targets[rank], token_weights[rank], strict=True)):
+                tokens = {"token_weight": w} if weighted else {}
+                with ddp.no_sync() if averaged and i == 0 else contextlib.nullcontext():
+                    share = loss(ddp(x), t, **{**options, "normalizer": n}, **tokens)
+                    share.backward()
+                total += share.detach()
+            dist.all_reduce(total)
+            torch.testing.assert_close(total / world if averaged else total, expected.detach())
+            for p, right in zip(model.parameters(), alone.parameters(), strict=True):
+                if not averaged:
+                    dist.all_reduce(p.grad)
+                torch.testing.assert_close(p.grad, right.grad, rtol=1e-10, atol=1e-12)
+
+
+def _a_normalizer_of_other_things_raises(rank: int, world: int) -> None:
+    target, ones = torch.arange(3), torch.ones(3)
+    for options in ({"ignore_index": 0}, {"averaged": True}, {"weight": ones}, {"token_weight": ones.double()}):
+        mine = options if rank == world - 1 else {}
+        with pytest.raises(ValueError, match=f"do not agree on what counts: rank {rank} has ignore_index="):
+            fl.normalizer(target, group=dist.group.WORLD, **mine)
+    # Of one kind, whatever their dtype.
+    weights = torch.full((3,), 0.25, dtype=torch.float64 if rank else torch.float16)
+    got = fl.normalizer(target, token_weight=weights, group=dist.group.WORLD)
+    assert got == 0.75 * world
+
+
 def _other_groups(rank: int, world: int) -> None:
     """Some of the ranks; those outside have no such group."""
     members = [0, world - 1]
@@ -231,6 +298,8 @@ SCENES: list[Callable[[int, int], None]] = [
     _equals_one_process,
     _every_dtype,
     _under_ddp,
+    _a_normalizer_of_all_ranks,
+    _a_normalizer_of_other_things_raises,
     _other_groups,
     _without_gradients,
     _no_rows_and_no_positives,

@@ -1,0 +1,168 @@
+"""What a mean over more than one batch divides by: the targets that count, of micro-batches and of ranks."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import check_indices, check_local, check_token_weight
+from .parallel import check_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: Few enough values that the sum of their squares over 2^14 ranks is exact in float64.
+_CODES = 2**12
+
+
+def normalizer(
+    target: Tensor | Sequence[Tensor],
+    *,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    token_weight: Tensor | Sequence[Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    averaged: bool = False,
+) -> Tensor:
+    """What to pass to a loss as `normalizer`, so that parts of a batch have the mean of the whole. It counts
+
+        n = sum_i [target_i != ignore_index] * weight_{target_i} * token_weight_i
+
+    over the micro-batches of gradient accumulation and over the ranks of a data-parallel group, in one all-reduce.
+    Each part's loss is then its share of the mean, sum_i loss_i / n: the gradients of the shares add up to those of
+    the mean, however unevenly the targets are spread. A mean of the parts' means is another number.
+
+    Args:
+        target: class indices of any shape, int64 or int32; or a sequence of such, the micro-batches before an update.
+        ignore_index: target value that does not count.
+        weight: (V,) class weights to be summed, by which the mean of `cross_entropy` divides; other losses count.
+        token_weight: of the target's shape, or a sequence of such beside a sequence of targets: weights to be summed,
+            as by normalizer="token_weight".
+        group: of torch.distributed: count the targets of all of its ranks. All of them must call it, a rank without
+            targets with an empty tensor.
+        averaged: whether gradients are averaged over the ranks of `group` afterwards, not added up; see below.
+
+    Returns a 0-d tensor on the target's device, without gradient: int64 for a count, float64 for what is weighted or,
+    with a group, averaged. No target at all gives 0, for which the losses and gradients are 0.
+
+    Gradients of the R ranks that are added up afterwards are right as they come. DistributedDataParallel and
+    fully_shard average them, which divides by R once more: with averaged=True the result is n / R, every rank's loss
+    comes times R, and the average of the gradients, and of the losses, is that of the whole batch. Nothing else is to
+    be multiplied. Ranks that share a loss, those of a loss's own `group`, count as one here.
+
+    With a MixedPrecisionPolicy, fully_shard rounds floating point arguments of forward, a divisor among them, to its
+    param_dtype; cast_forward_inputs=False leaves them as they are.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or range; a group without torch.distributed being
+            initialised, or whose ranks do not agree on `ignore_index`, `averaged` and which weights they give (on a
+            GPU, where looking would stall the stream, the result is NaN).
+        IndexError: with `weight`, a target outside [0, V) that is not ignore_index (on a GPU the result is NaN).
+
+    >>> import torch, fusedloss as fl
+    >>> batches = torch.tensor([[3, 1, -100], [2, -100, -100]])
+    >>> n = fl.normalizer(batches)
+    >>> n
+    tensor(3)
+    >>> logits = torch.randn(2, 3, 5, requires_grad=True)
+    >>> for z, t in zip(logits, batches):
+    ...     fl.cross_entropy(z, t, normalizer=n).backward()
+    """
+    parts = _parts(target, token_weight)
+    _check(parts, ignore_index, weight, averaged)
+    if group is not None:
+        check_group(group)
+    count = torch.stack([_count(t, ignore_index, weight, w) for t, w in parts]).sum()
+    if group is None:
+        return count
+    options: dict[str, object] = {
+        "ignore_index": ignore_index,
+        "averaged": averaged,
+        "weight": "None" if weight is None else "given",
+        "token_weight": "None" if token_weight is None else "given",
+    }
+    total = _total(count, options, group)
+    return total / group.size() if averaged else total.to(count.dtype)
+
+
+def _parts(
+    target: Tensor | Sequence[Tensor], token_weight: Tensor | Sequence[Tensor] | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Targets, each with its token weights."""
+    if isinstance(target, Tensor):
+        target = [target]
+        token_weight = None if token_weight is None else [token_weight]  # type: ignore[list-item]
+    if not isinstance(target, list | tuple):
+        raise TypeError(f"target must be a tensor of class indices or a list of such, got {type(target).__name__}")
+    if not target:
+        raise ValueError("target is an empty sequence; where there are no targets, pass an empty tensor")
+    if token_weight is None:
+        return [(t, None) for t in target]
+    if not isinstance(token_weight, list | tuple):
+        kind = type(token_weight).__name__
+        raise TypeError(f"token_weight must be a list as target is, of a tensor for each, got {kind}")
+    if len(token_weight) != len(target):
+        raise ValueError(f"token_weight must be of {len(target)} tensors, one a target, got {len(token_weight)}")
+    return list(zip(target, token_weight, strict=True))
+
+
+def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight: Tensor | None, averaged: bool) -> None:
+    for target, token_weight in parts:
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor of class indices or a list of such, got {type(target).__name__}")
+        check_local("target", target)
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target must hold class indices as int64 or int32, got {target.dtype}")
+        if token_weight is not None:
+            check_token_weight(token_weight, target)
+        if target.device != parts[0][0].device:
+            raise ValueError(f"one target is on {target.device}, but the first on {parts[0][0].device}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not isinstance(averaged, bool):
+        raise TypeError(f"averaged must be a bool, got {averaged!r}")
+    if weight is None:
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight must be a floating point tensor, got {kind}")
+    if weight.dim() != 1 or not len(weight):
+        raise ValueError(f"weight must be (V,), one a class, got shape {tuple(weight.shape)}")
+    for target, _ in parts:
+        if weight.device != target.device:
+            raise ValueError(f"weight is on {weight.device}, but target on {target.device}")
+        if target.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_indices("target", target, len(weight), ignore_index)
+
+
+def _count(target: Tensor, ignore_index: int, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    counted = target != ignore_index
+    if weight is None and token_weight is None:
+        return counted.sum()
+    product = target.new_ones(target.shape, dtype=torch.float64)
+    if weight is not None:
+        known = (target >= 0) & (target < len(weight))
+        product *= weight.detach()[target.clamp(0, len(weight) - 1)].masked_fill(~known, torch.nan)
+    if token_weight is not None:
+        product *= token_weight.detach()
+    return product.masked_fill(~counted, 0).sum()
+
+
+def _total(count: Tensor, options: dict[str, object], group: ProcessGroup) -> Tensor:
+    """The sum over the ranks, if their options are the same."""
+    # One shape and dtype, whatever a rank was given: others would be summed wrongly, or hang.
+    code = zlib.crc32(repr(options).encode()) % _CODES
+    told = count.new_full((3,), code, dtype=torch.float64)
+    told[0], told[2] = count, code * code
+    dist.all_reduce(told, group=group)
+    total, codes, squares = told
+    agree = codes.square() == squares * group.size()  # by Cauchy-Schwarz, of equal ones alone
+    if count.device.type == "cpu" and not torch.compiler.is_compiling() and not agree:
+        here = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise ValueError(f"the ranks do not agree on what counts: rank {group.rank()} has {here}, others have not")
+    return torch.where(agree, total, torch.nan)
