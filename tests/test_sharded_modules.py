@@ -1,0 +1,215 @@
+"""The linear modules behind DistributedDataParallel and fully_shard: real processes over gloo, against one process."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+import fusedloss as fl
+
+FEATURES, CLASSES = 6, 11  # no multiple of the ranks
+
+#: Targets of each rank; the first two of them do not count.
+SIZES = [5, 9]
+
+KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "cross_entropy": (fl.nn.LinearCrossEntropyLoss, {"weight": torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)}),
+    "dsc": (fl.nn.LinearDSCLoss, {"alpha": 0.01}),
+    "flex": (fl.nn.LinearFlexLoss, {"loss_fn": lambda s: s.ce + s.q}),
+    "focal": (fl.nn.LinearFocalLoss, {"gamma": 2.0}),
+    "mixed_cross_entropy": (fl.nn.LinearMixedCrossEntropyLoss, {"alpha": 0.25, "label_smoothing": 0.1}),
+    "tversky": (fl.nn.LinearTverskyLoss, {}),
+}
+
+
+def test_every_linear_module_is_here() -> None:
+    names = {name for name in vars(fl.nn) if name.startswith("Linear")}
+    assert {kind.__name__ for kind, _ in KINDS.values()} == names
+
+
+class _Model(nn.Module):
+    """Embedding, a layer and the loss, whose output layer is its own or the embedding."""
+
+    def __init__(self, kind: str, tied: bool, bias: bool = False) -> None:
+        super().__init__()
+        loss, options = KINDS[kind]
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(CLASSES, FEATURES)
+        self.body = nn.Linear(FEATURES, FEATURES)
+        self.criterion = loss.tied(self.embedding, **options) if tied else loss(FEATURES, CLASSES, bias=bias, **options)
+        self.double()
+
+    def forward(self, tokens: Tensor, target: Tensor, **tensors: Tensor) -> Tensor:
+        return self.criterion(self.body(self.embedding(tokens)).tanh(), target, **tensors)
+
+
+def _batch(rank: int | None) -> tuple[Tensor, Tensor]:
+    """Of one rank, or the whole."""
+    generator = torch.Generator().manual_seed(1)
+    tokens, target = (torch.randint(CLASSES, (sum(SIZES),), generator=generator) for _ in range(2))
+    target[:2] = -100
+    own = slice(None) if rank is None else slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
+    return tokens[own], target[own]
+
+
+def _alone(kind: str, tied: bool, bias: bool = False) -> _Model:
+    """A model of one process, with its gradients."""
+    model = _Model(kind, tied, bias)
+    tokens, target = _batch(None)
+    model(tokens, target, normalizer=_count(model, target)).backward()
+    return model
+
+
+def _count(model: _Model, target: Tensor, **across: Any) -> Tensor:
+    return fl.normalizer(target, weight=model.criterion.weight, **across)
+
+
+def _equals(model: nn.Module, alone: nn.Module, **tolerance: float) -> None:
+    for (name, p), right in zip(model.named_parameters(), alone.parameters(), strict=True):
+        gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        torch.testing.assert_close(
+            gradient, right.grad, **(tolerance or {"rtol": 1e-10, "atol": 1e-12}), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# --- what every rank runs ---
+
+
+def _ddp(model: _Model) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def _whole_model_sharded(model: _Model) -> nn.Module:
+    return fully_shard(model)
+
+
+def _each_part_sharded(model: _Model) -> nn.Module:
+    for part in (model.embedding, model.body, model.criterion):
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def _gradients_are_those_of_one_process(rank: int) -> None:
+    ways: list[tuple[Callable[[_Model], nn.Module], bool]] = [
+        (_ddp, False), (_ddp, True),
+        (_whole_model_sharded, False), (_whole_model_sharded, True),
+        (_each_part_sharded, False),
+    ]  # fmt: skip
+    tokens, target = _batch(rank)
+    for kind in KINDS:
+        for way, tied in ways:
+            alone = _alone(kind, tied, bias=not tied)
+            model = _Model(kind, tied, bias=not tied)
+            wrapped = way(model)
+            n = _count(model, target, group=dist.group.WORLD, averaged=True)
+            wrapped(tokens, target, normalizer=n).backward()
+            try:
+                _equals(model, alone)
+            except AssertionError as error:
+                raise AssertionError(f"{kind}, {way.__name__}, tied={tied}: {error}") from None
+
+
+def _training_goes_on_as_in_one_process(rank: int) -> None:
+    for way in (_ddp, _each_part_sharded):
+        alone, model = _Model("focal", False), _Model("focal", False)
+        wrapped = way(model)
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (alone, model)]
+        for _ in range(3):
+            for m, batch, across in (
+                (alone, _batch(None), {}),
+                (wrapped, _batch(rank), {"group": dist.group.WORLD, "averaged": True}),
+            ):
+                m(*batch, normalizer=fl.normalizer(batch[1], **across)).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        for p, right in zip(model.parameters(), alone.parameters(), strict=True):
+            value = p.full_tensor() if isinstance(p, DTensor) else p
+            torch.testing.assert_close(value, right, rtol=1e-9, atol=1e-10)
+
+
+def _a_loss_sharded_apart_from_the_model(rank: int) -> None:
+    """Called after the model's forward, as where the loss is no part of it."""
+    alone = _alone("focal", False)
+    model = _Model("focal", False)
+    body = fully_shard(nn.Sequential(model.embedding, model.body, nn.Tanh()))
+    fully_shard(model.criterion)
+    tokens, target = _batch(rank)
+    n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
+    model.criterion(body(tokens), target, normalizer=n).backward()
+    _equals(model, alone)
+
+
+def _in_mixed_precision(rank: int) -> None:
+    """The parameters in bfloat16 for the products, their gradients summed in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    alone = _alone("focal", False).float()
+    model = _Model("focal", False).float()
+    seen: list[torch.dtype] = []
+    model.criterion.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
+    fully_shard(model, mp_policy=policy)
+    tokens, target = _batch(rank)
+    n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
+    model(tokens, target, normalizer=n).backward()
+    assert n.dtype == torch.float64 and seen == [torch.bfloat16]
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    _equals(model, alone, rtol=0.03, atol=0.003)
+
+
+def _logits_of_a_sharded_layer(rank: int) -> None:
+    """`logits` is no forward: it raises, unless fully_shard is told of it."""
+    alone, model = _Model("focal", False), _Model("focal", False)
+    hidden = torch.randn(2, FEATURES, dtype=torch.float64)
+    fully_shard(model.criterion)
+    with pytest.raises(ValueError, match="linear_weight is a DTensor"):
+        model.criterion.logits(hidden)
+    register_fsdp_forward_method(model.criterion, "logits")
+    torch.testing.assert_close(model.criterion.logits(hidden), alone.criterion.logits(hidden))
+
+
+def _a_layer_sharded_without_its_loss_raises(rank: int) -> None:
+    """Its own forward, in which it would be gathered, is never called."""
+    model = _Model("focal", False)
+    fully_shard(model.criterion.linear)
+    with pytest.raises(ValueError, match="linear_weight is a DTensor"):
+        model(*_batch(rank))
+
+
+SCENES: list[Callable[[int], None]] = [
+    _gradients_are_those_of_one_process,
+    _training_goes_on_as_in_one_process,
+    _a_loss_sharded_apart_from_the_model,
+    _in_mixed_precision,
+    _logits_of_a_sharded_layer,
+    _a_layer_sharded_without_its_loss_raises,
+]
+
+
+def _rank(rank: int, world: int, store: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
+    )
+    for scene in SCENES:
+        scene(rank)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the scenes in one start of the processes; a traceback names the scene."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    world = len(SIZES)
+    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path / "store")), nprocs=world)
