@@ -15,7 +15,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-fewshot test bench compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-fewshot test bench scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -37,6 +37,9 @@ bench: .venv/installed ## run the benchmarks; writes a table and a plot
 	@mkdir -p build
 	$(BIN)/pytest bench --benchmark-json=build/bench.json $(ARGS)
 	$(BIN)/python bench/report.py build/bench.json
+
+scale: .venv/installed ## predict the losses on many GPUs; writes a table and a plot. ARGS=--calibrate measures, too
+	$(BIN)/python bench/scale.py $(ARGS)
 
 compile-report: .venv/installed ## compile the Triton and CUDA kernels for GPUs that need not be here; writes a table
 	$(BIN)/python bench/compile_report.py $(ARGS)
