@@ -97,6 +97,8 @@ def test_compiles_whole() -> None:
     compiled = torch.compile(fl.normalizer, fullgraph=True)
     assert compiled(TARGET) == 6
     assert compiled([TARGET, TARGET[0]], weight=WEIGHT) == fl.normalizer([TARGET, TARGET[0]], weight=WEIGHT)
+    # Where nobody looks, as on a GPU, what has no weight makes no number.
+    assert compiled([TARGET, TARGET[0] + 1], weight=WEIGHT).isnan()
 
 
 X = torch.tensor([0, 1])

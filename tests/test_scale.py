@@ -103,7 +103,12 @@ def test_chunks_are_those_of_the_linear_forms(rows: int, budget: int, dtype: tor
     )  # fmt: skip
     work = model.Work(rows, 3, 200, ranks=2, size=dtype.itemsize, budget=budget)
     assert work.chunks == (chunks.count, chunks.rows)
-    assert model.memory(work)["logits"] == chunks._buffers[0].nbytes
+    held = model.memory(work)
+    assert held["logits"] == chunks._buffers[0].nbytes
+    gradients = linear._Gradients(chunks, [True, True, False])
+    assert held["hidden"] == 2 * gradients.hidden.nbytes
+    handed = 0 if dtype == torch.float32 else chunks.weight.nbytes
+    assert held["weight"] == chunks.weight.nbytes and held["gradient"] == gradients.weight.nbytes + handed
 
 
 @given(WORKS)
