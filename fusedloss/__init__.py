@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import nn as nn  # not in __all__: `import *` must not take the place of torch's
+from .calibration import CalibrationBins, calibration_bins, calibration_error
 from .counts import normalizer
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
@@ -17,10 +18,13 @@ from .vocabulary import VocabularyShards
 __version__ = _version("fusedloss")
 
 __all__ = [
+    "CalibrationBins",
     "RowStats",
     "Statistics",
     "VocabularyShards",
     "alpha_schedule",
+    "calibration_bins",
+    "calibration_error",
     "cross_entropy",
     "dice_loss",
     "dsc_loss",

@@ -30,6 +30,8 @@ LINEAR = [function for function in FUNCTIONS if function.__name__.startswith("li
 LOSSES = [f for f in FUNCTIONS if hasattr(f, "__signature__") and f not in LINEAR]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
+NO_ROW_LOSSES = {"alpha_schedule", "calibration_bins", "calibration_error", "supcon_loss"}
+
 #: The formula of each, as its docstring has it; and where it comes from, but for what has no paper.
 FORMULAS = {
     "cross_entropy": "-log p_t",
@@ -41,9 +43,13 @@ FORMULAS = {
     "flex_loss": "loss_fn(s)",
     "alpha_schedule": "maximum * step / total_steps",
     "normalizer": "n = sum_i [target_i != ignore_index] * weight_{target_i} * token_weight_i",
+    "calibration_bins": "(b - 1) / B < conf <= b / B",
+    "calibration_error": "ECE = sum_b (n_b / n) |acc_b - conf_b|",
     "supcon_loss": "L_i = log sum_{k != i} exp s_ik - 1/|P(i)| sum_{j in P(i)} s_ij",
 }
 SOURCES = {
+    "calibration_bins": "arXiv:1706.04599",
+    "calibration_error": "arXiv:1706.04599",
     "focal_loss": "arXiv:1708.02002",
     "mixed_cross_entropy": "arXiv:2106.15880",
     "dsc_loss": "arXiv:1911.02855",
@@ -55,7 +61,7 @@ SOURCES = {
 
 def test_public_names_are_all_there() -> None:
     assert sorted(fl.__all__) == fl.__all__
-    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - {"alpha_schedule", "normalizer", "supcon_loss"}
+    assert {loss.__name__ for loss in LOSSES} == set(FORMULAS) - NO_ROW_LOSSES
     assert {function.__name__.removeprefix("linear_") for function in FUNCTIONS} == set(FORMULAS)
 
 
