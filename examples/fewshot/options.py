@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from arguments import count, cpus, positive, share, share_or_all
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -19,32 +21,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument_group("data and output").add_argument
     add("--data", type=Path, help="your own: label TAB question, one a line, UTF-8; else the TREC questions")
-    add("--held-out", type=_share, default=0.2, help="share of every class to test on")
-    add("--validation", type=_share, default=0.1, help="share of every class to choose settings by (--tune)")
+    add("--held-out", type=share, default=0.2, help="share of every class to test on")
+    add("--validation", type=share, default=0.1, help="share of every class to choose settings by (--tune)")
     add("--encoder", type=Path, help="folder of an encoder that transformers can load; else MiniLM-L6")
-    add("--max-length", type=_count(8), default=64, help="pieces of a question; what is longer is cut")
+    add("--max-length", type=count(8), default=64, help="pieces of a question; what is longer is cut")
     add("--out", type=Path, default=Path("runs/fewshot"), help="folder of the table, the plot and the figures")
 
     add = parser.add_argument_group("comparison").add_argument
-    add("--sizes", type=_count(2), nargs="+", default=[20, 100, 1000], help="labelled questions to train on")
-    add("--seeds", type=_count(1), default=5, help="runs of each size and loss")
+    add("--sizes", type=count(2), nargs="+", default=[20, 100, 1000], help="labelled questions to train on")
+    add("--seeds", type=count(1), default=5, help="runs of each size and loss")
     add("--seed", type=int, default=1, help="the first: of the draw, the head, the batches and dropout")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_count(1), nargs="+", help="one number, or one for each size; else 100 / sqrt(size)")
-    add("--batch", type=_count(2), default=16, help="questions an update, at most")
-    add("--lr", type=_positive, default=1e-4, help="learning rate of the encoder, at its highest")
-    add("--head-lr", type=_positive, default=1e-2, help="that of the linear layer")
-    add("--lam", type=_share_or_all, default=0.9, help="share of the contrastive loss in CE + SupCon")
-    add("--temperature", type=_positive, default=0.3, help="of the contrastive loss")
+    add("--epochs", type=count(1), nargs="+", help="one number, or one for each size; else 100 / sqrt(size)")
+    add("--batch", type=count(2), default=16, help="questions an update, at most")
+    add("--lr", type=positive, default=1e-4, help="learning rate of the encoder, at its highest")
+    add("--head-lr", type=positive, default=1e-2, help="that of the linear layer")
+    add("--lam", type=share_or_all, default=0.9, help="share of the contrastive loss in CE + SupCon")
+    add("--temperature", type=positive, default=0.3, help="of the contrastive loss")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
-    add("--threads", type=_count(1), default=_cpus(), help="CPU threads")
+    add("--threads", type=count(1), default=cpus(), help="CPU threads")
 
     add = parser.add_argument_group("choice of settings").add_argument
     add("--tune", action="store_true", help="in place of the comparison: measure these on the validation part")
-    add("--lrs", type=_positive, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates, for CE")
-    add("--lams", type=_share_or_all, nargs="+", default=[0.5, 0.9], help="shares, at the best learning rate of CE")
-    add("--temperatures", type=_positive, nargs="+", default=[0.1, 0.3], help="temperatures, for each of the shares")
+    add("--lrs", type=positive, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates, for CE")
+    add("--lams", type=share_or_all, nargs="+", default=[0.5, 0.9], help="shares, at the best learning rate of CE")
+    add("--temperatures", type=positive, nargs="+", default=[0.1, 0.3], help="temperatures, for each of the shares")
 
     options = parser.parse_args(arguments)
     sizes = sorted(set(options.sizes))
@@ -60,39 +62,3 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
         options.dtype = "bf16" if probe is not None and probe() else "fp32"
     return options
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _count(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    parse.__name__ = "whole number"  # argparse names the type in its message
-    return parse
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {value}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, both excluded, got {value}")
-    return value
-
-
-def _share_or_all(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value}")
-    return value

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tables import spread
 from torch import Tensor
 from training import LOSSES, Settings
 
@@ -25,16 +26,10 @@ def table(results: list[dict[str, Any]]) -> str:
             for loss in LOSSES
         }
         differences = [of_loss[joint][seed] - of_loss[plain][seed] for seed in sorted(of_loss[plain])]
-        scores = " | ".join(_spread(list(of_loss[loss].values()), ".1f") for loss in LOSSES)
+        scores = " | ".join(spread(list(of_loss[loss].values()), ".1f") for loss in LOSSES)
         ahead = f"{sum(d > 0 for d in differences)} of {len(differences)}"
-        lines.append(f"| {size} | {scores} | {_spread(differences, '+.1f')} | {ahead} |")
+        lines.append(f"| {size} | {scores} | {spread(differences, '+.1f')} | {ahead} |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation, of which one value has none."""
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def tuning_table(rows: list[tuple[str, Settings, dict[int, float]]], header: bool = True) -> str:
