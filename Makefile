@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+PAPERS ?= calibration
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
@@ -15,7 +16,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-fewshot test bench scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-fewshot papers test bench scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -28,6 +29,9 @@ demo-lm: .venv/installed ## train a small language model with transformers' Trai
 
 demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon: 10 minutes of processor time
 	$(BIN)/python examples/fewshot/train.py $(ARGS)
+
+papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
+	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done
 
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed ## run the tests

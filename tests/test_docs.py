@@ -30,7 +30,7 @@ LINEAR = [function for function in FUNCTIONS if function.__name__.startswith("li
 LOSSES = [f for f in FUNCTIONS if hasattr(f, "__signature__") and f not in LINEAR]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
-NO_ROW_LOSSES = {"alpha_schedule", "calibration_bins", "calibration_error", "supcon_loss"}
+NO_ROW_LOSSES = {"alpha_schedule", "calibration_bins", "calibration_error", "normalizer", "supcon_loss"}
 
 #: The formula of each, as its docstring has it; and where it comes from, but for what has no paper.
 FORMULAS = {

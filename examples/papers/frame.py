@@ -1,0 +1,149 @@
+"""What the scripts of this folder share: the command line, runs that are resumed, tables of mean and deviation."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from arguments import count, cpus
+from packages import DataError
+from tables import spread
+
+
+class Run(NamedTuple):
+    settings: dict[str, Any]  # all that decides its outcome, in what JSON knows
+    measured: dict[str, Any]
+
+
+def make_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """With the options of every script; its own are added to it. --quick changes defaults, see `parse`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument_group("runs").add_argument
+    add("--out", type=Path, default=Path("runs/papers") / name, help="folder of the results, the table and the plot")
+    add("--fresh", action="store_true", help="forget the runs that --out holds")
+    add("--quick", action="store_true", help="small: to see it work, not to learn anything from it")
+    add("--seeds", type=count(1), default=3, help="runs of each loss")
+    add("--seed", type=int, default=1, help="the first: of the weights, the batches and dropout")
+    add("--threads", type=count(1), default=cpus(), help="CPU threads")
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, quick: dict[str, Any], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """The options, with the defaults `quick` where --quick is among them: what is given by name holds all the same."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--quick" in given:
+        parser.set_defaults(**quick)
+    return parser.parse_args(given)
+
+
+def run_all(
+    plan: Sequence[dict[str, Any]],
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+    told: Callable[[Run], str],
+    out: Path,
+    fresh: bool = False,
+) -> list[Run]:
+    """The runs of the plan in its order; those that `out` holds already, of the very same settings, are not run again.
+
+    Each is a line of results.jsonl as soon as it ends, so that what is stopped at any moment goes on where it was.
+    Lines of other settings stay there and are not looked at.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.jsonl"
+    if fresh:
+        path.unlink(missing_ok=True)
+    done = _read(path)
+    ready = sum(_key(settings) in done for settings in plan)
+    if ready:
+        print(f"{ready} of {len(plan)} runs are in {path}")
+    runs = []
+    for number, settings in enumerate(plan, start=1):
+        measured = done.get(_key(settings))
+        if measured is None:
+            start = time.perf_counter()
+            measured = run(settings)
+            line = {"settings": settings, "measured": measured, "seconds": round(time.perf_counter() - start, 1)}
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            print(f"{number} of {len(plan)}, {line['seconds']:.0f} s: {told(Run(settings, measured))}")
+        runs.append(Run(settings, measured))
+    return runs
+
+
+def _key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured, by settings. A last line without its end is of a run that was stopped, and is cut off."""
+    if not path.exists():
+        return {}
+    whole, end, rest = path.read_bytes().rpartition(b"\n")
+    if rest:
+        os.truncate(path, len(whole) + len(end))
+    done = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            done[_key(entry["settings"])] = entry["measured"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}, line {number}: not a result; --fresh forgets the file") from None
+    return done
+
+
+def table(runs: Sequence[Run], by: str, columns: dict[str, float], form: str = ".1f") -> str:
+    """In Markdown, a row for each value of the setting `by`: the columns' mean and standard deviation over its runs.
+
+    `columns`: what was measured, and what it is multiplied by.
+    """
+    lines = [f"| {by} | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for value in dict.fromkeys(run.settings[by] for run in runs):
+        own = [run.measured for run in runs if run.settings[by] == value]
+        cells = (spread([scale * measured[name] for measured in own], form) for name, scale in columns.items())
+        lines.append(f"| {value} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def save_figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
+    """Panels [rows][columns] to draw on, which are written when they are left."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (2.7 * columns, 2.7 * rows)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    yield panels
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def main(parse_arguments: Callable[[], argparse.Namespace], compare: Callable[[argparse.Namespace], None]) -> NoReturn:
+    """Runs a script, and ends it with a message where its data cannot be had."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line when it is due
+    try:
+        options = parse_arguments()
+        torch.set_num_threads(options.threads)
+        compare(options)
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)

