@@ -60,14 +60,23 @@ def fetch_wheel(requirement: str, folder: Path, size: str, instead: str) -> Path
 
     `instead`: what the user can do where that fails.
     """
+    return _download(requirement, folder, size, instead, "--only-binary", "*.whl")
+
+
+def fetch_source(requirement: str, folder: Path, size: str, instead: str) -> Path:
+    """As `fetch_wheel`, the source distribution, a tar.gz, of what has no wheel; pip asks it for its metadata."""
+    return _download(requirement, folder, size, instead, "--no-binary", "*.tar.gz")
+
+
+def _download(requirement: str, folder: Path, size: str, instead: str, kind: str, pattern: str) -> Path:
     print(f"fetching {requirement} ({size}) with pip download")
-    options = ("--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:")
+    options = ("--quiet", "--disable-pip-version-check", "--no-deps", kind, ":all:")
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), requirement]
     code, said = _run(command, folder)
-    wheels = sorted(folder.glob("*.whl"))
-    if code or len(wheels) != 1:
+    found = sorted(folder.glob(pattern))
+    if code or len(found) != 1:
         raise DataError(f"cannot fetch {requirement}; {instead}\n{said}".rstrip())
-    return wheels[0]
+    return found[0]
 
 
 def _run(command: list[str], folder: Path) -> tuple[int, str]:

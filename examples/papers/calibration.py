@@ -24,14 +24,13 @@ import torch
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, positive, share_or_all
+from arguments import count, positive
 from bilstm import Classifier, logits_of, trained
-from frame import Run, main, make_parser, parse, run_all, save_figure, table
+from frame import TRAINING, Run, add_training, main, make_parser, parse, run_all, save_figure, write_tables
 from scores import f1
 from texts import Task, encode, load
 
 QUICK = {"seeds": 2, "epochs": 4, "limit": 1000, "gammas": [1.0, 5.0]}
-TRAINING = ("limit", "epochs", "batch", "lr", "width", "hidden", "dropout", "max_length", "least")
 COLUMNS = ("accuracy", "F1", "confidence", "ECE", "MCE")
 
 
@@ -41,16 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--texts", nargs="+", default=["R52", "SMS"], help="R52, SMS, or a file: label TAB text, one a line, UTF-8")
     add("--gammas", type=positive, nargs="+", default=[1.0, 3.0, 5.0, 10.0], help="of the focal loss, beside CE")
     add("--bins", type=count(1), default=15, help="of the calibration errors and the diagrams")
-    add = parser.add_argument_group("training").add_argument
-    add("--limit", type=count(0), default=0, help="texts to train on, 0 for all")
-    add("--epochs", type=count(1), default=10, help="over the training part")
-    add("--batch", type=count(1), default=32, help="texts an update")
-    add("--lr", type=positive, default=4e-3, help="of Adam")
-    add("--width", type=count(1), default=64, help="of the embeddings, which are learnt")
-    add("--hidden", type=count(1), default=64, help="of the LSTM, in each direction")
-    add("--dropout", type=share_or_all, default=0.3, help="of the embeddings and of the hidden states")
-    add("--max-length", type=count(1), default=128, help="words of a text; what follows is cut")
-    add("--least", type=count(1), default=2, help="words that occur less often in the training part are one")
+    add_training(parser, limit=0, epochs=10, lr=4e-3)
     return parse(parser, QUICK, arguments)
 
 
@@ -95,13 +85,7 @@ def compare(options: argparse.Namespace) -> None:
         for name, seed, gamma in itertools.product(options.texts, seeds, (None, *options.gammas))
     ]
     runs = run_all(plan, lambda settings: run(tasks[settings["texts"]], settings), told, options.out, options.fresh)
-    tables = []
-    for name in options.texts:
-        own = [run for run in runs if run.settings["texts"] == name]
-        tables.append(f"{name}\n\n{table(own, 'loss', dict.fromkeys(COLUMNS, 100))}")
-    written = "\n".join(tables)
-    print(f"\nin %, mean and standard deviation over {len(seeds)} seed(s)\n\n{written}")
-    (options.out / "table.md").write_text(written, encoding="utf-8")
+    write_tables(runs, dict.fromkeys(options.texts, COLUMNS), options.out)
     draw_diagrams(runs, options.out / "calibration.png")
     print(f"table, plot and results: {options.out}")
 

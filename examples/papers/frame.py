@@ -15,9 +15,12 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, cpus
+from arguments import count, cpus, positive, share_or_all
 from packages import DataError
 from tables import spread
+
+#: The settings that `add_training` adds.
+TRAINING = ("limit", "epochs", "batch", "lr", "width", "hidden", "dropout", "max_length", "least")
 
 
 class Run(NamedTuple):
@@ -48,6 +51,20 @@ def parse(
     if "--quick" in given:
         parser.set_defaults(**quick)
     return parser.parse_args(given)
+
+
+def add_training(parser: argparse.ArgumentParser, limit: int, epochs: int, lr: float) -> None:
+    """The options of a network and its training, `TRAINING`."""
+    add = parser.add_argument_group("training").add_argument
+    add("--limit", type=count(0), default=limit, help="texts to train on, 0 for all")
+    add("--epochs", type=count(1), default=epochs, help="over the training part")
+    add("--batch", type=count(1), default=32, help="texts an update")
+    add("--lr", type=positive, default=lr, help="of Adam")
+    add("--width", type=count(1), default=64, help="of the embeddings, which are learnt")
+    add("--hidden", type=count(1), default=64, help="of the LSTM, in each direction")
+    add("--dropout", type=share_or_all, default=0.3, help="of the embeddings and of the hidden states")
+    add("--max-length", type=count(1), default=128, help="tokens of a text; what follows is cut")
+    add("--least", type=count(1), default=2, help="tokens that occur less often in the training part are one")
 
 
 def run_all(
@@ -118,6 +135,18 @@ def table(runs: Sequence[Run], by: str, columns: dict[str, float], form: str = "
         cells = (spread([scale * measured[name] for measured in own], form) for name, scale in columns.items())
         lines.append(f"| {value} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def write_tables(runs: Sequence[Run], columns: dict[str, Sequence[str]], out: Path) -> None:
+    """A table of the losses for each set of texts, whose columns are given by its name: printed, and in table.md."""
+    tables = []
+    for texts, names in columns.items():
+        own = [run for run in runs if run.settings["texts"] == texts]
+        tables.append(f"{texts}\n\n{table(own, 'loss', dict.fromkeys(names, 100))}")
+    written = "\n".join(tables)
+    seeds = len({run.settings["seed"] for run in runs})
+    print(f"\nin %, mean and standard deviation over {seeds} seed(s)\n\n{written}")
+    (out / "table.md").write_text(written, encoding="utf-8")
 
 
 @contextlib.contextmanager

