@@ -117,7 +117,8 @@ def draw_diagrams(runs: Sequence[Run], path: Path) -> None:
             panel.plot([0, 1], [0, 1], color="gray", linewidth=1)
             panel.plot(confidence.tolist(), accuracy.tolist(), "k.", markersize=3, label="mean confidence of a bin")
             panel.set(title=f"{name}, {loss}", xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
-        panels[0][0].legend(fontsize="small", loc="upper left")
+        handles = panels[0][0].get_legend_handles_labels()
+        panels[0][0].figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
 
 
 if __name__ == "__main__":
