@@ -16,7 +16,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-fewshot papers test bench scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot papers test bench scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -26,6 +26,9 @@ demo: .venv/installed ## train a small translation model, about 3 minutes on 2 c
 
 demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 3 minutes
 	$(BIN)/python examples/lm/train.py $(ARGS)
+
+demo-tp: .venv/installed ## the same model, its output layer divided over 2 ranks, against one rank: about 2 minutes
+	$(BIN)/torchrun --nproc-per-node 2 examples/lm/tensor_parallel.py $(ARGS)
 
 demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon: 10 minutes of processor time
 	$(BIN)/python examples/fewshot/train.py $(ARGS)

@@ -167,6 +167,8 @@ def prepare(
     target = vocabulary.local_rows(target)
     shards = vocabulary.shards_of(o["group"], input)
     classes = input.shape[-1] if shards is None else shards.classes
+    if shards is not None:
+        vocabulary.check_ranks(shards, name, input, target, params, o)
     _check(input, target, classes, o)
     if candidates is not None:
         checks.check_candidates(candidates, target)

@@ -10,7 +10,9 @@ whose logit and gradient are put right around them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -317,6 +319,34 @@ def shards_of(group: object, input: Tensor | Projection) -> VocabularyShards | N
             f"group says that rank {group.rank} has a part of {group.sizes} classes, but input has {classes}"
         )
     return group
+
+
+def check_ranks(
+    shards: VocabularyShards,
+    name: str,
+    input: Tensor | Projection,
+    target: Tensor,
+    params: Sequence[object],
+    options: Mapping[str, Any],
+) -> None:
+    """Raises ValueError on every rank where they disagree, if FUSEDLOSS_CHECK_RANKS asks for it: the host waits."""
+    if os.environ.get("FUSEDLOSS_CHECK_RANKS", "0") in ("", "0") or torch.compiler.is_compiling():
+        return
+
+    def told(value: object) -> object:
+        return (tuple(value.shape), value.dtype, value.requires_grad) if isinstance(value, Tensor) else value
+
+    same: dict[str, object] = {
+        "the loss": name,
+        "the shape of the targets": tuple(target.shape),
+        "the dtype of the logits": input.dtype,
+        "whether there are gradients": torch.is_grad_enabled(),
+        "the parameters of the loss": tuple(map(told, params)),
+    }
+    own = ("group", "inplace_backward", "impl", "return_stats")
+    same |= {option: told(value) for option, value in options.items() if option not in own}
+    same["the checksum of the targets"] = zlib.crc32(target.cpu().contiguous().numpy().tobytes())
+    parallel.meet(shards.group, shards.sizes[shards.rank], input.device, same)
 
 
 def form_for(shards: VocabularyShards, projection: Projection) -> Form:

@@ -145,7 +145,7 @@ def test_linear_form_documents_all_that_it_takes(linear: Callable[..., Any]) -> 
     loss = getattr(fl, linear.__name__.removeprefix("linear_"))
     parameters, of_row = inspect.signature(linear).parameters, inspect.signature(loss).parameters
     assert list(parameters)[:3] == ["input", "linear_weight", "target"]
-    own = {"linear_weight", "linear_bias", "softcap", "budget", "drop_ignored"}
+    own = {"linear_weight", "linear_bias", "softcap", "budget", "drop_ignored", "sequence_parallel"}
     assert set(parameters) == set(of_row) - {"inplace_backward"} | own
     for name in set(parameters) & set(of_row):
         assert parameters[name].default == of_row[name].default

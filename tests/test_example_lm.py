@@ -1,9 +1,11 @@
 """The language model example on a synthetic text of a few hundred lines."""
 
 import json
+import os
 import random
 import shutil
 import struct
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -192,3 +194,20 @@ def test_the_comparison_measures_both_sides(lm, text, tmp_path, capsys):
     for figures in (fused, unfused):
         assert figures["step_ms"] > 0 and figures["peak_mib"] > figures["peak_above_start_mib"] >= 0
     assert "fused against unfused focal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_output_layer_divided_over_ranks_trains_alike(text, tmp_path):
+    """With torchrun, which is the one command."""
+    sizes = (
+        "--steps 6 --batch 4 --length 16 --vocab-size 313 --width 16 --layers 1 --heads 2 --held-out 0.2 --threads 2"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(FOLDER / "tensor_parallel.py"), "--data", str(text), "--out", str(tmp_path), *sizes.split()]
+    environment = os.environ | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, vocabulary 157 + 156" in done.stdout
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert len(curves["together"]) == 6 and curves["together"][-1] < curves["together"][0]
+    assert curves["together"] == pytest.approx(curves["alone"], rel=1e-5)

@@ -1,6 +1,7 @@
 """Vocabulary-parallel losses: real processes over gloo, against one process that has all the classes."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,31 @@ def _what_is_refused(rank: int, world: int) -> None:
         torch.autograd.grad(loss, z, create_graph=True)
 
 
+def _disagreements(rank: int, world: int) -> None:
+    """Asked for by one line, they raise on every rank; without it the next collective would hang or be wrong."""
+    if world == 1:
+        return
+    shards = fl.VocabularyShards(dist.group.WORLD, [3] * world)
+    z, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    odd = rank == world - 1
+    os.environ["FUSEDLOSS_CHECK_RANKS"] = "1"
+    try:
+        for what, call in {
+            "the shape of the targets": lambda: fl.cross_entropy(z[odd:], target[odd:], group=shards),
+            "the dtype of the logits": lambda: fl.cross_entropy(z.double() if odd else z, target, group=shards),
+            "label_smoothing": lambda: fl.cross_entropy(z, target, label_smoothing=0.1 * odd, group=shards),
+            "reduction": lambda: fl.cross_entropy(z, target, reduction="sum" if odd else "mean", group=shards),
+            "the loss": lambda: (fl.focal_loss if odd else fl.dsc_loss)(z, target, group=shards),
+            "the parameters of the loss": lambda: fl.focal_loss(z, target, gamma=1.0 + odd, group=shards),
+            "the checksum of the targets": lambda: fl.cross_entropy(z, target + odd, group=shards),
+        }.items():
+            with pytest.raises(ValueError, match=f"{what} must be the same on every rank"):
+                call()
+        fl.cross_entropy(z, target, group=shards)
+    finally:
+        del os.environ["FUSEDLOSS_CHECK_RANKS"]
+
+
 def _losses_of_own(target: Tensor, candidates: Tensor) -> dict[str, Any]:
     """Of logits, a parameter of each row, token weights and a group."""
 
@@ -447,6 +473,7 @@ SCENES = [
     _every_dtype,
     _collectives,
     _what_is_refused,
+    _disagreements,
     _own_arguments,
     _compiled,
     _sequence_parallel,
