@@ -14,7 +14,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -90,11 +89,6 @@ class VocabularyShards:
         """Classes as columns of this rank, -1 for those of others, and which ones are here."""
         here = (index >= self.own.start) & (index < self.own.stop)
         return torch.where(here, index - self.own.start, -1), here
-
-    def owner(self, index: Tensor) -> Tensor:
-        """The ranks that have these classes."""
-        ends = torch.tensor(list(accumulate(self.sizes)), device=index.device)
-        return torch.bucketize(index.contiguous(), ends, right=True).clamp(max=len(self.sizes) - 1)
 
     def weight(self, weight: Tensor | None) -> Tensor | None:
         """Those of this rank's classes."""
@@ -401,7 +395,7 @@ def merge(
     parts[0] = statistics[ops.MAX].masked_fill(statistics[ops.SUM_EXP] == 0, -torch.inf)  # no finite logit here
     parts[1] = statistics[ops.SUM_EXP]
     parts[2] = statistics[ops.SUM_EXP] * torch.where(here, statistics[ops.Q], 1)
-    parts[3] = statistics[ops.TARGET_LOGIT]
+    parts[3] = statistics[ops.TARGET_LOGIT].masked_fill(~here, -torch.inf)
     if picks.mean:
         parts[4] = statistics[ops.MEAN_CE] * shards.sizes[shards.rank]
     top, top_index, candidate = parts[5:].split((top_k, top_k, index.shape[0] - has))
@@ -409,26 +403,28 @@ def merge(
     numbers = torch.full_like(top_index, -1, dtype=integer)
     numbers[:has] = torch.where(index[:has] < 0, -1, index[:has] + own)
     top_index.copy_(numbers.view(statistics.dtype))
-    candidate.copy_(statistics[ops.STATISTICS :][has:])
+    if candidates is not None:
+        candidate.copy_(statistics[ops.STATISTICS :][has:].masked_fill(~shards.here(candidates.t())[1], -torch.inf))
 
     parts = shards.gather_parts(parts)
     m, sums, rest, target_logits, mean = parts[:, :5].unbind(1)
     top, top_index, candidate = parts[:, 5:].split((top_k, top_k, candidate.shape[0]), 1)
     ignored = target == ignore_index
-    valid = target.masked_fill(ignored, 0)
     largest = m.amax(0)
     shift = torch.where(largest.isneginf(), 0, largest)
-    target_logit = target_logits.gather(0, shards.owner(valid)[None])[0]
+    target_logit = target_logits.amax(0)
     ce, q, total = of_target(shift, (rest * (m - shift).exp()).sum(0), target_logit)
     log_sum = total.log()
     mean_ce = torch.zeros_like(ce)
     if picks.mean:
         # Each term is positive: nothing cancels.
-        sizes = torch.tensor(shards.sizes, dtype=ce.dtype, device=ce.device)
-        scale = sizes if weight is None else torch.stack([w.sum() for w in weight.split(list(shards.sizes))])
         lag = (shift - m) + (log_sum - sums.log())
-        part = torch.where(m.isneginf(), torch.inf, mean + scale[:, None] * lag)
-        mean_ce = torch.where(sizes[:, None] > 0, part, 0).sum(0) / shards.classes
+        weights = [None] * len(shards.sizes) if weight is None else weight.split(list(shards.sizes))
+        for rank, (size, w) in enumerate(zip(shards.sizes, weights, strict=True)):
+            if size:
+                part = mean[rank] + (size if w is None else w.sum()) * lag[rank]
+                mean_ce = mean_ce + torch.where(m[rank].isneginf(), torch.inf, part)
+        mean_ce = mean_ce / shards.classes
     outside = ~ignored & ((target < 0) | (target >= shards.classes))  # on a GPU; elsewhere it has raised
     if candidates is not None:
         outside |= ~ignored & ((candidates < 0) | (candidates >= shards.classes)).any(-1)
@@ -437,11 +433,9 @@ def merge(
     chosen, chosen_index = _largest(top, top_index.contiguous().view(integer), top_k)
     columns, numbers_of = [shift, total, q, ce, target_logit, mean_ce, *chosen], [*chosen_index]
     if candidates is not None:
-        owner = shards.owner(candidates.t())
-        columns.extend(candidate.gather(0, owner[None])[0])
+        columns.extend(candidate.amax(0))
         numbers_of.extend(candidates.t())
-    merged = torch.stack(columns)
-    merged[:, ignored] = 0
+    merged = torch.stack(columns).masked_fill(ignored, 0)
     return merged, torch.stack(numbers_of) if numbers_of else target.new_empty((0, len(target)))
 
 

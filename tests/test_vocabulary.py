@@ -24,9 +24,9 @@ ROWS, FEATURES, IGNORED = 13, 5, 3  # the ignored index is a class, as a padding
 #: Classes of each rank, for every number of ranks.
 SIZES = {
     1: {"all": [11]},
-    2: {"even": [6, 6], "uneven": [1, 10], "nothing on one": [0, 9], "nothing on the last": [9, 0]},
+    2: {"uneven": [1, 10], "nothing on the first": [0, 9]},
     3: {"uneven": [5, 1, 7], "nothing in the middle": [4, 0, 6]},
-    4: {"uneven": [3, 4, 2, 3], "one class each": [1, 1, 1, 1], "all on one": [0, 0, 8, 0]},
+    4: {"one class each": [1, 1, 1, 1], "most on one, nothing on the last": [1, 2, 8, 0]},
 }
 
 
