@@ -20,7 +20,6 @@ from scale_model import Link, Machine, Work, linear_form, row_form
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss.ops import STATISTICS
 
 WORLD = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -122,27 +121,19 @@ def measured(dtype: torch.dtype, side: int, floats: int) -> Machine:
 
 
 def step(loss: Callable[..., Tensor], target: Tensor, group: Any, *sources: Tensor, **options: Any) -> None:
-    """A rank's steps of the vocabulary-parallel form, where its part of the vocabulary stands for all of it.
-
-    The statistics and the gradient are those of a local loss, which are as much work as those of the whole.
-    """
+    """A rank's step; without a group, of its own classes alone."""
     leaves = [x.detach().requires_grad_() for x in sources]
-    rows = loss(*leaves, target, reduction="none", **options)
-    if group is not None:
-        told = rows.detach().expand(STATISTICS, -1).contiguous()
-        every = [torch.empty_like(told) for _ in range(WORLD)]
-        dist.all_gather(every, told, group=group)
-        torch.stack(every).logsumexp(0)
-    by_hidden, *_ = torch.autograd.grad(rows, leaves, torch.ones_like(rows))
-    if group is not None and len(sources) == 2:
-        dist.all_reduce(by_hidden, group=group)
+    rows = loss(*leaves, target, reduction="none", group=group, **options)
+    torch.autograd.grad(rows, leaves, torch.ones_like(rows))
 
 
 def compared(name: str, machine: Machine, rows: int, features: int, classes: int, budget: int) -> list[str]:
     """A line of the table: the model's time of a step, and the step's."""
     dtype, half = DTYPES[name], classes // WORLD
     work = Work(rows, features, classes, WORLD, dtype.itemsize, budget=budget)
-    target, group = torch.randint(half, (rows,)), dist.group.WORLD
+    generator = torch.Generator().manual_seed(0)  # targets are the same on every rank
+    target = torch.randint(WORLD * half, (rows,), generator=generator)
+    group = fl.VocabularyShards(dist.group.WORLD, [half] * WORLD)
     if features:
         sources = (torch.randn(rows, features, dtype=dtype), torch.randn(half, features, dtype=dtype))
         predicted = linear_form(work, machine, overlap=False).total
