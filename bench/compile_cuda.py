@@ -22,7 +22,7 @@ DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 TARGETS = ("sm_90a", "sm_80", "sm_100")
 #: Shared memory of a block and of a multiprocessor, and whether there are clusters.
 MEMORY = {"sm_90a": (227, 228, True), "sm_80": (163, 164, False), "sm_100": (227, 228, True)}
-_KERNEL = re.compile(r"(row|class_sums|top_rest)_pass")
+_KERNEL = re.compile(r"(row|class_sums|top_rest|scale)_pass")
 CLASSES = (1000, 32000, 50257, 128256, 151936, 262144)
 
 

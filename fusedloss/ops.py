@@ -2,8 +2,10 @@
 
 ``row_statistics``  the statistics pass alone, for a loss that is PyTorch code
 ``row_loss``        the statistics pass and a compiled epilogue: losses, and the coefficients of their gradient
-``row_loss_gradient_``    the same, and the gradient of their ``row_weight``-weighted sum in the logits' memory
+``row_loss_gradient``    the same, and the gradient of their ``row_weight``-weighted sum as a new tensor;
+                    ``row_loss_gradient_`` in the logits' own memory
 ``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
+``scale_``          a gradient times a 0-d factor, which the host does not read
 ``class_sums``      the sums over the rows of each class's error and agreement, (2, V) in float64, from statistics with
                     the top class
 ``class_terms``     losses and coefficients of the rows, as of ``row_loss``, from the same statistics. With dL/d error
@@ -53,10 +55,17 @@ _library.define(
     "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
     "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
+_LOSS_GRADIENT_ARGUMENTS = (
+    "Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? row_weight, str epilogue, "
+    "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl"
+)
 _library.define(
-    "row_loss_gradient_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, "
-    "Tensor? row_weight, str epilogue, float label_smoothing, str smoothing_over, float z_loss, int ignore_index, "
-    "int top_k, str impl) -> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
+    f"row_loss_gradient(Tensor logits, {_LOSS_GRADIENT_ARGUMENTS}) "
+    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, Tensor gradient)"
+)
+_library.define(
+    f"row_loss_gradient_(Tensor(a!) logits, {_LOSS_GRADIENT_ARGUMENTS}) "
+    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
 _GRADIENT_ARGUMENTS = (
     "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, Tensor? grad_output, "
@@ -64,6 +73,7 @@ _GRADIENT_ARGUMENTS = (
 )
 _library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
+_library.define("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()")
 _library.define(
     "class_sums(Tensor logits, Tensor target, Tensor? row_weight, Tensor statistics, Tensor index, Tensor[] params, "
     "str epilogue, int ignore_index, str impl) -> Tensor"
@@ -109,9 +119,11 @@ _library.define(
 
 row_statistics = torch.ops.fusedloss.row_statistics.default
 row_loss = torch.ops.fusedloss.row_loss.default
+row_loss_gradient = torch.ops.fusedloss.row_loss_gradient.default
 row_loss_gradient_ = torch.ops.fusedloss.row_loss_gradient_.default
 row_gradient = torch.ops.fusedloss.row_gradient.default
 row_gradient_ = torch.ops.fusedloss.row_gradient_.default
+scale_ = torch.ops.fusedloss.scale_.default
 class_sums = torch.ops.fusedloss.class_sums.default
 class_terms = torch.ops.fusedloss.class_terms.default
 gather = torch.ops.fusedloss.gather.default
@@ -194,6 +206,11 @@ def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
     return _fake_row_loss(logits, target, candidates, top_k)
 
 
+@_fake("row_loss_gradient")
+def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
+    return *_fake_row_loss(logits, target, candidates, top_k), _fake_gradient(logits)
+
+
 @_fake("row_loss_gradient_")
 def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
     return _fake_row_loss(logits, target, candidates, top_k)
@@ -224,10 +241,19 @@ def _(**_):  # type: ignore[no-untyped-def]
 
 @_fake("row_gradient")
 def _(logits, **_):  # type: ignore[no-untyped-def]
+    return _fake_gradient(logits)
+
+
+def _fake_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @_fake("row_gradient_")
+def _(**_):  # type: ignore[no-untyped-def]
+    return None
+
+
+@_fake("scale_")
 def _(**_):  # type: ignore[no-untyped-def]
     return None
 

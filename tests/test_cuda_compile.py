@@ -21,7 +21,7 @@ def compiled() -> list[compile_cuda.Compiled]:
 
 def test_every_kernel_is_compiled_for_every_target(compiled):
     terms = {"dsc_one_vs_rest", "dsc_over_rows", "tversky_one_vs_rest", "tversky_over_rows"}
-    kernels = {("row", loss) for loss in {"", *terms}} | {("top_rest", "")}
+    kernels = {("row", loss) for loss in {"", *terms}} | {("top_rest", ""), ("scale", "")}
     kernels |= {("class_sums", loss) for loss in terms if loss.endswith("over_rows")}
     expected = {(t, d, *k) for t in ("sm_80", "sm_90a", "sm_100") for d in compile_cuda.DTYPES for k in kernels}
     assert {(k.target, k.dtype, k.kernel, k.loss) for k in compiled} == expected
@@ -34,6 +34,7 @@ def test_nothing_is_spilled(compiled):
 def test_logits_move_by_16_bytes(compiled):
     """Into shared memory, and out of it."""
     assert [k for k in compiled if k.kernel == "row" and not (k.wide_copies and k.wide_stores)] == []
+    assert [k for k in compiled if k.kernel == "scale" and not k.wide_stores] == []
 
 
 def test_blocks_share_a_multiprocessor(compiled):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedloss as fl
 from fusedloss import backends, ops
+from fusedloss.checks import compute_dtype
 
 needs_cpu = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
 
@@ -102,8 +103,10 @@ def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Genera
             backward = (tensors[1], tensors[2], *saved, grad_output, params, epilogue, ignore_index, "cpu")
             check_operator(ops.row_gradient, (tensors[0], *backward))
             check_operator(ops.row_gradient_, (tensors[0].clone(), *backward))
-            both = (tensors[0].clone(), *tensors[1:], params, grad_output, *forward[5:])
-            check_operator(ops.row_loss_gradient_, both)
+            both = (*tensors[1:], params, grad_output, *forward[5:])
+            check_operator(ops.row_loss_gradient, (tensors[0], *both))
+            check_operator(ops.row_loss_gradient_, (tensors[0].clone(), *both))
+    check_operator(ops.scale_, (tensors[0].clone(), T(0.5, dtype=compute_dtype(tensors[0].dtype)), "cpu"))
 
 
 @needs_cpu
@@ -119,6 +122,8 @@ def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], genera
         found = ops.row_loss_gradient_(logits, *tensors[1:], params, row_weight, *names)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         torch.testing.assert_close(logits, ops.row_gradient(tensors[0], *backward), rtol=0, atol=0)
+        *found, gradient = ops.row_loss_gradient(*tensors, params, row_weight, *names)
+        torch.testing.assert_close([*found, gradient], [*expected, logits], rtol=0, atol=0)
 
 
 @needs_cpu
@@ -155,14 +160,20 @@ def test_fakes_agree_with_kernels(
             ops.row_gradient, *tensors[:3], *saved, torch.ones_like(loss), params, epilogue, ignore_index, "cpu"
         )
         assert grad.is_contiguous() and grad.dtype == tensors[0].dtype
+        row_weight = torch.rand_like(loss)
+        names = (epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
+        agree(ops.row_loss_gradient, *tensors, params, row_weight, *names)
 
 
 def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
     for operator in (
         ops.row_statistics,
         ops.row_loss,
+        ops.row_loss_gradient,
+        ops.row_loss_gradient_,
         ops.row_gradient,
         ops.row_gradient_,
+        ops.scale_,
         ops.class_sums,
         ops.class_terms,
     ):
@@ -170,7 +181,8 @@ def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
         assert torch._library.simple_registry.singleton.find(name.split(".")[0]).fake_impl.kernel is not None
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
         writes = [x.name for x in operator._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
-        assert writes == (["logits"] if operator is ops.row_gradient_ else [])
+        first = operator._schema.arguments[0].name
+        assert writes == ([first] if name.removesuffix(".default").endswith("_") else [])
 
 
 @needs_cpu

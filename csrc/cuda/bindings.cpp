@@ -22,19 +22,20 @@ std::vector<std::string> names_of(FunctorList<Functors...>) {
 struct Launches {
     void (*run)(const Job&);
     void (*sum)(const Job&);
+    void (*scale)(const Job&);
     int (*shared_bytes)(const Job&);
 };
 
 Launches launches(int dtype) {
     switch (static_cast<DType>(dtype)) {
         case DType::float64:
-            return {run_float64, sum_float64, shared_bytes_float64};
+            return {run_float64, sum_float64, scale_float64, shared_bytes_float64};
         case DType::float32:
-            return {run_float32, sum_float32, shared_bytes_float32};
+            return {run_float32, sum_float32, scale_float32, shared_bytes_float32};
         case DType::bfloat16:
-            return {run_bfloat16, sum_bfloat16, shared_bytes_bfloat16};
+            return {run_bfloat16, sum_bfloat16, scale_bfloat16, shared_bytes_bfloat16};
         case DType::float16:
-            return {run_float16, sum_float16, shared_bytes_float16};
+            return {run_float16, sum_float16, scale_float16, shared_bytes_float16};
     }
     throw std::invalid_argument("no dtype numbered " + std::to_string(dtype));
 }
@@ -102,6 +103,7 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
 
     module.def("run", [](const Job& x, int dtype) { launches(dtype).run(x); });
     module.def("sum", [](const Job& x, int dtype) { launches(dtype).sum(x); });
+    module.def("scale", [](const Job& x, int dtype) { launches(dtype).scale(x); });
     module.def("shared_bytes", [](const Job& x, int dtype) { return launches(dtype).shared_bytes(x); });
     module.def("limits", [](int device) {
         const Limits x = limits(device);

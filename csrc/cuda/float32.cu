@@ -1,6 +1,8 @@
 #include "class_sums.h"
 #include "rows.h"
+#include "scale.h"
 
 void fusedloss::cuda::run_float32(const Job& job) { run<float>(job); }
 void fusedloss::cuda::sum_float32(const Job& job) { sum<float>(job); }
+void fusedloss::cuda::scale_float32(const Job& job) { scale<float>(job); }
 int fusedloss::cuda::shared_bytes_float32(const Job& job) { return shared_bytes<float>(job); }

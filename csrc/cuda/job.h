@@ -52,6 +52,8 @@ struct Job {
     double* sums;    // [groups, 2, classes]: error, agreement
     void* top_rest;  // T [rows], for what is found on the way
 
+    // A gradient that is scaled is `rows` numbers at `grad`, the factor the one at `upstream`, and `groups` the blocks.
+
     // How rows are cut: `parts` blocks of `threads` threads each, whose shared memory holds `slots` tiles of logits.
     // All of a part's: then the gradient needs no second read.
     int threads, parts, slots;
@@ -60,10 +62,12 @@ struct Job {
     FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
 };
 
-// Of the logits' dtype; `sum` for the sums over the rows, `run` for all else, for which a block takes `shared_bytes`.
+// Of the logits' dtype; `sum` for the sums over the rows, `scale` for a gradient and a factor, `run` for all else, for
+// which a block takes `shared_bytes`.
 #define FUSEDLOSS_DECLARE_LAUNCHES(dtype) \
     void run_##dtype(const Job&);         \
     void sum_##dtype(const Job&);         \
+    void scale_##dtype(const Job&);       \
     int shared_bytes_##dtype(const Job&);
 FUSEDLOSS_DECLARE_LAUNCHES(float64)
 FUSEDLOSS_DECLARE_LAUNCHES(float32)

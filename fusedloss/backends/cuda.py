@@ -20,7 +20,11 @@ try:
     from .. import _cuda
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
-    _IMPORT_ERROR = str(error)
+    _MISSING = (
+        "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"
+        if find_spec("fusedloss._cuda") is None
+        else f"its kernels did not load ({error})"
+    )
 
 #: What they were built with, and for.
 TARGETS: str | None = _cuda.targets if _cuda else None
@@ -49,6 +53,8 @@ OVERHEAD = 6 * 1024
 _PARTS = (1, 2, 4, 8)
 #: Blocks that sums over the rows should have, before their rows are no longer cut into groups.
 _SUM_BLOCKS = 512
+#: Blocks that scale a gradient: as many as run at a time on a large GPU. More would take their time to do nothing.
+_SCALE_BLOCKS = 1024
 
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -56,9 +62,7 @@ _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.flo
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why the kernels cannot run, here or for tensors on `device`; None if they can."""
     if _cuda is None:
-        if find_spec("fusedloss._cuda") is None:
-            return "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"
-        return f"its kernels did not load ({_IMPORT_ERROR})"
+        return _MISSING
     if device is not None and device.type != RUNS_ON:
         return f"it runs on GPU tensors, but the input is on {device}"
     if RUNS_ON == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
@@ -221,7 +225,8 @@ def _gradient_pass(
     _run(job, logits, on_chip=False)
 
 
-def row_loss_gradient_(
+def _loss_gradient_pass(
+    grad: Tensor,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -241,8 +246,19 @@ def row_loss_gradient_(
     shared = Shared(label_smoothing, smoothing_over, z_loss)
     settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
     outputs = (statistics, index, loss, coefficients)
-    _statistics_pass(logits, target, weight, candidates, params, *settings, *outputs, logits, row_weight)
+    _statistics_pass(logits, target, weight, candidates, params, *settings, *outputs, grad, row_weight)
     return loss, statistics, index, coefficients
+
+
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """The kernel reads the factor, and leaves the gradient alone where that is 1."""
+    if not gradient.is_contiguous():
+        raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
+    job = _cuda.Job()
+    job.grad, job.rows, job.upstream = gradient.data_ptr(), gradient.numel(), factor.data_ptr()
+    job.groups = min(_SCALE_BLOCKS, -(-job.rows * gradient.element_size() // (MAX_THREADS * 16)))
+    if job.rows:
+        _launch(_cuda.scale, job, gradient)
 
 
 def class_sums(
@@ -295,7 +311,8 @@ def register(device: str) -> None:
         "cuda",
         _statistics_pass,
         _gradient_pass,
-        row_loss_gradient_=row_loss_gradient_,
+        loss_gradient_pass=_loss_gradient_pass,
+        scale_=scale_,
         class_sums=class_sums,
         class_terms=class_terms,
     )

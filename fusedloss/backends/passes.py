@@ -3,6 +3,8 @@
 ``statistics_pass(logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, below, mean,
 statistics, index, loss, coefficients)`` writes the last four; the last two are None where `epilogue` is.
 ``gradient_pass(grad, logits, ...)`` writes `grad`, which may be `logits`; then follows what ``row_gradient`` takes.
+``loss_gradient_pass(grad, logits, ...)`` is both in one, for backends that have that: it takes what
+``row_loss_gradient`` takes, and gives loss, statistics, index and coefficients.
 """
 
 from __future__ import annotations
@@ -81,13 +83,15 @@ def register(
     statistics_pass: Callable[..., None],
     gradient_pass: Callable[..., None],
     new_gradient: Callable[[Tensor], Tensor] = empty_gradient,
+    loss_gradient_pass: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
     **others: Callable[..., Any],
 ) -> None:
     """Registers the row operators and `others`, which may replace some of them, under a dispatch key."""
 
     row_statistics, row_loss = _forward_operators(statistics_pass)
 
-    def row_loss_gradient_(
+    def two_passes(
+        grad: Tensor,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -99,8 +103,17 @@ def register(
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         result = row_loss(logits, target, weight, candidates, params, epilogue, *arguments)
         ignore_index = arguments[-2]
-        gradient_pass(logits, logits, target, weight, *result[1:], row_weight, params, epilogue, ignore_index)
+        gradient_pass(grad, logits, target, weight, *result[1:], row_weight, params, epilogue, ignore_index)
         return result
+
+    loss_and_gradient = loss_gradient_pass or two_passes
+
+    def row_loss_gradient(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        grad = new_gradient(logits)
+        return *loss_and_gradient(grad, logits, *arguments), grad
+
+    def row_loss_gradient_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return loss_and_gradient(logits, logits, *arguments)
 
     def row_gradient(logits: Tensor, *arguments: Any) -> Tensor:
         grad = new_gradient(logits)
@@ -110,12 +123,17 @@ def register(
     def row_gradient_(logits: Tensor, *arguments: Any) -> None:
         gradient_pass(logits, logits, *arguments)
 
+    def scale_(gradient: Tensor, factor: Tensor) -> None:
+        gradient.mul_(factor)
+
     kernels: dict[str, Callable[..., Any]] = {
         "row_statistics": row_statistics,
         "row_loss": row_loss,
+        "row_loss_gradient": row_loss_gradient,
         "row_loss_gradient_": row_loss_gradient_,
         "row_gradient": row_gradient,
         "row_gradient_": row_gradient_,
+        "scale_": scale_,
     }
     ops.register(device, impl, **(kernels | others))
 

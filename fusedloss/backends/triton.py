@@ -277,7 +277,8 @@ def _gradient_pass(
     )
 
 
-def row_loss_gradient_(
+def _loss_gradient_pass(
+    grad: Tensor,
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -300,13 +301,13 @@ def row_loss_gradient_(
     settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
     whole = launch.spans(source.rows, source.classes, source.tile) == 1
     together = whole and epilogue in epilogues.ROW_EPILOGUES
-    gradient = (logits, row_weight) if together else (None, None)
+    gradient = (grad, row_weight) if together else (None, None)
     saved = (statistics, index, coefficients)
     _statistics_pass(
         logits, target, weight, candidates, params, *settings, statistics, index, loss, coefficients, *gradient
     )
     if not together:
-        _gradient_pass(logits, logits, target, weight, *saved, row_weight, params, epilogue, ignore_index)
+        _gradient_pass(grad, logits, target, weight, *saved, row_weight, params, epilogue, ignore_index)
     return loss, *saved
 
 
@@ -388,7 +389,7 @@ passes.register(
     "triton",
     _statistics_pass,
     _gradient_pass,
-    row_loss_gradient_=row_loss_gradient_,
+    loss_gradient_pass=_loss_gradient_pass,
     class_sums=class_sums,
     class_terms=class_terms,
 )
