@@ -70,6 +70,28 @@ def linear_sum(
     return _apply(_LinearSum, source, settings, target, weight, candidates, row_weight, *params)
 
 
+def row_sum(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    token_weight: Tensor | None,
+    divisor: float | Tensor | None,
+    epilogue: Epilogue,
+    shared: Shared,
+    ignore_index: int,
+    top_k: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the row losses times `token_weight`, over the divisor, whose gradient is made with it.
+
+    Divided before and not after, so that in training the gradient is that of an upstream gradient of 1.
+    """
+    settings = (divisor, epilogue, shared, ignore_index, top_k, impl)
+    return _RowSum.apply(logits, settings, target, weight, candidates, token_weight, *params)
+
+
 def class_sums(
     logits: Tensor,
     target: Tensor,
@@ -129,6 +151,50 @@ class _RowLoss(torch.autograd.Function):
         return *grads, *nothing
 
 
+class _RowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, logits, settings, target, weight, candidates, token_weight, *params
+    ):
+        divisor, epilogue, shared, ignore_index, top_k, impl = settings
+        row_weight = token_weight
+        if divisor is not None:
+            dtype = compute_dtype(logits.dtype)
+            share = (torch.ones((), dtype=dtype, device=logits.device) / divisor).to(dtype)
+            row_weight = share.expand(len(target)) if token_weight is None else share * token_weight
+        names = (epilogue.name, *shared, ignore_index, top_k)
+        loss, statistics, index, _, gradient = ops.row_loss_gradient(
+            logits, target, weight, candidates, list(params), row_weight, *names, impl
+        )
+        ctx.save_for_backward(logits, target, weight, candidates, row_weight, gradient, *params)
+        ctx.settings = (epilogue, shared, ignore_index, impl)
+        ctx.mark_non_differentiable(statistics, index)
+        ctx.set_materialize_grads(False)
+        return divided(weighted_sum(loss, token_weight), divisor), statistics, index
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * (len(ctx.needs_input_grad) - 1)
+        if grad_output is None:
+            return (None, *nothing)
+        saved = ctx.saved_tensors
+        logits, target, weight, candidates, row_weight, gradient = saved[:6]
+        params = list(saved[6:])
+        epilogue, shared, ignore_index, impl = ctx.settings
+        grad_output = grad_output.to(compute_dtype(logits.dtype))  # a divisor in float64 makes the loss that
+        if torch.is_grad_enabled():
+
+            def total(z: Tensor) -> tuple[Tensor]:
+                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
+                return (weighted_sum(rows, row_weight),)
+
+            return *_dense_gradients((logits,), None, target, (True,), total, [grad_output]), *nothing
+        if _graph_is_kept():
+            gradient = gradient.clone()
+        ops.scale_(gradient, grad_output, impl)
+        return gradient, *nothing
+
+
 class _LinearSum(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -176,7 +242,7 @@ class _LinearSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
-        last = not torch.compiler.is_compiling() and not _graph_is_kept()
+        last = not _graph_is_kept()
         scaled = (
             _scaled(gradient, grad_output, source.dtype, last) if need else None
             for need, gradient, source in zip(needed, gradients, sources, strict=True)
@@ -229,10 +295,14 @@ def weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:
     return rows.sum() if row_weight is None else (rows * row_weight).sum()  # autocast would round a dot product
 
 
+def divided(total: Tensor, divisor: float | Tensor | None) -> Tensor:
+    return total if divisor is None else total / divisor
+
+
 def _graph_is_kept() -> bool:
     """Whether the backward pass that is running may run again (retain_graph); True where that cannot be known."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asked is None else bool(asked())
+    return True if asked is None or torch.compiler.is_compiling() else bool(asked())
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:

@@ -83,7 +83,9 @@ after the other have those of all. Targets, class weights, candidates and all el
 classes, and the same on every rank; so are the loss and the upstream gradients. A
 :class:`~fusedloss.VocabularyShards` in its place saves a collective in each call.""",
     "impl": """"cpu", "triton" or "cuda" (GPUs), or "reference"; None takes FUSEDLOSS_IMPL or else the fastest
-that is ready.""",
+that is ready. "cuda" makes the gradient of "mean" and "sum" with the loss, of one read of the logits, and the backward
+does nothing where the upstream gradient is 1; where it is not, bfloat16 gradients are rounded twice. Not so for
+float16, whose gradients could vanish before they are scaled, and under torch.compile.""",
 }
 
 _SHAPES_DOC = """
@@ -223,11 +225,14 @@ def row_loss(
     _check_picks(epilogue.picks, problem)
     index, weight, token_weight, o = problem.target, problem.weight, problem.token_weight, problem.options
     shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
-    loss, stats = _dispatch(problem, epilogue, shared)
+    over = weight if mean_over_weights else None
+    divisor, normalizer = _divisor(index, over, token_weight, checks.compute_dtype(problem.logits.dtype), o)
+    loss, stats = _dispatch(problem, epilogue, shared, divisor)
     if o["reduction"] == "none":
         loss = loss.reshape(target.shape)
-    elif o["reduction"] == "mean":
-        loss = _mean(loss, index, weight if mean_over_weights else None, token_weight, o)
+    elif isinstance(normalizer, Tensor):
+        # Over a count of no targets at all it stays 0; anything else over 0 is infinite.
+        loss = loss / torch.where((normalizer == 0) & (loss != 0), 0, 1)
     return loss if stats is None else (loss, shaped_stats(stats, target))
 
 
@@ -285,15 +290,17 @@ def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def _dispatch(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Row losses (N,) or their sum, times the token weights, and the columns of RowStats where asked."""
+def _dispatch(
+    problem: Problem, epilogue: Epilogue, shared: Shared, divisor: float | Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Row losses (N,) or their sum over the divisor, times the token weights; columns of RowStats where asked."""
     logits, target, weight, candidates, params, token_weight, impl, inplace, shards, _, o = problem
     ignore_index, return_stats, unreduced = o["ignore_index"], o["return_stats"], o["reduction"] == "none"
 
     def reduced(rows: Tensor) -> Tensor:
         if unreduced:
             return rows if token_weight is None else rows * token_weight
-        return autograd.weighted_sum(rows, token_weight)
+        return autograd.divided(autograd.weighted_sum(rows, token_weight), divisor)
 
     if impl == "reference":
         dense = logits.logits(target) if isinstance(logits, Projection) else logits
@@ -309,6 +316,12 @@ def _dispatch(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Ten
             loss, statistics, index = autograd.linear_sum(
                 logits, target, weight, candidates, params, token_weight, epilogue, shared, ignore_index, top_k, impl
             )
+            loss = autograd.divided(loss, divisor)
+        elif isinstance(logits, Tensor) and not unreduced and fixed and _of_one_read(logits, divisor, inplace, impl):
+            loss, statistics, index = autograd.row_sum(
+                logits, target, weight, candidates, params, token_weight, divisor,
+                epilogue, shared, ignore_index, top_k, impl,
+            )  # fmt: skip
         else:
             rows, statistics, index = autograd.row_loss(
                 logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, inplace, impl
@@ -333,6 +346,21 @@ def _dispatch(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Ten
     if top_k == 0:
         statistics, index = autograd.detached_statistics(logits, target, weight, ignore_index, Picks(1), impl)
     return loss, row_stats(statistics, index, target, ignore_index)
+
+
+def _of_one_read(logits: Tensor, divisor: float | Tensor | None, inplace: bool, impl: str) -> bool:
+    """Whether to make the gradient of a sum with the loss. `inplace`: not while others need the logits."""
+    return (
+        impl in backends.ONE_READ_IMPLS
+        and torch.is_grad_enabled()
+        and logits.requires_grad
+        and not (isinstance(divisor, Tensor) and divisor.requires_grad)
+        and not inplace
+        # Where losses are scaled because gradients underflow, so would this one before it is; and 1 is rare.
+        and logits.dtype != torch.float16
+        # A compiled backward would not know whether it may scale in place, and copy.
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _composed(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
@@ -475,25 +503,31 @@ def _row_stats(
     )
 
 
-def _mean(total: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None, o: RowOptions) -> Tensor:
+def _divisor(
+    target: Tensor, weight: Tensor | None, token_weight: Tensor | None, dtype: torch.dtype, o: RowOptions
+) -> tuple[float | Tensor | None, float | Tensor | None]:
+    """What "mean" divides by, which is never 0, and the normalizer that it is, which may be: 1 stands in for it."""
+    if o["reduction"] != "mean":
+        return None, None
     normalizer = o["normalizer"]
     if normalizer == "token_weight":
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
     if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(total.dtype)  # a float64 count is no reason for a float64 loss
-        # A count of no targets at all; anything else over 0 stays infinite.
-        nothing = (normalizer == 0) & (total == 0)
-        return total / torch.where(nothing, 1, normalizer)
+        normalizer = normalizer.to(dtype)  # a float64 count is no reason for a float64 loss
     if normalizer is not None:
         assert not isinstance(normalizer, str)
-        return total / normalizer
+        return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
     counted = target != o["ignore_index"]
     if weight is None:
-        return total / counted.sum().clamp(min=1)
-    row_weight = weight[target.masked_fill(~counted, 0)] * counted
-    divisor = row_weight.sum()
-    return total / torch.where(divisor == 0, 1, divisor)
+        return counted.sum().clamp(min=1), None
+    # The loss has yet to say what it thinks of targets that are out of range.
+    row_weight = weight[target.masked_fill(~counted, 0).clamp(0, len(weight) - 1)]
+    return _not_zero((row_weight * counted).sum()), None
+
+
+def _not_zero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1, divisor)
 
 
 __all__ = ["RowOptions", "Statistics", "row_form", "row_loss"]

@@ -200,6 +200,191 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     assert jobs == [(-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), True), (cuda.STAGES, False)]
 
 
+# --- a mean or a sum, whose gradient is made with it ---
+
+ONE_READ = {("row_loss_gradient", "cuda"): 1}
+BACKWARD = {("scale_", "cuda"): 1}
+TWO_READS = {("row_loss", "cuda"): 1, ("row_gradient", "cuda"): 1}
+
+
+def _problem(generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    z, target = logits_and_targets(7, 300, generator, dtype)
+    target[2] = -100
+    return z.requires_grad_(), target
+
+
+#: Options by which the divisor and the rows' weights differ: of a generator, which gives token weights.
+REDUCED = {
+    "mean": lambda g: {},
+    "sum": lambda g: {"reduction": "sum"},
+    "weights": lambda g: {"weight": torch.rand(300, generator=g).double()},
+    "token weights": lambda g: {"token_weight": torch.rand(7, generator=g).double()},
+    "sum of token weights": lambda g: {"token_weight": torch.rand(7, generator=g).double(), "reduction": "sum"},
+    "over the token weights": lambda g: {
+        "token_weight": torch.rand(7, generator=g).double(),
+        "normalizer": "token_weight",
+    },
+    "a number": lambda g: {"normalizer": 12.5},
+    "a tensor": lambda g: {"normalizer": torch.tensor(12.5)},
+    "a tensor in float64": lambda g: {"normalizer": torch.tensor(12.5).double()},
+    "a count": lambda g: {"normalizer": torch.tensor(3)},
+    "all terms": lambda g: {"label_smoothing": 0.1, "z_loss": 0.01, "weight": torch.rand(300, generator=g).double()},
+}
+
+
+@pytest.mark.parametrize("upstream", [1.0, -0.37])
+@pytest.mark.parametrize("options", REDUCED)
+@pytest.mark.parametrize("loss", [fl.cross_entropy, fl.dsc_loss], ids=["cross_entropy", "dsc_loss"])
+def test_a_reduced_loss_is_of_one_read(loss, options, upstream, generator, kernel_calls):
+    z, target = _problem(generator)
+    own = REDUCED[options](generator)
+    if loss is fl.dsc_loss:
+        own.pop("label_smoothing", None)
+    results = []
+    for impl in ("cuda", "reference"):
+        value = loss(z, target, impl=impl, **own)
+        assert kernel_calls == ONE_READ
+        results.append((value, *torch.autograd.grad(value, z, torch.tensor(upstream).double())))
+        assert kernel_calls.pop(("scale_", "cuda"), 0) == (impl == "cuda")
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", REDUCED)
+def test_it_gives_the_bits_of_two_reads(options, dtype, generator, monkeypatch, kernel_calls):
+    z, target = _problem(generator, dtype)
+    own = {k: v.to(compute_dtype(dtype)) if k.endswith("weight") else v for k, v in REDUCED[options](generator).items()}
+    results = []
+    for impls in (backends.ONE_READ_IMPLS, ()):
+        monkeypatch.setattr(backends, "ONE_READ_IMPLS", impls)
+        value, stats = fl.focal_loss(z, target, return_stats=True, impl="cuda", **own)
+        results.append((value, *stats, *torch.autograd.grad(value, z)))
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    assert kernel_calls == ONE_READ | BACKWARD | TWO_READS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "none"},
+        {"inplace_backward": True},
+        {"gamma": torch.tensor(2.0, requires_grad=True)},
+        {"token_weight": torch.ones(7, requires_grad=True)},
+        {"normalizer": torch.tensor(3.0, requires_grad=True)},
+        {"dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_what_takes_two_reads(options, generator, kernel_calls):
+    """What needs the logits, other gradients than theirs, or a gradient that is not rounded before it is scaled."""
+    z, target = _problem(generator, options.get("dtype", torch.float32))
+    results = []
+    for impl in ("cuda", "cpu"):
+        own = {k: v for k, v in options.items() if k != "dtype"}
+        leaf = z.detach().clone().requires_grad_()
+        loss = fl.focal_loss(leaf, target, impl=impl, **own)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-3 if z.dtype == torch.float16 else 1e-5, atol=1e-7)
+    assert not {("row_loss_gradient", "cuda"), ("scale_", "cuda")} & kernel_calls.keys()
+
+
+def test_no_gradient_where_none_is_asked_for(generator, kernel_calls):
+    z, target = _problem(generator)
+    with torch.no_grad():
+        without = fl.cross_entropy(z, target, impl="cuda")
+    assert torch.equal(fl.cross_entropy(z.detach(), target, impl="cuda"), without)
+    assert kernel_calls == {("row_loss", "cuda"): 2}
+    assert torch.equal(fl.cross_entropy(z, target, impl="cuda"), without)
+
+
+def test_a_kept_gradient_is_not_scaled_twice(generator):
+    z, target = _problem(generator, torch.float32)
+    loss = fl.cross_entropy(z, target, impl="cuda")
+    (right,) = torch.autograd.grad(fl.cross_entropy(z, target, impl="cpu"), z)
+    for factor, keep in ((3.0, True), (3.0, True), (1.0, True), (0.25, False)):
+        (gradient,) = torch.autograd.grad(loss, z, torch.tensor(factor), retain_graph=keep)
+        torch.testing.assert_close(gradient, factor * right, rtol=1e-5, atol=1e-8)
+        gradient.zero_()  # it is the caller's
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, z)
+
+
+def test_a_kept_gradient_is_not_scaled_twice_by_hooks(generator):
+    """Saved tensors that come back as they are, to a backward that may run again."""
+    z, target = _problem(generator, torch.float32)
+    (right,) = torch.autograd.grad(fl.cross_entropy(z, target, impl="cuda"), z, torch.tensor(3.0))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x):
+        loss = fl.cross_entropy(z, target, impl="cuda")
+    for _ in range(2):
+        assert torch.equal(torch.autograd.grad(loss, z, torch.tensor(3.0), retain_graph=True)[0], right)
+
+
+def test_second_derivatives_of_a_mean(generator):
+    z, target = _problem(generator)
+    own = {"token_weight": torch.rand(7, generator=generator).double(), "normalizer": 2.5}
+    results = []
+    for impl in ("cuda", "reference"):
+        loss = fl.focal_loss(z, target, impl=impl, **own)
+        (slope,) = torch.autograd.grad(loss.square(), z, create_graph=True)
+        results.append((slope, *torch.autograd.grad(slope.square().sum(), z)))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-15)
+
+
+def test_a_normalizer_of_zero(generator):
+    """Over a count of nothing a loss of nothing is 0; any other is infinite."""
+    z, target = _problem(generator)
+    for targets, value in ((torch.full_like(target, -100), 0.0), (target, torch.inf)):
+        loss, gradient = with_gradient(
+            lambda x, t=targets: fl.cross_entropy(x, t, normalizer=torch.tensor(0), impl="cuda"), z
+        )
+        assert loss == value
+        assert bool(gradient.any()) == (value > 0)
+
+
+def test_a_saved_gradient_does_not_hide_a_change_of_the_logits(generator):
+    """It would be that of other logits than the caller has."""
+    z, target = _problem(generator)
+    logits = 1 * z
+    loss = fl.cross_entropy(logits, target, impl="cuda")
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+#: Signalling NaN, which arithmetic makes quiet: a look leaves a trace.
+SIGNALLING = {
+    torch.float64: (torch.int64, 0x7FF0000000000001),
+    torch.float32: (torch.int32, 0x7F800001),
+    torch.bfloat16: (torch.int16, 0x7F81),
+}
+
+
+@pytest.mark.parametrize("dtype", SIGNALLING, ids=str)
+def test_a_factor_of_one_leaves_the_gradient_alone(dtype):
+    kind, bits = SIGNALLING[dtype]
+    untouched = torch.full((100,), bits, dtype=kind)
+    for factor, alone in ((1.0, True), (0.5, False)):
+        gradient = untouched.clone()
+        ops.scale_(gradient.view(dtype), torch.tensor(factor, dtype=compute_dtype(dtype)), "cuda")
+        assert torch.equal(gradient, untouched) == alone
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [1, cuda._SCALE_BLOCKS])
+def test_scaling(blocks, dtype, generator, monkeypatch):
+    """In vectors and a rest, in several rounds of the blocks, and where no vector is aligned."""
+    monkeypatch.setattr(cuda, "_SCALE_BLOCKS", blocks)
+    factor = torch.tensor(-0.3, dtype=compute_dtype(dtype))
+    for count, offset in ((0, 0), (1, 0), (5, 0), (256 * 8, 0), (5003, 0), (5003, 1)):
+        memory = torch.randn(count + 2, generator=generator, dtype=torch.float64).to(dtype)
+        right = memory.clone()
+        right[offset : offset + count] = (right[offset : offset + count].to(factor.dtype) * factor).to(dtype)
+        ops.scale_(memory[offset : offset + count], factor, "cuda")
+        assert torch.equal(memory, right)
+    with pytest.raises(ValueError, match=r"must be contiguous, got strides \(2,\)"):
+        ops.scale_(memory[::2], factor, "cuda")
+
+
 # --- how rows are cut ---
 
 H100, A100 = (227 * 1024, True), (163 * 1024, False)
@@ -270,6 +455,21 @@ def test_a_target_out_of_range_makes_its_row_nan(name, value, generator, uncheck
     assert loss[2].isnan()
     assert gradient[2].isnan().any()
     assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+    reduced, of_one_read = problem.run("cuda", reduction="sum")
+    assert reduced.isnan()
+    assert of_one_read[2].isnan().any()
+    assert of_one_read[torch.arange(6) != 2].isfinite().all()
+
+
+def test_a_target_out_of_range_has_no_class_weight(generator, unchecked):
+    """A weighted mean must not look one up."""
+    z, target = logits_and_targets(6, 300, generator, torch.float32)
+    target[2] = 300
+    loss, gradient = with_gradient(
+        lambda x: fl.cross_entropy(x, target, weight=torch.rand(300, generator=generator), impl="cuda"), z
+    )
+    assert loss.isnan()
+    assert [bool(row.isfinite().all()) for row in gradient] == [True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
@@ -358,20 +558,25 @@ def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
     assert kernel_calls == {("row_loss_gradient_", "cuda"): 3 if budget else 1}
 
 
-def test_compiled(generator):
+def test_compiled(generator, kernel_calls):
     z, target = logits_and_targets(5, 300, generator, torch.float32)
 
     def loss(x):
         return fl.mixed_cross_entropy(x, target, alpha=0.25, impl="cuda")
 
     torch.testing.assert_close(with_gradient(torch.compile(loss, fullgraph=True), z), with_gradient(loss, z))
+    assert kernel_calls == TWO_READS | ONE_READ | BACKWARD  # compiled code would scale by 1 too
 
 
 def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
     params = [torch.tensor(0.25)]
     names = ("mixed_cross_entropy", 0.1, "all", 0.01, -100, 2, "cuda")
-    torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), target, None, None, params, torch.rand(5), *names))
+    arguments = (target, None, None, params, torch.rand(5), *names)
+    torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), *arguments))
+    torch.library.opcheck(ops.row_loss_gradient, (z, *arguments))
+    torch.library.opcheck(ops.row_loss_gradient, (z, target, None, None, params, torch.rand(()).expand(5), *names))
+    torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), "cuda"))
 
 
 # --- where it runs ---

@@ -18,6 +18,10 @@ IMPLS = ("reference", "cpu", "triton", "cuda")
 PRODUCT_IMPLS = ("triton_fused",)
 LINEAR_IMPLS = (*IMPLS, *PRODUCT_IMPLS)
 
+#: Of a "mean" or "sum" these make the gradient with the loss, of one read of the logits. Others would read them twice
+#: all the same, and only hold the gradient for longer.
+ONE_READ_IMPLS = ("cuda",)
+
 
 def unavailable(impl: str, device: torch.device | None = None) -> str | None:
     """Why the implementation cannot run on this machine, or for tensors on `device`; None if it can."""
