@@ -59,7 +59,8 @@ Medians of {rounds} rounds at most in which all have their turn, forward and bac
 - *ms*: with a cold L2 cache; *hot*: right after another turn of the same.
 - *floor*: of a row loss 1.5 × `copy_()` of its logits; of a linear one the three matrix products of its shapes, cold.
 - *GB/s*: of the 3 bytes per byte of logits that a forward and a separate backward have to move.
-- *cuda*: impl="cuda"; *one read*: cross-entropy and its gradient in one kernel, which has 2 bytes per byte to move.
+- *triton*, *cuda*: that `impl`. "cuda" makes loss and gradient of one read, and so has 2 bytes per byte to move; *one
+  read* is its kernel alone.
 - *memory*: the most that is allocated beyond the inputs, in MiB.
 """
 
@@ -111,7 +112,7 @@ for impl in backends.LINEAR_IMPLS:
         fl.linear_dsc_loss(hidden, weight, target, impl=impl).backward()
         if impl in backends.IMPLS:
             logits = (hidden @ weight.t()).detach().requires_grad_()
-            fl.mixed_cross_entropy(logits, target, alpha=0.3, top_k=2, impl=impl).backward()
+            (fl.mixed_cross_entropy(logits, target, alpha=0.3, top_k=2, impl=impl) / 2).backward()
             fl.dsc_loss(logits, target, level="class", impl=impl).backward()
 torch.cuda.synchronize()
 """
@@ -141,6 +142,7 @@ def measure(deadline: float, quick: bool) -> dict[str, Any]:
     rows, linears = (QUICK_ROW_CASES, QUICK_LINEAR_CASES) if quick else (ROW_CASES, LINEAR_CASES)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
         "python": platform.python_version(),
         "cuda": torch.version.cuda or torch.version.hip,
         "versions": {name: version(name) for name in PACKAGES},
@@ -188,6 +190,7 @@ def row_case(rows: int, classes: int, dtype: torch.dtype, deadline: float) -> di
         "cross_entropy": lambda: of(fl.cross_entropy),
         "cross_entropy in place": lambda: of(fl.cross_entropy, inplace_backward=True),
         "focal_loss": lambda: of(fl.focal_loss),
+        "cross_entropy triton": lambda: of(fl.cross_entropy, impl="triton"),
         "cross_entropy cuda": lambda: of(fl.cross_entropy, impl="cuda"),
         "focal_loss cuda": lambda: of(fl.focal_loss, impl="cuda"),
         "one read cuda": lambda: lambda: one_read(logits.detach(), target),
@@ -319,7 +322,7 @@ def module_is_ours(name: str) -> bool:
     Kernels that nobody built are no failure.
     """
     loss, *how = name.split(" ")
-    return hasattr(fl, loss) and not ("cuda" in how and backends.unavailable("cuda"))
+    return hasattr(fl, loss) and not any(impl in how and backends.unavailable(impl) for impl in ("triton", "cuda"))
 
 
 def slug(text: str) -> str:
@@ -346,12 +349,29 @@ def markdown(report: dict[str, Any]) -> str:
     for kind, title in (("row", "Row losses"), ("linear", "Linear forms")):
         if report[kind]:
             lines += [f"## {title}", "", *_table(kind, report[kind]), ""]
+    lines += _timings(report)
     failures = {f"{name}: {why}" for case in report["row"] + report["linear"] for name, why in case["failed"].items()}
     if failures:
         lines += ["Could not run:", "", *(f"- {failure}" for failure in sorted(failures)), ""]
     if report["left_out"]:
         lines += ["Left out for time:", "", *(f"- {case}" for case in report["left_out"]), ""]
     return "\n".join(lines)
+
+
+def _timings(report: dict[str, Any]) -> list[str]:
+    """What this report says for `TIMINGS` in fusedloss/backends."""
+    found: dict[str, list[str]] = {}
+    for case in report["row"]:
+        seconds = [case["seconds"].get(f"cross_entropy {impl}") for impl in ("triton", "cuda")]
+        if case["rows"] == 8192 and None not in seconds:
+            times = ", ".join(f"{1e3 * s:.3g}" for s in seconds)
+            found.setdefault(case["dtype"], []).append(f"Timing({case['classes']}, {times})")
+    if not found:
+        return []
+    major, minor = report["capability"]
+    entries = (f"({major}, {minor}, torch.{dtype}): ({', '.join(timings)},)," for dtype, timings in found.items())
+    about = "The default on such a GPU follows from these lines in `TIMINGS` of fusedloss/backends/__init__.py:"
+    return ["## Timings", "", about, "", "```python", f"# {report['device']}", *entries, "```", ""]
 
 
 def _verdict(tests: dict[str, Any]) -> str:

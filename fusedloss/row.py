@@ -172,9 +172,11 @@ def prepare(
     if shards is not None:
         vocabulary.check_ranks(shards, name, input, target, params, o)
     _check(input, target, classes, o)
+    count = 0
     if candidates is not None:
         checks.check_candidates(candidates, target)
-    impl = backends.resolve(o["impl"], input.device, linear)
+        count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
+    impl = backends.resolve(o["impl"], input.device, linear, input.dtype, input.shape[-1], count)
     if shards is not None:
         if impl == "reference":
             raise ValueError("group needs an implementation with kernels, but impl is 'reference'")
@@ -195,7 +197,6 @@ def prepare(
         weight = weight.to(dtype).contiguous()
     if candidates is not None:
         # Those of ignored rows may hold anything.
-        count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
         candidates = candidates.reshape(-1, count).to(torch.int64)
         candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0).contiguous()
         if shards is not None and input.device.type == "cpu" and not torch.compiler.is_compiling():

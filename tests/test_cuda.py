@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -584,6 +585,28 @@ def test_opcheck(generator):
 
 def test_nobody_gets_it_without_asking():
     assert backends.resolve(None, torch.device("cpu")) == "cpu"
+    assert not backends.TIMINGS
+
+
+def test_timings_choose_the_default(monkeypatch):
+    timings = (backends.Timing(32000, 2.0, 1.5), backends.Timing(128256, 2.0, 2.5))
+    monkeypatch.setattr(backends, "TIMINGS", {(9, 0, torch.bfloat16): timings})
+    monkeypatch.setattr(backends, "unavailable", lambda impl, device: missing.get(impl))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    gpu, missing = torch.device("cuda:0"), {}
+
+    def chosen(dtype: torch.dtype, *sizes: int) -> str:
+        return backends.resolve(None, gpu, False, dtype, *sizes)
+
+    assert [chosen(torch.bfloat16, n) for n in (16000, 32000)] == ["cuda"] * 2
+    assert [chosen(torch.bfloat16, n) for n in (15999, 32001, 128256, 262144)] == ["triton"] * 4
+    assert chosen(torch.bfloat16, 32000, cuda.MAX_CANDIDATES) == "cuda"
+    assert chosen(torch.bfloat16, 32000, cuda.MAX_CANDIDATES + 1) == "triton"
+    assert chosen(torch.float32, 32000) == "triton"
+    missing["cuda"] = "it is not built"
+    assert chosen(torch.bfloat16, 32000) == "triton"
+    missing["triton"] = "it is not installed"
+    assert chosen(torch.bfloat16, 32000) == "reference"
 
 
 REFUSED = """

@@ -17,6 +17,7 @@ _spec.loader.exec_module(gpu_report)
 
 FAKED = {
     "device": "Made-up GPU",
+    "capability": (9, 0),
     "python": "3.12.1",
     "cuda": "13.0",
     "versions": {"fusedloss": "0.1.0", "torch": "2.11.0", "liger-kernel": None},
@@ -28,7 +29,13 @@ FAKED = {
             "seconds": {"copy": 0.001, "cross_entropy": 0.003}, "memory": {"copy": 0.0, "cross_entropy": 500.0},
             "hot": {"copy": 0.0009, "cross_entropy": 0.0025},
             "failed": {"liger-kernel": "ModuleNotFoundError: No module named 'liger_kernel'"},
-        }
+        },
+        {
+            "rows": 8192, "classes": 128256, "dtype": "bfloat16", "floor": 0.006, "bytes": 12e9,
+            "seconds": {"copy": 0.004, "cross_entropy triton": 0.0081, "cross_entropy cuda": 0.00612},
+            "hot": {"copy": 0.004, "cross_entropy triton": 0.008, "cross_entropy cuda": 0.006},
+            "memory": {"copy": 0.0, "cross_entropy triton": 2004.0, "cross_entropy cuda": 2004.0}, "failed": {},
+        },
     ],
     "linear": [
         {
@@ -55,6 +62,8 @@ def test_text_of_made_up_figures():
         "| 4096 × 512 × 32000 | bfloat16 | linear_cross_entropy | 3 | 1.50 | 3 | 250 |",
         "- liger-kernel: ModuleNotFoundError: No module named 'liger_kernel'",
         "- row 512 × 262144 × float32",
+        "# Made-up GPU",
+        "(9, 0, torch.bfloat16): (Timing(128256, 8.1, 6.12),),",
     ):
         assert line in text.splitlines(), line
 
@@ -90,6 +99,7 @@ def test_kernels_that_are_not_built_are_no_failure(monkeypatch):
     for reason in (None, "it is not built"):
         monkeypatch.setattr(gpu_report.backends, "unavailable", lambda impl, reason=reason: reason)
         assert gpu_report.module_is_ours("cross_entropy cuda") == (reason is None)
+        assert gpu_report.module_is_ours("cross_entropy triton") == (reason is None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

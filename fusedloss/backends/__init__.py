@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,20 @@ LINEAR_IMPLS = (*IMPLS, *PRODUCT_IMPLS)
 ONE_READ_IMPLS = ("cuda",)
 
 
+class Timing(NamedTuple):
+    """Milliseconds of cross-entropy and its gradient on 8192 rows of so many classes."""
+
+    classes: int
+    triton: float
+    cuda: float
+
+
+#: What a GPU runs by default, by compute capability and dtype: "cuda" where that took less time than "triton" in the
+#: timing of as many classes, or up to twice as many; "triton" where there is none, as on every GPU so far. The section
+#: "Timings" of `make gpu-report` has the lines to put here, with the GPU's name beside them.
+TIMINGS: dict[tuple[int, int, torch.dtype], tuple[Timing, ...]] = {}
+
+
 def unavailable(impl: str, device: torch.device | None = None) -> str | None:
     """Why the implementation cannot run on this machine, or for tensors on `device`; None if it can."""
     if impl == "cpu":
@@ -36,13 +51,25 @@ def unavailable(impl: str, device: torch.device | None = None) -> str | None:
     return None
 
 
-def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str:
-    """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready."""
+def resolve(
+    impl: str | None,
+    device: torch.device,
+    linear: bool = False,
+    dtype: torch.dtype | None = None,
+    classes: int = 0,
+    candidates: int = 0,
+) -> str:
+    """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready.
+
+    Which that is on a GPU may depend on the logits' dtype and classes, and on the number of candidates for a target.
+    """
     impl = impl or os.environ.get("FUSEDLOSS_IMPL") or None
     if impl is None:
-        # Interpreted kernels are for tests: on a CPU nobody gets them without asking. Those in CUDA C++ are not the
-        # default anywhere until somebody has timed them.
+        # Interpreted kernels are for tests: on a CPU nobody gets them without asking.
         fastest = "cpu" if device.type == "cpu" else "triton"
+        faster = _cuda_is_faster(device, dtype, classes) and candidates <= cuda.MAX_CANDIDATES
+        if faster and unavailable("cuda", device) is None:
+            fastest = "cuda"
         return fastest if unavailable(fastest, device) is None else "reference"
     check_choice("impl", impl, LINEAR_IMPLS)
     if impl not in IMPLS and not linear:
@@ -51,6 +78,15 @@ def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str
     if reason is not None:
         raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
     return impl
+
+
+def _cuda_is_faster(device: torch.device, dtype: torch.dtype | None, classes: int) -> bool:
+    """Than Triton, as the timings say."""
+    if not TIMINGS or dtype is None or device.type != "cuda":
+        return False
+    gpu = torch.cuda.get_device_properties(device)
+    timings = TIMINGS.get((gpu.major, gpu.minor, dtype), ())
+    return any(x.cuda < x.triton for x in timings if classes <= x.classes <= 2 * classes)
 
 
 def has_epilogue(impl: str, name: str) -> bool:
