@@ -14,7 +14,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 
 from fusedloss import backends, ops
 
-pytest.register_assert_rewrite("oracle", "row_suite")
+pytest.register_assert_rewrite("oracle", "row_suite", "kernel_suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -3,7 +3,6 @@
 The shared suite on the cases that differ in them, and what is theirs alone. On a GPU those of test_gpu.py take over.
 """
 
-import mmap
 import os
 import shutil
 import subprocess
@@ -24,8 +23,8 @@ import test_mixed_cross_entropy
 import test_tversky
 import torch
 from cuda_host import ROOT, compiler, load
-from row_suite import DTYPES, Problem, RowLossSuite, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
-from test_traps import _far_apart_rows
+from kernel_suite import KernelSuite
+from row_suite import DTYPES, Problem, RowLossSuite, compute_dtype, logits_and_targets, with_gradient
 from torch import Tensor
 
 import fusedloss as fl
@@ -109,6 +108,11 @@ class TestRowLoss(RowLossSuite):
 
     test_gradcheck = None
     test_long_rows = None
+
+
+class TestKernels(KernelSuite):
+    EVERY_CASE = CASES
+    SUMS: ClassVar = [(5, 9), (200, 9), (20, 600)]
 
 
 LARGE = [name for name, case in CASES.items() if case.large]  # every loss
@@ -434,113 +438,6 @@ def test_what_it_does_not_take_is_refused(generator):
         cuda._run(cuda._cuda.Job(), z[:1].expand(2**30, 300), on_chip=False)
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
         ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "cuda")
-
-
-# --- what is out of range ---
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where nobody looks at the targets beforehand."""
-    monkeypatch.setattr(cuda, "check_indices", lambda *arguments: None)
-
-
-@pytest.mark.parametrize("value", [-1, 300, 2**31, 2**32 + 1, -(2**63)])
-@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"])
-def test_a_target_out_of_range_makes_its_row_nan(name, value, generator, unchecked):
-    problem = Problem.make(CASES[name], (6, 300), generator, torch.float32)
-    upstream = problem.upstream(generator)
-    before = problem.run("cuda", upstream)
-    problem.target[2] = value
-    loss, gradient = problem.run("cuda", upstream)
-    assert loss[2].isnan()
-    assert gradient[2].isnan().any()
-    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
-    reduced, of_one_read = problem.run("cuda", reduction="sum")
-    assert reduced.isnan()
-    assert of_one_read[2].isnan().any()
-    assert of_one_read[torch.arange(6) != 2].isfinite().all()
-
-
-def test_a_target_out_of_range_has_no_class_weight(generator, unchecked):
-    """A weighted mean must not look one up."""
-    z, target = logits_and_targets(6, 300, generator, torch.float32)
-    target[2] = 300
-    loss, gradient = with_gradient(
-        lambda x: fl.cross_entropy(x, target, weight=torch.rand(300, generator=generator), impl="cuda"), z
-    )
-    assert loss.isnan()
-    assert [bool(row.isfinite().all()) for row in gradient] == [True, True, False, True, True, True]
-
-
-@pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
-def test_a_candidate_out_of_range_makes_its_row_nan(value, generator, unchecked):
-    problem = Problem.make(CASES["mixed 3 candidates"], (6, 300), generator, torch.float32)
-    upstream = problem.upstream(generator)
-    before = problem.run("cuda", upstream)
-    problem.own["candidates"][2, 1] = value
-    loss, gradient = problem.run("cuda", upstream)
-    assert loss[2].isnan()
-    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
-
-
-def test_a_target_out_of_range_makes_sums_over_rows_nan(generator, unchecked):
-    z, target = logits_and_targets(6, 300, generator, torch.float32)
-    target[2] = 300
-    assert fl.dsc_loss(z, target, level="set", impl="cuda").isnan()
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
-@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])
-def test_offsets_beyond_32_bits(name, generator):
-    """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
-    problem = Problem.make(CASES[name], (3, 300), generator, torch.bfloat16)
-    upstream = problem.upstream(generator)
-    far = _far_apart_rows(problem.z, 2**31 + 5)
-    expected = problem.run("cuda", upstream)
-    assert_same_bits(problem.run("cuda", upstream, far), expected)
-    assert_same_bits(problem.run("cuda", upstream, far, inplace_backward=True), expected)
-
-
-# --- sums over the rows ---
-
-
-def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
-    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
-    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, impl)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss", ["dsc", "tversky"])
-@pytest.mark.parametrize("shape", [(5, 9), (200, 9), (20, 600)], ids=str)
-def test_class_sums(shape, loss, dtype, generator):
-    """Against the engine's; in one group of rows and in several, and in two blocks of columns."""
-    z, target = logits_and_targets(*shape, generator, dtype)
-    z[1] += 12 * torch.eye(shape[1], dtype=dtype)[(target[1] + 1) % shape[1]]  # sure, and wrong
-    target[shape[0] // 2] = -100
-    alpha = torch.rand(shape[0], generator=generator).to(compute_dtype(dtype))
-    one = torch.ones((), dtype=alpha.dtype)
-    params = [alpha, one, one] if loss == "dsc" else [alpha, one]
-    for row_weight in (None, torch.rand(shape[0], generator=generator).to(alpha.dtype)):
-        ours, engine, again = (_sums(z, target, row_weight, loss, params, impl) for impl in ("cuda", "cpu", "cuda"))
-        assert ours.dtype == torch.float64
-        assert torch.equal(ours, again)
-        rtol = 1e-12 if dtype == torch.float64 else 2e-6
-        torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
-
-
-@pytest.mark.parametrize("level", ["class", "set"])
-def test_levels_above_the_rows(level, generator):
-    z, target = logits_and_targets(40, 131, generator, torch.float32)
-    target[7] = -100
-    results = [
-        with_gradient(lambda x, impl=impl: fl.dsc_loss(x, target, alpha=0.5, level=level, impl=impl), z)
-        for impl in ("cuda", "cpu")
-    ]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
-    nothing = z[:0].requires_grad_()
-    loss = fl.dsc_loss(nothing, target[:0], level=level, impl="cuda")
-    assert torch.equal(loss, fl.dsc_loss(nothing, target[:0], level=level, impl="cpu"))
 
 
 # --- linear forms, torch.compile ---

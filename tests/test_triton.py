@@ -4,7 +4,6 @@ Where there is no GPU, Triton's interpreter runs them on CPU tensors, in small b
 suite's shapes, most cross blocks and some the spans of four blocks. On a GPU the tests of test_gpu.py take over.
 """
 
-import mmap
 import subprocess
 import sys
 from collections import Counter
@@ -18,8 +17,8 @@ import test_focal
 import test_linear
 import test_mixed_cross_entropy
 import torch
+from kernel_suite import KernelSuite
 from row_suite import Problem, RowLossSuite, assert_same_bits, layouts, logits_and_targets, with_gradient
-from test_traps import _far_apart_rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -74,6 +73,11 @@ class TestRowLoss(RowLossSuite):
     test_gradcheck = None
     test_long_rows = None
     test_inplace_backward_gives_the_same_bits = None
+
+
+class TestKernels(KernelSuite):
+    EVERY_CASE = CASES
+    SUMS: ClassVar = [(5, 9), (70, 9), (20, BLOCK + 1)]
 
 
 @pytest.mark.parametrize("shape", [(3, 8193), (1, 50257)], ids=str)
@@ -179,96 +183,6 @@ def test_few_long_rows_are_split_and_many_are_not():
     assert launch.spans(1, 4 * 4096 + 1, tile) == 2
     assert launch.spans(8, 262144, tile) == 16
     assert launch.spans(8192, 262144, tile) == 1
-
-
-# --- what is out of range ---
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where nobody looks at the targets beforehand."""
-    monkeypatch.setattr(triton, "check_indices", lambda *arguments: None)
-
-
-@pytest.mark.parametrize("value", [-1, 300, 2**31, 2**32 + 1, -(2**63)])
-@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"])
-def test_a_target_out_of_range_makes_its_row_nan(name, value, generator, unchecked):
-    problem = Problem.make(CASES[name], (6, 300), generator, torch.float32)
-    upstream = problem.upstream(generator)
-    before = problem.run("triton", upstream)
-    problem.target[2] = value
-    loss, gradient = problem.run("triton", upstream)
-    assert loss[2].isnan()
-    assert gradient[2].isnan().any()
-    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
-
-
-@pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
-def test_a_candidate_out_of_range_makes_its_row_nan(value, generator, unchecked):
-    problem = Problem.make(CASES["mixed 3 candidates"], (6, 300), generator, torch.float32)
-    upstream = problem.upstream(generator)
-    before = problem.run("triton", upstream)
-    problem.own["candidates"][2, 1] = value
-    loss, gradient = problem.run("triton", upstream)
-    assert loss[2].isnan()
-    assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
-
-
-def test_a_target_out_of_range_makes_sums_over_rows_nan(generator, unchecked):
-    z, target = logits_and_targets(6, 300, generator, torch.float32)
-    target[2] = 300
-    assert fl.dsc_loss(z, target, level="set", impl="triton").isnan()
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
-@pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])
-def test_offsets_beyond_32_bits(name, generator):
-    """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
-    problem = Problem.make(CASES[name], (3, 300), generator, torch.bfloat16)
-    upstream = problem.upstream(generator)
-    far = _far_apart_rows(problem.z, 2**31 + 5)
-    expected = problem.run("triton", upstream)
-    assert_same_bits(problem.run("triton", upstream, far), expected)
-    assert_same_bits(problem.run("triton", upstream, far, inplace_backward=True), expected)
-
-
-# --- sums over the rows ---
-
-
-def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
-    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
-    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, impl)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss", ["dsc", "tversky"])
-@pytest.mark.parametrize("shape", [(5, 9), (70, 9), (20, BLOCK + 1)], ids=str)
-def test_class_sums(shape, loss, dtype, generator):
-    """Against the engine's; in one group of rows and in several."""
-    z, target = logits_and_targets(*shape, generator, dtype)
-    z[1] += 12 * torch.eye(shape[1], dtype=dtype)[(target[1] + 1) % shape[1]]  # sure, and wrong
-    target[shape[0] // 2] = -100
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    alpha = torch.rand(shape[0], generator=generator).to(compute)
-    one = torch.ones((), dtype=compute)
-    params = [alpha, one, one] if loss == "dsc" else [alpha, one]
-    for row_weight in (None, torch.rand(shape[0], generator=generator).to(compute)):
-        ours, engine, again = (_sums(z, target, row_weight, loss, params, impl) for impl in ("triton", "cpu", "triton"))
-        assert ours.dtype == torch.float64
-        assert torch.equal(ours, again)
-        rtol = 1e-12 if dtype == torch.float64 else 2e-6
-        torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
-
-
-@pytest.mark.parametrize("level", ["class", "set"])
-def test_levels_above_the_rows(level, generator):
-    z, target = logits_and_targets(40, BLOCK + 3, generator, torch.float32)
-    target[7] = -100
-    results = [
-        with_gradient(lambda x, impl=impl: fl.dsc_loss(x, target, alpha=0.5, level=level, impl=impl), z)
-        for impl in ("triton", "cpu")
-    ]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
 
 
 # --- linear forms, torch.compile ---

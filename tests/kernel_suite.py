@@ -1,0 +1,124 @@
+"""What the kernels for GPUs must do beside the losses' own suite, whoever runs them on a host: a test file derives."""
+
+import mmap
+from typing import ClassVar
+
+import pytest
+import torch
+from row_suite import Case, Problem, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
+from test_traps import _far_apart_rows
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import backends, ops
+
+#: A case for each way through the kernels.
+WAYS = ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"]
+
+
+def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
+    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
+    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, impl)
+
+
+class KernelSuite:
+    #: By loss and name.
+    EVERY_CASE: ClassVar[dict[str, Case]]
+    #: Rows and classes for sums over the rows: in one group of rows and in several, in one block of columns and in two.
+    SUMS: ClassVar[list[tuple[int, int]]]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        if "summed" in metafunc.fixturenames:
+            metafunc.parametrize("summed", self.SUMS, ids=str)
+
+    @pytest.fixture
+    def unchecked(self, impl, monkeypatch) -> None:
+        """As on a GPU, where nobody looks at the targets beforehand."""
+        monkeypatch.setattr(getattr(backends, impl), "check_indices", lambda *arguments: None)
+
+    # --- what is out of range ---
+
+    @pytest.mark.parametrize("value", [-1, 300, 2**31, 2**32 + 1, -(2**63)])
+    @pytest.mark.parametrize("name", WAYS)
+    def test_a_target_out_of_range_makes_its_row_nan(self, name, value, impl, generator, unchecked):
+        problem = Problem.make(self.EVERY_CASE[name], (6, 300), generator, torch.float32)
+        upstream = problem.upstream(generator)
+        before = problem.run(impl, upstream)
+        problem.target[2] = value
+        loss, gradient = problem.run(impl, upstream)
+        assert loss[2].isnan()
+        assert gradient[2].isnan().any()
+        others = torch.arange(6) != 2
+        assert_same_bits((loss, gradient), before, others)
+        total, gradient = problem.run(impl, reduction="sum")
+        assert total.isnan()
+        assert gradient[2].isnan().any()
+        assert gradient[others].isfinite().all()
+
+    def test_a_target_out_of_range_has_no_class_weight(self, impl, generator, unchecked):
+        """A weighted mean must not look one up."""
+        z, target = logits_and_targets(6, 300, generator, torch.float32)
+        target[2] = 300
+        weight = torch.rand(300, generator=generator)
+        loss, gradient = with_gradient(lambda x: fl.cross_entropy(x, target, weight=weight, impl=impl), z)
+        assert loss.isnan()
+        assert [bool(row.isfinite().all()) for row in gradient] == [True, True, False, True, True, True]
+
+    @pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
+    def test_a_candidate_out_of_range_makes_its_row_nan(self, value, impl, generator, unchecked):
+        problem = Problem.make(self.EVERY_CASE["mixed 3 candidates"], (6, 300), generator, torch.float32)
+        upstream = problem.upstream(generator)
+        before = problem.run(impl, upstream)
+        problem.own["candidates"][2, 1] = value
+        loss, gradient = problem.run(impl, upstream)
+        assert loss[2].isnan()
+        assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+
+    def test_a_target_out_of_range_makes_sums_over_rows_nan(self, impl, generator, unchecked):
+        z, target = logits_and_targets(6, 300, generator, torch.float32)
+        target[2] = 300
+        assert fl.dsc_loss(z, target, level="set", impl=impl).isnan()
+
+    @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
+    @pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])
+    def test_offsets_beyond_32_bits(self, name, impl, generator):
+        """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
+        problem = Problem.make(self.EVERY_CASE[name], (3, 300), generator, torch.bfloat16)
+        upstream = problem.upstream(generator)
+        far = _far_apart_rows(problem.z, 2**31 + 5)
+        expected = problem.run(impl, upstream)
+        assert_same_bits(problem.run(impl, upstream, far), expected)
+        assert_same_bits(problem.run(impl, upstream, far, inplace_backward=True), expected)
+
+    # --- sums over the rows ---
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("loss", ["dsc", "tversky"])
+    def test_class_sums(self, summed, loss, dtype, impl, generator):
+        """Against the engine's."""
+        rows, classes = summed
+        z, target = logits_and_targets(rows, classes, generator, dtype)
+        z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
+        target[rows // 2] = -100
+        alpha = torch.rand(rows, generator=generator).to(compute_dtype(dtype))
+        one = torch.ones((), dtype=alpha.dtype)
+        params = [alpha, one, one] if loss == "dsc" else [alpha, one]
+        for row_weight in (None, torch.rand(rows, generator=generator).to(alpha.dtype)):
+            ours, engine, again = (_sums(z, target, row_weight, loss, params, name) for name in (impl, "cpu", impl))
+            assert ours.dtype == torch.float64
+            assert torch.equal(ours, again)
+            rtol = 1e-12 if dtype == torch.float64 else 2e-6
+            torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
+
+    @pytest.mark.parametrize("level", ["class", "set"])
+    def test_levels_above_the_rows(self, level, impl, generator):
+        z, target = logits_and_targets(40, 131, generator, torch.float32)
+        target[7] = -100
+        results = [
+            with_gradient(lambda x, name=name: fl.dsc_loss(x, target, alpha=0.5, level=level, impl=name), z)
+            for name in (impl, "cpu")
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-9)
+        nothing = z[:0].requires_grad_()
+        loss = fl.dsc_loss(nothing, target[:0], level=level, impl=impl)
+        assert torch.equal(loss, fl.dsc_loss(nothing, target[:0], level=level, impl="cpu"))
