@@ -28,6 +28,7 @@ from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entro
 from .losses.tversky import linear_tversky_loss, tversky_loss
 from .row import RowOptions
 from .supcon import supcon_loss
+from .vocabulary import local_projection
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -301,7 +302,7 @@ class _LinearLoss(_Loss):
     def logits(self, input: Tensor) -> Tensor:
         """All the logits (*, V) of hidden states (*, D), to evaluate or to generate with."""
         form: Any = (self.softcap, self.budget, self.drop_ignored)
-        return project(input, *self._layer(), *form).logits()
+        return project(*local_projection(input, *self._layer(), None, False)[:3], *form).logits()
 
     def _given(self, input: Tensor) -> dict[str, Any]:
         weight, bias = self._layer()
