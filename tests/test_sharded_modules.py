@@ -170,7 +170,7 @@ def _logits_of_a_sharded_layer(rank: int) -> None:
     alone, model = _Model("focal", False), _Model("focal", False)
     hidden = torch.randn(2, FEATURES, dtype=torch.float64)
     fully_shard(model.criterion)
-    with pytest.raises(ValueError, match="must all be DTensors or .* use a Linear. module"):
+    with pytest.raises(ValueError, match=r"must all be DTensors or .* use a Linear. module"):
         model.criterion.logits(hidden)
     register_fsdp_forward_method(model.criterion, "logits")
     torch.testing.assert_close(model.criterion.logits(hidden), alone.criterion.logits(hidden))
@@ -180,7 +180,7 @@ def _a_layer_sharded_without_its_loss_raises(rank: int) -> None:
     """Its own forward, in which it would be gathered, is never called."""
     model = _Model("focal", False)
     fully_shard(model.criterion.linear)
-    with pytest.raises(ValueError, match="must all be DTensors or .* use a Linear. module"):
+    with pytest.raises(ValueError, match=r"must all be DTensors or .* use a Linear. module"):
         model(*_batch(rank))
 
 
