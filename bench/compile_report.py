@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +49,31 @@ LOSSES = {
     "tversky_target": (3, 0),
     "dsc_one_vs_rest": (4, 1),
     "tversky_one_vs_rest": (3, 1),
+    "dsc_over_rows": (4, 1),
+    "tversky_over_rows": (3, 1),
 }
 ROWS, CLASSES, DEPTH = 4096, 32000, 1024
+ODD_CLASSES = 50257  # whose rows begin anywhere
+MANY_CLASSES = 128256  # with the widest tile where loss and gradient are made in one
 FEW_ROWS = 8  # which are split over programs
 REGISTERS, WARPS = 65536, 64  # of a multiprocessor, sm_80 to sm_100
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OUTPUT = Path(__file__).parent / "results/compile.md"
 
+HEAD = (
+    "kernel", "loss", "dtype", "classes", "rows × columns", "registers", "shared", "spills", "programs",
+    "16-byte loads", "stores", "products",
+)  # fmt: skip
+IDENTITY, SPILLS = HEAD.index("registers"), HEAD.index("spills")
+
 NOTES = """\
 `make compile-report` with triton {version}; no GPU took part.
 
-- *registers* of a thread, *shared* memory of a program in bytes, *spills*: instructions that move registers to local
-  memory and back. *programs*: how many of them the registers and warps of a multiprocessor allow at a time.
+- *registers* of a thread (*at most*: as many as the compiler is told that there are), *shared* memory of a program in
+  bytes. *programs*: how many of them the registers and warps of a multiprocessor allow at a time.
+- *spills*: instructions that move registers to local memory and back; for gfx942 vector registers that go there. Its
+  *scalars* that find no register go to lanes of vector registers and to no memory: they are counted beside.
 - *16-byte* loads and stores among all of them, in the code of a program; the others are of what a row has but one.
   What goes to shared memory on the way is not counted.
 - *products*: instructions of the tensor cores.
@@ -66,8 +81,8 @@ NOTES = """\
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A kernel as a machine would run it."""
+class Launch:
+    """A kernel as it is launched for a GPU: what a line of the table begins with."""
 
     target: str
     kernel: str
@@ -75,9 +90,16 @@ class Compiled:
     dtype: str
     classes: int
     tile: str
+
+
+@dataclass(frozen=True)
+class Compiled(Launch):
+    """A kernel as a machine would run it."""
+
     registers: int
     shared: int
     spills: int
+    scalars: int
     programs: int | None
     wide_loads: int
     loads: int
@@ -103,88 +125,106 @@ class _Driver:
 
 
 def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
-    """A loss and its gradient, or "class_sums": the sums over rows of DSC, or "statistics": all that there are. After a
-    comma "few rows", "weighted" by class, "in one": a chunk's loss and gradient, or "product": of hidden states."""
-    row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums = (
+    """A loss and its gradient, or "statistics": all that there are. After a comma "few rows", "weighted" by class, "in
+    one": a chunk's loss and gradient, "candidates", "product": of hidden states, or "whole product": with bias,
+    softcap and masked targets too."""
+    (row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms) = (
         ops.kernel(name, "CUDA", "triton")
-        for name in ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient", "class_sums")
+        for name in ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient", "class_sums", "class_terms")
     )
     loss, _, variant = loss.partition(", ")
     rows = FEW_ROWS if variant == "few rows" else ROWS
-    params_count, top_k = LOSSES.get(loss, LOSSES["dsc_one_vs_rest"])
+    params_count, top_k = LOSSES.get(loss, (0, 2))
     logits = torch.empty(rows, classes, dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
+    candidates = torch.zeros(rows, 3, dtype=torch.int64)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     scalar = torch.empty((), dtype=compute)
+    upstream = scalar.expand(rows)
     params: list[Tensor] = [scalar] * params_count
-    weight = torch.ones(classes, dtype=compute) if variant == "weighted" else None
-    if loss == "class_sums":
-        statistics, index = row_statistics(logits, target, None, None, -100, 1, False, False)
-        row_weight = torch.empty(rows, dtype=compute)
-        class_sums(logits, target, row_weight, statistics, index, params[:3], "dsc_over_rows", -100)
+    of_classes = torch.ones(classes, dtype=compute)
+    weight = of_classes if variant == "weighted" else None
+    if loss.endswith("over_rows"):
+        saved = row_statistics(logits, target, None, None, -100, top_k, False, False)
+        class_sums(logits, target, upstream, *saved, params[:-1], loss, -100)
+        params[-1] = torch.empty(rows, dtype=compute)
+        coefficients = class_terms(logits, target, of_classes, *saved, params, loss, -100)[1]
+        row_gradient(logits, target, of_classes, *saved, coefficients, upstream, params, loss, -100)
         return
     if loss == "statistics":
-        candidates = torch.zeros(rows, 3, dtype=torch.int64)
-        statistics, index = row_statistics(logits, target, weight, candidates, -100, 2, True, True)
+        saved = row_statistics(logits, target, weight, candidates, -100, top_k, True, True)
         coefficients = torch.empty(9, rows, dtype=compute)
-        row_gradient(logits, target, weight, statistics, index, coefficients, None, [], "", -100)
+        row_gradient(logits, target, weight, *saved, coefficients, None, [], "", -100)
         return
     smoothing = 0.0 if loss in epilogues.CLASS_TERMS else 0.1
+    picked, top_k = (candidates, 0) if variant == "candidates" else (None, top_k)
     names = (loss, smoothing, "all", 0.0, -100, top_k)
-    upstream = scalar.expand(rows)
     if variant == "in one":
-        row_loss_gradient_(logits, target, weight, None, params, upstream, *names)
+        row_loss_gradient_(logits, target, weight, picked, params, upstream, *names)
         return
-    if variant == "product":
-        product = (torch.empty(rows, DEPTH, dtype=dtype), torch.empty(classes, DEPTH, dtype=dtype), None, 0.0, False)
+    if variant.endswith("product"):
+        bias, *form = (logits[0], 30.0, True) if variant.startswith("whole") else (None, 0.0, False)
+        product = (torch.empty(rows, DEPTH, dtype=dtype), torch.empty(classes, DEPTH, dtype=dtype), bias, *form)
         kernels = (ops.kernel(f"product_{name}", "CUDA", "triton_fused") for name in ("row_loss", "row_gradient_"))
         loss_of, gradient_of = kernels
         saved = loss_of(*product, target, weight, None, params, *names)[1:]
         gradient_of(logits, *product, target, weight, *saved, upstream, params, loss, -100)
         return
-    saved = row_loss(logits, target, weight, None, params, *names)[1:]
+    saved = row_loss(logits, target, weight, picked, params, *names)[1:]
     row_gradient(logits, target, weight, *saved, upstream, params, loss, -100)
 
 
-def compile_for(target: str, loss: str, dtype: torch.dtype, classes: int) -> list[Compiled]:
-    """The kernels of `run_operators` for that GPU."""
-    found: list[Compiled] = []
+def launches(
+    target: str, loss: str, dtype: torch.dtype, classes: int, only: str = ""
+) -> Iterator[tuple[Launch, Callable[[], Any]]]:
+    """The kernels of `run_operators` for that GPU, or one of them, each with a function that compiles it."""
+    found: list[tuple[Launch, Callable[[], Any]]] = []
 
-    def compile_instead(
-        kernel: Any, grid: tuple[int, ...], tile: launch.Tile, *arguments: Any, **constants: Any
+    def find_instead(
+        kernel: Any, grid: tuple[int, ...], tile: launch.Tile, where: tuple[Any, ...], *arguments: Any, **constants: Any
     ) -> None:
-        binary = kernel.warmup(*arguments, grid=grid, **constants, **backend.launch_options(tile))
-        shown = f"{tile.rows} × {tile.block}{f' × {tile.depth}' * bool(tile.depth)}, {tile.warps} warps"
+        options = backend.launch_options(kernel, tile, where, constants)
         role = next((f", {role.lower()}" for role in ("SPLIT", "MERGE") if constants.get(role)), "")
-        name = f"{kernel.fn.__name__}{role}"
-        found.append(
-            Compiled(target, name, loss, str(dtype)[6:], classes, shown, **_resources(binary, tile.warps))
-        )  # fmt: skip
+        shown = f"{tile.rows} × {tile.block}{f' × {tile.depth}' * bool(tile.depth)}, {tile.warps} warps"
+        if "maxnreg" in options:
+            shown += f", at most {options['maxnreg']}"
+        one = Launch(target, f"{kernel.fn.__name__}{role}", loss, str(dtype)[6:], classes, shown)
+        if only in ("", one.kernel):
+            call = partial(kernel.warmup, where, *arguments, grid=grid, **constants, **options)
+            found.append((one, lambda: _resources(call(), tile.warps)))
 
     launched: Callable[..., None] = backend._run
     driver.set_active(_Driver(TARGETS[target]))  # type: ignore[arg-type]
-    backend._run = compile_instead
+    backend._run = find_instead
     try:
         run_operators(loss, dtype, classes)
     finally:
         backend._run = launched
-    return found
+    yield from found
+
+
+def compile_for(*configuration: Any) -> list[Compiled]:
+    return [Compiled(**asdict(one), **compiled()) for one, compiled in launches(*configuration)]
 
 
 def _resources(binary: Any, warps: int) -> dict[str, Any]:
     if "cubin" not in binary.asm:
         return _amd_resources(binary)
+    code = _code_resources(binary.asm["cubin"])
+    of_program = -(-code["registers"] // 8) * 8 * 32 * warps
+    programs = min(REGISTERS // of_program, WARPS // warps)
+    return code | {"shared": binary.metadata.shared, "scalars": 0, "programs": programs}
+
+
+@cache
+def _code_resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage, code = (_output([str(CUOBJDUMP), option, file.name]) for option in ("-res-usage", "-sass"))
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    of_program = -(-registers // 8) * 8 * 32 * warps
     return {
-        "registers": registers,
-        "shared": binary.metadata.shared,
+        "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "programs": min(REGISTERS // of_program, WARPS // warps),
         "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", code)),
         "loads": len(re.findall(r"\bLDG\.E", code)),
         "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128\b", code)),
@@ -195,11 +235,12 @@ def _resources(binary: Any, warps: int) -> dict[str, Any]:
 
 def _amd_resources(binary: Any) -> dict[str, Any]:
     code = binary.asm["amdgcn"]
-    spills = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", code))
+    spills, scalars = (int(re.findall(rf"\.{kind}gpr_spill_count:\s*(\d+)", code)[-1]) for kind in "vs")
     return {
         "registers": int(re.findall(r"\.vgpr_count:\s*(\d+)", code)[-1]),
         "shared": binary.metadata.shared,
         "spills": spills,
+        "scalars": scalars,
         "programs": None,
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
         "loads": len(re.findall(r"\b(?:global|buffer)_load_", code)),
@@ -213,49 +254,77 @@ def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def configurations(quick: bool) -> Iterator[tuple[str, str, torch.dtype, int]]:
-    """(target, loss, dtype, classes). Quick: one way through each pass. Else every tile and every loss for one target,
-    and every loss for the others."""
-    halves, full = torch.bfloat16, torch.float32
-    if quick:
-        yield from (("sm_90", "cross_entropy", dtype, CLASSES) for dtype in (halves, full))
-        for loss in ("mixed_cross_entropy", "dsc_one_vs_rest", "focal, few rows", "statistics, weighted"):
-            yield "sm_90", loss, halves, CLASSES
-        for loss in ("focal, in one", "dsc_one_vs_rest, product", "mixed_cross_entropy, product"):
-            yield "sm_90", loss, halves, CLASSES
-        for loss in ("focal", "focal, product"):
-            yield from ((target, loss, halves, CLASSES) for target in ("sm_80", "sm_100", "gfx942"))
-        return
-    tiles = [*sorted({*launch.TILES, *launch.CLASS_TILES} - {2**31}), CLASSES]
-    for dtype in (halves, full, torch.float64):
-        for classes in tiles:
-            for loss in ("cross_entropy", "dsc_one_vs_rest", "class_sums"):
-                yield "sm_90", loss, dtype, classes
-    for loss in ("focal, few rows", "statistics, weighted", "cross_entropy, weighted", "dsc_one_vs_rest, weighted"):
-        yield from (("sm_90", loss, dtype, CLASSES) for dtype in (halves, full))
-    for loss in ("cross_entropy, in one", *(f"{loss}, product" for loss in LOSSES)):
-        yield from (("sm_90", loss, dtype, CLASSES) for dtype in (halves, full))
-    for loss in LOSSES:
-        if loss not in ("cross_entropy", "dsc_one_vs_rest"):
-            yield from (("sm_90", loss, dtype, CLASSES) for dtype in (halves, full))
-    for target in ("sm_80", "sm_100", "gfx942"):
-        for loss in (*LOSSES, "class_sums", "cross_entropy, in one", "cross_entropy, product"):
-            yield target, loss, halves, CLASSES
+def quick() -> Iterator[tuple[Any, ...]]:
+    """What `launches` takes, for the tests: one way through each pass, and of each family that has spilled its worst
+    kernel, by a family being a pass, its kind of tile, its bytes of an element and its architecture."""
+    halves, full, wide = torch.bfloat16, torch.float32, torch.float64
+    yield from (("sm_90", "cross_entropy", dtype, CLASSES) for dtype in (halves, full))
+    for loss in ("mixed_cross_entropy", "dsc_one_vs_rest", "focal, few rows", "statistics, weighted"):
+        yield "sm_90", loss, halves, CLASSES
+    for loss in ("focal, in one", "dsc_one_vs_rest, product", "mixed_cross_entropy, product"):
+        yield "sm_90", loss, halves, CLASSES
+    for loss in ("focal", "focal, product"):
+        yield from ((target, loss, halves, CLASSES) for target in ("sm_80", "sm_100", "gfx942"))
+    yield "sm_90", "dsc_one_vs_rest", halves, ODD_CLASSES, "statistics_pass"
+    yield "sm_90", "dsc_over_rows", full, ODD_CLASSES, "class_terms_pass"
+    yield "sm_90", "dsc_over_rows", wide, 16, "class_terms_pass"
+    yield "sm_80", "dsc_one_vs_rest", wide, ODD_CLASSES, "statistics_pass"
+    yield "sm_90", "cross_entropy, in one", wide, CLASSES
+    yield "sm_90", "dsc_one_vs_rest, product", full, CLASSES, "statistics_pass, split"
+    yield "sm_80", "focal, product", full, CLASSES, "gradient_pass"
+    yield "sm_80", "dsc_one_vs_rest, whole product", halves, CLASSES, "class_terms_pass, split"
+    yield "sm_80", "cross_entropy", torch.float16, ODD_CLASSES, "statistics_pass"
+    yield "sm_80", "dsc_one_vs_rest", full, 256, "statistics_pass"
+    yield "sm_100", "cross_entropy", full, 16, "statistics_pass"
+    yield "sm_100", "dsc_one_vs_rest", halves, CLASSES, "class_terms_pass"
+    yield "gfx942", "dsc_over_rows", halves, CLASSES, "class_sums_pass"
+
+
+def everything() -> Iterator[tuple[Any, ...]]:
+    """What `launches` takes. For sm_90 every tile, and with the largest every loss and variant; for the others every
+    tile of 16 and 32 bits too, of the variants those that need the most registers, and every loss of 16 bits."""
+    halves, full, wide = torch.bfloat16, torch.float32, torch.float64
+    by_tile = ("cross_entropy", "dsc_one_vs_rest", "dsc_over_rows")
+    others = [loss for loss in LOSSES if loss not in by_tile]
+    tiles = [*sorted({*launch.TILES, *launch.CLASS_TILES} - {2**31}), CLASSES, ODD_CLASSES]
+    hard = (
+        "dsc_one_vs_rest, few rows",
+        "statistics, weighted",
+        "cross_entropy, in one",
+        *(f"{loss}, whole product" for loss in ("cross_entropy", "mixed_cross_entropy", "dsc_one_vs_rest")),
+    )
+    variants = (
+        *hard,
+        "focal, few rows",
+        *(f"{loss}, weighted" for loss in ("cross_entropy", "dsc_one_vs_rest")),
+        "mixed_cross_entropy, candidates",
+        *(f"{loss}, product" for loss in LOSSES if not loss.endswith("over_rows")),
+    )
+    for target in TARGETS:
+        first = target == "sm_90"
+        for dtype in (halves, full, wide):
+            sizes = tiles if first or dtype != wide else (CLASSES, ODD_CLASSES)
+            yield from ((target, loss, dtype, classes) for classes in sizes for loss in by_tile)
+            if first or dtype == halves:
+                yield from ((target, loss, dtype, CLASSES) for loss in others)
+            yield from ((target, loss, dtype, CLASSES) for loss in (variants if first else hard))
+            yield target, "cross_entropy, in one", dtype, MANY_CLASSES
+        for loss in (*by_tile, "mixed_cross_entropy, product", "dsc_one_vs_rest, product"):
+            yield target, loss, torch.float16, CLASSES
 
 
 def markdown(rows: list[Compiled]) -> str:
     lines = ["# What the compiler makes of the Triton kernels", "", NOTES.format(version=triton.__version__)]
     for target in dict.fromkeys(row.target for row in rows):
-        head = ("kernel", "loss", "dtype", "classes", "rows × columns", "registers", "shared", "spills", "programs",
-                "16-byte loads", "stores", "products")  # fmt: skip
-        lines += [f"## {target}", "", _line(head), _line(["---"] * 3 + ["---:"] * (len(head) - 3))]
+        lines += [f"## {target}", "", _line(HEAD), _line(["---"] * 3 + ["---:"] * (len(HEAD) - 3))]
         lines += [_line(_cells(row)) for row in rows if row.target == target]
         lines.append("")
     return "\n".join(lines)
 
 
 def _cells(row: Compiled) -> list[str]:
-    numbers = (row.registers, row.shared, row.spills, "-" if row.programs is None else row.programs)
+    spills = f"{row.spills}, {row.scalars} scalars" if row.scalars else row.spills
+    numbers = (row.registers, row.shared, spills, "-" if row.programs is None else row.programs)
     access = (f"{row.wide_loads} of {row.loads}", f"{row.wide_stores} of {row.stores}")
     return [row.kernel, row.loss, row.dtype, str(row.classes), row.tile, *map(str, numbers), *access, str(row.products)]
 
@@ -264,16 +333,40 @@ def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def faults(table: str) -> list[str]:
+    """What is wrong with a table: other kernels than are launched now, or one that spills."""
+    listed: dict[tuple[str, ...], str] = {}
+    for section in table.split("\n## ")[1:]:
+        target, *lines = section.split("\n# ")[0].splitlines()
+        rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| "))
+        listed |= {(target, *row[:IDENTITY]): row[SPILLS] for row in rows if row[0] not in ("kernel", "---")}
+    launched = {
+        tuple(map(str, asdict(one).values())) for configuration in everything() for one, _ in launches(*configuration)
+    }
+    return [
+        *(f"not in the table: {', '.join(one)}" for one in sorted(launched - listed.keys())),
+        *(f"launched no more: {', '.join(one)}" for one in sorted(listed.keys() - launched)),
+        *(f"spills: {', '.join(one)}" for one, spills in sorted(listed.items()) if not re.match(r"0\b", spills)),
+    ]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one way through each pass: half a minute")
     parser.add_argument("--only", choices=("triton", "cuda"), help="leave the other part of the table as it is")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON and write nothing")
+    parser.add_argument("--quick", action="store_true", help="print the figures of a few kernels as JSON")
+    parser.add_argument("--check", action="store_true", help="compile nothing; say what is wrong with the Triton table")
     options = parser.parse_args(arguments)
+    if backend.INTERPRETED and options.only != "cuda":
+        parser.error("TRITON_INTERPRET is set, under which nothing is compiled")
+    if options.quick:
+        print(json.dumps([asdict(row) for configuration in quick() for row in compile_for(*configuration)]))
+        return 0
     parts = OUTPUT.read_text(encoding="utf-8").split("\n# ") if OUTPUT.exists() else []
     kept = {("cuda" if "nvcc" in part.splitlines()[0] else "triton"): part for part in parts}
+    if options.check:
+        return _complain(faults(kept.get("triton", "")))
     cuda = kept.get("cuda")
-    if options.only != "triton" and not options.json:
+    if options.only != "triton":
         if compile_cuda.unavailable() is None:
             cuda = "\n".join(compile_cuda.markdown(compile_cuda.compile_all()))
         else:
@@ -281,18 +374,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only == "cuda":
         _write(kept.get("triton"), cuda)
         return 0
-    if backend.INTERPRETED:
-        parser.error("TRITON_INTERPRET is set, under which nothing is compiled")
     rows: dict[Compiled, None] = {}
-    for configuration in configurations(options.quick):
-        if not options.json:
+    configured = list(everything())
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for configuration, found in zip(configured, pool.map(compile_for, *zip(*configured, strict=True)), strict=True):
             print(*configuration, file=sys.stderr)
-        rows |= dict.fromkeys(compile_for(*configuration))
-    if options.json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return 0
-    _write(markdown(list(rows)), cuda)
-    return 0
+            rows |= dict.fromkeys(found)
+    table = markdown(list(rows))
+    _write(table, cuda)
+    return _complain(faults(table))
+
+
+def _complain(about: list[str]) -> int:
+    for line in about:
+        print(line, file=sys.stderr)
+    return 1 if about else 0
 
 
 def _write(*parts: str | None) -> None:

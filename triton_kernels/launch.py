@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+
 from .device import INTERPRETED
 
 
@@ -68,14 +70,14 @@ GRADIENT_TILES = {
 #: Products by the bytes of an element. Tensor cores take 16 rows at least. No GPU has timed these either.
 PRODUCT_TILES = {
     2: Tile(128, 128, 8, 64, 3),
-    4: Tile(64, 64, 8, 32, 3),
+    4: Tile(64, 64, 8, 16, 3),
     8: Tile(32, 32, 8, 16, 2),
 }
 
 #: Where a class term, or the search for the top classes, takes registers too.
 HEAVY_PRODUCT_TILES = {
-    2: Tile(64, 32, 4, 64, 3),
-    4: Tile(32, 64, 8, 32, 3),
+    2: Tile(64, 32, 8, 64, 3),
+    4: Tile(32, 64, 8, 16, 3),
     8: Tile(16, 32, 8, 16, 2),
 }
 INTERPRETED_PRODUCT_TILE = Tile(4, 128, 1, 64)
@@ -90,6 +92,21 @@ COLUMN_TILES = {
 #: Under the interpreter an operation costs the same however large its operands are, and tests are of few rows: blocks
 #: of which most of the tests' rows have two or three, and long rows not too many.
 INTERPRETED_TILES = {2**12: Tile(8, 128, 1), 2**31: Tile(4, 2048, 1)}
+
+#: NVIDIA's compiler likes to spill a few registers for one program more on a multiprocessor. These kernels are told how
+#: many registers there are, on the architectures on which it does: by name, whether they search for the top classes,
+#: bytes of an element, columns of the tile, and whether each row begins where loads of 16 bytes can.
+ROOMY = {
+    ("statistics_pass", False, 2, 2048, False): (80,),
+    ("statistics_pass", True, 2, 2048, False): (90,),
+    ("statistics_pass", True, 4, 256, True): (80,),
+    ("statistics_pass", False, 4, 16, True): (100,),
+    ("class_terms_pass", False, 2, 256, True): (100,),
+    ("class_terms_pass", False, 2, 1024, True): (100,),
+    ("class_terms_pass", False, 2, 1024, False): (100,),
+    ("class_terms_pass", False, 4, 256, True): (80,),
+    ("class_terms_pass", False, 4, 512, False): (90,),
+}
 
 #: Programs that a launch should have, a few for each multiprocessor, before rows are no longer split.
 PROGRAMS = 512
@@ -117,8 +134,24 @@ def _find(table: dict[int, Tile], classes: int, itemsize: int) -> Tile:
         return next(tile for most, tile in INTERPRETED_TILES.items() if classes <= most)
     rows, block, warps, *_ = next(tile for most, tile in table.items() if classes <= most)
     wider = itemsize // 2
+    if itemsize == 8:
+        warps = min(warps, 8)  # a thread of more has too few registers
     fewer = max(1, rows // wider)
     return Tile(fewer, rows * block // (fewer * wider), warps)
+
+
+def registers(kernel: str, searches: bool, itemsize: int, tile: Tile, aligned: bool) -> int | None:
+    """Of a thread at most, two programs on a multiprocessor, one of products; None: as the compiler likes."""
+    if INTERPRETED:
+        return None
+    always = itemsize == 8 or (itemsize == 4 and tile.depth > 0)  # products of float32 are no tensor cores' work
+    found = ROOMY.get((kernel, searches, itemsize, tile.block, aligned), ())
+    if not (always or found):
+        return None
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or not (always or target.arch in found):
+        return None
+    return min(255, 65536 // (32 * tile.warps * (1 if tile.depth else 2)))
 
 
 def spans(rows: int, classes: int, tile: Tile) -> int:

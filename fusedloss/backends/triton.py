@@ -83,7 +83,7 @@ def _run(
     """Launches a kernel on the device of the logits."""
     if 0 in grid:
         return
-    constants |= launch_options(tile)
+    constants |= launch_options(kernel, tile, where, constants)
     if INTERPRETED:
         import numpy
 
@@ -94,9 +94,14 @@ def _run(
             kernel[grid](where, *arguments, **constants)
 
 
-def launch_options(tile: Any) -> dict[str, Any]:
+def launch_options(kernel: Any, tile: Any, where: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
     options = {"ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps, "enable_fp_fusion": True}
-    return options | {"num_stages": tile.stages} if tile.stages else options
+    if tile.stages:
+        options["num_stages"] = tile.stages
+    searches = constants.get("TOP_K", 0) > 0
+    itemsize, aligned = where[0].element_size(), where[1] % 16 == 0
+    registers = _modules()[1].registers(kernel.__name__, searches, itemsize, tile, aligned)
+    return options if registers is None else options | {"maxnreg": registers}
 
 
 def _run_split(kernel: Any, spans: int, source: _Source, *arguments: Any, **constants: Any) -> None:
