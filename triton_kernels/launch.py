@@ -121,6 +121,8 @@ def product_tile(rows: int, itemsize: int, heavy: bool) -> Tile:
     if INTERPRETED:
         return INTERPRETED_PRODUCT_TILE
     tile = (HEAVY_PRODUCT_TILES if heavy else PRODUCT_TILES)[itemsize]
+    if heavy and triton.runtime.driver.active.get_current_target().backend == "hip":
+        tile = tile._replace(warps=tile.warps // 2)  # of 64 lanes
     return tile._replace(rows=min(tile.rows, max(16, 1 << (rows - 1).bit_length())))
 
 
