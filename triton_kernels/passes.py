@@ -115,11 +115,12 @@ def _block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK: tl.
         hidden, row_stride, hidden_stride, weight, class_stride, weight_stride, depth = where[:7]
         hidden += rows * row_stride
         weight += columns.to(tl.int64) * class_stride
+        precision: tl.constexpr = SOURCE.precision  # Triton 3.6 passes on no string that is an attribute
         for first in range(0, depth, SOURCE.depth):
             d = first + tl.arange(0, SOURCE.depth)
             x = tl.load(hidden + d[None, :] * hidden_stride, live & (d[None, :] < depth), other=0.0)
             w = tl.load(weight + d[:, None] * weight_stride, exists & (d[:, None] < depth), other=0.0)
-            z = multiply(x, w, z, SOURCE.precision)
+            z = multiply(x, w, z, precision)
         z = _after_product(z, where, columns, exists, SOURCE, T)
         if SOURCE.masks_target:
             z = tl.where(columns == target, -float("inf"), z)
