@@ -15,41 +15,50 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[1] / "bench/compile_report.py"
+RELEASE = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+def compile_report(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own, since here kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 @pytest.fixture(scope="module")
 def everything() -> list[dict[str, Any]]:
-    """In a process of its own, since here kernels may be interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "--quick", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    """A way through each pass, and the worst of what has spilled."""
+    done = compile_report("--quick")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def compiled(everything) -> list[dict[str, Any]]:
-    """Of logits in memory."""
-    return [row for row in everything if "product" not in row["loss"]]
+    """Of long rows in memory, each at a multiple of 16 bytes."""
+    rows = [row for row in everything if "product" not in row["loss"] and row["classes"] == 32000]
+    return [row for row in rows if row["dtype"] != "float64" and row["kernel"] != "class_sums_pass"]
 
 
 @pytest.fixture(scope="module")
 def products(everything) -> list[dict[str, Any]]:
-    return [row for row in everything if "product" in row["loss"]]
+    """Of 16 bits: full precision is no tensor cores' work."""
+    return [row for row in everything if "product" in row["loss"] and row["dtype"] == "bfloat16"]
 
 
 def test_every_target_is_compiled_for(everything):
     assert {row["target"] for row in everything} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     split = {f"{kernel}, {role}" for kernel in ("statistics_pass", "class_terms_pass") for role in ("split", "merge")}
-    assert {row["kernel"] for row in everything} == split | {"statistics_pass", "class_terms_pass", "gradient_pass"}
-    assert {row["dtype"] for row in everything} == {"bfloat16", "float32"}
+    passes = {"statistics_pass", "class_terms_pass", "gradient_pass", "class_sums_pass"}
+    assert {row["kernel"] for row in everything} == split | passes
+    assert {row["dtype"] for row in everything} == {"bfloat16", "float16", "float32", "float64"}
 
 
 def test_no_register_is_spilled(everything):
-    """Older releases spill one or two of the epilogue's, and on AMD's more."""
-    release = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
-    few = {"gfx942": 0 if release >= (3, 9) else 128}
-    assert [row for row in everything if row["spills"] > few.get(row["target"], 0 if release >= (3, 9) else 8)] == []
+    """The tiles are those of triton 3.9. That of 3.6 has other compilers: NVIDIA's spills up to 15 (class weights with
+    the mean), AMD's the sums of a product of 128 x 128."""
+    most = {} if RELEASE >= (3, 9) else {"sm_80": 6, "sm_90": 15, "gfx942": 414}
+    assert [row for row in everything if row["spills"] > most.get(row["target"], 0)] == []
 
 
 def test_logits_move_by_16_bytes(compiled):
