@@ -113,7 +113,7 @@ def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Genera
 @each_case
 def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
     tensors, ignore_index, picks = operator_arguments(case[0], 5, generator)
-    row_weight = torch.rand(5, generator=generator)
+    row_weight = torch.rand(5, generator=generator).to(compute_dtype(tensors[0].dtype))
     for epilogue, params in case[1]:
         names = (epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
         expected = ops.row_loss(*tensors, params, *names)
@@ -124,6 +124,15 @@ def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], genera
         torch.testing.assert_close(logits, ops.row_gradient(tensors[0], *backward), rtol=0, atol=0)
         *found, gradient = ops.row_loss_gradient(*tensors, params, row_weight, *names)
         torch.testing.assert_close([*found, gradient], [*expected, logits], rtol=0, atol=0)
+
+
+@needs_cpu
+def test_values_of_another_dtype_are_not_misread(generator: torch.Generator) -> None:
+    """A kernel takes an address for what it is told."""
+    z, target = problem(5, 21, generator, torch.float64)
+    names = ("cross_entropy", 0.0, "all", 0.0, -100, 0, "cpu")
+    with pytest.raises(TypeError, match=r"must be torch\.float64.* got torch\.float32"):
+        ops.row_loss_gradient_(z, target, None, None, [], torch.ones(5), *names)
 
 
 @needs_cpu

@@ -143,8 +143,7 @@ def _gradient_pass(
         statistics.data_ptr(),
         index.data_ptr(),
         coefficients.data_ptr(),
-        _address(grad_output),
-        0 if grad_output is None else grad_output.stride(0),
+        *passes.column(grad_output, statistics.dtype),
         grad.data_ptr(),
         grad.stride(0),
     )
@@ -167,8 +166,7 @@ def class_sums(
         _params(params),
         statistics.data_ptr(),
         index.data_ptr(),
-        _address(row_weight),
-        0 if row_weight is None else row_weight.stride(0),
+        *passes.column(row_weight, statistics.dtype),
         sums.data_ptr(),
     )
     return sums

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_indices
+from ..checks import check_indices, compute_dtype
 from ..epilogue import Shared
 from . import passes
 
@@ -150,7 +150,7 @@ def _set_epilogue(job: _cuda.Job, epilogue: str, names: list[str], params: list[
 
 def _set_gradient(job: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None:
     job.grad, job.grad_row_stride = grad.data_ptr(), grad.stride(0)
-    job.upstream, job.upstream_stride = _address(upstream), 0 if upstream is None else upstream.stride(0)
+    job.upstream, job.upstream_stride = passes.column(upstream, compute_dtype(grad.dtype))
 
 
 def _statistics_pass(
@@ -275,7 +275,7 @@ def class_sums(
     job = _job(logits, target, None, ignore_index)
     _set_epilogue(job, epilogue, SUMMED_TERMS, params)
     job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
-    job.upstream, job.upstream_stride = _address(row_weight), 0 if row_weight is None else row_weight.stride(0)
+    job.upstream, job.upstream_stride = passes.column(row_weight, statistics.dtype)
     top_rest = statistics.new_empty(rows)
     job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // SUM_COLUMNS)))
     sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)

@@ -73,6 +73,15 @@ def _forward_operators(statistics_pass: Callable[..., None]) -> tuple[Callable[.
     return row_statistics, row_loss
 
 
+def column(values: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+    """Address and stride of a number for each row, which a kernel reads as `dtype`."""
+    if values is None:
+        return 0, 0
+    if values.dtype != dtype:
+        raise TypeError(f"a value for each row must be {dtype}, as the rows are computed in, got {values.dtype}")
+    return values.data_ptr(), values.stride(0)
+
+
 def empty_gradient(logits: Tensor) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
