@@ -61,6 +61,12 @@ def test_no_register_is_spilled(everything):
     assert [row for row in everything if row["spills"] > most.get(row["target"], 0)] == []
 
 
+def test_the_table_is_of_these_kernels_and_none_spills():
+    """Of every configuration, of which the other tests compile a few: `make compile-report` writes it."""
+    checked = compile_report("--check")
+    assert checked.returncode == 0, checked.stderr
+
+
 def test_logits_move_by_16_bytes(compiled):
     """Two at a time of a row loss, one of a class term and where loss and gradient are made in one, which reads twice;
     half as many where there are twice as many lanes."""
