@@ -261,9 +261,9 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield from (("sm_90", "cross_entropy", dtype, CLASSES) for dtype in (halves, full))
     for loss in ("mixed_cross_entropy", "dsc_one_vs_rest", "focal, few rows", "statistics, weighted"):
         yield "sm_90", loss, halves, CLASSES
-    for loss in ("focal, in one", "dsc_one_vs_rest, product", "mixed_cross_entropy, product"):
+    for loss in ("cross_entropy, in one", "dsc_one_vs_rest, product", "mixed_cross_entropy, product"):
         yield "sm_90", loss, halves, CLASSES
-    for loss in ("focal", "focal, product"):
+    for loss in ("focal", "cross_entropy, whole product"):
         yield from ((target, loss, halves, CLASSES) for target in ("sm_80", "sm_100", "gfx942"))
     yield "sm_90", "dsc_one_vs_rest", halves, ODD_CLASSES, "statistics_pass"
     yield "sm_90", "dsc_over_rows", full, ODD_CLASSES, "class_terms_pass"
@@ -271,9 +271,10 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_80", "dsc_one_vs_rest", wide, ODD_CLASSES, "statistics_pass"
     yield "sm_90", "cross_entropy, in one", wide, CLASSES
     yield "sm_90", "dsc_one_vs_rest, product", full, CLASSES, "statistics_pass, split"
-    yield "sm_80", "focal, product", full, CLASSES, "gradient_pass"
+    yield "sm_80", "cross_entropy, whole product", full, CLASSES, "gradient_pass"
     yield "sm_80", "dsc_one_vs_rest, whole product", halves, CLASSES, "class_terms_pass, split"
-    yield "sm_80", "cross_entropy", torch.float16, ODD_CLASSES, "statistics_pass"
+    yield "sm_80", "cross_entropy", halves, ODD_CLASSES, "statistics_pass"
+    yield "sm_80", "cross_entropy", torch.float16, CLASSES, "statistics_pass"
     yield "sm_80", "dsc_one_vs_rest", full, 256, "statistics_pass"
     yield "sm_100", "cross_entropy", full, 16, "statistics_pass"
     yield "sm_100", "dsc_one_vs_rest", halves, CLASSES, "class_terms_pass"
