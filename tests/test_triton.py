@@ -277,7 +277,8 @@ def test_evaluation_stores_no_logits(loss, generator):
     assert largest < 12 * 1500 / 10
 
 
-def test_a_target_out_of_range_makes_the_row_of_a_product_nan(generator, unchecked):
+def test_a_target_out_of_range_makes_the_row_of_a_product_nan(generator, monkeypatch):
+    monkeypatch.setattr(backends.triton, "check_indices", lambda *arguments: None)  # on a GPU nobody looks beforehand
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(300, 8, generator=generator)
     target = torch.randint(300, (6,), generator=generator)
     options = {"reduction": "none", "impl": "triton_fused"}
