@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,8 @@ class VocabularyShards:
         TypeError, ValueError: no such group, or no such sizes for it.
     """
 
-    group: Any
+    name: str
+    rank: int
     sizes: tuple[int, ...]
 
     def __init__(self, group: Any, sizes: Sequence[int]) -> None:
@@ -56,23 +58,17 @@ class VocabularyShards:
                 raise ValueError(f"sizes must be numbers of classes, got {size!r} in {sizes}")
         if len(sizes) != group.size() or not any(sizes):
             raise ValueError(f"sizes must be of the {group.size()} ranks of the group, one class at least, got {sizes}")
-        object.__setattr__(self, "group", group)
+        # Not the group itself: one that outlives destroy_process_group takes the process down with it at its end.
+        _groups[group.group_name] = group
+        object.__setattr__(self, "name", group.group_name)
+        object.__setattr__(self, "rank", group.rank())
         object.__setattr__(self, "sizes", sizes)
-        _groups[self.name] = group
 
     @classmethod
     def gather(cls, group: Any, classes: int, device: torch.device | str = "cpu") -> VocabularyShards:
         """From the number of classes on this rank, told by each. `device`: one on which the group communicates."""
         parallel.check_group(group)
         return cls(group, parallel.meet(group, classes, torch.device(device), {}).rows)
-
-    @property
-    def name(self) -> str:
-        return self.group.group_name
-
-    @property
-    def rank(self) -> int:
-        return self.group.rank()
 
     @property
     def classes(self) -> int:
@@ -114,18 +110,25 @@ class VocabularyShards:
         return _Alike.apply(x, self)
 
 
-_groups: dict[str, Any] = {}
+_groups: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def group_named(name: str) -> Any:
+    group = _groups.get(name)
+    if group is None:
+        raise ValueError(f"group {name!r} is a process group that was destroyed")
+    return group
 
 
 def gather(part: Tensor, ranks: int, group: str) -> Tensor:
     parts = part.new_empty((ranks, *part.shape))
-    dist.all_gather(list(parts.unbind()), part, group=_groups[group])
+    dist.all_gather(list(parts.unbind()), part, group=group_named(group))
     return parts
 
 
 def sum_over_ranks(part: Tensor, group: str) -> Tensor:
     total = part.clone()
-    dist.all_reduce(total, group=_groups[group])
+    dist.all_reduce(total, group=group_named(group))
     return total
 
 
@@ -134,7 +137,7 @@ ops.register_for_every_device(gather=gather, sum_over_ranks=sum_over_ranks)
 
 def sum_in_place(x: Tensor, group: str) -> Any:
     """Over the ranks; what to wait for."""
-    return dist.all_reduce(x, group=_groups[group], async_op=True)
+    return dist.all_reduce(x, group=group_named(group), async_op=True)
 
 
 def row_parts(sequence_parallel: object, group: Any) -> int:
@@ -162,7 +165,7 @@ def _owners(rows: slice, part: int) -> Iterator[tuple[int, slice, slice]]:
 
 def fetch_rows(own: Tensor, rows: slice, buffer: Tensor, group: str) -> Tensor:
     """Rows of which each rank has an equal part, into the buffer, which then begins with them."""
-    ranks, pending = _groups[group], []
+    ranks, pending = group_named(group), []
     for rank, where, which in _owners(rows, len(own)):
         if rank == ranks.rank():
             buffer[where] = own[which]
@@ -174,7 +177,7 @@ def fetch_rows(own: Tensor, rows: slice, buffer: Tensor, group: str) -> Tensor:
 
 def send_rows(gradient: Tensor, rows: slice, own: Tensor, group: str) -> list[Callable[[], None]]:
     """The sum over the ranks of such rows, to those that have them; what to call for it to have arrived in `own`."""
-    ranks = _groups[group]
+    ranks = group_named(group)
 
     def send(rank: int, where: slice, which: slice) -> Callable[[], None]:
         work = dist.reduce(gradient[where], group_dst=rank, group=ranks, async_op=True)
@@ -340,7 +343,7 @@ def check_ranks(
     own = ("group", "inplace_backward", "impl", "return_stats")
     same |= {option: told(value) for option, value in options.items() if option not in own}
     same["the checksum of the targets"] = zlib.crc32(target.cpu().contiguous().numpy().tobytes())
-    parallel.meet(shards.group, shards.sizes[shards.rank], input.device, same)
+    parallel.meet(group_named(shards.name), shards.sizes[shards.rank], input.device, same)
 
 
 def form_for(shards: VocabularyShards, projection: Projection) -> Form:

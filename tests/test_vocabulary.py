@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -485,3 +487,23 @@ SCENES = [
 @pytest.mark.parametrize("world", SIZES)
 def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks.run(SCENES, world, tmp_path, monkeypatch)
+
+
+def test_shards_may_outlive_their_group() -> None:
+    """A process group that did would take the process down at its end."""
+    script = """
+import torch, torch.distributed as dist, fusedloss as fl
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+shards = fl.VocabularyShards(dist.group.WORLD, [3])
+z, target = torch.randn(2, 3), torch.tensor([0, 2])
+torch.testing.assert_close(fl.cross_entropy(z, target, group=shards), fl.cross_entropy(z, target))
+dist.destroy_process_group()
+try:
+    fl.cross_entropy(z, target, group=shards)
+except ValueError as error:
+    assert "is a process group that was destroyed" in str(error), error
+else:
+    raise AssertionError("nothing raised")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
