@@ -203,6 +203,7 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
+# As parallel.shared and parallel.gather, but by operators, which torch.compile takes as they are.
 class _Alike(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: VocabularyShards) -> Tensor:

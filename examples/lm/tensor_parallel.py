@@ -25,6 +25,9 @@ from torch import Tensor
 
 import fusedloss as fl
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from arguments import count, cpus
+
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
@@ -107,17 +110,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="your own text, UTF-8; else what train.py takes")
     add("--out", type=Path, default=Path("runs/lm-tensor-parallel"), help="folder of the losses")
-    add("--steps", type=int, default=60, help="updates")
-    add("--batch", type=int, default=8, help="blocks an update")
-    add("--length", type=int, default=128, help="pieces a block")
-    add("--vocab-size", type=int, default=32000, help="BPE pieces")
-    add("--width", type=int, default=160, help="of the model")
-    add("--layers", type=int, default=2, help="of the model")
-    add("--heads", type=int, default=4, help="attention heads")
+    add("--steps", type=count(1), default=60, help="updates")
+    add("--batch", type=count(1), default=8, help="blocks an update")
+    add("--length", type=count(1), default=128, help="pieces a block")
+    add("--vocab-size", type=count(1), default=32000, help="BPE pieces")
+    add("--width", type=count(1), default=160, help="of the model")
+    add("--layers", type=count(1), default=2, help="of the model")
+    add("--heads", type=count(1), default=4, help="attention heads")
     add("--lr", type=float, default=2e-3, help="learning rate")
     add("--held-out", type=float, default=0.03, help="share of the text left out")
     add("--seed", type=int, default=1, help="of the split, the weights and the order of the blocks")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of all ranks")
+    add("--threads", type=count(1), default=cpus(), help="CPU threads of all ranks")
     return parser.parse_args(arguments)
 
 

@@ -29,6 +29,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fusedloss as fl
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from arguments import cpus
+
 
 class RunError(Exception):
     """A folder of another run; the message says what to do."""
@@ -221,7 +224,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
     add("--held-out", type=_share, default=0.03, help="share of the text held out, whole documents at a time")
     add("--seed", type=int, default=1, help="of the split, the weights and the order of the blocks")
-    add("--threads", type=_count, default=_cpus(), help="CPU threads")
+    add("--threads", type=_count, default=cpus(), help="CPU threads")
     add("--save-every", type=_count, default=100, help="updates between checkpoints")
     add("--compare-steps", type=int, default=10, help="updates of fused and unfused training in turn, 0 for none")
     options = parser.parse_args(arguments)
@@ -231,10 +234,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
         options.dtype = "bf16" if probe is not None and probe() else "fp32"
     return options
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _count(text: str) -> int:

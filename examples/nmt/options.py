@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from arguments import count, cpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +75,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--impl", choices=("reference", "cpu"), help="of the loss; else the fastest that runs here")
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=_count(1), default=1000, help="updates")
-    add("--batch-tokens", type=_count(1), default=1024, help="target tokens an update, padding included")
-    add("--vocab-size", type=_count(1), default=8000, help="BPE pieces of both languages together")
-    add("--d-model", type=_count(1), default=192, help="width of the model")
-    add("--layers", type=_count(1), default=2, help="of the encoder, and of the decoder")
-    add("--heads", type=_count(1), default=4, help="attention heads")
+    add("--steps", type=count(1), default=1000, help="updates")
+    add("--batch-tokens", type=count(1), default=1024, help="target tokens an update, padding included")
+    add("--vocab-size", type=count(1), default=8000, help="BPE pieces of both languages together")
+    add("--d-model", type=count(1), default=192, help="width of the model")
+    add("--layers", type=count(1), default=2, help="of the encoder, and of the decoder")
+    add("--heads", type=count(1), default=4, help="attention heads")
     add("--dropout", type=_share, default=0.0, help="worth its time in runs of many passes over the data")
-    add("--max-length", type=_count(8), default=128, help="pieces a sentence; pairs with a longer side are left out")
+    add("--max-length", type=count(8), default=128, help="pieces a sentence; pairs with a longer side are left out")
     add("--lr", type=_number(0), default=3e-3, help="learning rate at its highest")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
     add("--seed", type=int, default=1, help="of the split, the weights and the order of the batches")
-    add("--threads", type=_count(1), default=_cpus(), help="CPU threads")
+    add("--threads", type=count(1), default=cpus(), help="CPU threads")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--evaluate-every", type=_count(1), default=200, help="updates between held-out measurements and checkpoints")
-    add("--bleu-sentences", type=_count(0), default=300, help="held-out sentences to translate, 0 for all")
-    add("--beam", type=_count(1), default=4, help="beam width; 1 is greedy decoding")
-    add("--samples", type=_count(0), default=5, help="translations to print")
+    add("--evaluate-every", type=count(1), default=200, help="updates between held-out measurements and checkpoints")
+    add("--bleu-sentences", type=count(0), default=300, help="held-out sentences to translate, 0 for all")
+    add("--beam", type=count(1), default=4, help="beam width; 1 is greedy decoding")
+    add("--samples", type=count(0), default=5, help="translations to print")
     add(
         "--compare-updates",
-        type=_count(0),
+        type=count(0),
         default=40,
         help="updates of fused and eager loss in turn, 0 for none",
     )
@@ -108,21 +111,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             f"and at most --batch-tokens {options.batch_tokens}"
         )
     return options
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _count(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        return value
-
-    parse.__name__ = "whole number"  # argparse names the type in its message
-    return parse
 
 
 def _number(least: float) -> Callable[[str], float]:
