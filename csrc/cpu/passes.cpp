@@ -153,9 +153,7 @@ class Engine {
 
     template <typename Functor>
     void forward(const Outputs& out) const {
-        if constexpr (std::is_void_v<Functor> || is_class_term<Functor>(ClassTerms{})) {
-            if (narrow()) return side_by_side<Functor>(out);
-        }
+        if (narrow()) return side_by_side<Functor>(out);
         over_rows(
             [&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch, out); });
     }
@@ -684,20 +682,22 @@ class Engine {
 
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
-    bool narrow() const { return rows_.classes <= kNarrow && rows_.top_k == 1 && rows_.picks() == 1 && !rows_.mean; }
+    bool narrow() const {
+        return rows_.classes <= kNarrow && rows_.top_k <= 1 && rows_.picks() == rows_.top_k && !rows_.mean;
+    }
 
-    template <typename Term>
+    template <typename Functor>
     void side_by_side(const Outputs& out) const {
         const int64_t groups = (rows_.rows + width - 1) / width;
         parallel_for(groups, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
             Scratch<T> scratch(rows_.picks());
-            for (int64_t i = begin; i < end; ++i) group<Term>(i * width, scratch, out);
+            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, scratch, out);
         });
     }
 
     // A row without finite logits alone is left to the scalar code, and an ignored one to neither: in their lanes, and
     // in those after the last row, the logits are 0.
-    template <typename Term>
+    template <typename Functor>
     FUSEDLOSS_ONE_COPY void group(int64_t first, Scratch<T>& scratch, const Outputs& out) const {
         using Bits = typename VectorOf<T>::Bits;
         const int count = static_cast<int>(std::min<int64_t>(width, rows_.rows - first));
@@ -757,9 +757,12 @@ class Engine {
         put(statistic + kCe * n, ce);
         put(statistic + kTargetLogit * n, target_logit);
         put(statistic + kMeanCe * n, V{});
-        put(statistic + kStatistics * n, max);
-        if constexpr (!std::is_void_v<Term>) {
-            const V p = mine * inverse;
+        if (rows_.top_k > 0) {
+            put(statistic + kStatistics * n, max);
+            for (int i = 0; i < count; ++i) out.index[first + i] = top[i];
+        }
+        const V p = mine * inverse;
+        if constexpr (is_class_term<Functor>(ClassTerms{})) {
             const T z_loss = T(epilogue_.z_loss);
             const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
             const V z_slope = z_weight * lse * T(2);
@@ -767,13 +770,13 @@ class Engine {
             const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
             V target_h, top_h{}, slope{};
             V loss = z_weight * lse * lse;
-            loss += Term::positive(target_p, target_q, power_vector(target_q, Term::exponent(params)),
-                                   load(target_weight), params, target_h);
+            loss += Functor::positive(target_p, target_q, power_vector(target_q, Functor::exponent(params)),
+                                      load(target_weight), params, target_h);
             for (int j = 0; j < classes; ++j) {
                 const V p_j = top == j ? top_p : x[j] * inverse;
                 const V q_j = top == j ? top_q : T(1) - p_j;
                 V h;
-                V f = Term::negative(p_j, q_j, power_vector(q_j, Term::exponent(params)), params, h);
+                V f = Functor::negative(p_j, q_j, power_vector(q_j, Functor::exponent(params)), params, h);
                 const T w = weight_of(j);
                 h = target == j ? target_h : h * w;
                 loss += target == j ? V{} : f * w;
@@ -790,10 +793,18 @@ class Engine {
             put(coefficient + kTargetGradient * n, target_gradient);
             put(coefficient + kCoefficients * n, V{});
             put(static_cast<T*>(out.loss) + first, loss);
+        } else if constexpr (!std::is_void_v<Functor>) {
+            for (int i = 0; i < count; ++i) {
+                if (alone[i]) continue;
+                const int64_t index = top[i];
+                const T logit = max[i];
+                const RowStatistics<T> s{logit, sum_exp[i], log_sum[i],  ce[i],  q[i],  p[i],
+                                         T(0),  target[i],  rows_.top_k, &logit, &index};
+                finish<Functor>(first + i, 1, s, scratch, out);
+            }
         }
-        for (int i = 0; i < count; ++i) out.index[first + i] = top[i];
         for (int i = 0; i < count; ++i) {
-            if (alone[i]) one_by_one<Term>(first + i, 1, scratch, out);
+            if (alone[i]) one_by_one<Functor>(first + i, 1, scratch, out);
         }
     }
 
