@@ -38,7 +38,7 @@ papers: .venv/installed ## what the losses' papers claim, on real data, up to 30
 
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed ## run the tests
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 -p no:benchmark $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadscope -p no:benchmark $(ARGS)
 
 bench: .venv/installed ## run the benchmarks; writes a table and a plot
 	@mkdir -p build

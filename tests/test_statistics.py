@@ -231,11 +231,11 @@ losses = st.sampled_from(sorted(LOSSES))
 impls = st.sampled_from(READY)
 compiled_impls = st.sampled_from([name for name in READY if name != "reference"] or [None])
 seeds = st.integers(0, 2**32)
-row_counts = st.integers(1, 6)
-# less than a vector; blocks; chunks
-class_counts = st.one_of(st.integers(2, 70), st.integers(2000, 2100), st.integers(8100, 17000))
+row_counts = st.integers(1, 4)
+# less than a vector; about a block; about a chunk
+class_counts = st.one_of(st.integers(2, 70), st.integers(2000, 2100), st.integers(8100, 8300))
 properties = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -272,15 +272,15 @@ def test_adding_a_constant_to_a_row_changes_nothing(loss, impl, rows, classes, s
 
 
 @properties
-@given(losses, compiled_impls, row_counts, class_counts, seeds, st.sampled_from(DTYPES), st.integers(2, 7))
-def test_splitting_a_row_over_threads_gives_the_same_bits(loss, impl, rows, classes, seed, dtype, threads):
+@given(losses, row_counts, st.integers(8200, 40000), seeds, st.sampled_from(DTYPES), st.integers(2, 7))
+def test_splitting_a_row_over_threads_gives_the_same_bits(loss, rows, classes, seed, dtype, threads):
     z, target, upstream = draw(rows, classes, seed, dtype)
     before = torch.get_num_threads()
     runs = []
     try:
         for count in (1, 2, threads):
             torch.set_num_threads(count)
-            runs.append(with_gradient(lambda x: LOSSES[loss](x, target, reduction="none", impl=impl), z, upstream))
+            runs.append(with_gradient(lambda x: LOSSES[loss](x, target, reduction="none", impl="cpu"), z, upstream))
     finally:
         torch.set_num_threads(before)
     assert_same_bits(runs[1], runs[0])
@@ -288,7 +288,7 @@ def test_splitting_a_row_over_threads_gives_the_same_bits(loss, impl, rows, clas
 
 
 @properties
-@given(losses, compiled_impls, st.integers(2, 9), class_counts, seeds, st.sampled_from(DTYPES))
+@given(losses, compiled_impls, st.integers(2, 6), class_counts, seeds, st.sampled_from(DTYPES))
 def test_rows_are_independent(loss, impl, rows, classes, seed, dtype):
     """A row gives the same bits alone, among others and in another place."""
     z, target, upstream = draw(rows, classes, seed, dtype)
