@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import raise_index_error
-from ..epilogue import Shared
 from . import memory, passes
+from .passes import Backward, Forward
 
 try:
     from .. import _engine
@@ -81,39 +81,23 @@ def _check_indices(target: Tensor, candidates: Tensor | None, classes: int, igno
             raise_index_error("candidate", int(candidates.view(-1)[bad]), classes, None)
 
 
-def _statistics_pass(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    epilogue: str | None,
-    shared: Shared,
-    ignore_index: int,
-    top_k: int,
-    below: bool,
-    mean: bool,
-    statistics: Tensor,
-    index: Tensor,
-    loss: Tensor | None,
-    coefficients: Tensor | None,
-) -> None:
-    classes = logits.shape[1]
-    _check_indices(target, candidates, classes, ignore_index)
-    candidate_count = 0 if candidates is None else candidates.shape[1]
-    problem = _rows(logits, target, weight, ignore_index, candidates, candidate_count, top_k, below, mean)
-    main, smooth = shared.coefficients(classes)
+def _statistics_pass(x: Forward) -> None:
+    classes = x.logits.shape[1]
+    _check_indices(x.target, x.candidates, classes, x.ignore_index)
+    candidate_count = 0 if x.candidates is None else x.candidates.shape[1]
+    settings = (x.ignore_index, x.candidates, candidate_count, x.top_k, x.below, x.mean)
+    main, smooth = x.shared.coefficients(classes)
     _engine.forward(
-        problem,
-        epilogue or "",
-        _params(params),
+        _rows(x.logits, x.target, x.weight, *settings),
+        x.epilogue or "",
+        _params(x.params),
         main,
         smooth,
-        shared.z_loss,
-        _address(loss),
-        statistics.data_ptr(),
-        index.data_ptr(),
-        _address(coefficients),
+        x.shared.z_loss,
+        _address(x.loss),
+        x.statistics.data_ptr(),
+        x.index.data_ptr(),
+        _address(x.coefficients),
     )
 
 
@@ -123,29 +107,17 @@ def _new_gradient(logits: Tensor) -> Tensor:
     return grad
 
 
-def _gradient_pass(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    grad_output: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    ignore_index: int,
-) -> None:
+def _gradient_pass(x: Backward) -> None:
     _engine.backward(
-        _rows(logits, target, weight, ignore_index, candidate_count=index.shape[0]),
-        epilogue,
-        _params(params),
-        statistics.data_ptr(),
-        index.data_ptr(),
-        coefficients.data_ptr(),
-        *passes.column(grad_output, statistics.dtype),
-        grad.data_ptr(),
-        grad.stride(0),
+        _rows(x.logits, x.target, x.weight, x.ignore_index, candidate_count=x.index.shape[0]),
+        x.epilogue,
+        _params(x.params),
+        x.statistics.data_ptr(),
+        x.index.data_ptr(),
+        x.coefficients.data_ptr(),
+        *passes.column(x.grad_output, x.statistics.dtype),
+        x.grad.data_ptr(),
+        x.grad.stride(0),
     )
 
 

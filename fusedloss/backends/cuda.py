@@ -15,6 +15,7 @@ from .. import ops
 from ..checks import check_indices, compute_dtype
 from ..epilogue import Shared
 from . import passes
+from .passes import Backward, Forward
 
 try:
     from .. import _cuda
@@ -153,101 +154,46 @@ def _set_gradient(job: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None
     job.upstream, job.upstream_stride = passes.column(upstream, compute_dtype(grad.dtype))
 
 
-def _statistics_pass(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    epilogue: str | None,
-    shared: Shared,
-    ignore_index: int,
-    top_k: int,
-    below: bool,
-    mean: bool,
-    statistics: Tensor,
-    index: Tensor,
-    loss: Tensor | None,
-    coefficients: Tensor | None,
-    grad: Tensor | None = None,
-    row_weight: Tensor | None = None,
-) -> None:
-    """With the gradient, if one is given: of the row losses' sum, times `row_weight`."""
-    classes = logits.shape[1]
-    if logits.device.type == "cpu":
-        check_indices("target", target, classes, ignore_index)
-        if candidates is not None:
-            check_indices("candidate", candidates, classes, None)
-    job = _job(logits, target, weight, ignore_index)
+def _statistics_pass(x: Forward) -> None:
+    classes = x.logits.shape[1]
+    if x.logits.device.type == "cpu":
+        check_indices("target", x.target, classes, x.ignore_index)
+        if x.candidates is not None:
+            check_indices("candidate", x.candidates, classes, None)
+    job = _job(x.logits, x.target, x.weight, x.ignore_index)
     job.forward = True
-    if candidates is not None:
-        job.candidates, job.candidate_count = candidates.data_ptr(), candidates.shape[1]
+    if x.candidates is not None:
+        job.candidates, job.candidate_count = x.candidates.data_ptr(), x.candidates.shape[1]
         if job.candidate_count > MAX_CANDIDATES:
             raise ValueError(
                 f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {job.candidate_count}; "
                 "use another implementation"
             )
-    job.top_k, job.below, job.mean = top_k, below, mean
-    weight_sum = weight.sum(dtype=torch.float64) if mean and weight is not None else None
+    job.top_k, job.below, job.mean = x.top_k, x.below, x.mean
+    weight_sum = x.weight.sum(dtype=torch.float64) if x.mean and x.weight is not None else None
     job.weight_sum = _address(weight_sum)
-    if epilogue is not None:
-        job.class_term = epilogue in CLASS_TERMS
-        _set_epilogue(job, epilogue, CLASS_TERMS if job.class_term else ROW_EPILOGUES, params)
-    job.main, job.smooth = shared.coefficients(classes)
-    job.z_loss = shared.z_loss
-    job.loss, job.coefficients = _address(loss), _address(coefficients)
-    job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
-    if grad is not None:
-        _set_gradient(job, grad, row_weight)
-    _run(job, logits, on_chip=grad is not None or job.class_term)
+    if x.epilogue is not None:
+        job.class_term = x.epilogue in CLASS_TERMS
+        _set_epilogue(job, x.epilogue, CLASS_TERMS if job.class_term else ROW_EPILOGUES, x.params)
+    job.main, job.smooth = x.shared.coefficients(classes)
+    job.z_loss = x.shared.z_loss
+    job.loss, job.coefficients = _address(x.loss), _address(x.coefficients)
+    job.statistics, job.index = x.statistics.data_ptr(), x.index.data_ptr()
+    if x.grad is not None:
+        _set_gradient(job, x.grad, x.row_weight)
+    _run(job, x.logits, on_chip=x.grad is not None or job.class_term)
 
 
-def _gradient_pass(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    grad_output: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    ignore_index: int,
-) -> None:
-    job = _job(logits, target, weight, ignore_index)
-    job.candidate_count = index.shape[0]
-    if epilogue in CLASS_TERMS:  # what others have of their own is in the coefficients
+def _gradient_pass(x: Backward) -> None:
+    job = _job(x.logits, x.target, x.weight, x.ignore_index)
+    job.candidate_count = x.index.shape[0]
+    if x.epilogue in CLASS_TERMS:  # what others have of their own is in the coefficients
         job.class_term = True
-        _set_epilogue(job, epilogue, CLASS_TERMS, params)
-    job.statistics, job.index, job.coefficients = statistics.data_ptr(), index.data_ptr(), coefficients.data_ptr()
-    _set_gradient(job, grad, grad_output)
-    _run(job, logits, on_chip=False)
-
-
-def _loss_gradient_pass(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    row_weight: Tensor | None,
-    epilogue: str,
-    label_smoothing: float,
-    smoothing_over: str,
-    z_loss: float,
-    ignore_index: int,
-    top_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one read, where the row has room on the chip."""
-    statistics, index = ops.new_statistics(logits, target, ops.picks_of(candidates, top_k))
-    loss, coefficients = ops.new_losses(statistics)
-    shared = Shared(label_smoothing, smoothing_over, z_loss)
-    settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
-    outputs = (statistics, index, loss, coefficients)
-    _statistics_pass(logits, target, weight, candidates, params, *settings, *outputs, grad, row_weight)
-    return loss, statistics, index, coefficients
+        _set_epilogue(job, x.epilogue, CLASS_TERMS, x.params)
+    job.statistics, job.index = x.statistics.data_ptr(), x.index.data_ptr()
+    job.coefficients = x.coefficients.data_ptr()
+    _set_gradient(job, x.grad, x.grad_output)
+    _run(job, x.logits, on_chip=False)
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
@@ -300,7 +246,7 @@ def class_terms(
     loss, coefficients = ops.new_losses(statistics)
     outputs = (torch.empty_like(statistics), torch.empty_like(index), loss, coefficients)
     settings = (epilogue, Shared(), ignore_index, 1, False, False)
-    _statistics_pass(logits, target, weight, None, params, *settings, *outputs)
+    _statistics_pass(Forward(logits, target, weight, None, params, *settings, *outputs))
     return loss, coefficients
 
 
@@ -311,7 +257,7 @@ def register(device: str) -> None:
         "cuda",
         _statistics_pass,
         _gradient_pass,
-        loss_gradient_pass=_loss_gradient_pass,
+        one_read=lambda x: True,
         scale_=scale_,
         class_sums=class_sums,
         class_terms=class_terms,

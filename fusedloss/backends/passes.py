@@ -1,15 +1,9 @@
-"""The row operators of a backend, made of its two passes.
-
-``statistics_pass(logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, below, mean,
-statistics, index, loss, coefficients)`` writes the last four; the last two are None where `epilogue` is.
-``gradient_pass(grad, logits, ...)`` writes `grad`, which may be `logits`; then follows what ``row_gradient`` takes.
-``loss_gradient_pass(grad, logits, ...)`` is both in one, for backends that have that: it takes what
-``row_loss_gradient`` takes, and gives loss, statistics, index and coefficients.
-"""
+"""The row operators of a backend, made of its two passes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +23,82 @@ class Product(NamedTuple):
     mask_target: bool
 
 
-def _tensor(logits: Tensor | Product) -> Tensor:
-    return logits.hidden if isinstance(logits, Product) else logits
+@dataclass(slots=True)
+class Forward:
+    """A statistics pass and, where there is an epilogue, its loss. It writes the last, from `statistics` to `grad`."""
+
+    logits: Any  # a tensor, or a Product
+    target: Tensor
+    weight: Tensor | None
+    candidates: Tensor | None
+    params: list[Tensor]
+    epilogue: str | None
+    shared: Shared
+    ignore_index: int
+    top_k: int
+    below: bool
+    mean: bool
+    statistics: Tensor
+    index: Tensor
+    loss: Tensor | None = None
+    coefficients: Tensor | None = None
+    # The gradient of the losses' sum, of rows with these weights, for a backend that has it of one read.
+    row_weight: Tensor | None = None
+    grad: Tensor | None = None
 
 
-def _forward_operators(statistics_pass: Callable[..., None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+@dataclass(slots=True)
+class Backward:
+    """A gradient pass: it writes `grad`, which may be the logits."""
+
+    grad: Tensor
+    logits: Any
+    target: Tensor
+    weight: Tensor | None
+    statistics: Tensor
+    index: Tensor
+    coefficients: Tensor
+    grad_output: Tensor | None
+    params: list[Tensor]
+    epilogue: str
+    ignore_index: int
+
+
+def _forward(
+    logits: Tensor | Product,
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    params: list[Tensor],
+    epilogue: str,
+    label_smoothing: float,
+    smoothing_over: str,
+    z_loss: float,
+    ignore_index: int,
+    top_k: int,
+) -> Forward:
+    """With new outputs; from the arguments of ``row_loss``."""
+    statistics, index = _new_statistics(logits, target, candidates, top_k)
+    shared = Shared(label_smoothing, smoothing_over, z_loss)
+    settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
+    return Forward(
+        logits, target, weight, candidates, params, *settings, statistics, index, *ops.new_losses(statistics)
+    )
+
+
+def _new_statistics(
+    logits: Tensor | Product, target: Tensor, candidates: Tensor | None, top_k: int, below: bool = False
+) -> tuple[Tensor, Tensor]:
+    like = logits.hidden if isinstance(logits, Product) else logits
+    return ops.new_statistics(like, target, ops.picks_of(candidates, top_k, below))
+
+
+def _results(x: Forward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert x.loss is not None and x.coefficients is not None
+    return x.loss, x.statistics, x.index, x.coefficients
+
+
+def _forward_operators(statistics_pass: Callable[[Forward], None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def row_statistics(
         logits: Tensor | Product,
         target: Tensor,
@@ -44,31 +109,15 @@ def _forward_operators(statistics_pass: Callable[..., None]) -> tuple[Callable[.
         below: bool,
         mean: bool,
     ) -> tuple[Tensor, Tensor]:
-        statistics, index = ops.new_statistics(_tensor(logits), target, ops.picks_of(candidates, top_k, below))
+        outputs = _new_statistics(logits, target, candidates, top_k, below)
         settings = (None, Shared(), ignore_index, top_k, below, mean)
-        statistics_pass(logits, target, weight, candidates, [], *settings, statistics, index, None, None)
-        return statistics, index
+        statistics_pass(Forward(logits, target, weight, candidates, [], *settings, *outputs))
+        return outputs
 
-    def row_loss(
-        logits: Tensor | Product,
-        target: Tensor,
-        weight: Tensor | None,
-        candidates: Tensor | None,
-        params: list[Tensor],
-        epilogue: str,
-        label_smoothing: float,
-        smoothing_over: str,
-        z_loss: float,
-        ignore_index: int,
-        top_k: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        statistics, index = ops.new_statistics(_tensor(logits), target, ops.picks_of(candidates, top_k))
-        loss, coefficients = ops.new_losses(statistics)
-        shared = Shared(label_smoothing, smoothing_over, z_loss)
-        settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
-        outputs = (statistics, index, loss, coefficients)
-        statistics_pass(logits, target, weight, candidates, params, *settings, *outputs)
-        return loss, statistics, index, coefficients
+    def row_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = _forward(*arguments)
+        statistics_pass(x)
+        return _results(x)
 
     return row_statistics, row_loss
 
@@ -89,17 +138,19 @@ def empty_gradient(logits: Tensor) -> Tensor:
 def register(
     device: str,
     impl: str,
-    statistics_pass: Callable[..., None],
-    gradient_pass: Callable[..., None],
+    statistics_pass: Callable[[Forward], None],
+    gradient_pass: Callable[[Backward], None],
     new_gradient: Callable[[Tensor], Tensor] = empty_gradient,
-    loss_gradient_pass: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] | None = None,
+    one_read: Callable[[Forward], bool] = lambda x: False,
     **others: Callable[..., Any],
 ) -> None:
-    """Registers the row operators and `others`, which may replace some of them, under a dispatch key."""
+    """Registers the row operators and `others`, which may replace some of them, under a dispatch key.
 
+    `one_read`: whether the statistics pass writes the gradient, too.
+    """
     row_statistics, row_loss = _forward_operators(statistics_pass)
 
-    def two_passes(
+    def loss_and_gradient(
         grad: Tensor,
         logits: Tensor,
         target: Tensor,
@@ -110,12 +161,16 @@ def register(
         epilogue: str,
         *arguments: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = row_loss(logits, target, weight, candidates, params, epilogue, *arguments)
-        ignore_index = arguments[-2]
-        gradient_pass(grad, logits, target, weight, *result[1:], row_weight, params, epilogue, ignore_index)
-        return result
-
-    loss_and_gradient = loss_gradient_pass or two_passes
+        x = _forward(logits, target, weight, candidates, params, epilogue, *arguments)
+        results = _results(x)
+        if one_read(x):
+            x.grad, x.row_weight = grad, row_weight
+            statistics_pass(x)
+        else:
+            statistics_pass(x)
+            saved = (*results[1:], row_weight, params, epilogue, x.ignore_index)
+            gradient_pass(Backward(grad, logits, target, weight, *saved))
+        return results
 
     def row_loss_gradient(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         grad = new_gradient(logits)
@@ -126,11 +181,11 @@ def register(
 
     def row_gradient(logits: Tensor, *arguments: Any) -> Tensor:
         grad = new_gradient(logits)
-        gradient_pass(grad, logits, *arguments)
+        gradient_pass(Backward(grad, logits, *arguments))
         return grad
 
     def row_gradient_(logits: Tensor, *arguments: Any) -> None:
-        gradient_pass(logits, logits, *arguments)
+        gradient_pass(Backward(logits, logits, *arguments))
 
     def scale_(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
@@ -148,15 +203,15 @@ def register(
 
 
 def register_products(
-    device: str, impl: str, statistics_pass: Callable[..., None], gradient_pass: Callable[..., None]
+    device: str, impl: str, statistics_pass: Callable[[Forward], None], gradient_pass: Callable[[Backward], None]
 ) -> None:
-    """Registers the operators of products; the passes get a :class:`Product` for logits."""
+    """Registers the operators of products."""
 
     def of_product(operator: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: operator(Product(*arguments[:5]), *arguments[5:])
 
     def gradient_(gradient: Tensor, *arguments: Any) -> None:
-        of_product(lambda product, *others: gradient_pass(gradient, product, *others))(*arguments)
+        of_product(lambda product, *others: gradient_pass(Backward(gradient, product, *others)))(*arguments)
 
     row_statistics, row_loss = map(of_product, _forward_operators(statistics_pass))
     ops.register(

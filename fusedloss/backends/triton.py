@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_indices
-from ..epilogue import Shared
 from . import passes
-from .passes import Product
+from .passes import Backward, Forward, Product
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -130,75 +129,61 @@ def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return tuple(params), tuple(p.stride(0) if p.dim() else 0 for p in params)
 
 
-def _statistics_pass(
-    logits: Tensor | Product,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    epilogue: str | None,
-    shared: Shared,
-    ignore_index: int,
-    top_k: int,
-    below: bool,
-    mean: bool,
-    statistics: Tensor,
-    index: Tensor,
-    loss: Tensor | None,
-    coefficients: Tensor | None,
-    grad: Tensor | None = None,
-    grad_output: Tensor | None = None,
-) -> None:
-    """With `grad`, also the gradient, for row epilogues."""
-    if epilogue is not None and not has_epilogue(epilogue):
-        raise ValueError(f"no epilogue named {epilogue!r}")
+def _statistics_pass(x: Forward) -> None:
+    if x.epilogue is not None and not has_epilogue(x.epilogue):
+        raise ValueError(f"no epilogue named {x.epilogue!r}")
     epilogues, launch, kernels = _modules()
-    heavy = top_k > 0 or below
+    heavy = x.top_k > 0 or x.below
     table = (
-        "GRADIENT_TILES" if grad is not None else "CLASS_TILES" if heavy and isinstance(logits, Product) else "TILES"
+        "GRADIENT_TILES"
+        if x.grad is not None
+        else "CLASS_TILES"
+        if heavy and isinstance(x.logits, Product)
+        else "TILES"
     )
-    source = _source(logits, table)
-    if target.device.type == "cpu":
-        check_indices("target", target, source.classes, ignore_index)
-        if candidates is not None:
-            check_indices("candidate", candidates, source.classes, None)
-    spans = 1 if grad is not None else launch.spans(source.rows, source.classes, source.tile)
-    row_epilogue = epilogues.ROW_EPILOGUES.get(epilogue)
-    picks = len(index)
+    source = _source(x.logits, table)
+    if x.target.device.type == "cpu":
+        check_indices("target", x.target, source.classes, x.ignore_index)
+        if x.candidates is not None:
+            check_indices("candidate", x.candidates, source.classes, None)
+    spans = 1 if x.grad is not None else launch.spans(source.rows, source.classes, source.tile)
+    row_epilogue = epilogues.ROW_EPILOGUES.get(x.epilogue)
+    params = x.params if row_epilogue else []
+    picks = len(x.index)
     _run_split(
         kernels.statistics_pass,
         spans,
         source,
-        target,
-        weight,
-        weight.sum(dtype=torch.float64) if mean and weight is not None else None,
-        candidates,
-        *_params(params if row_epilogue else []),
-        loss,
-        statistics,
-        index,
-        coefficients,
-        *_parts(statistics, spans, source.rows, torch.float64, statistics.dtype, torch.int32),
-        grad,
-        0 if grad is None else grad.stride(0),
-        grad_output,
-        0 if grad_output is None else grad_output.stride(0),
+        x.target,
+        x.weight,
+        x.weight.sum(dtype=torch.float64) if x.mean and x.weight is not None else None,
+        x.candidates,
+        *_params(params),
+        x.loss,
+        x.statistics,
+        x.index,
+        x.coefficients,
+        *_parts(x.statistics, spans, source.rows, torch.float64, x.statistics.dtype, torch.int32),
+        x.grad,
+        0 if x.grad is None else x.grad.stride(0),
+        x.row_weight,
+        0 if x.row_weight is None else x.row_weight.stride(0),
         source.rows,
         source.classes,
-        ignore_index,
-        *shared.coefficients(source.classes),
-        shared.z_loss,
+        x.ignore_index,
+        *x.shared.coefficients(source.classes),
+        x.shared.z_loss,
         EPILOGUE=row_epilogue,
-        PARAMS=len(params) if row_epilogue else 0,
-        TOP_K=top_k,
-        BELOW=below,
-        MEAN=mean,
+        PARAMS=len(params),
+        TOP_K=x.top_k,
+        BELOW=x.below,
+        MEAN=x.mean,
         PICKS=picks,
         PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
     )
-    if epilogue is not None and row_epilogue is None:
-        rows = (logits, target, weight, statistics, index, params, epilogue, ignore_index)
-        _class_terms_pass(*rows, shared.z_loss, loss, coefficients)
+    if x.epilogue is not None and row_epilogue is None:
+        rows = (x.logits, x.target, x.weight, x.statistics, x.index, x.params, x.epilogue, x.ignore_index)
+        _class_terms_pass(*rows, x.shared.z_loss, x.loss, x.coefficients)
 
 
 def _class_terms_pass(
@@ -238,82 +223,42 @@ def _class_terms_pass(
     )
 
 
-def _gradient_pass(
-    grad: Tensor,
-    logits: Tensor | Product,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    grad_output: Tensor | None,
-    params: list[Tensor],
-    epilogue: str,
-    ignore_index: int,
-) -> None:
+def _gradient_pass(x: Backward) -> None:
     kernels = _modules()[2]
-    term = _term(epilogue)
-    source = _source(logits, "TILES" if term["TERM"] is None else "CLASS_TILES")
+    term = _term(x.epilogue)
+    source = _source(x.logits, "TILES" if term["TERM"] is None else "CLASS_TILES")
     tile = source.tile
-    if term["TERM"] is None:
-        params = []  # they are in the coefficients
+    params = [] if term["TERM"] is None else x.params  # those of a row epilogue are in the coefficients
     _run(
         kernels.gradient_pass,
         (-(-source.rows // tile.rows) * -(-source.classes // tile.block),),
         tile,
         source.where,
-        target,
-        weight,
-        statistics,
-        index,
-        coefficients,
-        grad_output,
-        0 if grad_output is None else grad_output.stride(0),
+        x.target,
+        x.weight,
+        x.statistics,
+        x.index,
+        x.coefficients,
+        x.grad_output,
+        0 if x.grad_output is None else x.grad_output.stride(0),
         *_params(params),
-        grad,
-        grad.stride(0),
+        x.grad,
+        x.grad.stride(0),
         source.rows,
         source.classes,
-        ignore_index,
+        x.ignore_index,
         **term,
         PARAMS=len(params),
         SOURCE=source.kind,
-        PICKS=len(index),
+        PICKS=len(x.index),
     )
 
 
-def _loss_gradient_pass(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    row_weight: Tensor | None,
-    epilogue: str,
-    label_smoothing: float,
-    smoothing_over: str,
-    z_loss: float,
-    ignore_index: int,
-    top_k: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In one launch where its programs have whole rows, and in passes otherwise."""
+def _one_read(x: Forward) -> bool:
+    """Where programs have whole rows."""
     epilogues, launch, _ = _modules()
-    source = _source(logits, "TILES")
-    statistics, index = ops.new_statistics(logits, target, ops.picks_of(candidates, top_k))
-    loss, coefficients = ops.new_losses(statistics)
-    shared = Shared(label_smoothing, smoothing_over, z_loss)
-    settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
-    whole = launch.spans(source.rows, source.classes, source.tile) == 1
-    together = whole and epilogue in epilogues.ROW_EPILOGUES
-    gradient = (grad, row_weight) if together else (None, None)
-    saved = (statistics, index, coefficients)
-    _statistics_pass(
-        logits, target, weight, candidates, params, *settings, statistics, index, loss, coefficients, *gradient
-    )
-    if not together:
-        _gradient_pass(grad, logits, target, weight, *saved, row_weight, params, epilogue, ignore_index)
-    return loss, *saved
+    source = _source(x.logits, "TILES")
+    return x.epilogue in epilogues.ROW_EPILOGUES and launch.spans(source.rows, source.classes, source.tile) == 1
 
 
 def class_sums(
@@ -394,7 +339,7 @@ passes.register(
     "triton",
     _statistics_pass,
     _gradient_pass,
-    loss_gradient_pass=_loss_gradient_pass,
+    one_read=_one_read,
     class_sums=class_sums,
     class_terms=class_terms,
 )
