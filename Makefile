@@ -16,7 +16,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot papers test bench scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot papers test bench report scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -40,10 +40,13 @@ papers: .venv/installed ## what the losses' papers claim, on real data, up to 30
 test: .venv/installed ## run the tests
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadscope -p no:benchmark $(ARGS)
 
-bench: .venv/installed ## run the benchmarks; writes a table and a plot
+bench: .venv/installed ## run the benchmarks, ARGS="-k focal" some; compares with this machine's report, writes into build
+report: .venv/installed ## run all of them, half an hour; writes this machine's report, and README if the figures there are its
+bench: OUTPUT := --output build/bench
+bench report:
 	@mkdir -p build
-	$(BIN)/pytest bench --benchmark-json=build/bench.json $(ARGS)
-	$(BIN)/python bench/report.py build/bench.json
+	$(BIN)/pytest bench --benchmark-json=build/pytest-benchmark.json $(ARGS)
+	$(BIN)/python bench/report.py build/pytest-benchmark.json $(OUTPUT)
 
 scale: .venv/installed ## predict the losses on many GPUs; writes a table and a plot. ARGS=--calibrate measures, too
 	$(BIN)/python bench/scale.py $(ARGS)

@@ -64,9 +64,19 @@ FLOAT = (torch.float32,)
 BOTH = (torch.float32, torch.bfloat16)
 
 QUICK = Extent({MAIN: FLOAT}, variants=(), rounds=3, seconds=5)
+# Three sizes of N and three of V.
 DEFAULT = Extent(
-    {MAIN: BOTH, (2048, 512, 32000): BOTH, (512, 512, 128256): FLOAT}, variants=FLOAT, rounds=3, seconds=5
-)  # fmt: skip
+    {
+        MAIN: BOTH,
+        (128, 512, 32000): FLOAT,
+        (2048, 512, 32000): BOTH,
+        (512, 512, 8000): FLOAT,
+        (512, 512, 128256): FLOAT,
+    },
+    variants=FLOAT,
+    rounds=3,
+    seconds=5,
+)
 GRID = Extent(
     {(n, d, v): BOTH for d in (512, 1024) for v in (32000, 128256) for n in (512, 4096)},
     variants=BOTH,

@@ -1,4 +1,5 @@
-"""Turns pytest-benchmark's JSON of these benchmarks into tables (Markdown) and plots of ratios (PNG)."""
+"""Turns pytest-benchmark's JSON of these benchmarks into a report: tables (Markdown), plots (PNG) and what these are
+made of (JSON), with which the next report is compared. Given that JSON instead, it writes tables and plots anew."""
 
 from __future__ import annotations
 
@@ -7,22 +8,26 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+GUIDE = "docs/benchmarks.md"
 
-PEERS = ("eager", "compiled", "F.cross_entropy")
+Run = dict[str, Any]  # of one case, as the benchmark left it
+Report = dict[str, Any]
+Value = Callable[[Run, str], "float | None"]  # of a candidate
+
 BYTES = {"float32": 4, "bfloat16": 2}
-MARKERS = {"fused": "o", "in place": "D", "eager": "x", "compiled": "+", "F.cross_entropy": "1"}
+MIB = 2**20
 
-HEAD = (
-    "loss", "logits", "dtype", "floor, ms",
-    "fused, ms (forward + backward)", "/ floor", "in place, ms", "/ floor",
-    "× eager", "× compiled", "× F.cross_entropy", "memory: fused, in place, eager, compiled",
-)  # fmt: skip
+#: What is this many times as much as before is named.
+WORSE = 1.1
 
 NOTES = """\
 Medians of rounds in which all candidates have their turn, one after the other, in one process; forward and backward.
@@ -64,18 +69,26 @@ How time and memory grow: exponents of a power law through the above, by least s
 does not vary.
 """
 
+README_NOTES = """\
+*floor*: 1.5 × a `copy_()` of the logits (row losses), or the matrix products alone (linear forms, contrastive loss).
+*in place*: the gradient over the logits, / floor. *×*: how many times faster the fused loss is. *MiB*: the most that a
+step of it, and of the eager one, holds beyond its inputs, gradients included."""
+
 
 class Kind(NamedTuple):
-    """What is measured beside its matrix products and has tables of its own."""
+    """Losses of the same inputs: they have tables and plots together."""
 
     title: str
+    suffix: str  # of the pictures' names
     sizes: dict[str, str]  # the run's names, and the tables'
-    peers: tuple[str, ...]
+    peers: dict[str, str]  # with their markers
+    yardstick: str
+    main: tuple[int, ...]  # the sizes that README shows
     notes: str
 
     @property
     def markers(self) -> dict[str, str]:
-        return dict(zip(("fused", *self.peers), "ox+123", strict=False))
+        return {"fused": "o", "in place": "D", **self.peers}
 
     @property
     def head(self) -> list[str]:
@@ -88,66 +101,116 @@ class Kind(NamedTuple):
         first, *others = (f"{size}^" for size in self.sizes.values())
         return ["loss", "dtype", "", f"time ∝ {first}", *others, f"memory ∝ {first}", *others]
 
+    def has(self, run: Run) -> bool:
+        return {*self.sizes} == {"rows", "features", "classes"} & {*run}
 
+
+ROWS = Kind(
+    "Row losses",
+    "",
+    {"rows": "N", "classes": "V"},
+    {"eager": "x", "compiled": "+", "F.cross_entropy": "1"},
+    "1.5 × copy",
+    (1024, 32768),
+    NOTES,
+)
+ROWS_HEAD = (
+    "loss", "logits", "dtype", "floor, ms",
+    "fused, ms (forward + backward)", "/ floor", "in place, ms", "/ floor",
+    "× eager", "× compiled", "× F.cross_entropy", "memory: fused, in place, eager, compiled",
+)  # fmt: skip
 LINEAR = Kind(
     "Linear forms",
+    "-linear",
     {"rows": "N", "features": "D", "classes": "V"},
-    ("eager", "compiled", "torch", "torch chunked", "cut-cross-entropy"),
+    {"eager": "x", "compiled": "+", "torch": "1", "torch chunked": "2", "cut-cross-entropy": "3"},
+    "three matrix products",
+    (512, 512, 32000),
     LINEAR_NOTES,
 )
 SUPCON = Kind(
     "Supervised contrastive loss",
+    "-supcon",
     {"rows": "N", "features": "D"},
-    ("eager", "compiled", "pytorch-metric-learning"),
+    {"eager": "x", "compiled": "+", "pytorch-metric-learning": "1"},
+    "three matrix products",
+    (2048, 256),
     SUPCON_NOTES,
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote")
+    parser.add_argument("json", type=Path, help="what pytest --benchmark-json wrote, or the JSON of a report")
     parser.add_argument(
-        "--output", type=Path, help="where to write, .md and .png added; default: by the CPU's name, in bench/results"
+        "--output",
+        type=Path,
+        help="where to write, .md, .json and .png added; default: by the CPU's name, in bench/results, and README.md",
     )
     options = parser.parse_args(arguments)
-    try:
-        data = json.loads(options.json.read_text(encoding="utf-8"))
-        every = [b["extra_info"] for b in data["benchmarks"] if "floor" in b["extra_info"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        parser.error(f"cannot read benchmarks from {options.json}: {error}")
-    if not every:
-        parser.error(f"{options.json} holds no benchmark of a loss")
-    machine = describe(data["machine_info"])
-    output = options.output or RESULTS / slug(machine[0])
+
+    def read(path: Path) -> Report:
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            report = data if {"machine", "measured", "runs"} <= {*data} else collect(data)
+            by_case(report)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            parser.error(f"cannot read benchmarks from {path}: {error!r}")
+        if not report["runs"]:
+            parser.error(f"{path} holds no benchmark of a loss")
+        return report
+
+    report = read(options.json)
+    name = slug(report["machine"])
+    if "compared" not in report:
+        earlier = RESULTS / f"{name}.json"
+        report["compared"] = compare(report, read(earlier)) if earlier.exists() else None
+    output = options.output or RESULTS / name
     output.parent.mkdir(parents=True, exist_ok=True)
-    runs = [run for run in every if "features" not in run]
-    linear = [run for run in every if "features" in run and "classes" in run]
-    supcon = [run for run in every if "features" in run and "classes" not in run]
-    text = [f"# Benchmarks: {machine[0]}", "", f"{machine[1]}.", ""]
-    written = [Path(f"{output}.md")]
-    for part, lines, markers, yardstick, suffix in (
-        (runs, markdown, MARKERS, "1.5 × copy", ""),
-        (linear, partial(products_markdown, LINEAR), LINEAR.markers, "three matrix products", "-linear"),
-        (supcon, partial(products_markdown, SUPCON), SUPCON.markers, "three matrix products", "-supcon"),
-    ):
-        if part:
-            picture = Path(f"{output}{suffix}.png")
-            plot(part, machine, picture, markers, yardstick)
-            text += lines(part, picture.name)
-            written.append(picture)
-    written[0].write_text("\n".join(text), encoding="utf-8")
+    written = write(report, output)
+    if options.output is None and update_readme(report, name):
+        written.append(README)
+    print("\n".join(compared(report)))
     print(f"wrote {', '.join(map(str, written))}")
     return 0
 
 
-def describe(machine: dict[str, Any]) -> tuple[str, str]:
-    """The machine and the software, without the machine's own name."""
+def collect(data: dict[str, Any]) -> Report:
+    """What is kept of pytest-benchmark's JSON: the runs and what they ran on, without the machine's own name."""
+    machine, commit = data["machine_info"], data["commit_info"]
     own = machine["fusedloss"]
     cpu = machine.get("cpu", {}).get("brand_raw") or machine["machine"]
-    return (
-        f"{cpu}, {own['threads']} threads",
-        f"fusedloss {own['version']} ({own['impl']}), torch {own['torch']}, Python {machine['python_version']}",
-    )
+    versions = f"fusedloss {own['version']} ({own['impl']}), torch {own['torch']}, Python {machine['python_version']}"
+    state = f"{commit['id'][:7]}{', changed' * commit['dirty']}" if commit["time"] else "no commit"
+    runs = [b["extra_info"] for b in data["benchmarks"] if "floor" in b["extra_info"]]
+    for run in runs:
+        # Of a path, the file's name: the rest says nothing but where things lie on that machine.
+        failed = run.get("failed", {})
+        failed.update((name, re.sub(r"(/[^/\s'\"]+)+/", "", error)) for name, error in failed.items())
+    return {
+        "machine": f"{cpu}, {own['threads']} threads",
+        "measured": f"{data['datetime'][:10]} ({versions}; {state})",
+        "runs": json.loads(json.dumps(runs), parse_float=lambda digits: float(f"{float(digits):.6g}")),
+    }
+
+
+def write(report: Report, output: Path) -> list[Path]:
+    head = json.dumps({key: report[key] for key in report if key != "runs"}, indent=1, ensure_ascii=False)
+    runs = ",\n".join(json.dumps(run, ensure_ascii=False) for run in report["runs"])  # a line each
+    written = [Path(f"{output}.md"), Path(f"{output}.json")]
+    written[0].write_text(markdown(report, output.name), encoding="utf-8")
+    written[1].write_text(f'{head[:-2]},\n "runs": [\n{runs}\n]}}\n', encoding="utf-8")
+    for kind, runs in parts(report):
+        for suffix, (_, draw) in pictures(kind, runs).items():
+            written.append(Path(f"{output}{suffix}.png"))
+            draw(title=report["machine"], path=written[-1])
+    return written
+
+
+def parts(report: Report) -> Iterator[tuple[Kind, list[Run]]]:
+    for kind in (ROWS, LINEAR, SUPCON):
+        if runs := [run for run in report["runs"] if kind.has(run)]:
+            yield kind, runs
 
 
 def slug(text: str) -> str:
@@ -155,26 +218,114 @@ def slug(text: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
-def markdown(runs: list[dict[str, Any]], plot_name: str) -> list[str]:
-    lines = [f"![Time over the floor]({plot_name})", ""]
-    lines += [_line(HEAD), _line(["---", "---", "---", *["---:"] * (len(HEAD) - 4), "---"])]
-    lines += [_line(_cells(run)) for run in runs]
-    return [*lines, "", NOTES]
+# what is compared and drawn
 
 
-def products_markdown(kind: Kind, runs: list[dict[str, Any]], plot_name: str) -> list[str]:
-    lines = [f"## {kind.title}", "", f"![Time over the floor]({plot_name})", ""]
-    lines += [_line(kind.head), _line(["---"] * 3 + ["---:"] * (len(kind.head) - 3))]
+def over_floor(run: Run, name: str) -> float | None:
+    seconds = run["seconds"].get(name)
+    return None if seconds is None else seconds / run["floor"]
+
+
+def gradients(run: Run) -> float:
+    """Their MiB, the least that a step can hold beyond its inputs but where it is done in place."""
+    numbers = (
+        (run["rows"] + run.get("classes", 0)) * run["features"] if "features" in run else run["rows"] * run["classes"]
+    )
+    return numbers * BYTES[run["dtype"]] / MIB
+
+
+def held(run: Run, name: str) -> float | None:
+    """The most MiB that a step holds beyond its inputs, gradients included."""
+    memory = run["memory"].get(name)
+    if memory is None:
+        return None
+    # Of row losses the runs have it beyond logits and gradient, as a multiple.
+    return memory / MIB if "features" in run else (memory + (name != "in place")) * gradients(run)
+
+
+def over_gradients(run: Run, name: str) -> float | None:
+    memory = held(run, name)
+    return None if memory is None else memory / gradients(run)
+
+
+#: What is compared with earlier figures, and by how much it changes of itself.
+COMPARED: dict[str, tuple[Value, float]] = {"time / floor": (over_floor, 0.0), "MiB": (held, 2.0)}
+
+
+def by_case(report: Report) -> dict[str, Run]:
+    return {f"`{run['loss']}` {_shape(run)} {run['dtype']}": run for run in report["runs"]}
+
+
+def compare(report: Report, earlier: Report) -> dict[str, Any]:
+    """How the cases that are in both have changed, and those named that are worse by more than a tenth."""
+    now, before = by_case(report), by_case(earlier)
+    both = [case for case in now if case in before]
+    worse = []
+    for case in both:
+        for name in ("fused", "in place"):
+            for what, (value, noise) in COMPARED.items():
+                old, new, eager_old, eager_new = (value(r[case], n) for n in (name, "eager") for r in (before, now))
+                if old is not None and new is not None and new > WORSE * old + noise:
+                    eager = None if not eager_old or eager_new is None else eager_new / eager_old
+                    worse.append({"case": case, "name": name, "what": what, "before": old, "now": new, "eager": eager})
+    changes = [over_floor(now[case], "fused") / over_floor(before[case], "fused") for case in both]
+    return {
+        "with": earlier["measured"],
+        "cases": len(both),
+        "change": median(changes) if changes else None,
+        "worse": worse,
+        "left_out": [case for case in before if case not in now],
+    }
+
+
+# tables
+
+
+def markdown(report: Report, name: str) -> str:
+    lines = [f"# Benchmarks: {report['machine']}", ""]
+    lines += [f"Measured {report['measured']}. `{GUIDE}` says how to read this.", ""]
+    lines += ["## Compared with before", "", *compared(report), ""]
+    for kind, runs in parts(report):
+        lines += [f"## {kind.title}", ""]
+        for suffix, (about, _) in pictures(kind, runs).items():
+            lines += [f"![{about}]({name}{suffix}.png)", ""]
+        lines += _rows_table(runs) if kind is ROWS else _products_tables(kind, runs)
+    return "\n".join(lines)
+
+
+def compared(report: Report) -> list[str]:
+    found = report["compared"]
+    if found is None:
+        return ["There are no earlier figures of this machine."]
+    lines = [f"Earlier figures: {found['with']}. Cases in both: {found['cases']}."]
+    if found["cases"]:
+        lines[0] += f" The median change of *fused* over its floor: × {found['change']:.2f}."
+        lines[0] += f" Worse by more than {WORSE - 1:.0%}: {len(found['worse']) or 'none'}."
+    if found["worse"]:
+        head = ("case", "", "", "before", "now", "change", "eager's change")
+        lines += ["", _line(head), _line(["---"] * 3 + ["---:"] * 4)]
+    for x in found["worse"]:
+        values = [f"{x['before']:.3g}", f"{x['now']:.3g}", f"× {x['now'] / x['before']:.2f}" if x["before"] else "-"]
+        eager = "-" if x["eager"] is None else f"× {x['eager']:.2f}"
+        lines.append(_line([x["case"], x["name"], x["what"], *values, eager]))
+    if found["left_out"]:
+        lines += ["", f"Not measured this time, and left out: {', '.join(found['left_out'])}."]
+    return lines
+
+
+def _rows_table(runs: list[Run]) -> list[str]:
+    lines = [_line(ROWS_HEAD), _line(["---", "---", "---", *["---:"] * (len(ROWS_HEAD) - 4), "---"])]
+    return [*lines, *(_line(_cells(run)) for run in runs), "", NOTES]
+
+
+def _products_tables(kind: Kind, runs: list[Run]) -> list[str]:
+    lines = [_line(kind.head), _line(["---"] * 3 + ["---:"] * (len(kind.head) - 3))]
     lines += [_line(_products_cells(kind, run)) for run in runs]
     lines += ["", kind.notes]
     failures = dict.fromkeys((name, error) for run in runs for name, error in run["failed"].items())
     for name, error in failures:
         where = [f"{_shape(r)} {r['dtype']}" for r in runs if r["failed"].get(name) == error]
-        # Of a path, the file's name: the rest says nothing but where things lie on that machine.
-        message = re.sub(r"(/[^/\s'\"]+)+/", "", error)
-        lines.append(
-            f"- *{name}* did not run ({', '.join(where) if len(where) < len(runs) else 'anywhere'}): {message}"
-        )
+        lines.append(f"- *{name}* did not run ({', '.join(where) if len(where) < len(runs) else 'anywhere'}): {error}")
     slopes = [_line(cells) for cells in _slopes(kind, runs)]
     if slopes:
         rule = ["---"] * 3 + ["---:"] * 2 * len(kind.sizes)
@@ -182,41 +333,82 @@ def products_markdown(kind: Kind, runs: list[dict[str, Any]], plot_name: str) ->
     return lines
 
 
+def update_readme(report: Report, name: str) -> bool:
+    """Writes README's figures, if they are this machine's."""
+    begin, end = f"<!-- bench/results/{name}.json, by make report -->\n", "<!-- end -->"
+    before, found, rest = README.read_text(encoding="utf-8").partition(begin)
+    if found:
+        README.write_text(before + begin + readme(report, name) + end + rest.partition(end)[2], encoding="utf-8")
+    return bool(found)
+
+
+def readme(report: Report, name: str) -> str:
+    """The runs in float32 of one shape each, and the plot of the row losses' times."""
+    columns = (
+        "loss",
+        "sizes",
+        "floor, ms",
+        "fused, ms",
+        "/ floor",
+        "in place",
+        "× eager",
+        "× compiled",
+        "MiB",
+        "eager's",
+    )
+    lines = [f"[{report['machine']}](bench/results/{name}.md), float32, measured {report['measured']}:", ""]
+    lines += [_line(columns), _line(["---"] * 2 + ["---:"] * (len(columns) - 2))]
+    for kind, runs in parts(report):
+        for run in runs:
+            if run["dtype"] == "float32" and tuple(run[size] for size in kind.sizes) == kind.main:
+                ratios = [over_floor(run, name) for name in ("fused", "in place")]
+                faster = [_times(run, peer) for peer in ("eager", "compiled")]
+                memory = [held(run, name) for name in ("fused", "eager")]
+                cells = [f"`{run['loss']}`", _shape(run), _ms(run["floor"]), _ms(run["seconds"]["fused"])]
+                cells += ["-" if x is None else f"{x:.2f}" for x in ratios]
+                cells += faster
+                lines.append(_line(cells + ["-" if x is None else f"{x:.0f}" for x in memory]))
+    picture = f"![Time of the row losses over the floor](bench/results/{name}.png)"
+    return "\n".join([*lines, "", README_NOTES, "", picture, ""])
+
+
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(run: dict[str, Any]) -> list[str]:
+def _cells(run: Run) -> list[str]:
     seconds, floor = run["seconds"], run["floor"]
     parts = f"{_ms(run['forward']['fused'])} + {_ms(run['backward']['fused'])}"
     cells = [f"`{run['loss']}`", _shape(run), run["dtype"], _ms(floor)]
     cells += [f"{_ms(seconds['fused'])} ({parts})", f"{seconds['fused'] / floor:.2f}"]
     in_place = seconds.get("in place")
     cells += ["-", "-"] if in_place is None else [_ms(in_place), f"{in_place / floor:.2f}"]
-    for peer in PEERS:
-        faster = f"{seconds[peer] / seconds['fused']:.3g}"
+    for peer in ROWS.peers:
+        faster = _times(run, peer)
         cells.append(f"({faster})" if peer == "F.cross_entropy" and not run["same_as_cross_entropy"] else faster)
     memory = [run["memory"].get(name) for name in ("fused", "in place", "eager", "compiled")]
     cells.append(" ".join("-" if m is None else f"{m:.2f}" for m in memory) if any(memory) else "-")
     return cells
 
 
-def _products_cells(kind: Kind, run: dict[str, Any]) -> list[str]:
+def _products_cells(kind: Kind, run: Run) -> list[str]:
     seconds, turns, floor = run["seconds"], run["turns"], run["floor"]
     cells = [f"`{run['loss']}`", _shape(run), run["dtype"], _ms(floor)]
     cells += [_ms(seconds["fused"]), f"{seconds['fused'] / floor:.2f}"]
     for peer in kind.peers:
-        if peer in seconds:
-            fewer = f" @{turns[peer]}" if turns[peer] < turns["fused"] else ""
-            cells.append(f"{seconds[peer] / seconds['fused']:.3g}{fewer}")
-        else:
-            cells.append("failed" if peer in run["failed"] else "-")
-    gradients = (run["rows"] + run.get("classes", 0)) * run["features"] * BYTES[run["dtype"]]
-    memory = [run["memory"].get(name) for name in ("fused", *kind.peers)]
-    return cells + ["-" if m is None else f"{m / 2**20:.0f}" for m in (gradients, *memory)]
+        fewer = f" @{turns[peer]}" if peer in turns and turns[peer] < turns["fused"] else ""
+        cells.append("failed" if peer in run["failed"] else _times(run, peer) + fewer)
+    memory = [gradients(run), *(held(run, name) for name in ("fused", *kind.peers))]
+    return cells + ["-" if m is None else f"{m:.0f}" for m in memory]
 
 
-def _slopes(kind: Kind, runs: list[dict[str, Any]]) -> Iterator[list[str]]:
+def _times(run: Run, peer: str) -> str:
+    """How many times faster the fused loss is."""
+    seconds = run["seconds"]
+    return f"{seconds[peer] / seconds['fused']:.3g}" if peer in seconds else "-"
+
+
+def _slopes(kind: Kind, runs: list[Run]) -> Iterator[list[str]]:
     """The exponents of time and memory by the sizes, for each loss, dtype and candidate."""
     for loss, dtype in dict.fromkeys((run["loss"], run["dtype"]) for run in runs):
         part = [run for run in runs if (run["loss"], run["dtype"]) == (loss, dtype)]
@@ -230,7 +422,7 @@ def _slopes(kind: Kind, runs: list[dict[str, Any]]) -> Iterator[list[str]]:
                 yield [f"`{loss}`", dtype, label, *exponents(kind, part, times), *exponents(kind, part, memory)]
 
 
-def exponents(kind: Kind, runs: list[dict[str, Any]], values: list[float | None]) -> list[str]:
+def exponents(kind: Kind, runs: list[Run], values: list[float | None]) -> list[str]:
     """(b, c, ...) of value = a N^b D^c ...; - where the runs that have a value do not determine it."""
     import numpy as np
 
@@ -248,7 +440,7 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
-def _shape(run: dict[str, Any]) -> str:
+def _shape(run: Run) -> str:
     if "features" in run:
         return _arrow(str(run[size]) for size in LINEAR.sizes if size in run)
     return f"{run['rows']} × {run['classes']}"
@@ -260,15 +452,28 @@ def _arrow(sizes: Iterable[str]) -> str:
     return " → ".join([f"{rows} × {features}", *classes])
 
 
-def plot(
-    runs: list[dict[str, Any]], machine: tuple[str, str], path: Path, markers: dict[str, str], yardstick: str
-) -> None:
-    """For each loss and shape, the candidates' times as multiples of the floor; a panel a dtype."""
-    import matplotlib
+# plots
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
+def pictures(kind: Kind, runs: list[Run]) -> dict[str, tuple[str, Callable[..., None]]]:
+    """By the end of its name, what each of them shows and what draws it."""
+    label = f"time of forward + backward / floor ({kind.yardstick})"
+    found = {kind.suffix: ("Time over the floor", partial(plot, kind, runs, over_floor, label, "log"))}
+    measured = [run for run in runs if any(held(run, name) is not None for name in kind.markers)]
+    if measured:
+        label = "memory of a step beyond its inputs / its gradients"
+        draw = partial(plot, kind, measured, over_gradients, label, "symlog")
+        found[f"{kind.suffix}-memory"] = ("Memory over that of the gradients", draw)
+    grown = {size: one_size_varies(kind, runs, size) for size in kind.sizes}
+    if any(grown.values()):
+        draw = partial(plot_growth, kind, {size: part for size, part in grown.items() if part})
+        found[f"{kind.suffix}-growth"] = ("Growth of time and memory with the sizes", draw)
+    return found
+
+
+def plot(kind: Kind, runs: list[Run], value: Value, label: str, scale: str, *, title: str, path: Path) -> None:
+    """For each loss and shape, the candidates' values as multiples of the least possible; a panel a dtype."""
+    plt = _pyplot()
     dtypes = list(dict.fromkeys(run["dtype"] for run in runs))
     labels = list(dict.fromkeys(_label(run) for run in runs))
     figure, axes = plt.subplots(
@@ -276,28 +481,78 @@ def plot(
         layout="constrained",
     )  # fmt: skip
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        for name, marker in markers.items():
-            points = [
-                (run["seconds"][name] / run["floor"], labels.index(_label(run)))
-                for run in runs
-                if run["dtype"] == dtype and name in run["seconds"]
-            ]
+        part = [run for run in runs if run["dtype"] == dtype]
+        for name, marker in kind.markers.items():
+            points = [(x, labels.index(_label(run))) for run in part if (x := value(run, name)) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), marker, label=name, linestyle="none", markersize=6)
         axis.axvline(1, color="black", linewidth=1)
-        axis.set_xscale("log")
+        axis.set_xscale(scale)
         axis.set_title(dtype)
-        axis.set_xlabel(f"time of forward + backward / floor ({yardstick})")
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0][0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0][0].invert_yaxis()
-    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries, title=machine[0], loc="outside upper center", ncols=len(entries))
+    _save(figure, axes, title, path)
+
+
+def one_size_varies(kind: Kind, runs: list[Run], size: str) -> list[Run]:
+    """The most runs of one loss that differ in this size alone; none where there are fewer than three."""
+    others: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        same = (run["loss"], run["dtype"], *(run[other] for other in kind.sizes if other != size))
+        others.setdefault(same, []).append(run)
+    longest = max(others.values(), key=len)
+    return sorted(longest, key=itemgetter(size)) if len(longest) > 2 else []
+
+
+def plot_growth(kind: Kind, grown: dict[str, list[Run]], *, title: str, path: Path) -> None:
+    """Time and memory of the candidates by one size after the other."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(2, len(grown), squeeze=False, figsize=(1 + 4.5 * len(grown), 7.5), layout="constrained")
+    for (size, runs), (time, memory) in zip(grown.items(), axes.T, strict=True):
+        sizes = [run[size] for run in runs]
+        fixed = [f"{name} = {runs[0][other]}" for other, name in kind.sizes.items() if other != size]
+        time.set_title("\n".join([f"{runs[0]['loss']}, {runs[0]['dtype']}", ", ".join(fixed)]), fontsize=10)
+        time.plot(sizes, [run["floor"] * 1e3 for run in runs], "k-", label="floor; the gradients' memory")
+        memory.plot(sizes, [gradients(run) for run in runs], "k-")
+        for name, marker in kind.markers.items():
+            milliseconds = [run["seconds"].get(name, math.nan) * 1e3 for run in runs]
+            mebibytes = [math.nan if (m := held(run, name)) is None else m for run in runs]
+            if not all(map(math.isnan, milliseconds)):
+                time.plot(sizes, milliseconds, f"{marker}--", label=name)
+                memory.plot(sizes, mebibytes, f"{marker}--")
+        time.set_yscale("log")
+        memory.set_yscale("symlog")
+        memory.set_ylim(bottom=0)
+        for axis, unit in ((time, "ms"), (memory, "MiB beyond the inputs")):
+            axis.set_xscale("log")
+            axis.set_xticks(sizes, sizes)
+            axis.minorticks_off()
+            axis.set_xlabel(kind.sizes[size])
+            axis.set_ylabel(unit)
+            axis.grid(alpha=0.3)
+    _save(figure, axes, title, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, axes: Any, title: str, path: Path) -> None:
+    handles = (axis.get_legend_handles_labels() for axis in axes.flat)
+    entries = {label: line for pair in handles for line, label in zip(*pair, strict=True)}
+    figure.legend(entries.values(), entries, title=title, loc="outside upper center", ncols=3 * axes.shape[1])
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _pyplot().close(figure)
 
 
-def _label(run: dict[str, Any]) -> str:
+def _label(run: Run) -> str:
     return f"{run['loss']}  {_shape(run)}"
 
 

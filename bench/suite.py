@@ -19,6 +19,9 @@ MAIN = (1024, 32768)
 
 MAX_ROUNDS = 200
 
+#: Logits of fewer bytes are so small that a step's memory is lost among what else comes and goes.
+LEAST_MEASURED = 2**24
+
 
 class Case(NamedTuple):
     """Logits to measure on, and for how long."""
@@ -38,6 +41,7 @@ class Extent(NamedTuple):
 
     shapes: dict[tuple[int, int], tuple[torch.dtype, ...]]
     variants: tuple[torch.dtype, ...]
+    growth: tuple[tuple[int, int], ...]
     seconds: float
     rounds: int
 
@@ -46,14 +50,22 @@ FLOAT = (torch.float32,)
 HALF = (torch.bfloat16,)
 BOTH = FLOAT + HALF
 
-QUICK = Extent({(4096, 9): FLOAT, MAIN: FLOAT}, variants=(), seconds=1, rounds=3)
+# With MAIN, three sizes of N and three of V.
+GROWTH = ((256, 32768), (4096, 32768), (1024, 8192), (1024, 131072))
+
+QUICK = Extent({(4096, 9): FLOAT, MAIN: FLOAT}, variants=(), growth=(), seconds=1, rounds=3)
 DEFAULT = Extent(
-    {(4096, 9): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): HALF}, variants=FLOAT, seconds=2, rounds=5
+    {(4096, 9): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): HALF},
+    variants=FLOAT,
+    growth=GROWTH,
+    seconds=2,
+    rounds=5,
 )
 # From the tags of named entities through translation to the largest vocabularies.
 FULL = Extent(
     {(4096, 9): BOTH, (4096, 32000): BOTH, MAIN: BOTH, (512, 131072): BOTH, (512, 262144): BOTH},
     variants=BOTH,
+    growth=GROWTH,
     seconds=10,
     rounds=7,
 )
@@ -67,6 +79,11 @@ def cases(extent: Extent) -> list[Case]:
 def variant_cases(extent: Extent) -> list[Case]:
     """For other arguments of a loss: one shape."""
     return [Case(*MAIN, dtype, extent.seconds, extent.rounds) for dtype in extent.variants]
+
+
+def growth_cases(extent: Extent) -> list[Case]:
+    """For the growth of time and memory with each size: one loss."""
+    return [Case(*shape, torch.float32, extent.seconds, extent.rounds) for shape in extent.growth]
 
 
 def declared(loss: Callable[..., Any], **arguments: Any) -> Example:
@@ -95,7 +112,7 @@ def measure(benchmark: Any, case: Case, example: Example, same: dict[str, Any] |
         if name != "F.cross_entropy" or same is not None:
             timing.require(f"{example}, {name},", contest.result(name), expected)
     del expected
-    memory = {name: _extra_memory(contest, name) for name in losses} if (case.rows, case.classes) == MAIN else {}
+    memory = {name: _extra_memory(contest, name) for name in losses if logits.nbytes >= LEAST_MEASURED}
 
     start = perf_counter()
     contest.round()

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,6 +145,19 @@ def test_peak_memory_sees_what_was_freed() -> None:
     assert peak_memory(lambda: None) < size * 0.1
 
 
+def test_peak_memory_counts_what_was_kept(compiled_impl: str) -> None:
+    peak_memory = _module("memory").peak_memory
+    logits, target = torch.randn(512, 32768, requires_grad=True), torch.randint(32768, (512,))
+
+    def step() -> None:
+        torch.autograd.grad(fl.cross_entropy(logits, target, impl=compiled_impl), logits)
+
+    step()
+    if (peak := peak_memory(step)) is None:
+        pytest.skip("this kernel does not tell the peak of the memory")
+    assert logits.nbytes * 0.95 < peak < logits.nbytes * 1.5
+
+
 def _run(loss: str, dtype: str, **more: Any) -> dict[str, Any]:
     seconds = {"fused": 0.02, "in place": 0.012, "eager": 0.2, "compiled": 0.15, "F.cross_entropy": 0.1}
     return {
@@ -178,19 +192,43 @@ def benchmark_json(tmp_path: Path) -> Path:
         "cpu": {"brand_raw": "Abacus 9000"},
         "fusedloss": own,
     }
+    commit = {"id": "0123456789", "time": "2026-01-02T03:04:05", "dirty": True}
+    data = {"machine_info": machine, "commit_info": commit, "datetime": "2026-01-03T00:00:00"}
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps({"machine_info": machine, "benchmarks": [{"extra_info": r} for r in runs]}))
+    path.write_text(json.dumps(data | {"benchmarks": [{"extra_info": r} for r in runs]}))
     return path
 
 
-def test_report(benchmark_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """With folder and README of its own."""
     pytest.importorskip("matplotlib")
     report = _module("report")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("Nothing of this machine.")
+    return report
+
+
+def _change(path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """The runs of a JSON of pytest-benchmark."""
+    data = json.loads(path.read_text())
+    runs = [b["extra_info"] for b in data["benchmarks"]]
+    change(runs)
+    data["benchmarks"] = [{"extra_info": run} for run in runs]
+    path.write_text(json.dumps(data))
+
+
+def test_report(report: ModuleType, benchmark_json: Path, tmp_path: Path) -> None:
     assert report.main([str(benchmark_json)]) == 0
-    table = (tmp_path / "results" / "abacus-9000-2-threads.md").read_text(encoding="utf-8")
-    assert (tmp_path / "results" / "abacus-9000-2-threads.png").read_bytes().startswith(b"\x89PNG")
-    assert "secret" not in table
+    files = {path.name.removeprefix("abacus-9000-2-threads"): path for path in (tmp_path / "results").iterdir()}
+    assert set(files) == {".md", ".json", ".png", "-memory.png"}
+    assert files[".png"].read_bytes().startswith(b"\x89PNG")
+    table = files[".md"].read_text(encoding="utf-8")
+    assert "secret" not in table + files[".json"].read_text(encoding="utf-8")
+    assert "2026-01-03 (fusedloss 0.1.0 (cpu), torch 2.13.0, Python 3.12.1; 0123456, changed)" in table
+    assert "There are no earlier figures of this machine." in table
+    assert report.README.read_text() == "Nothing of this machine."
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"]
     assert len({len(row) for row in rows}) == 1
     assert rows[2] == [
@@ -199,6 +237,133 @@ def test_report(benchmark_json: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     ]  # fmt: skip
     assert rows[3][-2:] == ["(5)", "0.00 - 2.00 -"]
     assert rows[4][6:8] == ["-", "-"]
+
+
+def test_what_is_worse_than_before_is_named(
+    report: ModuleType, benchmark_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def before(runs: list[dict[str, Any]]) -> None:
+        runs.append(_run("dice_loss()", "float32"))
+
+    def now(runs: list[dict[str, Any]]) -> None:
+        slower, more, slightly, _ = runs
+        slower["seconds"] |= {"fused": 0.025, "eager": 0.21}
+        more["memory"] |= {"fused": 0.2, "eager": 2.0}
+        slightly["seconds"]["fused"] *= 1.09
+        slightly["memory"] = {"fused": 0.0}  # which was not measured before
+        runs[3] = _run("tversky_loss()", "float32", floor=0.001)
+
+    _change(benchmark_json, before)
+    assert report.main([str(benchmark_json)]) == 0
+    written = {path: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    _change(benchmark_json, now)
+    assert report.main([str(benchmark_json), "--output", str(tmp_path / "trial")]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "results").iterdir()} == written
+    assert "× 1.25" in capsys.readouterr().out
+    assert report.main([str(benchmark_json)]) == 0
+    text = (tmp_path / "results/abacus-9000-2-threads.md").read_text(encoding="utf-8")
+    part = text.split("## Compared with before")[1].split("## ")[0]
+    assert "2026-01-03 (fusedloss 0.1.0" in part and "Cases in both: 3." in part
+    assert "over its floor: × 1.09. Worse by more than 10%: 2." in part
+    assert [line for line in part.splitlines() if line[:3] == "| `"] == [
+        "| `cross_entropy()` 1024 × 32768 float32 | fused | time / floor | 2 | 2.5 | × 1.25 | × 1.05 |",
+        "| `focal_loss(gamma=2.0)` 1024 × 32768 float32 | fused | MiB | 128 | 154 | × 1.20 | × 1.00 |",
+    ]
+    assert "Not measured this time, and left out: `dice_loss()` 1024 × 32768 float32." in part
+    assert "dice_loss" not in text.split("## Row losses")[1]
+
+    # Written anew of its own JSON, the report is what it was; a new one is compared with it.
+    assert report.main([str(tmp_path / "results/abacus-9000-2-threads.json")]) == 0
+    assert (tmp_path / "results/abacus-9000-2-threads.md").read_text(encoding="utf-8") == text
+    assert report.main([str(benchmark_json)]) == 0
+    assert "× 1.00. Worse by more than 10%: none." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", *(f'{{"machine": "", "measured": "", "runs": {runs}}}' for runs in ("5", '[{"loss": ""}]', "[]"))],
+)
+def test_earlier_figures_that_are_none(
+    text: str, report: ModuleType, benchmark_json: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "results/abacus-9000-2-threads.json"
+    earlier.parent.mkdir()
+    earlier.write_text(text)
+    with pytest.raises(SystemExit):
+        report.main([str(benchmark_json)])
+    error = capsys.readouterr().err
+    assert str(earlier) in error and ("cannot read" in error or "holds no benchmark" in error)
+    assert [path.read_text() for path in earlier.parent.iterdir()] == [text]
+
+
+def test_readme_gets_the_figures_of_its_machine(report: ModuleType, benchmark_json: Path) -> None:
+    begin = "<!-- bench/results/abacus-9000-2-threads.json, by make report -->\n"
+    report.README.write_text(f"before\n{begin}stale\n<!-- end -->\nafter\n")
+    for _ in range(2):  # the second time it replaces what the first wrote
+        assert report.main([str(benchmark_json)]) == 0
+        text = report.README.read_text(encoding="utf-8")
+        assert text.startswith(
+            f"before\n{begin}[Abacus 9000, 2 threads](bench/results/abacus-9000-2-threads.md), float32"
+        )
+        assert text.endswith(
+            "![Time of the row losses over the floor](bench/results/abacus-9000-2-threads.png)\n<!-- end -->\nafter\n"
+        )
+        assert "stale" not in text and "bfloat16" not in text
+        assert "| `focal_loss(gamma=2.0)` | 1024 × 32768 | 10 | 20 | 2.00 | 1.20 | 10 | 7.5 | 128 | 384 |" in text
+
+
+def test_readme_has_the_figures_of_a_report() -> None:
+    report = _module("report")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((name, figures),) = re.findall(r"<!-- bench/results/(.*)\.json, by make report -->\n(.*?)<!-- end -->", text, re.S)
+    data = json.loads((BENCH / f"results/{name}.json").read_text(encoding="utf-8"))
+    assert figures == report.readme(data, name) and figures.count("\n| `") > 10
+    assert report.slug(data["machine"]) == name
+
+
+@pytest.mark.parametrize("path", sorted(path for path in BENCH.glob("results/*.json")), ids=lambda path: path.stem)
+def test_reports_are_what_their_figures_make(path: Path) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if "runs" not in data:
+        pytest.skip("the report of a GPU")
+    text = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert text == _module("report").markdown(data, path.stem)
+    pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", text, re.M))
+    assert pictures == {picture.name for picture in path.parent.glob(f"{path.stem}*.png")}
+
+
+def test_growth_is_measured_at_three_sizes(linear_suite: ModuleType, supcon_suite: ModuleType) -> None:
+    report, suite = _module("report"), importlib.import_module("suite")
+    extent = suite.DEFAULT
+    assert suite.growth_cases(suite.QUICK) == []
+    for kind, cases, sizes in (
+        (report.ROWS, suite.cases(extent) + suite.growth_cases(extent), ["rows", "classes"]),
+        (report.LINEAR, linear_suite.cases(linear_suite.DEFAULT), ["rows", "classes"]),
+        (report.SUPCON, supcon_suite.DEFAULT, ["rows"]),
+    ):
+        runs = [
+            {"loss": "", **{size: getattr(case, size) for size in kind.sizes}, "dtype": case.dtype} for case in cases
+        ]
+        assert [size for size in kind.sizes if len(report.one_size_varies(kind, runs, size)) == 3] == sizes
+
+
+def test_growth_is_drawn(report: ModuleType, benchmark_json: Path, tmp_path: Path) -> None:
+    def now(runs: list[dict[str, Any]]) -> None:
+        runs[:] = [_run("cross_entropy()", "float32", rows=n, memory={"fused": 0.0}) for n in (1024, 256, 4096)]
+        runs += [_run("focal_loss()", "float32", rows=n) for n in (256, 1024)]
+        runs[0]["seconds"] = {"fused": 0.02} | dict.fromkeys(("eager", "compiled", "F.cross_entropy"), 1.0)
+
+    _change(benchmark_json, now)
+    assert report.main([str(benchmark_json), "--output", str(tmp_path / "n")]) == 0
+    assert (tmp_path / "n-growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Growth of time and memory with the sizes](n-growth.png)" in (tmp_path / "n.md").read_text(
+        encoding="utf-8"
+    )
+    runs = json.loads((tmp_path / "n.json").read_text(encoding="utf-8"))["runs"]
+    grown = report.one_size_varies(report.ROWS, runs, "rows")
+    assert [run["rows"] for run in grown] == [256, 1024, 4096]
+    assert [report.held(run, "fused") for run in grown] == [32, 128, 512]
+    assert report.one_size_varies(report.ROWS, runs, "classes") == []
 
 
 def test_report_on_a_chosen_path(benchmark_json: Path, tmp_path: Path) -> None:
@@ -439,7 +604,8 @@ def test_report_on_the_contrastive_loss(benchmark_json: Path, tmp_path: Path) ->
     [
         (None, "cannot read benchmarks"),
         ("{", "cannot read benchmarks"),
-        ('{"benchmarks": []}', "holds no benchmark of a loss"),
+        ('{"benchmarks": []}', "cannot read benchmarks"),
+        ('{"machine": "", "measured": "", "runs": []}', "holds no benchmark of a loss"),
         ("[]", "cannot read benchmarks"),
     ],
 )
