@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import itemgetter
@@ -274,7 +275,7 @@ def compare(report: Report, earlier: Report) -> dict[str, Any]:
         "cases": len(both),
         "change": median(changes) if changes else None,
         "worse": worse,
-        "left_out": [case for case in before if case not in now],
+        "left_out": Counter(run["loss"] for case, run in before.items() if case not in now),
     }
 
 
@@ -309,7 +310,8 @@ def compared(report: Report) -> list[str]:
         eager = "-" if x["eager"] is None else f"× {x['eager']:.2f}"
         lines.append(_line([x["case"], x["name"], x["what"], *values, eager]))
     if found["left_out"]:
-        lines += ["", f"Not measured this time, and left out: {', '.join(found['left_out'])}."]
+        cases = ", ".join(f"`{loss}` ({count})" for loss, count in found["left_out"].items())
+        lines += ["", f"Not measured this time, and left out, with the number of cases: {cases}."]
     return lines
 
 

@@ -269,7 +269,7 @@ def test_what_is_worse_than_before_is_named(
         "| `cross_entropy()` 1024 × 32768 float32 | fused | time / floor | 2 | 2.5 | × 1.25 | × 1.05 |",
         "| `focal_loss(gamma=2.0)` 1024 × 32768 float32 | fused | MiB | 128 | 154 | × 1.20 | × 1.00 |",
     ]
-    assert "Not measured this time, and left out: `dice_loss()` 1024 × 32768 float32." in part
+    assert "Not measured this time, and left out, with the number of cases: `dice_loss()` (1)." in part
     assert "dice_loss" not in text.split("## Row losses")[1]
 
     # Written anew of its own JSON, the report is what it was; a new one is compared with it.
