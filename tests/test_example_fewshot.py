@@ -12,7 +12,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "examples" / "fewshot"
-MODULES = ("data", "model", "training", "report", "options", "train")
+MODULES = ("data", "model", "training", "experiment", "report", "options", "train")
 KEYS = {"NUM": "many", "HUM": "who", "LOC": "where"}
 FILLERS = [f"w{i}" for i in range(20)]
 TINY = "--sizes 6 30 --seeds 2 --epochs 16 --lr 0.01 --head-lr 0.05 --batch 8 --threads 1 --dtype fp32"
@@ -29,7 +29,7 @@ def fewshot():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")  # as train.py would
-        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")  # as model.py would
         yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
     torch.set_num_threads(threads)
     sys.path.remove(str(FOLDER))
@@ -50,22 +50,6 @@ def questions(tmp_path_factory):
     path = tmp_path_factory.mktemp("questions") / "questions.tsv"
     path.write_text("".join([*lines, lines[7].replace("w", "W")]), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "?", *KEYS.values(), *FILLERS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("encoder") / "model"
-    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -196,6 +180,18 @@ def test_a_draw_takes_as_many_of_each_class_as_they_reach(fewshot):
             fewshot.data.draw(pool, size, seed=3)
 
 
+def test_wrong_labels_are_as_many_as_asked_for(fewshot):
+    questions = fewshot.data.draw(_made_up(fewshot, a=20, b=20, c=20), 30, seed=1)
+    wrong = {}
+    for share in (0.0, 0.1, 0.5, 1.0):
+        changed = fewshot.data.mislabel(questions, share, seed=3)
+        assert [question.text for question in changed] == [question.text for question in questions]
+        wrong[share] = {new for new, old in zip(changed, questions, strict=True) if new != old}
+        assert len(wrong[share]) == 30 * share and {question.label for question in changed} == set("abc")
+    assert wrong[0.1] < wrong[0.5] < wrong[1.0]
+    assert wrong[0.5] != {new for new in fewshot.data.mislabel(questions, 0.5, seed=4) if new not in questions}
+
+
 def test_an_epoch_is_every_question_once_in_batches_of_equal_size(fewshot):
     order = torch.Generator().manual_seed(0)
     taken = list(fewshot.training.batches(20, 3, 16, order))
@@ -227,10 +223,10 @@ def test_a_run_learns_and_writes_its_table_and_plot(run, tmp_path, capsys):
     metrics = run()
     printed = capsys.readouterr()
     results = metrics["results"]
-    assert [(r["size"], r["seed"], r["loss"]) for r in results] == [
+    assert [(r["labelled"], r["seed"], r["loss"]) for r in results] == [
         (size, seed, loss) for size in (6, 30) for seed in (1, 2) for loss in ("CE", "CE + SupCon")
     ]
-    assert all(r["accuracy"] > 0.6 for r in results if r["size"] == 30)
+    assert all(r["accuracy"] > 0.6 for r in results if r["labelled"] == 30)
     assert metrics["config"]["epochs"] == {"6": 16, "30": 16}
     table = (tmp_path / "table.md").read_text()
     assert table in printed.out and len(table.splitlines()) == 4
@@ -277,7 +273,7 @@ def test_settings_are_chosen_without_the_test_part(fewshot, run, tmp_path, monke
         parts = split(*arguments)
         return parts._replace(**{untouchable: _Untouchable(getattr(parts, untouchable))})
 
-    monkeypatch.setattr(fewshot.train, "split", guarded)
+    monkeypatch.setattr(fewshot.experiment, "split", guarded)
     run(*more, "--epochs", "1", "--lrs", "0.01", "1e-6", "--lams", "0.5", "--temperatures", "0.1", "0.2")
     if more:
         lines = (tmp_path / "tuning.md").read_text().splitlines()
@@ -290,7 +286,7 @@ def test_settings_are_chosen_without_the_test_part(fewshot, run, tmp_path, monke
 
 
 def test_what_data_or_encoder_cannot_give_is_refused_before_any_training(fewshot, run, monkeypatch):
-    monkeypatch.setattr(fewshot.train, "train", None)
+    monkeypatch.setattr(fewshot.experiment, "train", None)
     with pytest.raises(fewshot.data.DataError, match="cannot draw 64 of the 63 questions"):
         run("--sizes", "6", "64")
     with pytest.raises(fewshot.data.DataError, match="--max-length 65 is more than the encoder's 64 positions"):
@@ -330,12 +326,14 @@ def test_epochs_are_for_all_sizes_or_for_each(fewshot):
 def test_differences_are_paired_by_seed(fewshot):
     scores = {"CE": (0.5, 0.6, 0.7), "CE + SupCon": (0.52, 0.61, 0.67)}
     results = [
-        {"size": 20, "seed": seed, "loss": loss, "accuracy": of_loss[seed]}
+        {"labelled": 20, "seed": seed, "loss": loss, "accuracy": of_loss[seed]}
         for loss, of_loss in scores.items()
         for seed in (2, 0, 1)
     ]
-    assert fewshot.report.table(results).splitlines()[2] == "| 20 | 60.0 ± 10.0 | 60.0 ± 7.5 | +0.0 ± 2.6 | 2 of 3 |"
-    assert fewshot.report.table(results[:1] + results[3:4]).splitlines()[2] == "| 20 | 70.0 | 67.0 | -3.0 | 0 of 1 |"
+    (row,) = fewshot.report.table(results).splitlines()[2:]
+    assert row == "| 20 | 60.0 ± 10.0 | 60.0 ± 7.5 | +0.0 ± 2.6 | -6.6 to +6.6 | 2 of 3 |"
+    (row,) = fewshot.report.table(results[:1] + results[3:4]).splitlines()[2:]
+    assert row == "| 20 | 70.0 | 67.0 | -3.0 |  | 0 of 1 |"
 
 
 def test_the_plot_shows_the_directions_of_largest_variance(fewshot):

@@ -16,11 +16,13 @@ import torch
 import fusedloss as fl
 
 FOLDER = Path(__file__).parents[1] / "examples" / "papers"
-MODULES = ("scores", "frame", "bilstm", "texts", "tags", "calibration", "dice", "data")
+OWN = ("scores", "frame", "bilstm", "texts", "tags", "calibration", "dice", "contrastive")
+MODULES = (*OWN, "data", "model", "training", "experiment", "report", "options")  # those of examples/fewshot
 KEYS = {"spam": "win", "ham": "home"}
 TINY = "--seeds 2 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --threads 1"
 
-pytest.importorskip("matplotlib", reason="the example needs the extra [demo]")
+for name in ("matplotlib", "transformers", "tqdm"):
+    pytest.importorskip(name, reason="the examples need the extra [demo]")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,7 @@ def papers():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")  # as the scripts would
+        patch.setenv("HF_HUB_OFFLINE", "1")
         yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
     torch.set_num_threads(threads)
     sys.path[:] = path
@@ -252,6 +255,37 @@ def test_bad_tags_are_refused_by_line(papers, tmp_path, content, message):
     with pytest.raises(papers.frame.DataError) as caught:
         papers.tags.load(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+# contrastive
+
+
+def test_losses_are_compared_at_each_share_of_wrong_labels(papers, texts, encoder, tmp_path, monkeypatch, capsys):
+    """The joint loss without its contrastive part is cross-entropy, to the last text: both see the same labels."""
+    own = "--seeds 2 --sizes 8 20 --epochs 12 --noise 0 1 --lam 0 --lr 0.01 --head-lr 0.05 --threads 1 --dtype fp32"
+    files = ["--data", str(texts), "--encoder", str(encoder), "--out", str(tmp_path)]
+
+    def compare() -> list[dict]:
+        papers.contrastive.compare(papers.contrastive.parse_arguments([*own.split(), *files]))
+        lines = (tmp_path / "results.jsonl").read_text().splitlines()
+        return [json.loads(line)["settings"] | json.loads(line)["measured"] for line in lines]
+
+    results = compare()
+    assert [(r["seed"], r["labelled"], r["noise"], r["loss"]) for r in results] == [
+        *itertools.product((1, 2), (8, 20), (0, 1), ("CE", "CE + SupCon"))
+    ]
+    assert [r["accuracy"] for r in results[::2]] == [r["accuracy"] for r in results[1::2]]
+    for r in results:
+        if r["labelled"] == 20:
+            assert r["accuracy"] < 0.4 if r["noise"] else r["accuracy"] > 0.6
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
+        ["| 8", "0.0"], ["| 8", "1.0"], ["| 20", "0.0"], ["| 20", "1.0"],
+    ]  # fmt: skip
+    assert (tmp_path / "contrastive.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(papers.contrastive.Experiment, "run", None)
+    assert compare() == results and (tmp_path / "table.md").read_text() == table
 
 
 # the network

@@ -106,6 +106,17 @@ def draw(pool: list[Question], size: int, seed: int) -> list[Question]:
     return [question for question in itertools.chain(*turns) if question is not None][:size]
 
 
+def mislabel(questions: list[Question], share: float, seed: int) -> list[Question]:
+    """A share of them under the label of another class; a larger share of a seed holds a smaller."""
+    order = random.Random(seed)
+    labels = sorted({question.label for question in questions})
+    changed = list(questions)
+    for i in order.sample(range(len(questions)), len(questions))[: round(share * len(questions))]:
+        others = [label for label in labels if label != questions[i].label]
+        changed[i] = questions[i]._replace(label=order.choice(others))
+    return changed
+
+
 def _by_class(questions: list[Question], order: random.Random) -> dict[str, list[Question]]:
     """The questions of each class; the classes and the questions of each shuffled."""
     labels = sorted({question.label for question in questions})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: the encoder is a folder
 
 import torch
 from data import Question

@@ -19,27 +19,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("data and output").add_argument
-    add("--data", type=Path, help="your own: label TAB question, one a line, UTF-8; else the TREC questions")
-    add("--held-out", type=share, default=0.2, help="share of every class to test on")
-    add("--validation", type=share, default=0.1, help="share of every class to choose settings by (--tune)")
-    add("--encoder", type=Path, help="folder of an encoder that transformers can load; else MiniLM-L6")
-    add("--max-length", type=count(8), default=64, help="pieces of a question; what is longer is cut")
-    add("--out", type=Path, default=Path("runs/fewshot"), help="folder of the table, the plot and the figures")
-
+    add_options(parser)
     add = parser.add_argument_group("comparison").add_argument
-    add("--sizes", type=count(2), nargs="+", default=[20, 100, 1000], help="labelled questions to train on")
+    add("--out", type=Path, default=Path("runs/fewshot"), help="folder of the table, the plot and the figures")
     add("--seeds", type=count(1), default=5, help="runs of each size and loss")
     add("--seed", type=int, default=1, help="the first: of the draw, the head, the batches and dropout")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=count(1), nargs="+", help="one number, or one for each size; else 100 / sqrt(size)")
-    add("--batch", type=count(2), default=16, help="questions an update, at most")
-    add("--lr", type=positive, default=1e-4, help="learning rate of the encoder, at its highest")
-    add("--head-lr", type=positive, default=1e-2, help="that of the linear layer")
-    add("--lam", type=share_or_all, default=0.9, help="share of the contrastive loss in CE + SupCon")
-    add("--temperature", type=positive, default=0.3, help="of the contrastive loss")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
     add("--threads", type=count(1), default=cpus(), help="CPU threads")
 
     add = parser.add_argument_group("choice of settings").add_argument
@@ -47,8 +31,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lrs", type=positive, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates, for CE")
     add("--lams", type=share_or_all, nargs="+", default=[0.5, 0.9], help="shares, at the best learning rate of CE")
     add("--temperatures", type=positive, nargs="+", default=[0.1, 0.3], help="temperatures, for each of the shares")
-
     options = parser.parse_args(arguments)
+    settle(parser, options)
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the questions, the encoder and its training."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=Path, help="your own: label TAB question, one a line, UTF-8; else the TREC questions")
+    add("--held-out", type=share, default=0.2, help="share of every class to test on")
+    add("--validation", type=share, default=0.1, help="share of every class to choose settings by (--tune)")
+    add("--encoder", type=Path, help="folder of an encoder that transformers can load; else MiniLM-L6")
+    add("--max-length", type=count(8), default=64, help="pieces of a question; what is longer is cut")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--sizes", type=count(2), nargs="+", default=[20, 100, 1000], help="labelled questions to train on")
+    add("--epochs", type=count(1), nargs="+", help="one number, or one for each size; else 100 / sqrt(size)")
+    add("--batch", type=count(2), default=16, help="questions an update, at most")
+    add("--lr", type=positive, default=1e-4, help="learning rate of the encoder, at its highest")
+    add("--head-lr", type=positive, default=1e-2, help="that of the linear layer")
+    add("--lam", type=share_or_all, default=0.9, help="share of the contrastive loss in CE + SupCon")
+    add("--temperature", type=positive, default=0.3, help="of the contrastive loss")
+    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
+
+
+def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuses those that do not go together, and settles what is left to the number of questions and the CPU."""
     sizes = sorted(set(options.sizes))
     if sizes != options.sizes:
         parser.error(f"--sizes must grow, got {' '.join(map(str, options.sizes))}")
@@ -61,4 +70,3 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.dtype == "auto":
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
         options.dtype = "bf16" if probe is not None and probe() else "fp32"
-    return options

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tables import spread
+from tables import interval, spread
 from torch import Tensor
 from training import LOSSES, Settings
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A row for each size, in Markdown; the difference is the joint loss's minus cross-entropy's, seed by seed."""
+def table(results: list[dict[str, Any]], by: Sequence[str] = ("labelled",)) -> str:
+    """A row for each value of `by`, in Markdown; the difference is the joint loss's minus cross-entropy's, by seed."""
     plain, joint = LOSSES
     lines = [
-        f"| labelled | {plain} | {joint} | difference, paired | {joint} ahead |",
-        "|---:|---:|---:|---:|---:|",
+        f"| {' | '.join(by)} | {plain} | {joint} | difference, paired | 95 % interval of its mean | {joint} ahead |",
+        f"|{'---:|' * (len(by) + 5)}",
     ]
-    for size in sorted({result["size"] for result in results}):
-        of_loss = {
-            loss: {r["seed"]: 100 * r["accuracy"] for r in results if r["size"] == size and r["loss"] == loss}
-            for loss in LOSSES
-        }
+    for key in sorted({tuple(result[name] for name in by) for result in results}):
+        own = [result for result in results if tuple(result[name] for name in by) == key]
+        of_loss = {loss: {r["seed"]: 100 * r["accuracy"] for r in own if r["loss"] == loss} for loss in LOSSES}
         differences = [of_loss[joint][seed] - of_loss[plain][seed] for seed in sorted(of_loss[plain])]
         scores = " | ".join(spread(list(of_loss[loss].values()), ".1f") for loss in LOSSES)
         ahead = f"{sum(d > 0 for d in differences)} of {len(differences)}"
-        lines.append(f"| {size} | {scores} | {spread(differences, '+.1f')} | {ahead} |")
+        row = (*map(str, key), scores, spread(differences, "+.1f"), interval(differences), ahead)
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
