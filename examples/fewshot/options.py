@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="your own: label TAB question, one a line, UTF-8; else the TREC questions")
     add("--held-out", type=share, default=0.2, help="share of every class to test on")
-    add("--validation", type=share, default=0.1, help="share of every class to choose settings by (--tune)")
+    add("--validation", type=share, default=0.1, help="share of every class to choose settings by")
     add("--encoder", type=Path, help="folder of an encoder that transformers can load; else MiniLM-L6")
     add("--max-length", type=count(8), default=64, help="pieces of a question; what is longer is cut")
 
