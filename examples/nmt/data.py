@@ -221,6 +221,11 @@ def collate(examples: list[Example]) -> Batch:
     )
 
 
+def all_batches(examples: list[Example], batch_tokens: int) -> list[Batch]:
+    """Each example once, to measure on."""
+    return [collate([examples[i] for i in batch]) for batch in length_buckets(examples, batch_tokens, None)]
+
+
 def _padded(rows: list[list[int]]) -> torch.Tensor:
     width = _padded_length(max(map(len, rows)))
     return torch.tensor([row + [PAD] * (width - len(row)) for row in rows])

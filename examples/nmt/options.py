@@ -57,24 +57,45 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("data and output").add_argument
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, default=Path("runs/nmt"), help="folder of the checkpoint, the curves and the figures")
+    add("--fresh", action="store_true", help="start anew, over the checkpoint in --out")
+    add("--seed", type=int, default=1, help="of the split, the weights and the order of the batches")
+    add("--threads", type=count(1), default=cpus(), help="CPU threads")
+
+    add = parser.add_argument_group("loss").add_argument
+    add("--loss", choices=("ce", "focal", "mixed", "dsc"), default="mixed", help="the loss after the warm-up")
+    add("--gamma", type=_number(0), default=2.0, help="of the focal loss")
+    add("--impl", choices=("reference", "cpu"), help="of the loss; else the fastest that runs here")
+    add_options(parser)
+
+    add = parser.add_argument_group("report").add_argument
+    add("--evaluate-every", type=count(1), default=200, help="updates between held-out measurements and checkpoints")
+    add("--samples", type=count(0), default=5, help="translations to print")
+    add(
+        "--compare-updates",
+        type=count(0),
+        default=40,
+        help="updates of fused and eager loss in turn, 0 for none",
+    )
+    options = parser.parse_args(arguments)
+    check(parser, options)
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of the corpus, the training and the translations; `check` looks at what they are together."""
+    add = parser.add_argument_group("corpus").add_argument
     add(
         "--data",
         type=Path,
         help="your own pairs: source TAB target, one pair a line, UTF-8; else LibreOffice's help",
     )
     add("--held-out", type=_share, default=0.03, help="share of the pairs held out, whole files at a time")
-    add("--out", type=Path, default=Path("runs/nmt"), help="folder of the checkpoint, the curves and the figures")
-    add("--fresh", action="store_true", help="start anew, over the checkpoint in --out")
-
-    add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=("ce", "focal", "mixed", "dsc"), default="mixed", help="the loss after the warm-up")
-    add("--ce-warmup", type=_share, default=0.5, help="share of the updates that plain cross-entropy makes first")
-    add("--label-smoothing", type=_share, default=0.1, help="of every loss but dsc")
-    add("--gamma", type=_number(0), default=2.0, help="of the focal loss")
-    add("--impl", choices=("reference", "cpu"), help="of the loss; else the fastest that runs here")
 
     add = parser.add_argument_group("training").add_argument
+    add("--ce-warmup", type=_share, default=0.5, help="share of the updates that plain cross-entropy makes first")
+    add("--label-smoothing", type=_share, default=0.1, help="of every loss but dsc")
     add("--steps", type=count(1), default=1000, help="updates")
     add("--batch-tokens", type=count(1), default=1024, help="target tokens an update, padding included")
     add("--vocab-size", type=count(1), default=8000, help="BPE pieces of both languages together")
@@ -85,22 +106,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=count(8), default=128, help="pieces a sentence; pairs with a longer side are left out")
     add("--lr", type=_number(0), default=3e-3, help="learning rate at its highest")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
-    add("--seed", type=int, default=1, help="of the split, the weights and the order of the batches")
-    add("--threads", type=count(1), default=cpus(), help="CPU threads")
 
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--evaluate-every", type=count(1), default=200, help="updates between held-out measurements and checkpoints")
+    add = parser.add_argument_group("translations").add_argument
     add("--bleu-sentences", type=count(0), default=300, help="held-out sentences to translate, 0 for all")
     add("--beam", type=count(1), default=4, help="beam width; 1 is greedy decoding")
-    add("--samples", type=count(0), default=5, help="translations to print")
-    add(
-        "--compare-updates",
-        type=count(0),
-        default=40,
-        help="updates of fused and eager loss in turn, 0 for none",
-    )
 
-    options = parser.parse_args(arguments)
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if not 0 < options.held_out < 1:
         parser.error(f"--held-out must lie between 0 and 1, both excluded, got {options.held_out}")
     if options.d_model % (2 * options.heads):
@@ -110,7 +122,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--max-length {options.max_length} must be a multiple of 8 "
             f"and at most --batch-tokens {options.batch_tokens}"
         )
-    return options
 
 
 def _number(least: float) -> Callable[[str], float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from checkpoint import save_checkpoint
-from data import PAD, Example, TrainingBatches, Vocabulary, collate, length_buckets
+from data import PAD, Batch, Example, TrainingBatches, Vocabulary, all_batches
 from evaluate import held_out
 from model import Size, Transformer, autocast
 from optimizer import MuonAdamW, schedule
@@ -24,30 +24,44 @@ from tqdm import tqdm
 import fusedloss as fl
 
 
+def warming_up(config: Config, step: int) -> bool:
+    """Whether an update is still of plain cross-entropy."""
+    return step < config.ce_warmup * config.steps
+
+
 def alpha_at(config: Config, step: int) -> float:
     """The weight of the model's own choice in the mixed loss: it counts from the first update, the warm-up's too."""
-    if config.loss != "mixed" or step < config.ce_warmup * config.steps:
+    if config.loss != "mixed" or warming_up(config, step):
         return 0.0
     return fl.alpha_schedule(step, config.steps)
 
 
 def training_loss(
-    config: Config, step: int, hidden: Tensor, weight: Tensor, target: Tensor, impl: str | None
+    config: Config,
+    step: int,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    impl: str | None,
+    candidates: Tensor | None = None,
 ) -> Tensor:
     """hidden (B, T, D), weight (V, D), target (B, T) -> 0-d loss: plain cross-entropy first, then the one asked for.
 
-    The logits are never stored, and those of padding never made.
+    The logits are never stored, and those of padding never made. `candidates` (B, T): what the mixed loss takes for the
+    model's own choice.
     """
     shared: dict[str, Any] = {"ignore_index": PAD, "impl": impl}
     smoothing = config.label_smoothing
-    if config.loss == "ce" or step < config.ce_warmup * config.steps:
+    if config.loss == "ce" or warming_up(config, step):
         return fl.linear_cross_entropy(hidden, weight, target, label_smoothing=smoothing, **shared)
     if config.loss == "focal":
         return fl.linear_focal_loss(hidden, weight, target, gamma=config.gamma, label_smoothing=smoothing, **shared)
     if config.loss == "dsc":
         return fl.linear_dsc_loss(hidden, weight, target, **shared)
     alpha = alpha_at(config, step)
-    return fl.linear_mixed_cross_entropy(hidden, weight, target, alpha=alpha, label_smoothing=smoothing, **shared)
+    return fl.linear_mixed_cross_entropy(
+        hidden, weight, target, alpha=alpha, candidates=candidates, label_smoothing=smoothing, **shared
+    )
 
 
 class Trainer:
@@ -80,9 +94,7 @@ class Trainer:
         start = time.perf_counter()
         batch = next(self._batches)
         with autocast(self.config.dtype):
-            hidden = self.model(batch.source, batch.target_in)
-            weight = self.model.output_weight
-            loss = training_loss(self.config, self.step, hidden, weight, batch.target_out, self.impl)
+            loss = self.loss(batch)
         loss.backward()
         self.optimizer.step(schedule(self.step, self.config.steps))
         self.step += 1
@@ -90,6 +102,10 @@ class Trainer:
         self.recent.append(loss.item())
         self.seconds += time.perf_counter() - start
         return self.recent[-1]
+
+    def loss(self, batch: Batch) -> Tensor:
+        hidden = self.model(batch.source, batch.target_in)
+        return training_loss(self.config, self.step, hidden, self.model.output_weight, batch.target_out, self.impl)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -133,7 +149,7 @@ class Interruption(AbstractContextManager["Interruption"]):
 def run_training(trainer: Trainer, held: list[Example], interval: int, checkpoint: Path) -> int | None:
     """Trains to the end, or to a signal, whose number it returns. Either way the checkpoint holds the last update."""
     config = trainer.config
-    batches = [collate([held[i] for i in b]) for b in length_buckets(held, 4096, None)]
+    batches = all_batches(held, 4096)
     started, pieces = trainer.seconds, trainer.pieces
     terminal = sys.stderr.isatty()
     bar = tqdm(
