@@ -28,7 +28,7 @@ import tags
 import texts
 from arguments import positive
 from bilstm import Classifier, Tagger, logits_of, trained
-from frame import TRAINING, Run, add_training, main, make_parser, parse, run_all, save_figure, write_tables
+from frame import TRAINING, Run, add_training, draw_scores, main, make_parser, parse, run_all, save_figure, write_tables
 from scores import entity_scores, f1
 
 LOSSES = ("CE", "focal", "dice", "DSC")
@@ -96,7 +96,7 @@ def compare(options: argparse.Namespace) -> None:
     ]
     runs = run_all(plan, lambda settings: run(tasks[settings["texts"]], settings), told, options.out, options.fresh)
     write_tables(runs, COLUMNS, options.out)
-    draw_scores(runs, options.out / "dice.png")
+    draw(runs, options.out / "dice.png")
     print(f"table, plot and results: {options.out}")
 
 
@@ -106,17 +106,16 @@ def told(run: Run) -> str:
     return f"{name}, {run.settings['loss']}, seed {run.settings['seed']}: {values}"
 
 
-def draw_scores(runs: Sequence[Run], path: Path) -> None:
-    """What the texts are judged by, a point for each seed and a bar at their mean."""
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """What the texts are judged by."""
     with save_figure(path, 1, len(COLUMNS)) as (panels,):
         for panel, (name, columns) in zip(panels, COLUMNS.items(), strict=True):
-            for i, loss in enumerate(LOSSES):
-                own = [run for run in runs if (run.settings["texts"], run.settings["loss"]) == (name, loss)]
-                scores = [100 * run.measured[columns[0]] for run in own]
-                panel.plot([i] * len(scores), scores, "o", markersize=4)
-                panel.hlines(sum(scores) / len(scores), i - 0.3, i + 0.3, colors=f"C{i}")
+            scores: dict[str, list[float]] = {loss: [] for loss in LOSSES}
+            for run in runs:
+                if run.settings["texts"] == name:
+                    scores[run.settings["loss"]].append(100 * run.measured[columns[0]])
+            draw_scores(panel, scores)
             panel.set(title=f"{name}: {columns[0]} in %")
-            panel.set_xticks(range(len(LOSSES)), LOSSES)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,14 @@ def save_figure(path: Path, rows: int, columns: int) -> Iterator[Any]:
     pyplot.close(figure)
 
 
+def draw_scores(panel: Any, scores: dict[str, list[float]]) -> None:
+    """Side by side, for each name, a point for each run and a bar at their mean."""
+    for i, own in enumerate(scores.values()):
+        panel.plot([i] * len(own), own, "o", markersize=4)
+        panel.hlines(sum(own) / len(own), i - 0.3, i + 0.3, colors=f"C{i}")
+    panel.set_xticks(range(len(scores)), scores)
+
+
 def main(parse_arguments: Callable[[], argparse.Namespace], compare: Callable[[argparse.Namespace], None]) -> NoReturn:
     """Runs a script, and ends it with a message where its data cannot be had."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each line when it is due
