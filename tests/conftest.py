@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +126,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 lines of number words and their translation."""
+    translations = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
+    translations["house"] = "Haus"
+    order = random.Random(0)
+    lines = []
+    for _ in range(400):
+        words = order.choices(list(translations), k=order.randint(2, 9))
+        lines.append(f"{' '.join(words)}\t{' '.join(translations[word] for word in words)}\n")
+    path = tmp_path_factory.mktemp("corpus") / "pairs.tsv"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path

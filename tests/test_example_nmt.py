@@ -16,7 +16,6 @@ import fusedloss as fl
 
 FOLDER = Path(__file__).parents[1] / "examples" / "nmt"
 MODULES = ("data", "model", "optimizer", "options", "checkpoint", "evaluate", "trainer", "compare", "train")
-WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs", "house": "Haus"}
 TINY = (
     "--steps 12 --evaluate-every 4 --d-model 16 --heads 2 --layers 1 --vocab-size 60 --batch-tokens 128 --dropout 0.1"
 )
@@ -41,19 +40,6 @@ def nmt():
     for name in MODULES:
         del sys.modules[name]
     sys.modules.update(before)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """400 lines of number words and their translation."""
-    order = random.Random(0)
-    lines = []
-    for _ in range(400):
-        words = order.choices(list(WORDS), k=order.randint(2, 9))
-        lines.append(f"{' '.join(words)}\t{' '.join(WORDS[word] for word in words)}\n")
-    path = tmp_path_factory.mktemp("corpus") / "pairs.tsv"
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The papers' experiments on made-up data."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ import fusedloss as fl
 FOLDER = Path(__file__).parents[1] / "examples" / "papers"
 OWN = ("scores", "frame", "bilstm", "texts", "tags", "calibration", "dice", "contrastive")
 MODULES = (*OWN, "data", "model", "training", "experiment", "report", "options")  # those of examples/fewshot
+TRANSLATION = ("mixed_cross_entropy", "data", "model", "optimizer", "options", "checkpoint", "evaluate", "trainer")
 KEYS = {"spam": "win", "ham": "home"}
 TINY = "--seeds 2 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --threads 1"
 
@@ -25,22 +27,38 @@ for name in ("matplotlib", "transformers", "tqdm"):
     pytest.importorskip(name, reason="the examples need the extra [demo]")
 
 
+@contextlib.contextmanager
+def _imported(modules):
+    """Scripts and what they share. They import each other by bare names, which are taken back afterwards."""
+    before = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    path = list(sys.path)
+    sys.path[:] = [str(FOLDER), *(entry for entry in path if not entry.startswith(str(FOLDER.parent)))]
+    yield SimpleNamespace(**{name: __import__(name) for name in modules})
+    sys.path[:] = path
+    for name in modules:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
 @pytest.fixture(scope="module")
 def papers():
-    """The scripts and what they share. They import each other by bare names, which are taken back afterwards."""
-    before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    path = list(sys.path)
-    sys.path.insert(0, str(FOLDER))
+    """Those that share papers/ and fewshot/."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_WAIT_POLICY", "passive")  # as the scripts would
         patch.setenv("HF_HUB_OFFLINE", "1")
-        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+        with _imported(MODULES) as modules:
+            yield modules
     torch.set_num_threads(threads)
-    sys.path[:] = path
-    for name in MODULES:
-        del sys.modules[name]
-    sys.modules.update(before)
+
+
+@pytest.fixture(scope="module")
+def translation(papers):
+    """The script that goes by examples/nmt, whose modules have the names of others."""
+    for name in ("sentencepiece", "sacrebleu"):
+        pytest.importorskip(name, reason="the example needs the extra [demo]")
+    with _imported(TRANSLATION) as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +304,99 @@ def test_losses_are_compared_at_each_share_of_wrong_labels(papers, texts, encode
     assert (tmp_path / "contrastive.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(papers.contrastive.Experiment, "run", None)
     assert compare() == results and (tmp_path / "table.md").read_text() == table
+
+
+# mixed cross-entropy
+
+sentencepiece = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+PAIRS = "--steps 12 --d-model 16 --heads 2 --layers 1 --vocab-size 60 --batch-tokens 128 --max-length 64 --dropout 0.1"
+PAIRS += " --held-out 0.2 --bleu-sentences 5 --beam 2 --threads 1"
+
+
+@pytest.fixture
+def translate(translation, corpus, tmp_path):
+    def translate(*more: str) -> list[dict]:
+        script = translation.mixed_cross_entropy
+        options = script.parse_arguments([*PAIRS.split(), "--data", str(corpus), "--out", str(tmp_path), *more])
+        script.compare(options)
+        return [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+
+    return translate
+
+
+@sentencepiece
+def test_losses_of_translation_are_compared(translation, translate, tmp_path, monkeypatch, capsys):
+    script = translation.mixed_cross_entropy
+    results = translate("--seeds", "2")
+    names = [*script.LOSSES]
+    order = [(r["settings"]["config"]["seed"], r["settings"]["loss"]) for r in results]
+    assert order == [*itertools.product((1, 2), names)]
+    assert len({json.dumps(r["measured"]) for r in results}) == 8
+    shared = [{**r["settings"]["config"], "loss": None, "seed": None} for r in results]
+    assert all(other == shared[0] for other in shared)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:6]] == [f"| {name}" for name in names]
+    ce = [r["measured"]["held-out CE"] for r in results]
+    means = [f"{(ce[i + 1] - ce[i] + ce[i + 5] - ce[i + 4]) / 2:+.2f} ±" for i in (0, 2)]
+    rows = [line for line in table.splitlines() if ", held-out CE" in line]
+    assert all(mean in row for mean, row in zip(means, rows, strict=True))
+    assert (tmp_path / "mixed_cross_entropy.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setattr(script.Experiment, "run", None)  # every run is there
+    assert translate("--seeds", "2") == results and (tmp_path / "table.md").read_text() == table
+
+
+@sentencepiece
+def test_the_warm_up_that_losses_share_is_that_of_each(translation, translate, monkeypatch):
+    def measured(*more: str) -> list[dict]:
+        return [r["measured"] for r in translate("--seeds", "1", "--fresh", *more)]
+
+    assert len({json.dumps(m) for m in measured("--ce-warmup", "1")}) == 1  # all of the training is shared
+    shared = measured()
+    experiment = translation.mixed_cross_entropy.Experiment
+    monkeypatch.setattr(experiment, "_warmed_up", lambda self, config: self._trainer(config, None).state())
+    assert measured() == shared
+
+
+@sentencepiece
+def test_scheduled_sampling_reads_and_rewards_the_choices_of_the_first_pass(translation, corpus):
+    """The loss of the last update, against the formula."""
+    script, pad = translation.mixed_cross_entropy, translation.data.PAD
+    parsed = script.parse_arguments([*PAIRS.split(), "--data", str(corpus), "--dropout", "0", "--dtype", "fp32"])
+    parsed.loss, parsed.gamma = "mixed", 0.0
+    config = translation.options.make_config(parsed, "")
+    experiment = script.Experiment(parsed)
+    trainer = experiment._trainer(config, 0.3)
+    trainer.step = config.steps - 1
+    batch = next(iter(translation.data.TrainingBatches(experiment._train, config.batch_tokens, 1)))
+    model, target = trainer.model, batch.target_out
+
+    def log_p(target_in: torch.Tensor) -> torch.Tensor:
+        return model.logits(model(batch.source, target_in)).log_softmax(-1)
+
+    chosen = log_p(batch.target_in).argmax(-1)
+    torch.manual_seed(5)
+    loss = trainer.loss(batch)
+    torch.manual_seed(5)
+    replaced = torch.rand(target.shape) < 1 - 0.3 ** (11 / 12)
+    replaced[:, 0] = False
+    replaced &= batch.target_in != pad
+    assert 0.4 < replaced[batch.target_in != pad].double().mean() < 0.8
+    read = torch.where(replaced, chosen.roll(1, 1), batch.target_in)
+    assert not torch.equal(read, batch.target_in)
+    second = log_p(read)
+    alpha = 0.5 * 11 / 12
+    gold, own = (second.gather(-1, index[..., None])[..., 0] for index in (target, chosen))
+    rows = -0.9 * ((1 - alpha) * gold + alpha * own) - 0.1 * second.mean(-1)
+    torch.testing.assert_close(loss, rows[target != pad].mean())
+
+
+def test_other_options_of_a_translation_are_checked(translation, capsys):
+    for arguments, message in (("--gold 1", "must lie between 0 and 1"), ("--d-model 15", "twice --heads 4")):
+        with pytest.raises(SystemExit):
+            translation.mixed_cross_entropy.parse_arguments(arguments.split())
+        assert message in capsys.readouterr().err
 
 
 # the network
