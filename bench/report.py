@@ -261,13 +261,16 @@ def compare(report: Report, earlier: Report) -> dict[str, Any]:
     """How the cases that are in both have changed, and those named that are worse by more than a tenth."""
     now, before = by_case(report), by_case(earlier)
     both = [case for case in now if case in before]
-    worse = []
+    worse, floors = [], 0
     for case in both:
         for name in ("fused", "in place"):
             for what, (value, noise) in COMPARED.items():
                 old, new, eager_old, eager_new = (value(r[case], n) for n in (name, "eager") for r in (before, now))
                 if old is not None and new is not None and new > WORSE * old + noise:
                     eager = None if not eager_old or eager_new is None else eager_new / eager_old
+                    if value is over_floor and eager is not None and new <= WORSE * old * eager:
+                        floors += 1
+                        continue
                     worse.append({"case": case, "name": name, "what": what, "before": old, "now": new, "eager": eager})
     changes = [over_floor(now[case], "fused") / over_floor(before[case], "fused") for case in both]
     return {
@@ -275,6 +278,7 @@ def compare(report: Report, earlier: Report) -> dict[str, Any]:
         "cases": len(both),
         "change": median(changes) if changes else None,
         "worse": worse,
+        "floors": floors,
         "left_out": Counter(run["loss"] for case, run in before.items() if case not in now),
     }
 
@@ -302,6 +306,8 @@ def compared(report: Report) -> list[str]:
     if found["cases"]:
         lines[0] += f" The median change of *fused* over its floor: × {found['change']:.2f}."
         lines[0] += f" Worse by more than {WORSE - 1:.0%}: {len(found['worse']) or 'none'}."
+    if found["floors"]:
+        lines[0] += f" Over a floor that was faster, and no worse than eager PyTorch: {found['floors']} more."
     if found["worse"]:
         head = ("case", "", "", "before", "now", "change", "eager's change")
         lines += ["", _line(head), _line(["---"] * 3 + ["---:"] * 4)]
