@@ -23,7 +23,7 @@ from .vocabulary import VocabularyShards
 Source = Tensor | Projection
 
 
-def _apply(function: type[torch.autograd.Function], source: Source, settings: tuple[Any, ...], *tensors: Any) -> Any:
+def apply(function: type[torch.autograd.Function], source: Source, settings: tuple[Any, ...], *tensors: Any) -> Any:
     if isinstance(source, Projection):
         return function.apply(source.hidden, source.weight, source.bias, (source.form, *settings), *tensors)
     return function.apply(source, None, None, (None, *settings), *tensors)
@@ -44,7 +44,7 @@ def row_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (N,) by a compiled epilogue, differentiable, and detached statistics and pick indices."""
     settings = (epilogue, shared, ignore_index, top_k, inplace, impl)
-    return _apply(_RowLoss, source, settings, target, weight, candidates, *params)
+    return apply(_RowLoss, source, settings, target, weight, candidates, *params)
 
 
 def linear_sum(
@@ -67,7 +67,7 @@ def linear_sum(
         for x in (source.hidden, source.weight, source.bias)
     ]
     settings = (epilogue, shared, ignore_index, top_k, needed, impl)
-    return _apply(_LinearSum, source, settings, target, weight, candidates, row_weight, *params)
+    return apply(_LinearSum, source, settings, target, weight, candidates, row_weight, *params)
 
 
 def row_sum(
@@ -369,7 +369,7 @@ def row_statistics(
     With `shards` the source has this rank's classes; all else is of the classes of all ranks.
     """
     settings = (ignore_index, tuple(picks), inplace, impl, shards)
-    *columns, index = _apply(_RowStatistics, source, settings, target, weight, candidates)
+    *columns, index = apply(_RowStatistics, source, settings, target, weight, candidates)
     return Columns(*columns), index
 
 
@@ -400,7 +400,7 @@ def _statistics(
     return ops.linear_row_statistics(*sources, *rows, *form, impl)
 
 
-def _merged_statistics(
+def merged_statistics(
     sources: Sequence[Any],
     form: Form | None,
     target: Tensor,
@@ -410,17 +410,26 @@ def _merged_statistics(
     picks: Picks,
     impl: str,
     shards: VocabularyShards,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the classes of all ranks, and the logits of this rank's targets or else of its first class."""
+    of_top: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of the classes of all ranks, and the logits of this rank's targets or else of its first class.
+
+    `of_top`: at last 1 - p of the top class, from another look at the logits.
+    """
     own = shards.sizes[shards.rank]
     rows = vocabulary.rows_here(shards, target, weight, candidates, ignore_index)
+    top_q = None
     if own:
         here = picks._replace(top_k=min(picks.top_k, own))
         statistics, index = _statistics(sources, form, *rows, vocabulary.IGNORED, here, impl)
+        if of_top:
+            top = index[0].masked_fill(rows[0] == vocabulary.IGNORED, vocabulary.IGNORED)
+            top_q = _statistics(sources, form, top, None, None, vocabulary.IGNORED, Picks(), impl)[0][ops.Q]
     else:
         statistics, index = vocabulary.nothing_here(sources[0], target, ops.picks_of(candidates, 0))
-    merged = vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks)
-    return *merged, statistics[ops.TARGET_LOGIT].clone()
+        top_q = statistics[ops.Q] if of_top else None
+    merged = vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks, top_q)
+    return *merged[:2], statistics[ops.TARGET_LOGIT].clone(), merged[2]
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -434,7 +443,7 @@ class _RowStatistics(torch.autograd.Function):
         if shards is None:
             statistics, index = _statistics(sources, form, *rows, impl)
         else:
-            statistics, index, first_logit = _merged_statistics(sources, form, *rows, impl, shards)
+            statistics, index, first_logit, _ = merged_statistics(sources, form, *rows, impl, shards)
         ctx.save_for_backward(*sources, target, weight, candidates, statistics, index, first_logit)
         ctx.settings = settings
         ctx.mark_non_differentiable(index)
@@ -458,12 +467,9 @@ class _RowStatistics(torch.autograd.Function):
         *sources, target, weight, candidates, statistics, index, first_logit = ctx.saved_tensors
         form, ignore_index, picks, inplace, impl, shards = ctx.settings
         needed = ctx.needs_input_grad[:3]
+        if shards is not None:
+            vocabulary.differentiated_once()
         if torch.is_grad_enabled():
-            if shards is not None:
-                raise RuntimeError(
-                    "a vocabulary-parallel loss is differentiated once: its second derivative would need the logits "
-                    "of all ranks; compute create_graph=True on one rank's logits"
-                )
 
             def columns(z: Tensor) -> Columns:
                 ignored = target == ignore_index

@@ -10,13 +10,13 @@ them are the class weights of a row loss, which has the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import autograd, backends
+from . import autograd, backends, class_terms
 from .autograd import Source
 from .backends import reference
 from .checks import check_choice, check_number, compute_dtype
@@ -27,15 +27,14 @@ from .row import (
     RowOptions,
     dense_row_stats,
     in_chunks,
-    over_own_classes,
     parameter,
     prepare,
+    refuse_inplace,
     row_loss,
     row_stats,
     shaped_stats,
-    statistics_of_classes,
 )
-from .statistics import Picks, Statistics
+from .statistics import Picks
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,22 +85,28 @@ def overlap_loss(
         )
     problem = prepare(name, input, target, params, WITHOUT, None, options)
     _check_level(problem, level)
-    sums, stats = _sums(problem, overlap)
-    dtype = compute_dtype(input.dtype)
-    shards, weight = problem.shards, problem.weight
+    weight, reduction = problem.weight, problem.options["reduction"]
+    if problem.shards is not None:
+        weight = problem.shards.weight(weight)
+
+    def ratio(sums: Tensor) -> Tensor:
+        error, agreement = sums.unbind()
+        # In the float64 of the sums: by E its derivative is a difference.
+        return Overlap.ratio(error, agreement, parameter(smooth, torch.float64, sums.device))
+
+    def of_classes(sums: Tensor) -> Tensor:
+        """What remains of the sums (2, V): numbers (K,) of which those of other classes add up, or one a class."""
+        if level == "set":
+            return sums.sum(1)
+        loss = ratio(sums) if weight is None else ratio(sums) * weight
+        return loss if reduction == "none" else loss.sum(0, keepdim=True)
+
+    result, stats = _over_rows(problem, overlap, of_classes, level == "set" or reduction != "none")
     if level == "set":
-        sums = sums.sum(1)
-        sums = sums if shards is None else shards.sum(sums)
-    error, agreement = sums.unbind()
-    # In the float64 of the sums: by E the ratio's derivative is a difference.
-    loss = Overlap.ratio(error, agreement, parameter(smooth, torch.float64, input.device)).to(dtype)
-    if level == "class":
-        own = weight if shards is None else shards.weight(weight)
-        loss = loss if own is None else loss * own
-        reduction = problem.options["reduction"]
-        if reduction != "none":
-            loss = loss.sum() if shards is None else shards.sum(loss.sum())
-            loss = loss if reduction == "sum" else loss / problem.classes
+        result = ratio(result)
+    elif reduction != "none":
+        result = result[0] / (1 if reduction == "sum" else problem.classes)
+    loss = result.to(compute_dtype(input.dtype))
     return loss if stats is None else (loss, shaped_stats(stats, target))
 
 
@@ -120,8 +125,13 @@ def _check_level(problem: Problem, level: str) -> None:
         raise ValueError(f"level='set' gives one number, which nothing reduces, got reduction={o['reduction']!r}")
 
 
-def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Error and agreement of each class, (2, V) in float64, and the columns of RowStats where asked."""
+def _over_rows(
+    problem: Problem, overlap: Overlap, of_classes: Callable[[Tensor], Tensor], summed: bool
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """A function of error and agreement of each class, (2, V) in float64, and the columns of RowStats where asked.
+
+    `summed`: of all ranks, the sum of what it gives for the classes of each.
+    """
     logits, target, _, _, params, row_weight, impl, inplace, shards, _, o = problem
     assert isinstance(logits, Tensor)
     ignore_index, return_stats = o["ignore_index"], o["return_stats"]
@@ -129,12 +139,14 @@ def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...
     def dense(z: Tensor, t: Tensor, w: Tensor | None, *p: Tensor) -> Tensor:
         return reference.class_sums(z, t, w, list(p), overlap.function, ignore_index)[0]
 
+    if shards is not None:
+        refuse_inplace(problem)
+        rows = (logits, target, row_weight, params, overlap)
+        result, s = class_terms.over_rows(*rows, of_classes, summed, ignore_index, impl, shards)
+        return result, dense_row_stats(s, target, ignore_index) if return_stats else None
     if impl == "reference":
         sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)
-        return sums, dense_row_stats(s, target, ignore_index) if return_stats else None
-    if shards is not None:
-        sums, s = _sums_of_own(problem, overlap)
-        return sums, dense_row_stats(s, target, ignore_index) if return_stats else None
+        return of_classes(sums), dense_row_stats(s, target, ignore_index) if return_stats else None
     if backends.has_epilogue(impl, overlap.over_rows) and not any(p.requires_grad for p in params):
         sums, statistics, index = autograd.class_sums(
             logits, target, row_weight, params, overlap, ignore_index, inplace, impl
@@ -145,17 +157,4 @@ def _sums(problem: Problem, overlap: Overlap) -> tuple[Tensor, tuple[Tensor, ...
         sums = torch.stack(in_chunks(dense, logits.shape[-1], logits, target, row_weight, *params)).sum(0)
         if return_stats:
             statistics, index = autograd.detached_statistics(logits, target, None, ignore_index, Picks(1), impl)
-    return sums, row_stats(statistics, index, target, ignore_index) if return_stats else None
-
-
-def _sums_of_own(problem: Problem, overlap: Overlap) -> tuple[Tensor, Statistics]:
-    """Of this rank's classes."""
-    s, ignored = statistics_of_classes(problem)
-
-    def sums(p: Tensor, q: Tensor, positive: Tensor, row_weight: Tensor | None, *params: Tensor) -> Tensor:
-        columns = (x[:, None] if x.dim() else x for x in params)
-        terms = torch.stack(overlap.function(p, q, positive, *columns))
-        return (terms if row_weight is None else terms * row_weight[:, None]).sum(1, dtype=torch.float64)
-
-    parts = over_own_classes(problem, s, ignored, sums, [problem.token_weight, *problem.params])
-    return torch.stack(parts).sum(0), s
+    return of_classes(sums), row_stats(statistics, index, target, ignore_index) if return_stats else None

@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, backends, checks, ops, vocabulary
+from . import autograd, backends, checks, class_terms, ops, vocabulary
 from .autograd import Source
 from .backends import reference
 from .epilogue import Epilogue, Shared
-from .projection import Projection, dense_logits
+from .projection import Projection
 from .statistics import Picks, RowStats, Statistics, assemble
 from .vocabulary import VocabularyShards
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
-
-#: Bytes of probabilities that a class term without a compiled epilogue holds at a time.
-DENSE_BYTES = 8 * 2**20
 
 
 class RowOptions(TypedDict, total=False):
@@ -366,91 +363,40 @@ def _of_one_read(logits: Tensor, divisor: float | Tensor | None, inplace: bool, 
 
 def _composed(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
     """A loss in PyTorch between the two passes, and the statistics."""
-    picks = epilogue.picks
-    s, ignored = differentiable_statistics(problem, picks._replace(mean=picks.mean or shared.label_smoothing != 0))
-    base = epilogue.of_rows(s, problem.params)
-    loss = shared.apply(base, s, problem.weight, problem.classes, weighted=False)
-    return loss.masked_fill(ignored, 0), s
-
-
-def differentiable_statistics(problem: Problem, picks: Picks) -> tuple[Statistics, Tensor]:
-    """With the top class where RowStats need it, and which rows are ignored."""
-    logits, target, weight, candidates, _, _, impl, inplace, shards, _, o = problem
-    picks = picks._replace(top_k=max(picks.top_k, int(o["return_stats"])))
+    logits, target, weight, candidates, params, _, impl, inplace, shards, classes, o = problem
+    mean = epilogue.picks.mean or shared.label_smoothing != 0
+    picks = epilogue.picks._replace(top_k=max(epilogue.picks.top_k, int(o["return_stats"])), mean=mean)
     columns, index = autograd.row_statistics(
         logits, target, weight, candidates, o["ignore_index"], picks, inplace, impl, shards
     )
     ignored = target == o["ignore_index"]
-    return assemble(columns, target.masked_fill(ignored, 0), index, picks, weight), ignored
+    s = assemble(columns, target.masked_fill(ignored, 0), index, picks, weight)
+    loss = shared.apply(epilogue.of_rows(s, params), s, weight, classes, weighted=False)
+    return loss.masked_fill(ignored, 0), s
 
 
 def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
     """A class term in PyTorch over the classes of all ranks, of which each sums its own."""
-    assert problem.shards is not None
-    shards, weight = problem.shards, problem.weight
-    s, ignored = statistics_of_classes(problem, mean=shared.label_smoothing != 0)
-    own_weight = shards.weight(weight)
+    logits, target, weight, _, params, _, impl, _, shards, classes, o = problem
+    assert shards is not None
+    refuse_inplace(problem)
+    one = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
+    if epilogue.of_classes(one, 1 - one, one > 0, [one.new_ones(()) for _ in params]).requires_grad:
+        raise ValueError(
+            "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one "
+            "that requires grad; detach it"
+        )
+    settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, impl, shards)
+    base, s = class_terms.row_losses(logits, target, weight, params, *settings)
+    loss = shared.apply(base, s, weight, classes, weighted=True)
+    return loss.masked_fill(target == o["ignore_index"], 0), s
 
-    def losses(p: Tensor, q: Tensor, positive: Tensor, *params: Tensor) -> Tensor:
-        terms = epilogue.of_classes(p, q, positive, list(params))
-        return (terms if own_weight is None else terms * own_weight).sum(-1)
 
-    base = shards.sum(torch.cat(over_own_classes(problem, s, ignored, losses, problem.params)))
-    loss = shared.apply(base, s, weight, problem.classes, weighted=True)
-    return loss.masked_fill(ignored, 0), s
-
-
-def statistics_of_classes(problem: Problem, mean: bool = False) -> tuple[Statistics, Tensor]:
-    """Those that :func:`over_own_classes` takes."""
+def refuse_inplace(problem: Problem) -> None:
     if problem.inplace:
         raise ValueError(
             "inplace_backward needs a compiled epilogue, which a loss over the classes has not with a group"
         )
-    return differentiable_statistics(problem, Picks(1, mean=mean))
-
-
-def over_own_classes(
-    problem: Problem, s: Statistics, ignored: Tensor, function: Callable[..., Tensor], columns: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """Results for a few rows at a time of ``function(p, q, positive, *columns)`` over this rank's classes.
-
-    Of the statistics, which all ranks have alike, each makes but a part of the result: their gradients are summed.
-    """
-    logits, target, _, _, _, _, impl, _, shards, _, _ = problem
-    assert shards is not None
-    # 1 - p cancels for the one class that may have p > 0.5: the statistics with it for a target have that.
-    top = s.top_index.masked_fill(ignored, vocabulary.IGNORED)
-    of_top, _ = autograd.row_statistics(logits, top, None, None, vocabulary.IGNORED, Picks(), False, impl, shards)
-    alike = [shards.alike(x) for x in (s.top_logit, s.top_ce, of_top.q)]
-    columns = [x if x is None or not x.requires_grad else shards.alike(x) for x in columns]
-    here = [shards.here(x.masked_fill(ignored, -1))[0] for x in (target, s.top_index)]
-    rows, logits_of = _projected(logits, shards) if isinstance(logits, Projection) else (logits, None)
-    classes = logits.shape[-1]
-
-    def of_rows(
-        x: Tensor, at: Tensor, top_at: Tensor, off: Tensor, m: Tensor, log_sum: Tensor, top_q: Tensor, *c: Tensor
-    ) -> Tensor:
-        z = x if logits_of is None else logits_of(x)
-        z = z.to(m.dtype).masked_fill(off[:, None], 0)
-        number = torch.arange(classes, device=z.device)
-        p = (z - m[:, None] - log_sum[:, None]).exp().masked_fill(off[:, None], 0)
-        q = torch.where(number == top_at[:, None], top_q[:, None], 1 - p)
-        return function(p, q, number == at[:, None], *c)
-
-    return in_chunks(of_rows, classes, rows, *here, ignored, *alike, *columns)
-
-
-def _projected(projection: Projection, shards: VocabularyShards) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Hidden states, and a function from some of their rows to logits, by parts whose gradients are well summed."""
-    dtype, bias = projection.dtype, projection.bias
-    weight = projection.weight.to(checks.compute_dtype(dtype))
-    bias = None if bias is None else bias.to(weight.dtype)
-
-    def logits_of(hidden: Tensor) -> Tensor:
-        return dense_logits(hidden, weight.to(dtype), None if bias is None else bias.to(dtype), projection.form)
-
-    divided = projection.form.row_parts > 1
-    return (shards.rows if divided else shards.alike)(projection.hidden), logits_of
 
 
 def _dense_chunks(
@@ -472,7 +418,7 @@ def _dense_chunks(
 
 def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns: Tensor | None) -> list[Tensor]:
     """Results for a few of the rows of `x` at a time, once more in the backward. Columns are 0-d or (N,)."""
-    rows = max(1, DENSE_BYTES // (max(1, classes) * 4))
+    rows = class_terms.rows_at_once(classes)
     parts = [None if c is None or c.dim() == 0 else c.split(rows) for c in columns]
     results = []
     for i, part in enumerate(x.split(rows)):

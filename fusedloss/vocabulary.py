@@ -20,7 +20,6 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops, parallel
 from .checks import is_dtensor
@@ -94,20 +93,9 @@ class VocabularyShards:
         """(R, ...): what each rank has. Not differentiable."""
         return ops.gather(part.contiguous(), len(self.sizes), self.name)
 
-    def sum(self, part: Tensor) -> Tensor:
-        """Over the ranks, in their order, of parts that each has made from what all have alike; differentiable, once.
-
-        What they are made from goes through :meth:`alike`.
-        """
-        return _Sum.apply(part, self)
-
-    def rows(self, part: Tensor) -> Tensor:
-        """The rows of all ranks, which have as many each, as what is alike on them. Differentiable, once."""
-        return _Rows.apply(part, self)
-
-    def alike(self, x: Tensor) -> Tensor:
-        """What is the same on every rank; its gradient is the sum of theirs. Differentiable, once."""
-        return _Alike.apply(x, self)
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over the ranks, in their order: the same bits on all of them. Not differentiable."""
+        return self.gather_parts(part).sum(0)
 
 
 _groups: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -190,43 +178,6 @@ def send_rows(gradient: Tensor, rows: slice, own: Tensor, group: str) -> list[Ca
         return arrive
 
     return [send(*owner) for owner in _owners(rows, len(own))]
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, shards: VocabularyShards) -> Tensor:
-        return shards.gather_parts(part).sum(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-# As parallel.shared and parallel.gather, but by operators, which torch.compile takes as they are.
-class _Alike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: VocabularyShards) -> Tensor:
-        ctx.name = shards.name
-        return x.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ops.sum_over_ranks(grad.contiguous(), ctx.name), None
-
-
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, shards: VocabularyShards) -> Tensor:
-        ctx.shards = shards
-        return shards.gather_parts(part).flatten(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        shards = ctx.shards
-        return ops.sum_over_ranks(grad.contiguous(), shards.name).chunk(len(shards.sizes))[shards.rank], None
 
 
 def local_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyShards | None]:
@@ -366,6 +317,15 @@ def rows_here(
     return column, shards.weight(weight), candidates
 
 
+def differentiated_once() -> None:
+    """Raises in a backward that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a vocabulary-parallel loss is differentiated once: its second derivative would need the logits of all "
+            "ranks; compute create_graph=True on one rank's logits"
+        )
+
+
 def nothing_here(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
     """Statistics and indices of rows without a class."""
     statistics, index = ops.new_statistics(logits, target, picks)
@@ -384,35 +344,38 @@ def merge(
     candidates: Tensor | None,
     ignore_index: int,
     picks: Picks,
-) -> tuple[Tensor, Tensor]:
+    top_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Statistics and pick indices of whole rows from those of this rank's classes. One collective.
 
     `picks` and what precedes it are of all ranks; `statistics` and `index` may have fewer of the largest logits where
-    this rank has fewer classes.
+    this rank has fewer classes. `top_q`: 1 - p of the top class, by the classes here and then by all.
     """
     own = shards.own.start
     top_k = picks.top_k
     has = min(top_k, shards.sizes[shards.rank])
     here = shards.here(target)[1]
     integer = torch.int64 if statistics.dtype == torch.float64 else torch.int32
-    parts = statistics.new_zeros((5 + 2 * top_k + (index.shape[0] - has), statistics.shape[1]))
+    split = (5, top_k, top_k, index.shape[0] - has, int(top_q is not None))
+    parts = statistics.new_zeros((sum(split), statistics.shape[1]))
     parts[0] = statistics[ops.MAX].masked_fill(statistics[ops.SUM_EXP] == 0, -torch.inf)  # no finite logit here
     parts[1] = statistics[ops.SUM_EXP]
     parts[2] = statistics[ops.SUM_EXP] * torch.where(here, statistics[ops.Q], 1)
     parts[3] = statistics[ops.TARGET_LOGIT].masked_fill(~here, -torch.inf)
     if picks.mean:
         parts[4] = statistics[ops.MEAN_CE] * shards.sizes[shards.rank]
-    top, top_index, candidate = parts[5:].split((top_k, top_k, index.shape[0] - has))
+    _, top, top_index, candidate, but_top = parts.split(split)
     top.fill_(-torch.inf)[:has] = statistics[ops.STATISTICS :][:has]
     numbers = torch.full_like(top_index, -1, dtype=integer)
     numbers[:has] = torch.where(index[:has] < 0, -1, index[:has] + own)
     top_index.copy_(numbers.view(statistics.dtype))
     if candidates is not None:
         candidate.copy_(statistics[ops.STATISTICS :][has:].masked_fill(~shards.here(candidates.t())[1], -torch.inf))
+    if top_q is not None:
+        but_top.copy_(statistics[ops.SUM_EXP] * top_q)
 
-    parts = shards.gather_parts(parts)
-    m, sums, rest, target_logits, mean = parts[:, :5].unbind(1)
-    top, top_index, candidate = parts[:, 5:].split((top_k, top_k, candidate.shape[0]), 1)
+    fixed, top, top_index, candidate, but_top = shards.gather_parts(parts).split(split, 1)
+    m, sums, rest, target_logits, mean = fixed.unbind(1)
     ignored = target == ignore_index
     largest = m.amax(0)
     shift = torch.where(largest.isneginf(), 0, largest)
@@ -434,13 +397,17 @@ def merge(
         outside |= ~ignored & ((candidates < 0) | (candidates >= shards.classes)).any(-1)
     ce, total = ce.masked_fill(outside, torch.nan), total.masked_fill(outside, torch.nan)
 
-    chosen, chosen_index = _largest(top, top_index.contiguous().view(integer), top_k)
+    numbers = top_index.contiguous().view(integer)
+    chosen, chosen_index = _largest(top, numbers, top_k)
     columns, numbers_of = [shift, total, q, ce, target_logit, mean_ce, *chosen], [*chosen_index]
     if candidates is not None:
         columns.extend(candidate.amax(0))
         numbers_of.extend(candidates.t())
+    if top_q is not None:
+        others = torch.where(numbers[:, 0] == chosen_index[0], but_top[:, 0], sums) * (m - shift).exp()
+        top_q = torch.where(total == 0, 1, others.sum(0) / total)
     merged = torch.stack(columns).masked_fill(ignored, 0)
-    return merged, torch.stack(numbers_of) if numbers_of else target.new_empty((0, len(target)))
+    return merged, torch.stack(numbers_of) if numbers_of else target.new_empty((0, len(target))), top_q
 
 
 def _largest(logit: Tensor, index: Tensor, top_k: int) -> tuple[list[Tensor], list[Tensor]]:

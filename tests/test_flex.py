@@ -9,7 +9,7 @@ from row_suite import Case, RowLossSuite, class_weights, logits_and_targets, wit
 from torch.nn.functional import one_hot
 
 import fusedloss as fl
-from fusedloss import row
+from fusedloss import class_terms
 
 # --- losses as a user writes them ---
 
@@ -368,7 +368,7 @@ def test_terms_of_classes_run_on_a_few_rows_at_a_time(monkeypatch, generator):
     whole = fl.dsc_loss(z.requires_grad_(), target, alpha=alpha, reduction="none")
     upstream = torch.randn(7, generator=generator)
     expected = torch.autograd.grad(whole, (z, alpha), upstream)
-    monkeypatch.setattr(row, "DENSE_BYTES", 2 * 100 * 4)
+    monkeypatch.setattr(class_terms, "DENSE_BYTES", 2 * 100 * 4)
     parts = fl.dsc_loss(z, target, alpha=alpha, reduction="none")
     assert torch.equal(parts, whole)
     for ours, same in zip(torch.autograd.grad(parts, (z, alpha), upstream), expected, strict=True):
