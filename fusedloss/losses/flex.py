@@ -62,8 +62,8 @@ def flex_loss(
         candidates: (*) or (*, k) classes whose logits become ``s.candidate_logit`` and ``s.candidate_ce``, (N, k).
         over: "rows" as above, or "classes": ``loss_fn(p, q, positive)`` gives the loss of each class from its
             probability p, q = 1 - p and whether it is the target, which is summed over the classes. It must be 0
-            at p = 0 of a class that is not the target. Runs in PyTorch on a few rows at a time. With a group, tensors
-            of your own get no gradients there: one that requires grad raises ValueError.
+            at p = 0 of a class that is not the target. Runs in PyTorch on a few rows at a time. With a group
+            a tensor of your own that requires grad raises ValueError there.
 
     >>> import torch, fusedloss as fl
     >>> def poly1(s):  # Leng et al. 2022: -log p_t + epsilon (1 - p_t)
