@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-PAPERS ?= calibration dice contrastive
+PAPERS ?= calibration dice contrastive mixed_cross_entropy
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
