@@ -113,7 +113,10 @@ class Shared(NamedTuple):
 
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:
-    """base ** exponent for base in [0, 1] with gradients that stay finite at base = 0, where 0 ** 0 = 1."""
-    positive = base > 0
+    """base ** exponent for base in [0, 1] with gradients that stay finite at base = 0, where 0 ** 0 = 1.
+
+    Subnormal bases count as 0: their base ** (exponent - 1) may overflow.
+    """
+    positive = base >= torch.finfo(base.dtype).tiny
     value = torch.where(positive, base, 1) ** exponent
     return torch.where(positive, value, (exponent == 0).to(base.dtype))

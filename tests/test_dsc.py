@@ -159,6 +159,21 @@ def test_beyond_the_range_of_exp(form, alpha, dtype, impl):
     assert not gradient.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("alpha", [2**-7, 0.5])
+@pytest.mark.parametrize("own", [TARGET, {}, {"level": "class"}], ids=str)
+def test_a_subnormal_1_minus_p_makes_no_nan(own, alpha, dtype, impl):
+    """Its powers alpha - 1 are infinite, and were times nothing."""
+    begin, end = (700, 750) if dtype == torch.float64 else (80, 110)
+    z = torch.zeros(121, 5, dtype=dtype)
+    z[:, 2] = torch.linspace(begin, end, 121)
+    for target in (2, 0):
+        loss, gradient = with_gradient(
+            lambda x, t=target: fl.dsc_loss(x, torch.full((121,), t), alpha=alpha, impl=impl, **own), z
+        )
+        assert loss.isfinite() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("columns", [[0, 1], [1, 30], [15, 16, 17], [2047, 2048], [0, 8999]], ids=str)
 @pytest.mark.parametrize("alpha", [0.01, 1.0])
 def test_ties_of_the_largest(columns, alpha, impl, generator):

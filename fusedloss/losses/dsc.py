@@ -26,7 +26,8 @@ def _overlap(
     So that E + C = u^k + y, and 1 - (2 u y + s) / (u^k + y + s) = E / (E + C + s).
     """
     factor = power(q, alpha)
-    shrink = torch.where(q > 0, torch.expm1(alpha * torch.where(q > 0, q, 1).log()), (alpha == 0).to(q.dtype) - 1)
+    some = q >= torch.finfo(q.dtype).tiny  # as in power()
+    shrink = torch.where(some, torch.expm1(alpha * torch.where(some, q, 1).log()), (alpha == 0).to(q.dtype) - 1)
     adjusts = adjust != 0
     u = torch.where(adjusts, factor, factor.detach()) * p
     rest = q - torch.where(adjusts, shrink, shrink.detach()) * p  # 1 - u, which would cancel
