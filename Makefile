@@ -5,6 +5,7 @@
 PYTHON ?= python3
 ARGS ?=
 PAPERS ?= calibration dice contrastive mixed_cross_entropy
+CASES ?= 20000
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
@@ -16,7 +17,7 @@ CUDA ?= $(if $(shell command -v nvidia-smi),AUTO,OFF)
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot papers test bench report scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot papers test fuzz bench report scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -39,6 +40,10 @@ papers: .venv/installed ## what the losses' papers claim, on real data, up to 30
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed ## run the tests
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadscope -p no:benchmark $(ARGS)
+
+fuzz: .venv/installed ## draw losses, arguments and logits at random, half an hour: CASES=100000, ARGS="-k levels"
+	CASES=$(CASES) OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 -p no:benchmark tests/test_fuzz.py \
+	    --hypothesis-profile=fuzz --hypothesis-show-statistics --tb=short $(ARGS)
 
 bench: .venv/installed ## run the benchmarks, ARGS="-k focal" some; compares with this machine's report, writes into build
 report: .venv/installed ## run all of them, half an hour; writes this machine's report, and README if the figures there are its

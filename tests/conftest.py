@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,19 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 from fusedloss import backends, ops
 
 pytest.register_assert_rewrite("oracle", "row_suite", "kernel_suite")
+
+# A few cases, always the same ones; `make fuzz` draws many, which are new each time.
+_FEW = hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.register_profile("few", _FEW)
+hypothesis.settings.register_profile(
+    "fuzz", _FEW, max_examples=int(os.environ.get("CASES", "20000")), derandomize=False, print_blob=True
+)
+hypothesis.settings.load_profile("few")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as
+from row_suite import compute_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,17 +61,22 @@ class Data(NamedTuple):
 
     @staticmethod
     def make(
-        generator: torch.Generator, dtype: torch.dtype = torch.float64, rows: int = ROWS, bias: bool = True
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float64,
+        rows: int = ROWS,
+        bias: bool = True,
+        features: int = FEATURES,
+        classes: int = CLASSES,
     ) -> "Data":
-        hidden = torch.randn(rows, FEATURES, generator=generator, dtype=torch.float64)
-        weight = torch.randn(CLASSES, FEATURES, generator=generator, dtype=torch.float64) * 0.5
+        hidden = torch.randn(rows, features, generator=generator, dtype=torch.float64)
+        weight = torch.randn(classes, features, generator=generator, dtype=torch.float64) * 0.5
         sources = [hidden, weight]
         if bias:
-            sources.append(torch.randn(CLASSES, generator=generator, dtype=torch.float64))
-        target = torch.randint(CLASSES, (rows,), generator=generator)
+            sources.append(torch.randn(classes, generator=generator, dtype=torch.float64))
+        target = torch.randint(classes, (rows,), generator=generator)
         target[::5] = IGNORED
         token_weight = torch.rand(rows, generator=generator, dtype=torch.float64) + 0.2
-        class_weight = torch.rand(CLASSES, generator=generator, dtype=torch.float64) + 0.2
+        class_weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.2
         return Data(tuple(x.to(dtype).requires_grad_() for x in sources), target, token_weight, class_weight)
 
     def options(self, name: str) -> dict[str, Any]:
@@ -215,29 +221,42 @@ def test_as_accurate_as_pytorch(name: str, reduction: str, dtype: torch.dtype, g
     check_accuracy(name, Data.make(generator, dtype, rows=200), reduction, generator)
 
 
-def check_accuracy(name: str, data: Data, reduction: str, generator: torch.Generator, impl: str | None = None) -> None:
+def check_accuracy(
+    name: str,
+    data: Data,
+    reduction: str,
+    generator: torch.Generator,
+    impl: str | None = None,
+    ulps: float = 4,
+    chunk: int = 30,
+    softcap: float | None = None,
+    drop_ignored: bool | None = None,
+    **more: Any,
+) -> None:
     """Against float64, beside the row form on the logits of F.linear in the same dtype."""
     exact = tuple(x.detach().double().requires_grad_() for x in data.sources)
     upstream = torch.rand(data.target.shape if reduction == "none" else (), generator=generator)
-    options: dict[str, Any] = {"reduction": reduction, "ignore_index": IGNORED}
-    budget = budget_for(30, data.sources)
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": IGNORED, **more}
+    form = {"budget": budget_for(chunk, data.sources, softcap), "softcap": softcap, "drop_ignored": drop_ignored}
 
     def gradients(loss: Tensor, sources: tuple[Tensor, ...]) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss, sources, upstream.to(loss.dtype))]
 
     got = gradients(
-        run_linear(LOSSES[name].linear, data.sources, data.target, budget=budget, impl=impl, **options),
+        run_linear(LOSSES[name].linear, data.sources, data.target, impl=impl, **form, **options),
         data.sources,
     )
-    eager = gradients(LOSSES[name].row(logits_of(data.sources), data.target, impl="reference", **options), data.sources)
-    truth = gradients(LOSSES[name].row(logits_of(exact), data.target, impl="reference", **options), exact)
-    assert got[0].dtype == torch.float32
+    eager, truth = (
+        gradients(LOSSES[name].row(logits_of(x, softcap), data.target, impl="reference", **options), x)
+        for x in (data.sources, exact)
+    )
+    assert got[0].dtype == compute_dtype(data.sources[0].dtype)
     for mine, theirs, true in zip(got, eager, truth, strict=True):
         assert mine.dtype == theirs.dtype
         # sums of products: an error is one of their size, whatever cancels in the single element
         scale = true.abs().max().expand_as(true)
         worst = (theirs.double() - true).abs().max().expand_as(true)
-        assert_as_accurate_as(mine, true.to(theirs.dtype) + worst.to(theirs.dtype), true, ulps=4, scale=scale)
+        assert_as_accurate_as(mine, true.to(theirs.dtype) + worst.to(theirs.dtype), true, ulps, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -14,7 +14,7 @@ import fusedloss as fl
 def _at_the_picks(z, t, own):
     """p_j less the share of target or prediction: terms up to 1 cancel at these classes."""
     predicted = oracle.largest(z, own.get("top_k", 1)) if "candidates" not in own else own["candidates"]
-    classes = torch.cat([t[:, None], predicted.reshape(len(t), -1)], 1)
+    classes = torch.cat([t[:, None], predicted if predicted.dim() == 2 else predicted[:, None]], 1)
     return one_hot(classes, z.shape[-1]).amax(1)
 
 
