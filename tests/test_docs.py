@@ -7,6 +7,7 @@ import inspect
 import pydoc
 import re
 import shlex
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -172,8 +173,8 @@ def test_statistics_documents_what_it_holds() -> None:
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     """The blocks of a page in a language, each with the number of its first line."""
     text = page.read_text(encoding="utf8")
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
-    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+    found = re.finditer(rf"^( *)```{language}\n(.*?)^\1```$", text, re.M | re.S)
+    return [(text.count("\n", 0, match.start(2)), textwrap.dedent(match[2])) for match in found]
 
 
 def run_blocks(page: Path) -> dict[str, Any]:
@@ -202,6 +203,16 @@ def test_examples_of_a_page_run(page: Path) -> None:
     finally:
         if dist.is_initialized():  # where a block between the first and the last failed
             dist.destroy_process_group()
+
+
+@needs_readme
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.relative_to(README.parent).as_posix())
+def test_no_block_is_passed_over(page: Path) -> None:
+    """Every fence is one that `blocks` finds, in a language that the tests know."""
+    kinds = [kind for kind in re.findall(r"(?:```|~~~)(.*)$", page.read_text(encoding="utf8"), re.M) if kind]
+    known = {language: len(blocks(page, language)) for language in ("python", "sh", "text")}
+    assert {kind for kind in kinds if not kind.startswith("{")} <= known.keys()
+    assert {language: kinds.count(language) for language in known} == known
 
 
 @needs_readme

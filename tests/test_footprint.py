@@ -49,7 +49,7 @@ import json, sys
 import torch, fusedloss as fl
 from fusedloss.footprint import footprint
 from memory import peak_memory
-rows, features, classes, budget = 512, 128, 65536, 24 * 2**20
+rows, features, classes, budget = 512, 128, 131072, 96 * 2**20
 target = torch.randint(classes, (rows,))
 def step(form, rows):
     x, t = hidden[:rows], target[:rows]
@@ -76,7 +76,7 @@ print(json.dumps(result))
 
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="the sanitizer keeps what was freed")
 def test_peaks_are_those_measured() -> None:
-    """In a process of its own, where nothing that was freed before serves again."""
+    """Within 10 %, in a process of its own, where nothing that was freed before serves again."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(BENCH),
@@ -88,7 +88,7 @@ def test_peaks_are_those_measured() -> None:
     for dtype, form, told, measured in json.loads(done.stdout):
         if measured is None:
             pytest.skip("the kernel does not tell a process's peak")
-        assert told - 4 * 2**20 < measured < 1.05 * told + 16 * 2**20, (dtype, form, told, measured)
+        assert 0.95 * told < measured < 1.1 * told, (dtype, form, told, measured)
 
 
 def test_the_default_budget_is_that_of_the_linear_forms(monkeypatch: pytest.MonkeyPatch) -> None:
