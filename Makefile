@@ -7,7 +7,8 @@ ARGS ?=
 PAPERS ?= calibration dice contrastive mixed_cross_entropy
 CASES ?= 20000
 BIN := .venv/bin
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are imported, of torch's a small part.
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SANITIZED := build/sanitize
