@@ -19,17 +19,11 @@ from fusedloss import backends, ops
 
 pytest.register_assert_rewrite("oracle", "row_suite", "kernel_suite")
 
-# A few cases, always the same ones; `make fuzz` draws many, which are new each time.
-_FEW = hypothesis.settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(hypothesis.HealthCheck),
-)
-hypothesis.settings.register_profile("few", _FEW)
-hypothesis.settings.register_profile(
-    "fuzz", _FEW, max_examples=int(os.environ.get("CASES", "20000")), derandomize=False, print_blob=True
-)
+# A few cases, always the same ones; `make fuzz` draws many, which are new each time but for those that failed before.
+_ANY = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck)}
+hypothesis.settings.register_profile("few", max_examples=60, derandomize=True, **_ANY)
+_CASES = int(os.environ.get("CASES", "20000"))
+hypothesis.settings.register_profile("fuzz", max_examples=_CASES, print_blob=True, **_ANY)
 hypothesis.settings.load_profile("few")
 
 

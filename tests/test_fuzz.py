@@ -496,8 +496,9 @@ def linear_settings(rows: int = 90, classes: int = 2100) -> st.SearchStrategy[Li
         Linear,
         loss=st.sampled_from(sorted(test_linear.LOSSES)),
         rows=st.integers(1, rows),
-        features=st.integers(1, 70),
-        classes=st.integers(10, min(classes, 300)) | st.integers(10, classes),  # of fewer all may cancel in the sums
+        # of fewer of either, all may cancel in the sums
+        features=st.integers(8, 70),
+        classes=st.integers(10, min(classes, 300)) | st.integers(10, classes),
         dtype=st.sampled_from(DTYPES),
         bias=st.booleans(),
         chunk=st.integers(1, 100),
