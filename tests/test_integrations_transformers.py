@@ -725,6 +725,7 @@ def test_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> 
         expected = _gradients(model(**batch).loss, model)
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         parallel(**batch).loss.backward()
+        del parallel  # the last to hold the group would wait for its threads, and they for Python's lock
     finally:
         torch.distributed.destroy_process_group()
     _assert_close([parameter.grad for parameter in model.parameters()], expected, 1e-6)
