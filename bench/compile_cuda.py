@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -41,10 +41,11 @@ class Compiled:
     wide_stores: int
 
 
-def compile_all(targets: Sequence[str] = TARGETS, dtypes: Sequence[str] = tuple(DTYPES)) -> list[Compiled]:
-    """As the build does it, with -O3."""
+def compile_all(pairs: Iterable[tuple[str, str]] | None = None) -> list[Compiled]:
+    """For all pairs of target and dtype, or these, as the build does it, with -O3."""
+    pairs = product(TARGETS, DTYPES) if pairs is None else pairs
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(_compile, dtype, target, Path(folder)) for target, dtype in product(targets, dtypes)]
+        jobs = [pool.submit(_compile, dtype, target, Path(folder)) for target, dtype in pairs]
         return [kernel for job in jobs for kernel in job.result()]
 
 

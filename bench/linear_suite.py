@@ -112,12 +112,10 @@ def candidates(example: Example, target: Tensor) -> dict[str, Loss]:
             return F.cross_entropy(logits, target, **example.arguments)
         return example.formula(logits, target, **example.arguments).mean()
 
-    # What was compiled before must not make this one general in its shapes.
-    torch.compiler.reset()
     ways: dict[str, Loss] = {
         "fused": partial(getattr(fl, f"linear_{example.loss.__name__}"), target=target, **example.arguments),
         "eager": eager,
-        "compiled": torch.compile(eager),
+        "compiled": timing.compile_when_called(eager),
     }
     if example.loss is fl.cross_entropy and not example.arguments:
         ways["torch"] = partial(_torch, target=target, chunked=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -48,10 +48,20 @@ def candidates(example: Example, target: Tensor, compiled: bool = True) -> dict[
         ways["in place"] = partial(fused, inplace_backward=True)
     ways["eager"] = eager
     if compiled:
+        ways["compiled"] = compile_when_called(eager)
+    return ways
+
+
+def compile_when_called(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """By torch.compile, whose import takes seconds that a process without a call of it shall not pay."""
+
+    @cache
+    def compiled() -> Callable[..., Tensor]:
         # What was compiled before must not make this one general in its shapes.
         torch.compiler.reset()
-        ways["compiled"] = torch.compile(eager)
-    return ways
+        return torch.compile(function)
+
+    return lambda *inputs: compiled()(*inputs)
 
 
 class Contest:

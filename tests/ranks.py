@@ -1,12 +1,13 @@
 """Real processes over gloo, each of which runs the scenes of a test file one after the other."""
 
+import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -26,6 +27,8 @@ def _rank(rank: int, world: int, store: str, scenes: Sequence[Scene]) -> None:
     warnings.simplefilter("error")
     for message in COMPILER_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
     dist.init_process_group(
@@ -36,8 +39,12 @@ def _rank(rank: int, world: int, store: str, scenes: Sequence[Scene]) -> None:
     dist.destroy_process_group()
 
 
-def run(scenes: Sequence[Scene], world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All the scenes in one start of the processes, which costs more than they do; a traceback names the scene."""
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path / "store"), list(scenes)), nprocs=world)
+def run(scenes: Sequence[Scene], world: int, tmp_path: Path) -> None:
+    """All the scenes in one start of the processes, which costs more than they do; a traceback names the scene.
+
+    Where processes can be forked, they are copies of one that has nothing but the imports behind it.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "fusedloss"])
+    arguments = (world, str(tmp_path / "store"), list(scenes))
+    torch.multiprocessing.start_processes(_rank, arguments, world, start_method=method)

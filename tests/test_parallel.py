@@ -315,8 +315,8 @@ SCENES: list[Callable[[int, int], None]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.run(SCENES, world, tmp_path, monkeypatch)
+def test_ranks(world: int, tmp_path: Path) -> None:
+    ranks.run(SCENES, world, tmp_path)
 
 
 X, Y = torch.eye(3), torch.tensor([0, 0, 1])

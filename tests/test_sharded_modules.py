@@ -1,13 +1,11 @@
 """The linear modules behind DistributedDataParallel and fully_shard: real processes over gloo, against one process."""
 
-import sys
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -98,7 +96,7 @@ def _each_part_sharded(model: _Model) -> nn.Module:
     return fully_shard(model)
 
 
-def _gradients_are_those_of_one_process(rank: int) -> None:
+def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
     ways: list[tuple[Callable[[_Model], nn.Module], bool]] = [
         (_ddp, False), (_ddp, True),
         (_whole_model_sharded, False), (_whole_model_sharded, True),
@@ -118,7 +116,7 @@ def _gradients_are_those_of_one_process(rank: int) -> None:
                 raise AssertionError(f"{kind}, {way.__name__}, tied={tied}: {error}") from None
 
 
-def _training_goes_on_as_in_one_process(rank: int) -> None:
+def _training_goes_on_as_in_one_process(rank: int, world: int) -> None:
     for way in (_ddp, _each_part_sharded):
         alone, model = _Model("focal", False), _Model("focal", False)
         wrapped = way(model)
@@ -137,7 +135,7 @@ def _training_goes_on_as_in_one_process(rank: int) -> None:
             torch.testing.assert_close(value, right, rtol=1e-9, atol=1e-10)
 
 
-def _a_loss_sharded_apart_from_the_model(rank: int) -> None:
+def _a_loss_sharded_apart_from_the_model(rank: int, world: int) -> None:
     """Called after the model's forward, as where the loss is no part of it."""
     alone = _alone("focal", False)
     model = _Model("focal", False)
@@ -149,7 +147,7 @@ def _a_loss_sharded_apart_from_the_model(rank: int) -> None:
     _equals(model, alone)
 
 
-def _in_mixed_precision(rank: int) -> None:
+def _in_mixed_precision(rank: int, world: int) -> None:
     """The parameters in bfloat16 for the products, their gradients summed in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     alone = _alone("focal", False).float()
@@ -165,7 +163,7 @@ def _in_mixed_precision(rank: int) -> None:
     _equals(model, alone, rtol=0.03, atol=0.003)
 
 
-def _logits_of_a_sharded_layer(rank: int) -> None:
+def _logits_of_a_sharded_layer(rank: int, world: int) -> None:
     """`logits` is no forward: it raises, unless fully_shard is told of it."""
     alone, model = _Model("focal", False), _Model("focal", False)
     hidden = torch.randn(2, FEATURES, dtype=torch.float64)
@@ -176,7 +174,7 @@ def _logits_of_a_sharded_layer(rank: int) -> None:
     torch.testing.assert_close(model.criterion.logits(hidden), alone.criterion.logits(hidden))
 
 
-def _a_layer_sharded_without_its_loss_raises(rank: int) -> None:
+def _a_layer_sharded_without_its_loss_raises(rank: int, world: int) -> None:
     """Its own forward, in which it would be gathered, is never called."""
     model = _Model("focal", False)
     fully_shard(model.criterion.linear)
@@ -184,7 +182,7 @@ def _a_layer_sharded_without_its_loss_raises(rank: int) -> None:
         model(*_batch(rank))
 
 
-SCENES: list[Callable[[int], None]] = [
+SCENES: list[ranks.Scene] = [
     _gradients_are_those_of_one_process,
     _training_goes_on_as_in_one_process,
     _a_loss_sharded_apart_from_the_model,
@@ -194,22 +192,6 @@ SCENES: list[Callable[[int], None]] = [
 ]
 
 
-def _rank(rank: int, world: int, store: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
-    )
-    for scene in SCENES:
-        scene(rank)
-    dist.destroy_process_group()
-
-
 @pytest.mark.slow
-def test_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All the scenes in one start of the processes; a traceback names the scene."""
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    world = len(SIZES)
-    torch.multiprocessing.spawn(_rank, args=(world, str(tmp_path / "store")), nprocs=world)
+def test_ranks(tmp_path: Path) -> None:
+    ranks.run(SCENES, len(SIZES), tmp_path)

@@ -506,8 +506,8 @@ SCENES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", SIZES)
-def test_ranks(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks.run(SCENES, world, tmp_path, monkeypatch)
+def test_ranks(world: int, tmp_path: Path) -> None:
+    ranks.run(SCENES, world, tmp_path)
 
 
 def test_shards_may_outlive_their_group() -> None:
