@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -25,6 +26,31 @@ hypothesis.settings.register_profile("few", max_examples=60, derandomize=True, *
 _CASES = int(os.environ.get("CASES", "20000"))
 hypothesis.settings.register_profile("fuzz", max_examples=_CASES, print_blob=True, **_ANY)
 hypothesis.settings.load_profile("few")
+
+
+def _spare_the_interpreter(interpreter: Any) -> None:
+    """Whenever a kernel calls a function, Triton's interpreter looks through all of triton.language for what it has to
+    replace, a third of the tests' time. What it has replaced stays so until the launch is over."""
+    seen: set[int] = set()
+    replace, launch = interpreter._patch_builtin, interpreter.GridExecutor.__call__
+
+    def replace_once(module: object, *arguments: object) -> None:
+        if id(module) not in seen:
+            seen.add(id(module))
+            replace(module, *arguments)
+
+    def launch_anew(self: object, *arguments: object, **options: object) -> None:
+        seen.clear()
+        launch(self, *arguments, **options)
+
+    interpreter._patch_builtin, interpreter.GridExecutor.__call__ = replace_once, launch_anew
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_patch_builtin"):
+        _spare_the_interpreter(interpreter)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
