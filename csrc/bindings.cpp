@@ -43,21 +43,24 @@ struct InstructionSet {
     void (*backward)(const Rows&, const Epilogue&, const Gradient&);
     void (*class_sums)(const Rows&, const Epilogue&, const ClassSums&);
     void (*class_terms)(const Rows&, const Epilogue&, const Outputs&);
+    void (*term_sums)(const Rows&, const Epilogue&, const ClassSums&);
 };
+
+#define FUSEDLOSS_PASSES(isa) isa::forward, isa::backward, isa::class_sums, isa::class_terms, isa::term_sums
 
 std::vector<InstructionSet> instruction_sets() {
     std::vector<InstructionSet> sets;  // the best first
 #if defined(FUSEDLOSS_HAVE_AVX512)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    sets.push_back({"avx512", avx512, avx512::forward, avx512::backward, avx512::class_sums, avx512::class_terms});
+    sets.push_back({"avx512", avx512, FUSEDLOSS_PASSES(avx512)});
 #endif
 #if defined(FUSEDLOSS_HAVE_AVX2)
     // Processors with AVX2 have F16C; not every compiler can ask for it.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    sets.push_back({"avx2", avx2, avx2::forward, avx2::backward, avx2::class_sums, avx2::class_terms});
+    sets.push_back({"avx2", avx2, FUSEDLOSS_PASSES(avx2)});
 #endif
-    sets.push_back({"generic", true, generic::forward, generic::backward, generic::class_sums, generic::class_terms});
+    sets.push_back({"generic", true, FUSEDLOSS_PASSES(generic)});
     return sets;
 }
 
@@ -190,12 +193,25 @@ PYBIND11_MODULE(_engine, module) {
                });
     module.def("class_sums",
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                  Address statistics, Address index, Address row_weight, int64_t row_weight_stride, Address sums) {
+                  Address statistics, Address index, Address row_weight, int64_t row_weight_stride, Address top_q,
+                  Address sums) {
                    const Epilogue epilogue = make_summed_epilogue(name, params);
                    const ClassSums out{at<void>(statistics), at<const int64_t>(index), at<void>(row_weight),
-                                       row_weight_stride, at<double>(sums)};
+                                       row_weight_stride,    at<void>(top_q),          at<double>(sums)};
                    py::gil_scoped_release release;
                    current->class_sums(rows, epilogue, out);
+               });
+    module.def("term_sums",
+               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
+                  Address statistics, Address index, Address sums) {
+                   if (epilogue_kind(name) != EpilogueKind::class_term) {
+                       throw std::invalid_argument("no class term named '" + name + "'");
+                   }
+                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+                   const ClassSums out{
+                       at<void>(statistics), at<const int64_t>(index), nullptr, 0, nullptr, at<double>(sums)};
+                   py::gil_scoped_release release;
+                   current->term_sums(rows, epilogue, out);
                });
     module.def("class_terms",
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,

@@ -37,7 +37,7 @@ enum Statistic { kMax, kSumExp, kQ, kCe, kTargetLogit, kMeanCe, kStatistics };
 // Coefficients: Scalar [kCoefficients + picks, rows].
 //   row epilogue: a, u, gradient at the target; then b of each pick. dL/dz_j = a p_j - u w_j, minus b at the
 //   picks. class term:   shift, gradient at the top class, gradient at the target. dL/dz_j = p_j (g_j -
-//   shift).
+//   shift). The gradient pass leaves out a target, top class or pick that is negative.
 enum Coefficient { kA = 0, kU = 1, kTargetGradient = 2, kCoefficients = 3, kShift = 0, kTopGradient = 1 };
 
 struct Epilogue {
@@ -65,13 +65,18 @@ struct Gradient {
     int64_t grad_row_stride;
 };
 
-// Sums over the rows of a summed class term, from the statistics of the rows with their top class as the first pick.
+// Sums of a class term, from the statistics of the rows with their top class as the first pick. The logits may be some
+// of the classes of which the statistics are; target and top class are then -1 where they are not among them.
 struct ClassSums {
     const void* statistics;
     const int64_t* index;
+    // class_sums alone:
     const void* row_weight;  // Scalar [rows] or null for all ones
     int64_t row_weight_stride;
-    double* sums;  // [2, classes]: error, agreement
+    const void* top_q;  // Scalar [rows], 1 - p of the top class; null: found among the logits
+    // class_sums: [2, classes], error and agreement of a summed class term over the rows. term_sums: [2, rows], f and
+    // p df/dp over the classes but the target and the top class.
+    double* sums;
 };
 
 enum class EpilogueKind { none, row, class_term };
@@ -84,6 +89,7 @@ EpilogueKind epilogue_kind(const std::string& name);
     void backward(const Rows&, const Epilogue&, const Gradient&);    \
     void class_sums(const Rows&, const Epilogue&, const ClassSums&); \
     void class_terms(const Rows&, const Epilogue&, const Outputs&);  \
+    void term_sums(const Rows&, const Epilogue&, const ClassSums&);  \
     }
 FUSEDLOSS_DECLARE_PASSES(generic)
 FUSEDLOSS_DECLARE_PASSES(avx2)

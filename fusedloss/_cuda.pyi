@@ -34,6 +34,7 @@ class Job:
     upstream_stride: int
     groups: int
     sums: int
+    top_q: int
     top_rest: int
     threads: int
     parts: int

@@ -50,7 +50,11 @@ def class_sums(
     index: int,
     row_weight: int,
     row_weight_stride: int,
+    top_q: int,
     sums: int,
+) -> None: ...
+def term_sums(
+    rows: Rows, epilogue: str, params: list[tuple[int, int]], statistics: int, index: int, sums: int
 ) -> None: ...
 def class_terms(
     rows: Rows,

@@ -147,7 +147,7 @@ class _RowLoss(torch.autograd.Function):
             grads = _dense_gradients(sources, form, target, needed, losses, [grad_output])
         else:
             tensors = (target, weight, statistics, index, coefficients, grad_output, params)
-            grads = _gradients(sources, form, needed, inplace, tensors, (epilogue.name, ignore_index), impl)
+            grads = gradients(sources, form, needed, inplace, tensors, (epilogue.name, ignore_index), impl)
         return *grads, *nothing
 
 
@@ -256,7 +256,9 @@ class _ClassSums(torch.autograd.Function):
         overlap, ignore_index, _, impl = settings
         statistics, index = ops.row_statistics(logits, target, None, None, ignore_index, *Picks(1), impl)
         name = overlap.over_rows
-        sums = ops.class_sums(logits, target, row_weight, statistics, index, list(params), name, ignore_index, impl)
+        sums = ops.class_sums(
+            logits, target, row_weight, statistics, index, list(params), name, ignore_index, None, impl
+        )
         ctx.save_for_backward(logits, row_weight, target, statistics, index, *params)
         ctx.settings = settings
         ctx.mark_non_differentiable(statistics, index)
@@ -286,7 +288,7 @@ class _ClassSums(torch.autograd.Function):
         gradient = None
         if needed[0]:
             tensors = (target, error, statistics, index, coefficients, row_weight, params)
-            gradient = _gradients((logits, None, None), None, needed, inplace, tensors, names, impl)[0]
+            gradient = gradients((logits, None, None), None, needed, inplace, tensors, names, impl)[0]
         return gradient, loss if needed[1] else None, *nothing
 
 
@@ -311,7 +313,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) ->
     return scaled.to(dtype)
 
 
-def _gradients(
+def gradients(
     sources: Sequence[Any],
     form: Form | None,
     needed: Sequence[bool],
@@ -411,11 +413,8 @@ def merged_statistics(
     impl: str,
     shards: VocabularyShards,
     of_top: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of the classes of all ranks, and the logits of this rank's targets or else of its first class.
-
-    `of_top`: at last 1 - p of the top class, from another look at the logits.
-    """
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of the classes of all ranks. `of_top`: at last 1 - p of the top class, from another look at the logits."""
     own = shards.sizes[shards.rank]
     rows = vocabulary.rows_here(shards, target, weight, candidates, ignore_index)
     top_q = None
@@ -428,8 +427,7 @@ def merged_statistics(
     else:
         statistics, index = vocabulary.nothing_here(sources[0], target, ops.picks_of(candidates, 0))
         top_q = statistics[ops.Q] if of_top else None
-    merged = vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks, top_q)
-    return *merged[:2], statistics[ops.TARGET_LOGIT].clone(), merged[2]
+    return vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks, top_q)
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -439,12 +437,11 @@ class _RowStatistics(torch.autograd.Function):
     ):
         form, ignore_index, picks, _, impl, shards = settings
         sources, rows = (logits, linear_weight, linear_bias), (target, weight, candidates, ignore_index, Picks(*picks))
-        first_logit = None
         if shards is None:
             statistics, index = _statistics(sources, form, *rows, impl)
         else:
-            statistics, index, first_logit, _ = merged_statistics(sources, form, *rows, impl, shards)
-        ctx.save_for_backward(*sources, target, weight, candidates, statistics, index, first_logit)
+            statistics, index, _ = merged_statistics(sources, form, *rows, impl, shards)
+        ctx.save_for_backward(*sources, target, weight, candidates, statistics, index)
         ctx.settings = settings
         ctx.mark_non_differentiable(index)
         m, ce = statistics[ops.MAX], statistics[ops.CE].clone()
@@ -464,7 +461,7 @@ class _RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *sources, target, weight, candidates, statistics, index, first_logit = ctx.saved_tensors
+        *sources, target, weight, candidates, statistics, index = ctx.saved_tensors
         form, ignore_index, picks, inplace, impl, shards = ctx.settings
         needed = ctx.needs_input_grad[:3]
         if shards is not None:
@@ -484,13 +481,10 @@ class _RowStatistics(torch.autograd.Function):
             if shards is not None:
                 if not own and form is None:
                     return torch.zeros_like(sources[0]), None, None, None, None, None, None
-                here, weight, _ = vocabulary.rows_here(shards, target, weight, None, ignore_index)
-                first_weight = None if weight is None or not own else weight[0]
-                rows = (target, statistics, index, coefficients, first_logit, first_weight)
-                index, coefficients = vocabulary.gradient_here(shards, *rows)
-                target, ignore_index = here, vocabulary.IGNORED
+                target = shards.here(target)[0].masked_fill(target == ignore_index, vocabulary.IGNORED)
+                index, weight, ignore_index = shards.here(index)[0], shards.weight(weight), vocabulary.IGNORED
             tensors: tuple[Any, ...] = (target, weight, statistics, index, coefficients, None, [])
-            result = _gradients(sources, form, needed, inplace, tensors, ("", ignore_index), impl)
+            result = gradients(sources, form, needed, inplace, tensors, ("", ignore_index), impl)
         return *result, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Losses over the classes of which each rank of a group has some: in PyTorch, a few rows at a time.
+"""Losses over the classes of which each rank of a group has some.
 
 With f_k the terms of the classes of a row, functions of p_k and q_k = 1 - p_k, and d_k = df_k/dp_k - df_k/dq_k,
 
@@ -6,11 +6,15 @@ With f_k the terms of the classes of a row, functions of p_k and q_k = 1 - p_k, 
 
 The terms are made of the statistics of whole rows, so that their sums take a collective after that of the statistics.
 The sums of p_k d_k come with them, and the gradient needs nothing more of the others.
+
+The passes have the compiled class terms, but for the two classes of a row for which 1 - p is not the difference: the
+target and the top class, which PyTorch adds. All other terms are PyTorch, a few rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +26,7 @@ from .checks import compute_dtype
 from .epilogue import Epilogue, Overlap
 from .projection import Form, dense_logits
 from .statistics import Picks, Statistics
-from .vocabulary import VocabularyShards, differentiated_once
+from .vocabulary import IGNORED, VocabularyShards, differentiated_once
 
 #: Bytes of probabilities that class terms in PyTorch hold at a time.
 DENSE_BYTES = 8 * 2**20
@@ -43,12 +47,16 @@ def row_losses(
     epilogue: Epilogue,
     ignore_index: int,
     mean: bool,
+    compiled: bool,
+    inplace: bool,
     impl: str,
     shards: VocabularyShards,
 ) -> tuple[Tensor, Statistics]:
-    """Sums of the terms of each row (N,), differentiable as are ``lse`` and ``mean_ce`` of the statistics."""
-    learnt = tuple(p.requires_grad for p in params)
-    settings = (epilogue, ignore_index, mean, impl, shards, torch.is_grad_enabled(), learnt)
+    """Sums of the terms of each row (N,), differentiable as are ``lse`` and ``mean_ce`` of the statistics.
+
+    A compiled term has no gradient by ``mean_ce``, and by ``lse`` none that the sums have not.
+    """
+    settings = (epilogue, ignore_index, mean, compiled, inplace, impl, shards, _Wanted.by(params))
     loss, lse, mean_ce, ce, top_ce, top_index = autograd.apply(_RowLosses, source, settings, target, weight, *params)
     target = target.masked_fill(target == ignore_index, 0)
     return loss, Statistics(target=target, lse=lse, mean_ce=mean_ce, ce=ce, top_ce=top_ce, top_index=top_index)
@@ -63,6 +71,8 @@ def over_rows(
     function: Callable[[Tensor], Tensor],
     summed: bool,
     ignore_index: int,
+    compiled: bool,
+    inplace: bool,
     impl: str,
     shards: VocabularyShards,
 ) -> tuple[Tensor, Statistics]:
@@ -70,17 +80,26 @@ def over_rows(
 
     `summed`: it gives (K,), of which the sum over the ranks is returned. Otherwise one number for each class here.
     """
-    learnt = tuple(p.requires_grad for p in params)
-    settings = (overlap, function, summed, ignore_index, impl, shards, torch.is_grad_enabled(), learnt)
+    settings = (overlap, function, summed, ignore_index, compiled, inplace, impl, shards, _Wanted.by(params))
     result, lse, ce, top_ce, top_index = _OverRows.apply(logits, row_weight, settings, target, *params)
     return result, Statistics(lse=lse, ce=ce, top_ce=top_ce, top_index=top_index)
 
 
-class _Rows(NamedTuple):
-    """What the terms of rows take of their statistics, (N,) each. Classes are columns here, -1 for those of others."""
+class _Wanted(NamedTuple):
+    """Asked before the function, in which gradients are off and parameters as if they were constants."""
 
-    max: Tensor
-    sum_exp: Tensor
+    slopes: bool
+    learnt: tuple[bool, ...]
+
+    @staticmethod
+    def by(params: Sequence[Tensor]) -> _Wanted:
+        return _Wanted(torch.is_grad_enabled(), tuple(p.requires_grad for p in params))
+
+
+class _Rows(NamedTuple):
+    """What the terms of rows take of their statistics. Classes are columns here, -1 for those of others."""
+
+    statistics: Tensor  # with the top class, (6 + 1, N)
     top_q: Tensor
     target: Tensor
     top: Tensor
@@ -92,54 +111,75 @@ class _Rows(NamedTuple):
     ) -> _Rows:
         ignored = target == ignore_index
         column, top = (shards.here(x.masked_fill(ignored, -1))[0] for x in (target, index[0]))
-        return _Rows(statistics[ops.MAX], statistics[ops.SUM_EXP], top_q, column, top, ignored)
+        return _Rows(statistics, top_q, column, top, ignored)
+
+    @property
+    def for_passes(self) -> tuple[Tensor, Tensor]:
+        """Targets and indices of the picks."""
+        return self.target.masked_fill(self.ignored, IGNORED), self.top[None]
 
     def probabilities(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the classes here p, 1 - p, whether it is the target, and whether it is the top class."""
         ignored = self.ignored[:, None]
-        z = z.to(self.max.dtype).masked_fill(ignored, 0)
-        p = ((z - self.max[:, None]).exp() / self.sum_exp[:, None]).masked_fill(ignored, 0)
+        m, sum_exp = self.statistics[ops.MAX], self.statistics[ops.SUM_EXP]
+        z = z.to(m.dtype).masked_fill(ignored, 0)
+        p = ((z - m[:, None]).exp() / sum_exp[:, None]).masked_fill(ignored, 0)
         number = torch.arange(z.shape[-1], device=z.device)
         top = number == self.top[:, None]
         # 1 - p cancels for the one class that may have p > 0.5
         return p, torch.where(top, self.top_q[:, None], 1 - p), number == self.target[:, None], top
 
+    def singled_out(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same of the target and of the top class, (N, 2), where they are; -1 for the second if it is the first."""
+        top_p, q = 1 / self.statistics[ops.SUM_EXP], self.statistics[ops.Q]
+        p = torch.stack([(-self.statistics[ops.CE]).exp(), top_p], 1)
+        same = self.target == self.top
+        columns = torch.stack([self.target, self.top.masked_fill(same, -1)], 1)
+        always = torch.ones_like(same)
+        positive, top = torch.stack([always, ~always], 1), torch.stack([same, always], 1)
+        return p, torch.stack([q, self.top_q], 1), positive, top, columns
 
-class _Terms(NamedTuple):
-    """The terms of this rank's classes, and what they are made of."""
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """The terms of this rank's classes, and what they are made of; in PyTorch, a few rows at a time."""
 
     function: Callable[..., Any]
-    """Terms (n, V) of (p, q, positive, *params), the parameters (n,)."""
+    """Terms (n, K) of (p, q, positive, columns, *params): of all columns slice(None), else an (n, K) of them."""
     form: Form | None
     sources: Sequence[Any]  # of all rows
     rows: _Rows
     params: Sequence[Tensor]
 
+    @property
+    def classes(self) -> int:
+        return len(self.sources[1]) if self.form else self.sources[0].shape[1]
+
     def parts(self) -> Iterator[tuple[slice, _Rows, list[Tensor]]]:
-        rows, classes = len(self.rows.max), len(self.sources[1]) if self.form else self.sources[0].shape[1]
-        params, step = [x.expand(rows) for x in self.params], rows_at_once(classes)
+        rows = len(self.rows.target)
+        params, step = [x.expand(rows) for x in self.params], rows_at_once(self.classes)
         for begin in range(0, max(1, rows), step):
             part = slice(begin, min(begin + step, rows))
-            yield part, _Rows(*(x[part] for x in self.rows)), [x[part] for x in params]
+            yield part, _Rows(*(x[..., part] for x in self.rows)), [x[part] for x in params]
 
-    def sums(self, slopes: bool, learnt: Sequence[bool]) -> Tensor:
-        """(PARAMS + P, N) in float64, over the classes here; without `slopes` but the first row."""
+    def sums(self, wanted: _Wanted) -> Tensor:
+        """(PARAMS + P, N) in float64, over the classes here; without slopes but the first row."""
         results = []
         for part, rows, params in self.parts():
             z, _ = self._logits(part, (False,) * 3)
             p, q, positive, top = rows.probabilities(z)
             by_params: Sequence[Tensor] = []
-            if slopes:
-                value, d, by_params = self._derivatives(p, q, positive, params, learnt)
+            if wanted.slopes:
+                value, d, by_params = self.derivatives(p, q, positive, slice(None), params, wanted.learnt)
                 sums = [value, (p * d).masked_fill(top, 0), (p * d).masked_fill(~top, 0)]
             else:
-                sums = [self.function(p, q, positive, *params)]
+                sums = [self.function(p, q, positive, slice(None), *params)]
             results.append(torch.stack([*(x.sum(-1, dtype=torch.float64) for x in sums), *by_params]))
         return torch.cat(results, 1)
 
     def gradients(
         self, needed: Sequence[bool], coefficients: Tensor, weight: Tensor | None, shards: VocabularyShards
-    ) -> list[Tensor | None]:
+    ) -> Sequence[Tensor | None]:
         """Of the sources, by `coefficients` (5, N): g, OTHERS, TOP, a and u of dL/dz_j = p_j (g (d_j - S) + a) - u w_j.
 
         One collective where hidden states need theirs.
@@ -151,7 +191,7 @@ class _Terms(NamedTuple):
         for part, rows, params in self.parts():
             z, pull = self._logits(part, needed)
             p, q, positive, top = rows.probabilities(z)
-            _, d, _ = self._derivatives(p, q, positive, params, [False] * len(params))
+            _, d, _ = self.derivatives(p, q, positive, slice(None), params)
             g, others, of_top, a, u = coefficients[:, part, None].unbind()
             turn = torch.where(top, q * d - others, d - (others + of_top))
             gradient = p * (turn * g + a) - (u if weight is None else u * weight)
@@ -172,13 +212,78 @@ class _Terms(NamedTuple):
             return first[part], lambda gradient: [gradient]
         return _vjp(lambda h, w, b: dense_logits(h, w, b, form), (first[part], *others), needed)
 
-    def _derivatives(
-        self, p: Tensor, q: Tensor, positive: Tensor, params: Sequence[Tensor], learnt: Sequence[bool]
+    def derivatives(
+        self,
+        p: Tensor,
+        q: Tensor,
+        positive: Tensor,
+        columns: Any,
+        params: Sequence[Tensor],
+        learnt: Sequence[bool] | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """The terms, d, and the derivatives of their sums over the classes by the learnt parameters."""
-        value, pull = _vjp(self.function, (p, q, positive, *params), (True, True, False, *learnt))
+
+        def terms(p: Tensor, q: Tensor, *params: Tensor) -> Tensor:
+            return self.function(p, q, positive, columns, *params)
+
+        value, pull = _vjp(terms, (p, q, *params), (True, True, *(learnt or [False] * len(params))))
         dp, dq, *by_params = pull(torch.ones_like(value))
         return value, dp - dq, by_params
+
+
+@dataclass(frozen=True, eq=False)
+class _CompiledTerms(_Terms):
+    """The same by the passes, for which PyTorch sees to the target and the top class."""
+
+    name: str
+    weight: Tensor | None  # of the classes here
+    compiled_params: list[Tensor]
+    inplace: bool
+    impl: str
+
+    def sums(self, wanted: _Wanted) -> Tensor:
+        result = self.rows.target.new_zeros((PARAMS, len(self.rows.target)), dtype=torch.float64)
+        if self.classes:
+            target, index = self.rows.for_passes
+            rows = (target, self.weight, self.rows.statistics, index, self.compiled_params, self.name, IGNORED)
+            if self.form is None:
+                loss, others = ops.term_sums(self.sources[0], *rows, self.impl)
+            else:
+                loss, others = ops.linear_term_sums(*self.sources, *rows, *self.form, self.impl)
+            p, _, value, d, top, away = self._singled_out()
+            of_top = p * d
+            result[LOSS] = loss + value.masked_fill(away, 0).sum(1)
+            result[OTHERS] = others + of_top.masked_fill(away | top, 0).sum(1)
+            result[TOP] = of_top.masked_fill(away | ~top, 0).sum(1)
+        return result if wanted.slopes else result[:OTHERS]
+
+    def gradients(
+        self, needed: Sequence[bool], coefficients: Tensor, weight: Tensor | None, shards: VocabularyShards
+    ) -> Sequence[Tensor | None]:
+        """`u` is 0, and `a` is where g is."""
+        if not self.classes and self.form is None:
+            return torch.zeros_like(self.sources[0]), None, None
+        g, others, of_top, a, _ = coefficients
+        a = torch.where(g == 0, 0, a / g)
+        shift = others + of_top - a
+        at_target = at_top = torch.zeros_like(g)
+        if self.classes:
+            p, q, _, d, top, _ = self._singled_out()
+            at_target, at_top = (p * torch.where(top, q * d - (others - a)[:, None], d - shift[:, None])).unbind(1)
+            at_top = torch.where(top[:, 0], at_target, at_top)
+        target, index = self.rows.for_passes
+        saved = (self.rows.statistics, index, torch.stack([shift, at_top, at_target, torch.zeros_like(g)]))
+        tensors = (target, self.weight, *saved, g, self.compiled_params)
+        return autograd.gradients(
+            self.sources, self.form, needed, self.inplace, tensors, (self.name, IGNORED), self.impl
+        )
+
+    def _singled_out(self) -> tuple[Tensor, ...]:
+        """Of the target and the top class (N, 2): p, q, terms, d, whether it is the top class, which are elsewhere."""
+        p, q, positive, top, columns = self.rows.singled_out()
+        params = [x.expand(len(p)) for x in self.params]
+        value, d, _ = self.derivatives(p, q, positive, columns.clamp(min=0), params)
+        return p, q, value, d, top, columns < 0
 
 
 def _vjp(function: Callable[..., Tensor], inputs: Sequence[Any], wanted: Sequence[bool]) -> Any:
@@ -213,16 +318,16 @@ class _RowLosses(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, *params
     ):
-        form, _, ignore_index, mean, impl, shards, slopes, learnt = settings
-        statistics, index, _, top_q = autograd.merged_statistics(
+        form, _, ignore_index, mean, compiled, _, impl, shards, wanted = settings
+        statistics, index, top_q = autograd.merged_statistics(
             (logits, linear_weight, linear_bias), form, target, weight, None, ignore_index, Picks(1, mean=mean), impl,
             shards, of_top=True,
         )  # fmt: skip
-        if form and form.row_parts > 1:
+        if form and form.row_parts > 1 and not compiled:
             logits = shards.gather_parts(logits).flatten(0, 1)
         saved = (logits, linear_weight, linear_bias, *_Rows.of(target, statistics, index, top_q, ignore_index, shards))
         terms = _RowLosses._terms(settings, weight, [*saved, *params])
-        sums = shards.total(terms.sums(slopes, learnt)).to(statistics.dtype)
+        sums = shards.total(terms.sums(wanted)).to(statistics.dtype)
         ctx.save_for_backward(sums, weight, *saved, *params)
         ctx.settings = settings
         lse, *others = _columns(statistics, index, target)
@@ -235,46 +340,44 @@ class _RowLosses(torch.autograd.Function):
     ):
         differentiated_once()
         sums, weight, *saved = ctx.saved_tensors
-        *_, shards, _, learnt = ctx.settings
+        *_, shards, wanted = ctx.settings
         terms = _RowLosses._terms(ctx.settings, weight, saved)
         u = grad_mean / shards.classes
         a = grad_lse + u * (shards.classes if weight is None else weight.sum())
         coefficients = torch.stack([grad_loss, sums[OTHERS], sums[TOP], a, u])
         grads = terms.gradients(ctx.needs_input_grad[:3], coefficients, shards.weight(weight), shards)
-        return *grads, None, None, None, *_of_params(terms.params, learnt, sums[PARAMS:] * grad_loss)
+        return *grads, None, None, None, *_of_params(terms.params, wanted.learnt, sums[PARAMS:] * grad_loss)
 
     @staticmethod
     def _terms(settings: tuple[Any, ...], weight: Tensor | None, saved: Sequence[Any]) -> _Terms:
-        form, epilogue, _, _, _, shards, _, _ = settings
+        form, epilogue, _, _, compiled, inplace, impl, shards, _ = settings
         own = shards.weight(weight)
 
-        def function(p: Tensor, q: Tensor, positive: Tensor, *params: Tensor) -> Tensor:
+        def function(p: Tensor, q: Tensor, positive: Tensor, columns: Any, *params: Tensor) -> Tensor:
             terms = epilogue.of_classes(p, q, positive, list(params))
-            return terms if own is None else terms * own
+            return terms if own is None else terms * own[columns]
 
         last = 3 + len(_Rows._fields)
-        return _Terms(function, form, saved[:3], _Rows(*saved[3:last]), saved[last:])
+        params = list(saved[last:])
+        made_of = (function, form, saved[:3], _Rows(*saved[3:last]), params)
+        return _CompiledTerms(*made_of, epilogue.name, own, params, inplace, impl) if compiled else _Terms(*made_of)
 
 
 class _OverRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, row_weight, settings, target, *params):  # type: ignore[no-untyped-def]
-        overlap, function, summed, ignore_index, impl, shards, slopes, learnt = settings
-        statistics, index, _, top_q = autograd.merged_statistics(
+        _, function, summed, ignore_index, _, _, impl, shards, wanted = settings
+        statistics, index, top_q = autograd.merged_statistics(
             (logits, None, None), None, target, None, None, ignore_index, Picks(1), impl, shards, of_top=True
         )
         saved = [logits, *_Rows.of(target, statistics, index, top_q, ignore_index, shards), *params]
-        pairs = _OverRows._pairs(overlap, saved)
-        sums = logits.new_zeros((2, logits.shape[1]), dtype=torch.float64)
-        for part, rows, own in pairs.parts():
-            p, q, positive, _ = rows.probabilities(logits[part])
-            terms = torch.stack(pairs.function(p, q, positive, *own))
-            sums += (terms if row_weight is None else terms * row_weight[part, None]).sum(1, dtype=torch.float64)
+        pairs = _OverRows._pairs(settings, saved)
+        sums = _OverRows._sums(settings, pairs, row_weight)
         result, by_rows = function(sums), None
         if summed:
             # The sums of the rows' derivatives by each of the results come with these.
-            units = torch.eye(len(result), dtype=result.dtype, device=result.device) if slopes else ()
-            parts = [_OverRows._by_sums(pairs, function, sums, unit).sums(True, learnt).flatten() for unit in units]
+            units = torch.eye(len(result), dtype=result.dtype, device=result.device) if wanted.slopes else ()
+            parts = [_OverRows._by_sums(settings, pairs, sums, unit).sums(wanted).flatten() for unit in units]
             result, by_rows = shards.total(torch.cat([result, *parts])).tensor_split([len(result)])
         ctx.save_for_backward(row_weight, sums, by_rows, *saved)
         ctx.settings = settings
@@ -286,13 +389,13 @@ class _OverRows(torch.autograd.Function):
     def backward(ctx: Any, grad_result: Tensor, *_: Any):  # type: ignore[no-untyped-def]
         differentiated_once()
         row_weight, sums, by_rows, *saved = ctx.saved_tensors
-        overlap, function, *_, shards, _, learnt = ctx.settings
-        terms = _OverRows._by_sums(_OverRows._pairs(overlap, saved), function, sums, grad_result)
+        *_, shards, wanted = ctx.settings
+        terms = _OverRows._by_sums(ctx.settings, _OverRows._pairs(ctx.settings, saved), sums, grad_result)
         if by_rows is None:
-            by_rows = shards.total(terms.sums(True, learnt))
+            by_rows = shards.total(terms.sums(wanted._replace(slopes=True)))
         else:
-            by_rows = torch.tensordot(grad_result, by_rows.view(len(grad_result), PARAMS + sum(learnt), -1), 1)
-        by_rows = by_rows.to(terms.rows.max.dtype)
+            by_rows = torch.tensordot(grad_result, by_rows.view(len(grad_result), PARAMS + sum(wanted.learnt), -1), 1)
+        by_rows = by_rows.to(terms.rows.top_q.dtype)
         g = torch.ones_like(by_rows[LOSS]) if row_weight is None else row_weight
         none = torch.zeros_like(g)
         coefficients = torch.stack([g, by_rows[OTHERS], by_rows[TOP], none, none])
@@ -300,26 +403,48 @@ class _OverRows(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gradient = terms.gradients((True, False, False), coefficients, None, shards)[0]
         of_weight = by_rows[LOSS] if ctx.needs_input_grad[1] else None
-        return gradient, of_weight, None, None, *_of_params(terms.params, learnt, by_rows[PARAMS:] * g)
+        return gradient, of_weight, None, None, *_of_params(terms.params, wanted.learnt, by_rows[PARAMS:] * g)
 
     @staticmethod
-    def _pairs(overlap: Overlap, saved: Sequence[Any]) -> _Terms:
+    def _pairs(settings: tuple[Any, ...], saved: Sequence[Any]) -> _Terms:
         """Error and agreement of each class."""
-        last = 1 + len(_Rows._fields)
+        overlap, last = settings[0], 1 + len(_Rows._fields)
 
-        def function(p: Tensor, q: Tensor, positive: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+        def function(p: Tensor, q: Tensor, positive: Tensor, _: Any, *params: Tensor) -> tuple[Tensor, Tensor]:
             return overlap.function(p, q, positive, *(x[:, None] for x in params))
 
         return _Terms(function, None, (saved[0], None, None), _Rows(*saved[1:last]), saved[last:])
 
     @staticmethod
-    def _by_sums(pairs: _Terms, function: Callable[[Tensor], Tensor], sums: Tensor, upstream: Tensor) -> _Terms:
-        """Terms whose sum over all rows has the gradient of the function."""
+    def _sums(settings: tuple[Any, ...], pairs: _Terms, row_weight: Tensor | None) -> Tensor:
+        """Over the rows (2, V), in float64."""
+        overlap, _, _, _, compiled, _, impl, *_ = settings
+        logits, rows, params = pairs.sources[0], pairs.rows, list(pairs.params)
+        if compiled and pairs.classes:
+            target, index = rows.for_passes
+            of_rows = (target, row_weight, rows.statistics, index, params, overlap.over_rows, IGNORED, rows.top_q)
+            return ops.class_sums(logits, *of_rows, impl)
+        sums = logits.new_zeros((2, pairs.classes), dtype=torch.float64)
+        for part, some, own in pairs.parts():
+            p, q, positive, _ = some.probabilities(logits[part])
+            terms = torch.stack(pairs.function(p, q, positive, slice(None), *own))
+            sums += (terms if row_weight is None else terms * row_weight[part, None]).sum(1, dtype=torch.float64)
+        return sums
+
+    @staticmethod
+    def _by_sums(settings: tuple[Any, ...], pairs: _Terms, sums: Tensor, upstream: Tensor) -> _Terms:
+        """Terms whose sum over all rows has the gradient of the function of the sums."""
+        overlap, function, _, _, compiled, inplace, impl, *_ = settings
         (slopes,) = torch.func.vjp(function, sums)[1](upstream)
-        by_error, by_agreement = slopes.to(pairs.rows.max.dtype)
+        by_error, by_agreement = slopes.to(pairs.rows.top_q.dtype).contiguous()
 
-        def weighted(*arguments: Tensor) -> Tensor:
-            error, agreement = pairs.function(*arguments)
-            return error * by_error + agreement * by_agreement
+        def weighted(p: Tensor, q: Tensor, positive: Tensor, columns: Any, *params: Tensor) -> Tensor:
+            error, agreement = pairs.function(p, q, positive, columns, *params)
+            return error * by_error[columns] + agreement * by_agreement[columns]
 
-        return pairs._replace(function=weighted)
+        made_of = (weighted, None, pairs.sources, pairs.rows, pairs.params)
+        if not compiled:
+            return _Terms(*made_of)
+        # The term's last parameter is the slope of the target's agreement, which is not the passes' to add.
+        params = [*pairs.params, by_agreement.new_zeros(())]
+        return _CompiledTerms(*made_of, overlap.over_rows, by_error, params, inplace, impl)

@@ -233,6 +233,9 @@ class _Chunks:
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
         return ops.row_loss(self._logits(rows), self.target[rows], *arguments, self._impl)
 
+    def term_sums(self, rows: slice, *arguments: Any) -> Tensor:
+        return ops.term_sums(self._logits(rows), self.target[rows], *arguments, self._impl)
+
     def loss_and_gradient(
         self,
         rows: slice,
@@ -292,6 +295,9 @@ class _ProductChunks(_Chunks):
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
         return ops.product_row_loss(*self._product(rows), *arguments, self._impl)
+
+    def term_sums(self, rows: slice, *arguments: Any) -> Tensor:
+        return ops.product_term_sums(*self._product(rows), *arguments, self._impl)
 
     def loss_and_gradient(
         self,
@@ -403,6 +409,10 @@ def _take(order: Tensor | None, *tensors: Tensor | None) -> list[Any]:
     return [x if x is None or x.dim() == 0 else x.index_select(0, order) for x in tensors]
 
 
+def _take_columns(order: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return list(tensors) if order is None else [x.index_select(1, order) for x in tensors]
+
+
 def _put_back(order: Tensor | None, dim: int, *tensors: Tensor) -> list[Tensor]:
     if order is None:
         return list(tensors)
@@ -498,6 +508,39 @@ def linear_row_loss(
     return loss, statistics, index, coefficients, grad_hidden, gradients.weight, gradients.bias
 
 
+def linear_term_sums(
+    hidden: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+    softcap: float,
+    budget: int,
+    drop_ignored: bool,
+    mask_target: bool,
+    group: str,
+    row_parts: int,
+    most_rows: int,
+    impl: str,
+) -> Tensor:
+    order, valid = _order(target, ignore_index, drop_ignored)
+    hidden, target, *params = _take(order, hidden, target, *params)
+    statistics, index = _take_columns(order, statistics, index)
+    form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
+    parts = []
+    for rows in chunks:
+        saved = (x[:, rows].contiguous() for x in (statistics, index))
+        parts.append(chunks.term_sums(rows, weight, *saved, _part(rows, params), epilogue, ignore_index))
+    (sums,) = _put_back(order, 1, torch.cat(parts, 1))
+    return sums
+
+
 def linear_gradient(
     hidden: Tensor,
     linear_weight: Tensor,
@@ -523,8 +566,7 @@ def linear_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, grad_output, *params = _take(order, hidden, target, grad_output, *params)
-    if order is not None:
-        statistics, index, coefficients = (x.index_select(1, order) for x in (statistics, index, coefficients))
+    statistics, index, coefficients = _take_columns(order, statistics, index, coefficients)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     valid = valid if len(linear_weight) else 0  # a rank without classes adds nothing to the sums of others
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=True, impl=impl)
@@ -543,5 +585,8 @@ def linear_gradient(
 
 
 ops.register_for_every_device(
-    linear_row_statistics=linear_row_statistics, linear_row_loss=linear_row_loss, linear_gradient=linear_gradient
+    linear_row_statistics=linear_row_statistics,
+    linear_row_loss=linear_row_loss,
+    linear_term_sums=linear_term_sums,
+    linear_gradient=linear_gradient,
 )

@@ -7,10 +7,12 @@
 ``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
 ``scale_``          a gradient times a 0-d factor, which the host does not read
 ``class_sums``      the sums over the rows of each class's error and agreement, (2, V) in float64, from statistics with
-                    the top class
+                    the top class. ``top_q``: its 1 - p, where the logits are not those of all classes
 ``class_terms``     losses and coefficients of the rows, as of ``row_loss``, from the same statistics. With dL/d error
                     for weight and dL/d agreement of the row's target for a last parameter, their gradient is that of
                     a loss L of those sums
+``term_sums``       from the same statistics, the sums over the classes of each row's terms f and of p df/dp, (2, N) in
+                    float64, without the target and the top class
 ``product_row_...`` the row operators of logits that a kernel makes and never stores; ``product_row_gradient_`` writes
                     the gradient by the products, before the softcap
 ``gather``          what each rank of a process group, by its name, has of a tensor, (R, ...)
@@ -76,12 +78,17 @@ _library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()"
 _library.define("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()")
 _library.define(
     "class_sums(Tensor logits, Tensor target, Tensor? row_weight, Tensor statistics, Tensor index, Tensor[] params, "
-    "str epilogue, int ignore_index, str impl) -> Tensor"
+    "str epilogue, int ignore_index, Tensor? top_q, str impl) -> Tensor"
 )
 _library.define(
     "class_terms(Tensor logits, Tensor target, Tensor weight, Tensor statistics, Tensor index, Tensor[] params, "
     "str epilogue, int ignore_index, str impl) -> (Tensor loss, Tensor coefficients)"
 )
+
+_TERM_SUMS_ARGUMENTS = (
+    "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor[] params, str epilogue, int ignore_index"
+)
+_library.define(f"term_sums(Tensor logits, {_TERM_SUMS_ARGUMENTS}, str impl) -> Tensor")
 
 _library.define("gather(Tensor part, int ranks, str group) -> Tensor")
 _library.define("sum_over_ranks(Tensor part, str group) -> Tensor")
@@ -97,6 +104,7 @@ _library.define(
     "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
     "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
+_library.define(f"product_term_sums({_PRODUCT}, {_TERM_SUMS_ARGUMENTS}, str impl) -> Tensor")
 _library.define(f"product_row_gradient_(Tensor(a!) gradient, {_PRODUCT}, {_GRADIENT_ARGUMENTS}) -> ()")
 _FORM = (
     "float softcap, int budget, bool drop_ignored, bool mask_target, str group, int row_parts, int most_rows, str impl"
@@ -111,6 +119,7 @@ _library.define(
     f"int ignore_index, int top_k, {_FORM}) -> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, "
     "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
+_library.define(f"linear_term_sums({_LINEAR}, {_TERM_SUMS_ARGUMENTS}, {_FORM}) -> Tensor")
 _library.define(
     f"linear_gradient({_LINEAR}, Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, "
     f"Tensor? grad_output, Tensor[] params, bool[] needed, str epilogue, int ignore_index, {_FORM}) "
@@ -126,13 +135,16 @@ row_gradient_ = torch.ops.fusedloss.row_gradient_.default
 scale_ = torch.ops.fusedloss.scale_.default
 class_sums = torch.ops.fusedloss.class_sums.default
 class_terms = torch.ops.fusedloss.class_terms.default
+term_sums = torch.ops.fusedloss.term_sums.default
 gather = torch.ops.fusedloss.gather.default
 sum_over_ranks = torch.ops.fusedloss.sum_over_ranks.default
 product_row_statistics = torch.ops.fusedloss.product_row_statistics.default
 product_row_loss = torch.ops.fusedloss.product_row_loss.default
+product_term_sums = torch.ops.fusedloss.product_term_sums.default
 product_row_gradient_ = torch.ops.fusedloss.product_row_gradient_.default
 linear_row_statistics = torch.ops.fusedloss.linear_row_statistics.default
 linear_row_loss = torch.ops.fusedloss.linear_row_loss.default
+linear_term_sums = torch.ops.fusedloss.linear_term_sums.default
 linear_gradient = torch.ops.fusedloss.linear_gradient.default
 
 _kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
@@ -270,6 +282,17 @@ def new_class_sums(logits: Tensor) -> Tensor:
 @_fake("class_terms")
 def _(statistics, **_):  # type: ignore[no-untyped-def]
     return new_losses(statistics)
+
+
+def new_term_sums(statistics: Tensor) -> Tensor:
+    return statistics.new_empty((2, statistics.shape[1]), dtype=torch.float64)
+
+
+for _name in ("term_sums", "product_term_sums", "linear_term_sums"):
+
+    @_fake(_name)
+    def _(statistics, **_):  # type: ignore[no-untyped-def]
+        return new_term_sums(statistics)
 
 
 @_fake("gather")

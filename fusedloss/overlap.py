@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import autograd, backends, class_terms
+from . import autograd, class_terms
 from .autograd import Source
 from .backends import reference
 from .checks import check_choice, check_number, compute_dtype
@@ -26,10 +26,10 @@ from .row import (
     Problem,
     RowOptions,
     dense_row_stats,
+    has_compiled,
     in_chunks,
     parameter,
     prepare,
-    refuse_inplace,
     row_loss,
     row_stats,
     shaped_stats,
@@ -139,21 +139,21 @@ def _over_rows(
     def dense(z: Tensor, t: Tensor, w: Tensor | None, *p: Tensor) -> Tensor:
         return reference.class_sums(z, t, w, list(p), overlap.function, ignore_index)[0]
 
+    compiled = has_compiled(overlap.over_rows, problem)
+    if inplace and not compiled:
+        raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
     if shards is not None:
-        refuse_inplace(problem)
-        rows = (logits, target, row_weight, params, overlap)
-        result, s = class_terms.over_rows(*rows, of_classes, summed, ignore_index, impl, shards)
+        rows = (logits, target, row_weight, params, overlap, of_classes, summed, ignore_index)
+        result, s = class_terms.over_rows(*rows, compiled, inplace, impl, shards)
         return result, dense_row_stats(s, target, ignore_index) if return_stats else None
     if impl == "reference":
         sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)
         return of_classes(sums), dense_row_stats(s, target, ignore_index) if return_stats else None
-    if backends.has_epilogue(impl, overlap.over_rows) and not any(p.requires_grad for p in params):
+    if compiled:
         sums, statistics, index = autograd.class_sums(
             logits, target, row_weight, params, overlap, ignore_index, inplace, impl
         )
     else:
-        if inplace:
-            raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
         sums = torch.stack(in_chunks(dense, logits.shape[-1], logits, target, row_weight, *params)).sum(0)
         if return_stats:
             statistics, index = autograd.detached_statistics(logits, target, None, ignore_index, Picks(1), impl)

@@ -305,7 +305,7 @@ def _dispatch(
         rows, s = reference.row_losses(dense, target, weight, candidates, params, epilogue, shared, ignore_index)
         return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
 
-    compiled = backends.has_epilogue(impl, epilogue.name) and not any(p.requires_grad for p in params)
+    compiled = has_compiled(epilogue.name, problem)
     if compiled and shards is None:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and candidates is None))
@@ -375,28 +375,28 @@ def _composed(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Ten
     return loss.masked_fill(ignored, 0), s
 
 
+def has_compiled(name: str, problem: Problem) -> bool:
+    """Whether the passes have the epilogue of that name, and all gradients that are asked for."""
+    return backends.has_epilogue(problem.impl, name) and not any(p.requires_grad for p in problem.params)
+
+
 def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
-    """A class term in PyTorch over the classes of all ranks, of which each sums its own."""
-    logits, target, weight, _, params, _, impl, _, shards, classes, o = problem
+    """A class term over the classes of all ranks, of which each sums its own."""
+    logits, target, weight, _, params, _, impl, inplace, shards, classes, o = problem
     assert shards is not None
-    refuse_inplace(problem)
+    compiled = has_compiled(epilogue.name, problem)
+    if inplace and not compiled:
+        raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
     one = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
     if epilogue.of_classes(one, 1 - one, one > 0, [one.new_ones(()) for _ in params]).requires_grad:
         raise ValueError(
             "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one "
             "that requires grad; detach it"
         )
-    settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, impl, shards)
+    settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
     base, s = class_terms.row_losses(logits, target, weight, params, *settings)
     loss = shared.apply(base, s, weight, classes, weighted=True)
     return loss.masked_fill(target == o["ignore_index"], 0), s
-
-
-def refuse_inplace(problem: Problem) -> None:
-    if problem.inplace:
-        raise ValueError(
-            "inplace_backward needs a compiled epilogue, which a loss over the classes has not with a group"
-        )
 
 
 def _dense_chunks(

@@ -4,8 +4,8 @@ The statistics of the parts of a row merge exactly. Each rank's pass makes those
 brings them together, and every rank goes on with the statistics of whole rows: the loss comes out alike on all of them,
 and the gradient pass of a rank needs nothing from the others.
 
-The passes know nothing of this. On a rank that has not got a row's target they take the rank's first class for it,
-whose logit and gradient are put right around them.
+The passes know nothing of this. On a rank that has not got a row's target the statistics pass takes the rank's first
+class for it, which is put right around it; the others take -1 for a class that is not here.
 """
 
 from __future__ import annotations
@@ -417,20 +417,3 @@ def _largest(logit: Tensor, index: Tensor, top_k: int) -> tuple[list[Tensor], li
     # A rank of fewer classes has holes, which are less than the least.
     order = order.gather(0, (index.gather(0, order) < 0).to(torch.int8).sort(dim=0, stable=True).indices)[:top_k]
     return list(logit.gather(0, order)), list(index.gather(0, order))
-
-
-def gradient_here(
-    shards: VocabularyShards,
-    target: Tensor,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    first_logit: Tensor,
-    first_weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Pick indices and coefficients for the gradient pass on this rank; `first`: of its first class."""
-    a, u, at_target = coefficients[: ops.COEFFICIENTS].unbind()
-    p = (first_logit - statistics[ops.MAX]).exp() / statistics[ops.SUM_EXP]
-    at_first = a * p - (u if first_weight is None else u * first_weight)
-    at_target = torch.where(shards.here(target)[1], at_target, at_first)
-    return shards.here(index)[0], torch.cat([torch.stack([a, u, at_target]), coefficients[ops.COEFFICIENTS :]])

@@ -18,7 +18,57 @@ WAYS = ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex d
 
 def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
     statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
-    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, impl)
+    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, None, impl)
+
+
+def check_parts_of_the_classes(
+    shape: tuple[int, int], loss: str, dtype: torch.dtype, impl: str, generator: torch.Generator
+) -> None:
+    """Of logits that are some of the classes the passes make the sums and the gradient of these."""
+    rows, classes = shape
+    z, target = logits_and_targets(rows, classes, generator, dtype)
+    z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
+    target[rows // 2] = -100
+    compute = compute_dtype(dtype)
+    alpha, row_weight = torch.rand(2, rows, generator=generator).to(compute).unbind()
+    weight = torch.rand(classes, generator=generator).to(compute)
+    one = torch.ones((), dtype=compute)
+    own = [alpha, one, one] if loss == "dsc" else [alpha, one]
+    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
+    top_q = ops.row_statistics(z, torch.where(target < 0, -100, index[0]), None, None, -100, 0, False, False, impl)
+    top_q = top_q[0][ops.Q].contiguous()
+    rtol = 1e-12 if dtype == torch.float64 else 2e-6
+
+    def passes(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        here = z[:, part].contiguous()
+        first, last, _ = part.indices(classes)
+
+        def columns(x: Tensor) -> Tensor:
+            return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
+
+        t, top = columns(target), columns(index)
+        summed = (t, row_weight, statistics, top, own, f"{loss}_over_rows", -100, top_q)
+        one_vs_rest = (t, weight[part].contiguous(), statistics, top, [*own, one], f"{loss}_one_vs_rest", -100)
+        saved = (statistics, top, coefficients, row_weight, [*own, one], f"{loss}_one_vs_rest", -100)
+        return (
+            ops.class_sums(here, *summed, impl),
+            ops.term_sums(here, *one_vs_rest, impl),
+            ops.row_gradient(here, *one_vs_rest[:2], *saved, impl),
+        )
+
+    every = (target, weight, None, [*own, one], f"{loss}_one_vs_rest", 0.0, "all", 0.0, -100, 1)
+    value, _, _, coefficients = ops.row_loss(z, *every, impl)
+    sums, terms, gradient = passes(slice(None))
+    torch.testing.assert_close(sums, _sums(z, target, row_weight, loss, own, impl), rtol=rtol, atol=rtol * 1e-2)
+    assert (terms[:, target == -100] == 0).all()
+    # What is left out is of the target and the top class, whose losses are at most their weights.
+    rest = value.double() - terms[0]
+    singled = weight[target.clamp(min=0)] + torch.where(index[0] == target, 0, weight[index[0].clamp(min=0)])
+    assert (rest >= -rtol * value).all() and (rest <= singled * (1 + rtol)).all()
+    parts = [passes(part) for part in (slice(0, 1), slice(1, 1 + classes // 2), slice(1 + classes // 2, None))]
+    torch.testing.assert_close(torch.cat([x for x, _, _ in parts], 1), sums, rtol=rtol, atol=rtol * 1e-2)
+    torch.testing.assert_close(sum(x for _, x, _ in parts), terms, rtol=rtol, atol=rtol * 1e-2)
+    torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
 
 
 class KernelSuite:
@@ -109,6 +159,11 @@ class KernelSuite:
             assert torch.equal(ours, again)
             rtol = 1e-12 if dtype == torch.float64 else 2e-6
             torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("loss", ["dsc", "tversky"])
+    def test_parts_of_the_classes(self, summed, loss, dtype, impl, generator):
+        check_parts_of_the_classes(summed, loss, dtype, impl, generator)
 
     @pytest.mark.parametrize("level", ["class", "set"])
     def test_levels_above_the_rows(self, level, impl, generator):

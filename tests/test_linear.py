@@ -448,7 +448,7 @@ def test_compiles_once_for_any_rows_and_alpha(reduction: str, generator: torch.G
 
 @pytest.mark.compile
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", ["linear_row_statistics", "linear_row_loss", "linear_gradient"])
+@pytest.mark.parametrize("name", ["linear_row_statistics", "linear_row_loss", "linear_term_sums", "linear_gradient"])
 def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
     data = Data.make(generator, torch.float32)
     sources = [x.detach() for x in data.sources]
@@ -461,6 +461,10 @@ def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
         arguments: tuple[Any, ...] = (*sources, *rows, IGNORED, 1, True, True, *form)
     elif name == "linear_row_loss":
         arguments = loss_arguments
+    elif name == "linear_term_sums":
+        saved = ops.linear_row_statistics(*sources, *rows, IGNORED, 1, False, False, *form)
+        params = [torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)]
+        arguments = (*sources, *rows[:2], *saved, params, "dsc_one_vs_rest", IGNORED, *form)
     else:
         _, statistics, index, coefficients, *_ = ops.linear_row_loss(*loss_arguments)
         arguments = (

@@ -185,6 +185,9 @@ def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
         ops.scale_,
         ops.class_sums,
         ops.class_terms,
+        ops.term_sums,
+        ops.product_term_sums,
+        ops.linear_term_sums,
     ):
         name = operator.name()
         assert torch._library.simple_registry.singleton.find(name.split(".")[0]).fake_impl.kernel is not None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
+from kernel_suite import check_parts_of_the_classes
 from oracle import assert_as_accurate_as
 from row_suite import (
     DTYPES,
@@ -424,7 +425,7 @@ def test_the_order_of_rows_does_not_matter(name, level, impl, generator):
 def _sums(z: Tensor, target: Tensor, weight: Tensor, impl: str) -> Tensor:
     statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
     params = [torch.tensor(x) for x in (0.5, 1.0, 1.0)]
-    return ops.class_sums(z, target, weight, statistics, index, params, "dsc_over_rows", -100, impl)
+    return ops.class_sums(z, target, weight, statistics, index, params, "dsc_over_rows", -100, None, impl)
 
 
 @pytest.mark.parametrize("split", [0, 1, 5, 40])
@@ -536,6 +537,14 @@ def test_instruction_sets_agree(name, dtype, generator):
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", ["dsc", "tversky"])
+@pytest.mark.parametrize("shape", [(4, 3), (40, 64), (5, 2049), (3, 20001)], ids=str)
+def test_parts_of_the_classes(shape, loss, dtype, generator):
+    check_parts_of_the_classes(shape, loss, dtype, "cpu", generator)
+
+
+@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "row weights"])
 def test_opcheck(weighted, dtype, generator):
@@ -545,13 +554,18 @@ def test_opcheck(weighted, dtype, generator):
     row_weight = torch.rand(5, generator=generator).to(compute) if weighted else None
     params = [torch.tensor(x, dtype=compute) for x in (0.5, 1.0, 1.0)]
     statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, "cpu")
-    rows = (z, target, row_weight, statistics, index, params, "dsc_over_rows", -100, "cpu")
-    torch.library.opcheck(ops.class_sums, rows)
+    for top_q in (None, torch.rand(5, generator=generator).to(compute)):
+        rows = (z, target, row_weight, statistics, index, params, "dsc_over_rows", -100, top_q, "cpu")
+        torch.library.opcheck(ops.class_sums, rows)
     params.append(torch.rand(5, generator=generator).to(compute))
     weight = torch.rand(21, generator=generator).to(compute)
-    torch.library.opcheck(ops.class_terms, (z, target, weight, statistics, index, params, "dsc_over_rows", -100, "cpu"))
+    terms = (z, target, weight, statistics, index, params, "dsc_over_rows", -100, "cpu")
+    torch.library.opcheck(ops.class_terms, terms)
+    torch.library.opcheck(ops.term_sums, terms)
     with pytest.raises(ValueError, match="no summed epilogue named 'dsc_one_vs_rest'"):
-        ops.class_sums(z, target, row_weight, statistics, index, params, "dsc_one_vs_rest", -100, "cpu")
+        ops.class_sums(z, target, row_weight, statistics, index, params, "dsc_one_vs_rest", -100, None, "cpu")
+    with pytest.raises(ValueError, match="no class term named 'focal'"):
+        ops.term_sums(z, target, None, statistics, index, params, "focal", -100, "cpu")
 
 
 @pytest.mark.compile

@@ -319,6 +319,10 @@ def test_opcheck_of_products(masked, generator):
     torch.library.opcheck(ops.product_row_statistics, (*product, target, None, None, -100, 1, 0, 0, "triton_fused"))
     torch.library.opcheck(ops.product_row_loss, (*product, *loss, "triton_fused"))
     _, *saved = ops.product_row_loss(*product, *loss, "triton_fused")
+    statistics, index = ops.product_row_statistics(*product, target, None, None, -100, 1, 0, 0, "triton_fused")
+    params = [torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)]
+    terms = (target, None, statistics, index, params, "dsc_one_vs_rest", -100, "triton_fused")
+    torch.library.opcheck(ops.product_term_sums, (*product, *terms))
     backward = (target, None, *saved, torch.rand(5), [], loss[4], -100, "triton_fused")
     torch.library.opcheck(ops.product_row_gradient_, (torch.empty(5, 21), *product, *backward))
 

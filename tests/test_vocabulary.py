@@ -286,9 +286,10 @@ def _what_is_refused(rank: int, world: int) -> None:
         fl.cross_entropy(z, target, group=shards, weight=torch.ones(3 * world + 1))
     with pytest.raises(ValueError, match="statistics 'below'"):
         fl.flex_loss(z, target, lambda s: s.below_ce, statistics=["below"], group=shards)
+    alpha = torch.ones((), requires_grad=True)
     for options in ({}, {"level": "class"}):
         with pytest.raises(ValueError, match="inplace_backward needs a compiled epilogue"):
-            fl.dsc_loss(z, target, group=shards, inplace_backward=True, **options)
+            fl.dsc_loss(z, target, alpha=alpha, group=shards, inplace_backward=True, **options)
     with pytest.raises(ValueError, match="sizes must be of the"):
         fl.VocabularyShards(dist.group.WORLD, [3] * (world + 1))
     with pytest.raises(ValueError, match="sizes must be numbers of classes, got -1"):
@@ -344,9 +345,16 @@ def _losses_of_own(target: Tensor, candidates: Tensor) -> dict[str, Any]:
         "level": lambda x, g, w, **o: fl.dsc_loss(x, target, alpha=g, token_weight=w, level="class", **o),
         "flex": flex,
         "leading": lambda x, g, w, **o: fl.cross_entropy(x[None], target[None], token_weight=w[None], **o),
-        "in place": lambda x, g, w, **o: fl.focal_loss(
-            x * 1, target, gamma=g.detach(), token_weight=w, inplace_backward=True, **o
-        ),
+        **{
+            f"{name} in place": lambda x, g, w, loss=loss, own=own, **o: loss(
+                x * 1, target, token_weight=w, inplace_backward=True, **own(g.detach()), **o
+            )
+            for name, loss, own in (
+                ("of rows", fl.focal_loss, lambda g: {"gamma": g}),
+                ("of classes", fl.dsc_loss, lambda g: {"alpha": g}),
+                ("level", fl.dsc_loss, lambda g: {"alpha": g, "level": "class"}),
+            )
+        },
     }
 
 
@@ -372,6 +380,44 @@ def _own_arguments(rank: int, world: int) -> None:
                 assert (a is None) == (b is None)
                 if a is not None:
                     _close(a, b, f"{case}, {sized} of {world}")
+
+
+def _by_the_passes(rank: int, world: int) -> None:
+    """Class terms that are compiled are not made in PyTorch; the kernels for GPUs give what the engine does."""
+    if world == 1:
+        return
+    generator = torch.Generator().manual_seed(world)
+    sizes = [200 * r + 3 for r in range(world)]
+    part, shards = _part(sizes, rank), fl.VocabularyShards(dist.group.WORLD, sizes)
+    z, target = _data(sum(sizes), generator, torch.float32)
+    hidden = torch.randn(ROWS, FEATURES, generator=generator)
+    weight = torch.randn(sum(sizes), FEATURES, generator=generator)
+    rows, linear = (z[:, part],), (hidden, weight[part])
+    losses: dict[str, tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = {
+        "dsc_loss": (fl.dsc_loss, rows, {"alpha": 0.5}),
+        "tversky_loss": (fl.tversky_loss, rows, {"alpha": 0.25, "z_loss": 0.01}),
+        "linear_dsc_loss": (fl.linear_dsc_loss, linear, {"budget": 5 * 4 * max(sizes)}),
+        "class": (fl.dsc_loss, rows, {"level": "class", "reduction": "none"}),
+        "set": (fl.tversky_loss, rows, {"level": "set"}),
+    }
+
+    def refuse(classes: int) -> int:
+        raise AssertionError(f"{classes} classes in PyTorch")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_terms, "rows_at_once", refuse)
+        for name, (loss, tensors, own) in losses.items():
+            results = {}
+            for impl in ("cpu", "triton", *(["triton_fused"] if len(tensors) == 2 else [])):
+                inputs = [x.clone().requires_grad_() for x in tensors]
+                value = loss(*inputs, target, ignore_index=IGNORED, group=shards, impl=impl, **own)
+                results[impl] = (value, *torch.autograd.grad(value.sum(), inputs))
+            for impl, result in results.items():
+                for got, expected in zip(result, results["cpu"], strict=True):
+                    _close(got, expected, f"{name}, {impl}", rtol=1e-5, atol=1e-7)
+    with pytest.raises(AssertionError, match="classes in PyTorch"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(class_terms, "rows_at_once", refuse)
+        fl.dsc_loss(z[:, part].requires_grad_(), target, alpha=torch.ones((), requires_grad=True), group=shards)
 
 
 def _compiled(rank: int, world: int) -> None:
@@ -498,6 +544,7 @@ SCENES = [
     _what_is_refused,
     _disagreements,
     _own_arguments,
+    _by_the_passes,
     _compiled,
     _sequence_parallel,
     _distributed_tensors,

@@ -6,6 +6,7 @@
 //              time.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
 //   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
+//   term_sums  reads the logits once more for the sums over the classes, row by row, of a class term.
 //
 // A row is cut into chunks whose partial statistics merge exactly in a fixed order, so that the bits of a
 // result do not depend on the number of threads, nor on whether a row was split over them.
@@ -173,7 +174,9 @@ class Engine {
         const int64_t groups = std::max<int64_t>(1, std::min(rows_.rows / kGroupRows, kParts / blocks));
         std::vector<T> top_q(rows_.rows);
         parallel_for(rows_.rows, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; ++row) top_q[row] = ignored(row) ? T(0) : top_rest(row, out);
+            for (int64_t row = begin; row < end; ++row) {
+                top_q[row] = ignored(row) ? T(0) : out.top_q ? static_cast<const T*>(out.top_q)[row] : top_rest(row, out);
+            }
         });
         std::vector<double> error(groups * padded), agreement(groups * padded);
         parallel_for(groups * blocks, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
@@ -222,6 +225,26 @@ class Engine {
             s.target = rows_.target[row];
             s.picks = 1;
             finish<Term>(row, threads, s, scratch, out);
+        });
+    }
+
+    template <typename Term>
+    void term_sums(const ClassSums& out) const {
+        over_rows([&](int64_t row, int threads, Scratch<T>&) {
+            const int64_t n = rows_.rows;
+            out.sums[row] = out.sums[n + row] = 0;
+            if (ignored(row)) return;
+            const T* const statistic = static_cast<const T*>(out.statistics) + row;
+            const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
+            T params[kMaxParams];
+            params_of(row, params);
+            const PowerSeries<T> series(Term::exponent(params));
+            const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
+                return sweep<Term>(logits(row), begin, end, max, inverse, rows_.target[row], out.index[row], params,
+                                   series);
+            });
+            out.sums[row] = part.loss;
+            out.sums[n + row] = part.slope;
         });
     }
 
@@ -579,12 +602,13 @@ class Engine {
         const S* z = logits(row);
         const int64_t n = rows_.rows;
         const PowerSeries<T> series(Term::exponent(params));
-        const ClassPartial part = fold<ClassPartial>(
-            threads, [&](int64_t begin, int64_t end) { return sweep<Term>(z, begin, end, s, top, params, series); });
+        const T inverse = T(1) / s.sum_exp;
+        const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
+            return sweep<Term>(z, begin, end, s.max, inverse, s.target, top, params, series);
+        });
 
         // The target, where it is not the top class, and the top class, whose 1 - p comes from the others'
         // sum.
-        const T inverse = T(1) / s.sum_exp;
         double rest = part.rest, slope = part.slope, sum = part.loss;
         T target_p = 0, target_g = 0;
         if (s.target != top) {
@@ -624,21 +648,20 @@ class Engine {
     }
 
     template <typename Term>
-    FUSEDLOSS_ONE_COPY ClassPartial sweep(const S* z, int64_t begin, int64_t end, const RowStatistics<T>& s,
+    FUSEDLOSS_ONE_COPY ClassPartial sweep(const S* z, int64_t begin, int64_t end, T max, T inverse, int64_t target,
                                           int64_t top, const T* params, const PowerSeries<T>& series) const {
         ClassPartial part;
-        const T inverse = T(1) / s.sum_exp;
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             const auto here = [&](int64_t column) {
                 return column >= from && column < from + count ? static_cast<int>(column - from) : -1;
             };
-            const int hole = here(top), other = here(s.target);
+            const int hole = here(top), other = here(target);
             const bool holes = hole >= 0 || other >= 0;
-            const auto max = [&] { return holes ? max_but(z + from, count, hole, other) : max_of(z + from, count); };
-            const bool small = count > width && std::exp(max() - s.max) * inverse <= series.limit;
+            const auto largest = [&] { return holes ? max_but(z + from, count, hole, other) : max_of(z + from, count); };
+            const bool small = count > width && std::exp(largest() - max) * inverse <= series.limit;
             const auto add = [&](auto is_small, auto in_order) {
-                sum_terms<is_small, in_order, Term>(z, from, count, hole, other, s.max, inverse, params, series, part);
+                sum_terms<is_small, in_order, Term>(z, from, count, hole, other, max, inverse, params, series, part);
             };
             using Yes = std::true_type;
             using No = std::false_type;
@@ -948,7 +971,9 @@ class Engine {
                 }
             });
         }
-        for (const Exception<T>* x = exceptions; x != last; ++x) write(grad + x->column, x->value);
+        for (const Exception<T>* x = exceptions; x != last; ++x) {
+            if (x->column >= 0) write(grad + x->column, x->value);
+        }
     }
 
     template <typename Body>
@@ -1083,6 +1108,17 @@ void class_sums(const Rows& rows, const Epilogue& epilogue, const ClassSums& out
             if constexpr (!std::is_void_v<Functor>) engine.template class_sums<Functor>(out);
         };
         with_functor(epilogue.name, run, FunctorList<>{}, SummedTerms{});
+    });
+}
+
+void term_sums(const Rows& rows, const Epilogue& epilogue, const ClassSums& out) {
+    with_storage(rows.dtype, [&](auto storage) {
+        const Engine<decltype(storage)> engine(rows, epilogue);
+        const auto run = [&](auto* functor) {
+            using Functor = std::remove_pointer_t<decltype(functor)>;
+            if constexpr (!std::is_void_v<Functor>) engine.template term_sums<Functor>(out);
+        };
+        with_functor(epilogue.name, run, FunctorList<>{}, ClassTerms{});
     });
 }
 

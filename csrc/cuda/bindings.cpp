@@ -71,6 +71,7 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     add_address(job, "grad", &Job::grad);
     add_address(job, "upstream", &Job::upstream);
     add_address(job, "sums", &Job::sums);
+    add_address(job, "top_q", &Job::top_q);
     add_address(job, "top_rest", &Job::top_rest);
     add_address(job, "stream", &Job::stream);
     job.def_readwrite("rows", &Job::rows)

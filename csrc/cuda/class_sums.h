@@ -65,7 +65,7 @@ FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
         for (int k = 0; k < kMaxParams; ++k) {
             params[k] = job.param[k] ? static_cast<const T*>(job.param[k])[row * job.param_stride[k]] : T(0);
         }
-        const T exponent = Term::exponent(params), top_q = static_cast<const T*>(job.top_rest)[row];
+        const T exponent = Term::exponent(params), top_q = static_cast<const T*>(job.top_q)[row];
         const T weight = job.upstream ? static_cast<const T*>(job.upstream)[row * job.upstream_stride] : T(1);
 #pragma unroll
         for (int k = 0; k < kSumColumns; ++k) {
@@ -97,8 +97,11 @@ FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
 
 // job.epilogue is the term's number among SummedTerms.
 template <typename S>
-void sum(const Job& job) {
-    launch(top_rest_pass<S>, job.rows, 1, 1, kWarp, 0, job.stream, job);
+void sum(Job job) {
+    if (!job.top_q) {
+        launch(top_rest_pass<S>, job.rows, 1, 1, kWarp, 0, job.stream, job);
+        job.top_q = job.top_rest;
+    }
     with_term(
         job.epilogue,
         [&](auto* term) {

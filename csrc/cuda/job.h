@@ -49,8 +49,12 @@ struct Job {
     // The sums over the rows, in groups of rows, from the statistics with the top class for a pick. `upstream` is then
     // the rows' weight.
     int groups;
-    double* sums;    // [groups, 2, classes]: error, agreement
-    void* top_rest;  // T [rows], for what is found on the way
+    double* sums;       // [groups, 2, classes]: error, agreement
+    const void* top_q;  // T [rows], 1 - p of the top class; null: found on the way
+    void* top_rest;     // T [rows], for what is found on the way
+
+    // Or, of a class term without forward and gradient, the sums over the classes but the target and the top class:
+    // `sums` is then [2, rows], f and p df/dp.
 
     // A gradient that is scaled is `rows` numbers at `grad`, the factor the one at `upstream`, and `groups` the blocks.
 

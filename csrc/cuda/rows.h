@@ -4,6 +4,8 @@
 //              A class term looks at the row a second time
 //   gradient   the gradient of the row, which may take its place
 //
+// or, of a class term, the sums alone that the second look takes.
+//
 // A row is the work of `parts` blocks of a cluster, whose statistics merge through distributed shared memory. It passes
 // through shared memory in tiles; where there are slots for all tiles of a part, the later looks find them there.
 //
@@ -112,6 +114,9 @@ class RowPart {
     }
 
     FUSEDLOSS_DEVICE void run() {
+        if constexpr (class_term) {
+            if (job_.sums) return term_sums();
+        }
         if (job_.target[row_] == job_.ignore_index) return ignore();
         job_.forward ? forward() : recall();
         if (job_.grad) gradient();
@@ -420,6 +425,23 @@ class RowPart {
         sums.slope += slope;
     }
 
+    FUSEDLOSS_DEVICE void term_sums() {
+        ClassPartial sums;
+        if (job_.target[row_] != job_.ignore_index) {
+            const T* const statistic = static_cast<const T*>(job_.statistics) + row_;
+            const T max = statistic[kMax * job_.rows], inverse = T(1) / statistic[kSumExp * job_.rows];
+            const int top = column_of(job_.index[row_]);
+            const Params params = this->params();
+            over_tiles([&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            sums = gather(sums, at<ClassPartial>(layout().class_records));
+        }
+        if (thread_ == 0) {
+            put(job_.sums, 0, sums.loss);
+            put(job_.sums, 1, sums.slope);
+        }
+        sync();  // nobody looks at this block's memory any more
+    }
+
     FUSEDLOSS_DEVICE void finish_class_term(const ClassPartial& sums) {
         Settled<T>& x = settled();
         const RowStatistics<T>& s = x.s;
@@ -639,7 +661,7 @@ void run(const Job& job) {
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;
             // The gradient alone needs nothing of the other parts.
-            const int cluster = job.forward ? job.parts : 1;
+            const int cluster = job.forward || job.sums ? job.parts : 1;
             launch(row_pass<S, Term>, job.rows * job.parts, 1, cluster, job.threads, bytes, job.stream, job);
         },
         ClassTerms{});

@@ -130,6 +130,7 @@ def class_sums(
     params: list[Tensor],
     epilogue: str,
     ignore_index: int,
+    top_q: Tensor | None,
 ) -> Tensor:
     sums = ops.new_class_sums(logits)
     _engine.class_sums(
@@ -139,6 +140,7 @@ def class_sums(
         statistics.data_ptr(),
         index.data_ptr(),
         *passes.column(row_weight, statistics.dtype),
+        _address(top_q),
         sums.data_ptr(),
     )
     return sums
@@ -167,6 +169,23 @@ def class_terms(
     return loss, coefficients
 
 
+def term_sums(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> Tensor:
+    sums = ops.new_term_sums(statistics)
+    rows = _rows(logits, target, weight, ignore_index)
+    saved = (statistics.data_ptr(), index.data_ptr())
+    _engine.term_sums(rows, epilogue, _params(params), *saved, sums.data_ptr())
+    return sums
+
+
 if _engine:
     passes.register(
         "CPU",
@@ -176,4 +195,5 @@ if _engine:
         _new_gradient,
         class_sums=class_sums,
         class_terms=class_terms,
+        term_sums=term_sums,
     )

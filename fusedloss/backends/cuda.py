@@ -216,6 +216,7 @@ def class_sums(
     params: list[Tensor],
     epilogue: str,
     ignore_index: int,
+    top_q: Tensor | None,
 ) -> Tensor:
     rows, classes = logits.shape
     job = _job(logits, target, None, ignore_index)
@@ -225,7 +226,7 @@ def class_sums(
     top_rest = statistics.new_empty(rows)
     job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // SUM_COLUMNS)))
     sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)
-    job.top_rest, job.sums = top_rest.data_ptr(), sums.data_ptr()
+    job.top_q, job.top_rest, job.sums = _address(top_q), top_rest.data_ptr(), sums.data_ptr()
     if rows == 0:
         return sums[0].zero_()
     _launch(_cuda.sum, job, logits)
@@ -250,6 +251,25 @@ def class_terms(
     return loss, coefficients
 
 
+def term_sums(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> Tensor:
+    sums = ops.new_term_sums(statistics)
+    job = _job(logits, target, weight, ignore_index)
+    job.class_term = True
+    _set_epilogue(job, epilogue, CLASS_TERMS, params)
+    job.statistics, job.index, job.sums = statistics.data_ptr(), index.data_ptr(), sums.data_ptr()
+    _run(job, logits, on_chip=False)
+    return sums
+
+
 def register(device: str) -> None:
     """Under a dispatch key."""
     passes.register(
@@ -261,6 +281,7 @@ def register(device: str) -> None:
         scale_=scale_,
         class_sums=class_sums,
         class_terms=class_terms,
+        term_sums=term_sums,
     )
 
 

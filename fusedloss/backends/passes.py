@@ -203,7 +203,11 @@ def register(
 
 
 def register_products(
-    device: str, impl: str, statistics_pass: Callable[[Forward], None], gradient_pass: Callable[[Backward], None]
+    device: str,
+    impl: str,
+    statistics_pass: Callable[[Forward], None],
+    gradient_pass: Callable[[Backward], None],
+    term_sums: Callable[..., Tensor],
 ) -> None:
     """Registers the operators of products."""
 
@@ -220,4 +224,5 @@ def register_products(
         product_row_statistics=row_statistics,
         product_row_loss=row_loss,
         product_row_gradient_=gradient_,
+        product_term_sums=of_product(term_sums),
     )

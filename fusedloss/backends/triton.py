@@ -270,25 +270,27 @@ def class_sums(
     params: list[Tensor],
     epilogue: str,
     ignore_index: int,
+    top_q: Tensor | None,
 ) -> Tensor:
     epilogues, launch, kernels = _modules()
     rows, classes = logits.shape
     term = epilogues.CLASS_TERMS[epilogue]
-    tile = launch.tile(classes, logits.element_size(), launch.CLASS_TILES)
-    top_rest = statistics.new_empty(rows)
-    _run(
-        kernels.top_rest_pass,
-        (-(-rows // tile.rows),),
-        tile,
-        (logits, logits.stride(0)),
-        target,
-        statistics,
-        index,
-        top_rest,
-        rows,
-        classes,
-        ignore_index,
-    )
+    if top_q is None:
+        tile = launch.tile(classes, logits.element_size(), launch.CLASS_TILES)
+        top_q = statistics.new_empty(rows)
+        _run(
+            kernels.top_rest_pass,
+            (-(-rows // tile.rows),),
+            tile,
+            (logits, logits.stride(0)),
+            target,
+            statistics,
+            index,
+            top_q,
+            rows,
+            classes,
+            ignore_index,
+        )
     tile = launch.column_tile(classes, logits.element_size())
     groups = launch.row_groups(rows, classes, tile)
     sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
@@ -302,7 +304,7 @@ def class_sums(
         0 if row_weight is None else row_weight.stride(0),
         statistics,
         index,
-        top_rest,
+        top_q,
         *_params(params),
         sums,
         rows,
@@ -333,6 +335,47 @@ def class_terms(
     return loss, coefficients
 
 
+def term_sums(
+    logits: Tensor | Product,
+    target: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    index: Tensor,
+    params: list[Tensor],
+    epilogue: str,
+    ignore_index: int,
+) -> Tensor:
+    source = _source(logits, "CLASS_TILES")
+    tile = source.tile
+    spans = -(-source.classes // (tile.block * tile.span))
+    parts = statistics.new_empty((spans, 3, source.rows), dtype=torch.float64)
+    _run(
+        _modules()[2].class_terms_pass,
+        (-(-source.rows // tile.rows), spans),
+        tile,
+        source.where,
+        target,
+        weight,
+        *_params(params),
+        statistics,
+        index,
+        None,
+        None,
+        parts,
+        source.rows,
+        source.classes,
+        ignore_index,
+        0.0,
+        **_term(epilogue),
+        PARAMS=len(params),
+        SOURCE=source.kind,
+        SPAN=tile.span,
+        SPLIT=True,
+        MERGE=False,
+    )
+    return parts[:, 1:].sum(0)
+
+
 _DEVICE = "CPU" if INTERPRETED else "CUDA"
 passes.register(
     _DEVICE,
@@ -342,5 +385,6 @@ passes.register(
     one_read=_one_read,
     class_sums=class_sums,
     class_terms=class_terms,
+    term_sums=term_sums,
 )
-passes.register_products(_DEVICE, "triton_fused", _statistics_pass, _gradient_pass)
+passes.register_products(_DEVICE, "triton_fused", _statistics_pass, _gradient_pass, term_sums)
