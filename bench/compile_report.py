@@ -128,9 +128,10 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "statistics": all that there are. After a comma "few rows", "weighted" by class, "in
     one": a chunk's loss and gradient, "candidates", "product": of hidden states, or "whole product": with bias,
     softcap and masked targets too."""
-    (row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms) = (
+    names = ("statistics", "loss", "loss_gradient_", "gradient")
+    row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms, term_sums = (
         ops.kernel(name, "CUDA", "triton")
-        for name in ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient", "class_sums", "class_terms")
+        for name in (*(f"row_{name}" for name in names), "class_sums", "class_terms", "term_sums")
     )
     loss, _, variant = loss.partition(", ")
     rows = FEW_ROWS if variant == "few rows" else ROWS
@@ -146,9 +147,10 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     weight = of_classes if variant == "weighted" else None
     if loss.endswith("over_rows"):
         saved = row_statistics(logits, target, None, None, -100, top_k, False, False)
-        class_sums(logits, target, upstream, *saved, params[:-1], loss, -100)
+        class_sums(logits, target, upstream, *saved, params[:-1], loss, -100, None)
         params[-1] = torch.empty(rows, dtype=compute)
         coefficients = class_terms(logits, target, of_classes, *saved, params, loss, -100)[1]
+        term_sums(logits, target, of_classes, *saved, params, loss, -100)
         row_gradient(logits, target, of_classes, *saved, coefficients, upstream, params, loss, -100)
         return
     if loss == "statistics":
@@ -171,6 +173,8 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
         gradient_of(logits, *product, target, weight, *saved, upstream, params, loss, -100)
         return
     saved = row_loss(logits, target, weight, picked, params, *names)[1:]
+    if loss in epilogues.CLASS_TERMS and variant != "few rows":  # which are split in any case
+        term_sums(logits, target, weight, *saved[:2], params, loss, -100)
     row_gradient(logits, target, weight, *saved, upstream, params, loss, -100)
 
 

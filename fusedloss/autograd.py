@@ -381,9 +381,9 @@ def detached_statistics(
     """The operator's statistics and pick indices."""
     rows = (target, weight, None, ignore_index, picks, impl)
     if not isinstance(source, Projection):
-        return _statistics((source.detach(), None, None), None, *rows)
+        return _statistics((source.detach(), None, None), None, *rows)[:2]
     sources = [None if x is None else x.detach() for x in (source.hidden, source.weight, source.bias)]
-    return _statistics(sources, source.form, *rows)
+    return _statistics(sources, source.form, *rows)[:2]
 
 
 def _statistics(
@@ -395,11 +395,17 @@ def _statistics(
     ignore_index: int,
     picks: Picks,
     impl: str,
-) -> tuple[Tensor, Tensor]:
-    rows = (target, weight, candidates, ignore_index, *picks)
-    if form is None:
-        return ops.row_statistics(sources[0], *rows, impl)
-    return ops.linear_row_statistics(*sources, *rows, *form, impl)
+    of_top: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics, indices of the picks and, if asked for, 1 - p of the top class."""
+    rows = (target, weight, candidates, ignore_index)
+    if form is not None:
+        return ops.linear_row_statistics(*sources, *rows, *picks, of_top, *form, impl)
+
+    def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
+        return ops.row_statistics(sources[0], *arguments, impl)
+
+    return vocabulary.statistics_with_top(statistics_of, *rows, picks, of_top)
 
 
 def merged_statistics(
@@ -417,17 +423,14 @@ def merged_statistics(
     """Of the classes of all ranks. `of_top`: at last 1 - p of the top class, from another look at the logits."""
     own = shards.sizes[shards.rank]
     rows = vocabulary.rows_here(shards, target, weight, candidates, ignore_index)
-    top_q = None
     if own:
         here = picks._replace(top_k=min(picks.top_k, own))
-        statistics, index = _statistics(sources, form, *rows, vocabulary.IGNORED, here, impl)
-        if of_top:
-            top = index[0].masked_fill(rows[0] == vocabulary.IGNORED, vocabulary.IGNORED)
-            top_q = _statistics(sources, form, top, None, None, vocabulary.IGNORED, Picks(), impl)[0][ops.Q]
+        statistics, index, top_q = _statistics(sources, form, *rows, vocabulary.IGNORED, here, impl, of_top)
     else:
         statistics, index = vocabulary.nothing_here(sources[0], target, ops.picks_of(candidates, 0))
-        top_q = statistics[ops.Q] if of_top else None
-    return vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks, top_q)
+        top_q = statistics[ops.Q]
+    own_top = top_q if of_top else None
+    return vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks, own_top)
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -438,7 +441,7 @@ class _RowStatistics(torch.autograd.Function):
         form, ignore_index, picks, _, impl, shards = settings
         sources, rows = (logits, linear_weight, linear_bias), (target, weight, candidates, ignore_index, Picks(*picks))
         if shards is None:
-            statistics, index = _statistics(sources, form, *rows, impl)
+            statistics, index, _ = _statistics(sources, form, *rows, impl)
         else:
             statistics, index, _ = merged_statistics(sources, form, *rows, impl, shards)
         ctx.save_for_backward(*sources, target, weight, candidates, statistics, index)

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import backends, ops, vocabulary
 from .checks import check_number, compute_dtype
 from .projection import Form, Projection
+from .statistics import Picks
 
 #: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
 DEFAULT_BUDGET = 128 * 2**20
@@ -47,7 +48,8 @@ Args:
         CPU only.
     sequence_parallel: with a group, whose ranks then have an equal part of the hidden states each, (S / R, *, D), one
         after the other along the first dimension; the target is that of all of them, (S, *). They are gathered chunk by
-        chunk, and their gradient is sent back likewise: no rank ever has all of them. Losses over the classes do.
+        chunk, and their gradient is sent back likewise: no rank ever has all of them, but where a loss over the classes
+        runs in PyTorch.
     {arguments}: as below. An `impl` of these alone is "triton_fused": on a GPU, kernels make the logits wherever they
         look at them and store none; only gradients are chunks of `budget` bytes, and gradients of "mean" and "sum" take
         four products too.
@@ -227,8 +229,13 @@ class _Chunks:
             self._rows = vocabulary.fetch_rows(self.hidden, rows, self._rows[:size], self.form.group)
         return self._rows[: rows.stop - rows.start]
 
-    def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return ops.row_statistics(self._logits(rows), self.target[rows], *arguments, self._impl)
+    def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self._logits(rows)
+
+        def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
+            return ops.row_statistics(logits, *arguments, self._impl)
+
+        return vocabulary.statistics_with_top(statistics_of, self.target[rows], *arguments)
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
         return ops.row_loss(self._logits(rows), self.target[rows], *arguments, self._impl)
@@ -290,14 +297,19 @@ class _ProductChunks(_Chunks):
     def _copies(self, gradient: bool) -> int:
         return int(gradient)
 
-    def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor]:
-        return ops.product_row_statistics(*self._product(rows), *arguments, self._impl)
+    def statistics(self, rows: slice, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        product = self._product(rows)
+
+        def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
+            return ops.product_row_statistics(*product, *arguments, self._impl)
+
+        return vocabulary.statistics_with_top(statistics_of, self.target[rows], *arguments)
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
-        return ops.product_row_loss(*self._product(rows), *arguments, self._impl)
+        return ops.product_row_loss(*self._product(rows), self.target[rows], *arguments, self._impl)
 
     def term_sums(self, rows: slice, *arguments: Any) -> Tensor:
-        return ops.product_term_sums(*self._product(rows), *arguments, self._impl)
+        return ops.product_term_sums(*self._product(rows), self.target[rows], *arguments, self._impl)
 
     def loss_and_gradient(
         self,
@@ -316,14 +328,12 @@ class _ProductChunks(_Chunks):
 
     def gradient(self, rows: slice, *arguments: Any) -> Tensor:
         gradient = self._buffers[0][: rows.stop - rows.start]
-        ops.product_row_gradient_(gradient, *self._product(rows), *arguments, self._impl)
+        ops.product_row_gradient_(gradient, *self._product(rows), self.target[rows], *arguments, self._impl)
         return gradient
 
     def _product(self, rows: slice) -> tuple[Any, ...]:
         form = self.form
-        return (
-            self.rows_of_hidden(rows), self.weight, self.bias, form.softcap, form.mask_target, self.target[rows],
-        )  # fmt: skip
+        return self.rows_of_hidden(rows), self.weight, self.bias, form.softcap, form.mask_target
 
 
 def _kind(impl: str) -> type[_Chunks]:
@@ -438,6 +448,7 @@ def linear_row_statistics(
     top_k: int,
     below: bool,
     mean: bool,
+    of_top: bool,
     softcap: float,
     budget: int,
     drop_ignored: bool,
@@ -446,18 +457,20 @@ def linear_row_statistics(
     row_parts: int,
     most_rows: int,
     impl: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     order, valid = _order(target, ignore_index, drop_ignored)
     hidden, target, candidates = _take(order, hidden, target, candidates)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
+    picks = Picks(top_k, below, mean)
     parts = [
-        chunks.statistics(rows, weight, _optional_part(rows, candidates), ignore_index, top_k, below, mean)
+        chunks.statistics(rows, weight, _optional_part(rows, candidates), ignore_index, picks, of_top)
         for rows in chunks
     ]
-    statistics, index = (torch.cat(columns, -1) for columns in zip(*parts, strict=True))
+    statistics, index, top_q = (torch.cat(columns, -1) for columns in zip(*parts, strict=True))
     statistics, index = _put_back(order, 1, statistics, index)
-    return statistics, index
+    (top_q,) = _put_back(order if of_top else None, 0, top_q)
+    return statistics, index, top_q
 
 
 def linear_row_loss(

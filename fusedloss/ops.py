@@ -20,7 +20,7 @@
 ``linear_...``      the same of hidden states and a weight, (N, D) and (V, D), whose logits are made a chunk at a time:
                     ``linear_row_loss`` also gives the gradients of its ``row_weight``-weighted sum by hidden states,
                     weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
-                    logits made once more
+                    logits made once more. ``of_top``: of ``linear_row_statistics``, also 1 - p of the top class
 
 Tensors of rows lie one after the other: ``statistics`` (6 + K, N) holds max, sum_exp (of exp(z - max)), q, ce,
 target logit, mean_ce and the logits of the K picks; ``index`` (K, N) the picks' classes, -1 for none; ``coefficients``
@@ -111,7 +111,7 @@ _FORM = (
 )
 _library.define(
     f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
-    f"bool below, bool mean, {_FORM}) -> (Tensor statistics, Tensor index)"
+    f"bool below, bool mean, bool of_top, {_FORM}) -> (Tensor statistics, Tensor index, Tensor top_q)"
 )
 _library.define(
     f"linear_row_loss({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, "
@@ -306,8 +306,9 @@ def _(part, **_):  # type: ignore[no-untyped-def]
 
 
 @_fake("linear_row_statistics")
-def _(hidden, target, candidates, top_k, below, **_):  # type: ignore[no-untyped-def]
-    return new_statistics(hidden, target, picks_of(candidates, top_k, below))
+def _(hidden, target, candidates, top_k, below, of_top, **_):  # type: ignore[no-untyped-def]
+    statistics, index = new_statistics(hidden, target, picks_of(candidates, top_k, below))
+    return statistics, index, statistics.new_empty(len(target) if of_top else 0)
 
 
 @_fake("linear_row_loss")

@@ -317,6 +317,23 @@ def rows_here(
     return column, shards.weight(weight), candidates
 
 
+def statistics_with_top(
+    statistics_of: Callable[..., tuple[Tensor, Tensor]],
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    picks: Picks,
+    of_top: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A statistics pass and, if asked for, 1 - p of the top class by another one, for which that is the target."""
+    statistics, index = statistics_of(target, weight, candidates, ignore_index, *picks)
+    if not of_top:
+        return statistics, index, statistics.new_empty(0)
+    top = index[0].masked_fill(target == ignore_index, IGNORED)
+    return statistics, index, statistics_of(top, None, None, IGNORED, *Picks())[0][ops.Q].clone()
+
+
 def differentiated_once() -> None:
     """Raises in a backward that is itself to be differentiated."""
     if torch.is_grad_enabled():

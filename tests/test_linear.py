@@ -458,11 +458,11 @@ def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
         *sources, *rows, [], data.token_weight.float(), [True] * 3, "cross_entropy", 0.1, "all", 0.0, IGNORED, 1, *form,
     )  # fmt: skip
     if name == "linear_row_statistics":
-        arguments: tuple[Any, ...] = (*sources, *rows, IGNORED, 1, True, True, *form)
+        arguments: tuple[Any, ...] = (*sources, *rows, IGNORED, 1, True, True, True, *form)
     elif name == "linear_row_loss":
         arguments = loss_arguments
     elif name == "linear_term_sums":
-        saved = ops.linear_row_statistics(*sources, *rows, IGNORED, 1, False, False, *form)
+        saved = ops.linear_row_statistics(*sources, *rows, IGNORED, 1, False, False, False, *form)[:2]
         params = [torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)]
         arguments = (*sources, *rows[:2], *saved, params, "dsc_one_vs_rest", IGNORED, *form)
     else:
