@@ -157,11 +157,7 @@ class _RowSum(torch.autograd.Function):
         ctx: Any, logits, settings, target, weight, candidates, token_weight, *params
     ):
         divisor, epilogue, shared, ignore_index, top_k, impl = settings
-        row_weight = token_weight
-        if divisor is not None:
-            dtype = compute_dtype(logits.dtype)
-            share = (torch.ones((), dtype=dtype, device=logits.device) / divisor).to(dtype)
-            row_weight = share.expand(len(target)) if token_weight is None else share * token_weight
+        row_weight = row_weights(logits, target, token_weight, divisor)
         names = (epilogue.name, *shared, ignore_index, top_k)
         loss, statistics, index, _, gradient = ops.row_loss_gradient(
             logits, target, weight, candidates, list(params), row_weight, *names, impl
@@ -189,10 +185,7 @@ class _RowSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients((logits,), None, target, (True,), total, [grad_output]), *nothing
-        if _graph_is_kept():
-            gradient = gradient.clone()
-        ops.scale_(gradient, grad_output, impl)
-        return gradient, *nothing
+        return scaled(gradient, grad_output, impl), *nothing
 
 
 class _LinearSum(torch.autograd.Function):
@@ -242,7 +235,7 @@ class _LinearSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
-        last = not _graph_is_kept()
+        last = not graph_is_kept()
         scaled = (
             _scaled(gradient, grad_output, source.dtype, last) if need else None
             for need, gradient, source in zip(needed, gradients, sources, strict=True)
@@ -297,14 +290,33 @@ def weighted_sum(rows: Tensor, row_weight: Tensor | None) -> Tensor:
     return rows.sum() if row_weight is None else (rows * row_weight).sum()  # autocast would round a dot product
 
 
+def row_weights(
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, divisor: float | Tensor | None
+) -> Tensor | None:
+    """Of the rows' losses in their sum over the divisor."""
+    if divisor is None:
+        return token_weight
+    dtype = compute_dtype(logits.dtype)
+    share = (torch.ones((), dtype=dtype, device=logits.device) / divisor).to(dtype)
+    return share.expand(len(target)) if token_weight is None else share * token_weight
+
+
 def divided(total: Tensor, divisor: float | Tensor | None) -> Tensor:
     return total if divisor is None else total / divisor
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the backward pass that is running may run again (retain_graph); True where that cannot be known."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None or torch.compiler.is_compiling() else bool(asked())
+
+
+def scaled(gradient: Tensor, factor: Tensor, impl: str) -> Tensor:
+    """A saved gradient of logits, in place where nobody will look at it again."""
+    if graph_is_kept():
+        gradient = gradient.clone()
+    ops.scale_(gradient, factor, impl)
+    return gradient
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
@@ -381,12 +393,12 @@ def detached_statistics(
     """The operator's statistics and pick indices."""
     rows = (target, weight, None, ignore_index, picks, impl)
     if not isinstance(source, Projection):
-        return _statistics((source.detach(), None, None), None, *rows)[:2]
+        return statistics_of((source.detach(), None, None), None, *rows)[:2]
     sources = [None if x is None else x.detach() for x in (source.hidden, source.weight, source.bias)]
-    return _statistics(sources, source.form, *rows)[:2]
+    return statistics_of(sources, source.form, *rows)[:2]
 
 
-def _statistics(
+def statistics_of(
     sources: Sequence[Any],
     form: Form | None,
     target: Tensor,
@@ -402,10 +414,10 @@ def _statistics(
     if form is not None:
         return ops.linear_row_statistics(*sources, *rows, *picks, of_top, *form, impl)
 
-    def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def of_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
         return ops.row_statistics(sources[0], *arguments, impl)
 
-    return vocabulary.statistics_with_top(statistics_of, *rows, picks, of_top)
+    return vocabulary.statistics_with_top(of_rows, *rows, picks, of_top)
 
 
 def merged_statistics(
@@ -425,7 +437,7 @@ def merged_statistics(
     rows = vocabulary.rows_here(shards, target, weight, candidates, ignore_index)
     if own:
         here = picks._replace(top_k=min(picks.top_k, own))
-        statistics, index, top_q = _statistics(sources, form, *rows, vocabulary.IGNORED, here, impl, of_top)
+        statistics, index, top_q = statistics_of(sources, form, *rows, vocabulary.IGNORED, here, impl, of_top)
     else:
         statistics, index = vocabulary.nothing_here(sources[0], target, ops.picks_of(candidates, 0))
         top_q = statistics[ops.Q]
@@ -441,7 +453,7 @@ class _RowStatistics(torch.autograd.Function):
         form, ignore_index, picks, _, impl, shards = settings
         sources, rows = (logits, linear_weight, linear_bias), (target, weight, candidates, ignore_index, Picks(*picks))
         if shards is None:
-            statistics, index, _ = _statistics(sources, form, *rows, impl)
+            statistics, index, _ = statistics_of(sources, form, *rows, impl)
         else:
             statistics, index, _ = merged_statistics(sources, form, *rows, impl, shards)
         ctx.save_for_backward(*sources, target, weight, candidates, statistics, index)

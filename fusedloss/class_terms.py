@@ -13,17 +13,18 @@ target and the top class, which PyTorch adds. All other terms are PyTorch, a few
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, backends, ops
 from .autograd import Source
+from .backends import reference
 from .checks import compute_dtype
-from .epilogue import Epilogue, Overlap
+from .epilogue import Epilogue, Overlap, Shared
 from .projection import Form, dense_logits
 from .statistics import Picks, Statistics
 from .vocabulary import IGNORED, VocabularyShards, differentiated_once
@@ -85,6 +86,26 @@ def over_rows(
     return result, Statistics(lse=lse, ce=ce, top_ce=top_ce, top_index=top_index)
 
 
+def row_sum(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    params: list[Tensor],
+    token_weight: Tensor | None,
+    divisor: float | Tensor | None,
+    epilogue: Epilogue,
+    shared: Shared,
+    ignore_index: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In one process: the sum of the row losses times `token_weight`, over the divisor, with its gradient.
+
+    Also detached statistics and pick indices, as :func:`autograd.row_sum`.
+    """
+    settings = (divisor, epilogue, shared, ignore_index, impl, _Wanted.by(params))
+    return _RowSum.apply(logits, settings, target, weight, token_weight, *params)
+
+
 class _Wanted(NamedTuple):
     """Asked before the function, in which gradients are off and parameters as if they were constants."""
 
@@ -118,16 +139,29 @@ class _Rows(NamedTuple):
         """Targets and indices of the picks."""
         return self.target.masked_fill(self.ignored, IGNORED), self.top[None]
 
-    def probabilities(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of the classes here p, 1 - p, whether it is the target, and whether it is the top class."""
-        ignored = self.ignored[:, None]
-        m, sum_exp = self.statistics[ops.MAX], self.statistics[ops.SUM_EXP]
-        z = z.to(m.dtype).masked_fill(ignored, 0)
-        p = ((z - m[:, None]).exp() / sum_exp[:, None]).masked_fill(ignored, 0)
-        number = torch.arange(z.shape[-1], device=z.device)
-        top = number == self.top[:, None]
+    def probabilities(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the classes here p, 1 - p, and whether it is the target. Those of ignored rows may be anything."""
+        m = self.statistics[ops.MAX]
+        p = (z.to(m.dtype) - m[:, None]).exp_().mul_(1 / self.statistics[ops.SUM_EXP][:, None])
         # 1 - p cancels for the one class that may have p > 0.5
-        return p, torch.where(top, self.top_q[:, None], 1 - p), number == self.target[:, None], top
+        q = _put(1 - p, self.top, self.top_q)
+        none = torch.zeros(p.shape, dtype=torch.bool, device=p.device)
+        return p, q, _put(none, self.target, torch.ones_like(self.ignored))
+
+    def slope_sums(self, p: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of p d of the other classes than the top one, and that of the top class."""
+        slope = p * d
+        of_top = _at(slope, self.top)
+        return _put(slope, self.top, torch.zeros_like(of_top)).sum(-1, dtype=torch.float64), of_top.double()
+
+    def gradient(self, p: Tensor, d: Tensor, coefficients: Tensor, weight: Tensor | None) -> Tensor:
+        """Of the logits, from `d`, which it overwrites, and coefficients as of `_Terms.gradients`."""
+        g, others, of_top, a, u = coefficients
+        at_top = self.top_q * _at(d, self.top) - others
+        turn = _put(d.sub_((others + of_top)[:, None]), self.top, at_top)
+        gradient = turn.mul_(g[:, None]).add_(a[:, None]).mul_(p)
+        gradient.sub_(u[:, None] if weight is None else u[:, None] * weight)
+        return gradient.masked_fill_(self.ignored[:, None], 0)
 
     def singled_out(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same of the target and of the top class, (N, 2), where they are; -1 for the second if it is the first."""
@@ -138,6 +172,21 @@ class _Rows(NamedTuple):
         always = torch.ones_like(same)
         positive, top = torch.stack([always, ~always], 1), torch.stack([same, always], 1)
         return p, torch.stack([q, self.top_q], 1), positive, top, columns
+
+
+def _at(x: Tensor, column: Tensor) -> Tensor:
+    """The rows' elements (n,) of `x` at columns (n,), 0 where there is none."""
+    if x.shape[1] == 0:
+        return x.new_zeros(len(column))
+    return x.gather(1, column.clamp(min=0)[:, None])[:, 0].masked_fill(column < 0, 0)
+
+
+def _put(x: Tensor, column: Tensor, value: Tensor) -> Tensor:
+    """Puts them there, in place."""
+    if x.shape[1] == 0:
+        return x
+    where = column.clamp(min=0)[:, None]
+    return x.scatter_(1, where, torch.where(column[:, None] < 0, x.gather(1, where), value[:, None]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +216,13 @@ class _Terms:
         results = []
         for part, rows, params in self.parts():
             z, _ = self._logits(part, (False,) * 3)
-            p, q, positive, top = rows.probabilities(z)
-            by_params: Sequence[Tensor] = []
+            p, q, positive = rows.probabilities(z)
             if wanted.slopes:
                 value, d, by_params = self.derivatives(p, q, positive, slice(None), params, wanted.learnt)
-                sums = [value, (p * d).masked_fill(top, 0), (p * d).masked_fill(~top, 0)]
+                sums = [value.sum(-1, dtype=torch.float64), *rows.slope_sums(p, d), *by_params]
             else:
-                sums = [self.function(p, q, positive, slice(None), *params)]
-            results.append(torch.stack([*(x.sum(-1, dtype=torch.float64) for x in sums), *by_params]))
+                sums = [self.function(p, q, positive, slice(None), *params).sum(-1, dtype=torch.float64)]
+            results.append(torch.stack(sums).masked_fill(rows.ignored, 0))
         return torch.cat(results, 1)
 
     def gradients(
@@ -190,12 +238,9 @@ class _Terms:
         ]
         for part, rows, params in self.parts():
             z, pull = self._logits(part, needed)
-            p, q, positive, top = rows.probabilities(z)
+            p, q, positive = rows.probabilities(z)
             _, d, _ = self.derivatives(p, q, positive, slice(None), params)
-            g, others, of_top, a, u = coefficients[:, part, None].unbind()
-            turn = torch.where(top, q * d - others, d - (others + of_top))
-            gradient = p * (turn * g + a) - (u if weight is None else u * weight)
-            grads = iter(pull(gradient.masked_fill(rows.ignored[:, None], 0).to(z.dtype)))
+            grads = iter(pull(rows.gradient(p, d, coefficients[:, part], weight).to(z.dtype)))
             for k, total in enumerate(totals):
                 if total is not None:
                     (total if k else total[part]).add_(next(grads))
@@ -290,12 +335,24 @@ def _vjp(function: Callable[..., Tensor], inputs: Sequence[Any], wanted: Sequenc
     """The value, and what gives the gradients of the inputs that are wanted from that of the value."""
     if not any(wanted):
         return function(*inputs), None
+    if torch.compiler.is_compiling():
 
-    def of_wanted(*chosen: Tensor) -> Tensor:
-        rest = iter(chosen)
-        return function(*(next(rest) if want else x for x, want in zip(inputs, wanted, strict=True)))
+        def of_wanted(*chosen: Tensor) -> Tensor:
+            rest = iter(chosen)
+            return function(*(next(rest) if want else x for x, want in zip(inputs, wanted, strict=True)))
 
-    return torch.func.vjp(of_wanted, *(x for x, want in zip(inputs, wanted, strict=True) if want))
+        return torch.func.vjp(of_wanted, *(x for x, want in zip(inputs, wanted, strict=True) if want))
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if want else x for x, want in zip(inputs, wanted, strict=True)]
+        value = function(*leaves)
+    chosen = [x for x, want in zip(leaves, wanted, strict=True) if want]
+
+    def pull(gradient: Tensor) -> Sequence[Tensor]:
+        if not value.requires_grad:  # a constant
+            return [torch.zeros_like(x) for x in chosen]
+        return torch.autograd.grad(value, chosen, gradient, materialize_grads=True)
+
+    return value.detach(), pull
 
 
 def _columns(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -305,12 +362,90 @@ def _columns(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor,
     return m + log_sum, ce, top_ce, index[0].clone()
 
 
-def _of_params(params: Sequence[Tensor], learnt: Sequence[bool], by_rows: Tensor) -> list[Tensor | None]:
+def _of_params(params: Sequence[Tensor], learnt: Sequence[bool], by_rows: Iterable[Tensor]) -> list[Tensor | None]:
     """The parameters' gradients from those of the learnt ones by rows, (P, N)."""
     rest = iter(by_rows)
     return [
         (next(rest) if p.dim() else next(rest).sum()) if need else None for p, need in zip(params, learnt, strict=True)
     ]
+
+
+class _RowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits, settings, target, weight, token_weight, *params):  # type: ignore[no-untyped-def]
+        divisor, epilogue, shared, ignore_index, impl, wanted = settings
+        mean, classes = shared.label_smoothing != 0, logits.shape[1]
+        statistics, index, top_q = autograd.statistics_of(
+            (logits, None, None), None, target, weight, None, ignore_index, Picks(1, mean=mean), impl, of_top=True
+        )
+        ignored = target == ignore_index
+        real = (target >= 0) & (target < classes) & ~ignored
+        rows = _Rows(statistics, top_q, torch.where(real, target, -1), index[0], ignored)
+        lse = statistics[ops.MAX] + statistics[ops.SUM_EXP].log()
+        row_weight = autograd.row_weights(logits, target, token_weight, divisor)
+
+        def losses(base: Tensor, lse: Tensor, mean_ce: Tensor) -> Tensor:
+            statistics = Statistics(target=target.masked_fill(~real, 0), lse=lse, mean_ce=mean_ce)
+            return shared.apply(base, statistics, weight, classes, weighted=True).masked_fill(ignored, 0)
+
+        # All of it but the terms is linear in their sums.
+        none, mean_ce = torch.zeros_like(lse), statistics[ops.MEAN_CE]
+        upstream = torch.ones_like(lse) if row_weight is None else row_weight
+        g, a, u = _vjp(losses, (none, lse, mean_ce), (True,) * 3)[1](upstream)
+        u = u / classes
+        a = a + u * (classes if weight is None else weight.sum())
+
+        terms = _Terms(_weighted(epilogue, weight), None, (logits, None, None), rows, params)
+        needed = ctx.needs_input_grad[0] and wanted.slopes
+        gradient = backends.new_buffer(logits, logits.shape) if needed else None
+        sums = []
+        for part, some, own in terms.parts():
+            p, q, positive = some.probabilities(logits[part])
+            value, d, by_params = terms.derivatives(p, q, positive, slice(None), own, wanted.learnt)
+            base = value.sum(-1, dtype=torch.float64).to(lse.dtype)
+            sums.append(torch.stack([base, *by_params]).masked_fill(some.ignored, 0))
+            if gradient is not None:
+                others, of_top = some.slope_sums(p, d)
+                coefficients = torch.stack([g[part], others.to(p.dtype), of_top.to(p.dtype), a[part], u[part]])
+                gradient[part] = some.gradient(p, d, coefficients, weight)
+        base, *by_rows = torch.cat(sums, 1)
+        total = autograd.weighted_sum(losses(base, lse, mean_ce), token_weight)
+        slopes = [x * g for x in by_rows]
+        ctx.save_for_backward(logits, target, weight, row_weight, gradient, *slopes, *params)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(statistics, index)
+        ctx.set_materialize_grads(False)
+        return autograd.divided(total, divisor), statistics, index
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        _, epilogue, shared, ignore_index, impl, wanted = ctx.settings
+        nothing = (None,) * 4
+        if grad_output is None:
+            return (None, *nothing, *(None for _ in wanted.learnt))
+        logits, target, weight, row_weight, gradient, *others = ctx.saved_tensors
+        slopes, params = others[: sum(wanted.learnt)], others[sum(wanted.learnt) :]
+        grad_output = grad_output.to(compute_dtype(logits.dtype))
+        needed = (ctx.needs_input_grad[0], *wanted.learnt)
+        if torch.is_grad_enabled():
+            rows = reference.row_losses(logits, target, weight, None, params, epilogue, shared, ignore_index)[0]
+            total = autograd.weighted_sum(rows, row_weight)
+            chosen = [x for x, need in zip((logits, *params), needed, strict=True) if need]
+            grads = iter(torch.autograd.grad(total, chosen, grad_output, create_graph=True))
+            of_logits, *of_params = (next(grads) if need else None for need in needed)
+            return of_logits, *nothing, *of_params
+        of_logits = None if gradient is None else autograd.scaled(gradient, grad_output, impl)
+        return of_logits, *nothing, *_of_params(params, wanted.learnt, [x * grad_output for x in slopes])
+
+
+def _weighted(epilogue: Epilogue, weight: Tensor | None) -> Callable[..., Tensor]:
+    """What makes the terms."""
+
+    def function(p: Tensor, q: Tensor, positive: Tensor, columns: Any, *params: Tensor) -> Tensor:
+        terms = epilogue.of_classes(p, q, positive, list(params))
+        return terms if weight is None else terms * weight[columns]
+
+    return function
 
 
 class _RowLosses(torch.autograd.Function):
@@ -352,14 +487,9 @@ class _RowLosses(torch.autograd.Function):
     def _terms(settings: tuple[Any, ...], weight: Tensor | None, saved: Sequence[Any]) -> _Terms:
         form, epilogue, _, _, compiled, inplace, impl, shards, _ = settings
         own = shards.weight(weight)
-
-        def function(p: Tensor, q: Tensor, positive: Tensor, columns: Any, *params: Tensor) -> Tensor:
-            terms = epilogue.of_classes(p, q, positive, list(params))
-            return terms if own is None else terms * own[columns]
-
         last = 3 + len(_Rows._fields)
         params = list(saved[last:])
-        made_of = (function, form, saved[:3], _Rows(*saved[3:last]), params)
+        made_of = (_weighted(epilogue, own), form, saved[:3], _Rows(*saved[3:last]), params)
         return _CompiledTerms(*made_of, epilogue.name, own, params, inplace, impl) if compiled else _Terms(*made_of)
 
 
@@ -426,8 +556,8 @@ class _OverRows(torch.autograd.Function):
             return ops.class_sums(logits, *of_rows, impl)
         sums = logits.new_zeros((2, pairs.classes), dtype=torch.float64)
         for part, some, own in pairs.parts():
-            p, q, positive, _ = some.probabilities(logits[part])
-            terms = torch.stack(pairs.function(p, q, positive, slice(None), *own))
+            p, q, positive = some.probabilities(logits[part])
+            terms = torch.stack(pairs.function(p, q, positive, slice(None), *own)).masked_fill(some.ignored[:, None], 0)
             sums += (terms if row_weight is None else terms * row_weight[part, None]).sum(1, dtype=torch.float64)
         return sums
 

@@ -306,10 +306,10 @@ def _dispatch(
         return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
 
     compiled = has_compiled(epilogue.name, problem)
+    fixed = token_weight is None or not token_weight.requires_grad
     if compiled and shards is None:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and candidates is None))
-        fixed = token_weight is None or not token_weight.requires_grad
         if isinstance(logits, Projection) and not unreduced and fixed:
             loss, statistics, index = autograd.linear_sum(
                 logits, target, weight, candidates, params, token_weight, epilogue, shared, ignore_index, top_k, impl
@@ -337,8 +337,14 @@ def _dispatch(
     else:
         if inplace:
             raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-        loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
-        top_k = 0
+        if not unreduced and fixed and _may_scale(logits, divisor) and not _holds_gradients(epilogue, problem):
+            loss, statistics, index = class_terms.row_sum(
+                logits, target, weight, params, token_weight, divisor, epilogue, shared, ignore_index, impl
+            )
+            top_k = 1
+        else:
+            loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
+            top_k = 0
     if not return_stats:
         return loss, None
     if top_k == 0:
@@ -352,8 +358,15 @@ def _of_one_read(logits: Tensor, divisor: float | Tensor | None, inplace: bool, 
         impl in backends.ONE_READ_IMPLS
         and torch.is_grad_enabled()
         and logits.requires_grad
-        and not (isinstance(divisor, Tensor) and divisor.requires_grad)
         and not inplace
+        and _may_scale(logits, divisor)
+    )
+
+
+def _may_scale(logits: Source, divisor: float | Tensor | None) -> bool:
+    """Whether the gradient of a sum may be made with it, to be scaled by what comes from above."""
+    return (
+        not (isinstance(divisor, Tensor) and divisor.requires_grad)
         # Where losses are scaled because gradients underflow, so would this one before it is; and 1 is rare.
         and logits.dtype != torch.float16
         # A compiled backward would not know whether it may scale in place, and copy.
@@ -387,8 +400,7 @@ def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared)
     compiled = has_compiled(epilogue.name, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-    one = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
-    if epilogue.of_classes(one, 1 - one, one > 0, [one.new_ones(()) for _ in params]).requires_grad:
+    if _holds_gradients(epilogue, problem):
         raise ValueError(
             "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one "
             "that requires grad; detach it"
@@ -397,6 +409,13 @@ def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared)
     base, s = class_terms.row_losses(logits, target, weight, params, *settings)
     loss = shared.apply(base, s, weight, classes, weighted=True)
     return loss.masked_fill(target == o["ignore_index"], 0), s
+
+
+def _holds_gradients(epilogue: Epilogue, problem: Problem) -> bool:
+    """Whether a loss function over the classes has tensors of its own that require grad."""
+    logits = problem.logits
+    one = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
+    return epilogue.of_classes(one, 1 - one, one > 0, [one.new_ones(()) for _ in problem.params]).requires_grad
 
 
 def _dense_chunks(
