@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import autograd, class_terms
+from . import autograd, over_classes
 from .autograd import Source
 from .backends import reference
 from .checks import check_choice, check_number, compute_dtype
@@ -144,7 +144,7 @@ def _over_rows(
         raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
     if shards is not None:
         rows = (logits, target, row_weight, params, overlap, of_classes, summed, ignore_index)
-        result, s = class_terms.over_rows(*rows, compiled, inplace, impl, shards)
+        result, s = over_classes.over_rows(*rows, compiled, inplace, impl, shards)
         return result, dense_row_stats(s, target, ignore_index) if return_stats else None
     if impl == "reference":
         sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)

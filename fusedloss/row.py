@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, backends, checks, class_terms, ops, vocabulary
+from . import autograd, backends, checks, class_terms, ops, over_classes, vocabulary
 from .autograd import Source
 from .backends import reference
 from .epilogue import Epilogue, Shared
@@ -337,14 +337,17 @@ def _dispatch(
     else:
         if inplace:
             raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-        if not unreduced and fixed and _may_scale(logits, divisor) and not _holds_gradients(epilogue, problem):
-            loss, statistics, index = class_terms.row_sum(
+        if _holds_gradients(epilogue, problem):
+            loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
+            top_k = 0
+        elif not unreduced and fixed and _may_scale(logits, divisor, params):
+            loss, statistics, index = over_classes.row_sum(
                 logits, target, weight, params, token_weight, divisor, epilogue, shared, ignore_index, impl
             )
             top_k = 1
         else:
-            loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
-            top_k = 0
+            rows, s = _composed_over_classes(problem, epilogue, shared)
+            return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
     if not return_stats:
         return loss, None
     if top_k == 0:
@@ -354,19 +357,15 @@ def _dispatch(
 
 def _of_one_read(logits: Tensor, divisor: float | Tensor | None, inplace: bool, impl: str) -> bool:
     """Whether to make the gradient of a sum with the loss. `inplace`: not while others need the logits."""
-    return (
-        impl in backends.ONE_READ_IMPLS
-        and torch.is_grad_enabled()
-        and logits.requires_grad
-        and not inplace
-        and _may_scale(logits, divisor)
-    )
+    return impl in backends.ONE_READ_IMPLS and not inplace and _may_scale(logits, divisor, [])
 
 
-def _may_scale(logits: Source, divisor: float | Tensor | None) -> bool:
-    """Whether the gradient of a sum may be made with it, to be scaled by what comes from above."""
+def _may_scale(logits: Tensor, divisor: float | Tensor | None, params: list[Tensor]) -> bool:
+    """Whether a sum has a gradient that may be made with it, to be scaled by what comes from above."""
     return (
-        not (isinstance(divisor, Tensor) and divisor.requires_grad)
+        torch.is_grad_enabled()
+        and any(x.requires_grad for x in (logits, *params))
+        and not (isinstance(divisor, Tensor) and divisor.requires_grad)
         # Where losses are scaled because gradients underflow, so would this one before it is; and 1 is rare.
         and logits.dtype != torch.float16
         # A compiled backward would not know whether it may scale in place, and copy.
@@ -394,19 +393,18 @@ def has_compiled(name: str, problem: Problem) -> bool:
 
 
 def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
-    """A class term over the classes of all ranks, of which each sums its own."""
+    """A class term; over the classes of all ranks, of which each sums its own. Without ranks it is not compiled."""
     logits, target, weight, _, params, _, impl, inplace, shards, classes, o = problem
-    assert shards is not None
     compiled = has_compiled(epilogue.name, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-    if _holds_gradients(epilogue, problem):
+    if shards is not None and _holds_gradients(epilogue, problem):
         raise ValueError(
             "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one "
             "that requires grad; detach it"
         )
     settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
-    base, s = class_terms.row_losses(logits, target, weight, params, *settings)
+    base, s = over_classes.row_losses(logits, target, weight, params, *settings)
     loss = shared.apply(base, s, weight, classes, weighted=True)
     return loss.masked_fill(target == o["ignore_index"], 0), s
 
@@ -415,7 +413,8 @@ def _holds_gradients(epilogue: Epilogue, problem: Problem) -> bool:
     """Whether a loss function over the classes has tensors of its own that require grad."""
     logits = problem.logits
     one = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
-    return epilogue.of_classes(one, 1 - one, one > 0, [one.new_ones(()) for _ in problem.params]).requires_grad
+    result = epilogue.function(one, 1 - one, one > 0, *(one.new_ones(()) for _ in problem.params))
+    return isinstance(result, Tensor) and result.requires_grad
 
 
 def _dense_chunks(
@@ -437,7 +436,9 @@ def _dense_chunks(
 
 def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns: Tensor | None) -> list[Tensor]:
     """Results for a few of the rows of `x` at a time, once more in the backward. Columns are 0-d or (N,)."""
-    rows = class_terms.rows_at_once(classes)
+    if torch.compiler.is_compiling():
+        return [function(x, *columns)]
+    rows = class_terms.rows_at_once(len(x), classes)
     parts = [None if c is None or c.dim() == 0 else c.split(rows) for c in columns]
     results = []
     for i, part in enumerate(x.split(rows)):

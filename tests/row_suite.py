@@ -332,7 +332,7 @@ class RowLossSuite:
         problem = Problem.make(case, shape, generator, dtype, options)
         upstream = problem.upstream(generator)
         loss, gradient = problem.run(impl, upstream)
-        assert kernel_calls == Counter({(name, impl): 1 for name in case.kernels if impl != "reference"})
+        assert kernel_calls == Counter((name, impl) for name in case.kernels if impl != "reference")
         problem.check(loss, gradient, upstream)
 
     @over("weight", "z_loss", "smoothing", "smoothing over others")
@@ -531,7 +531,7 @@ class RowLossSuite:
                 torch.testing.assert_close(ours[kept].double(), right[kept], rtol=1e-6, atol=2e-7)
                 assert ours[~kept].isnan().all(), name
 
-    @over("plain", "everything", where=lambda case: case.kernels)
+    @over("plain", "everything", where=lambda case: "row_gradient" in case.kernels)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(6, 37), (3, 8200)], ids=str)  # the second: threads share a row
     def test_inplace_backward_gives_the_same_bits(self, case, options, shape, dtype, compiled_impl, generator):

@@ -118,7 +118,7 @@ class TestRowLoss(RowLossSuite):
             _dice,
             oracle.dsc,
             {"alpha": 0, "smooth": 0.5},
-            (),
+            ("row_statistics", "row_statistics"),
             infinite=False,
             cancelling=oracle.dsc_terms,
         ),
@@ -373,3 +373,97 @@ def test_terms_of_classes_run_on_a_few_rows_at_a_time(monkeypatch, generator):
     assert torch.equal(parts, whole)
     for ours, same in zip(torch.autograd.grad(parts, (z, alpha), upstream), expected, strict=True):
         assert torch.equal(ours, same)
+
+
+def _poly(p, q, positive, *exponent):
+    power = exponent[0] if exponent else 1.5
+    return torch.where(positive, (1 + p) * q**power, 0.5 * p**2 * (1 + q))
+
+
+def _in_all_ways(n, v, generator):
+    """Options that add terms to the rows' losses, or change what they count for."""
+    weight = torch.rand(v, generator=generator, dtype=torch.float64) + 0.5
+    token_weight = torch.rand(n, generator=generator, dtype=torch.float64)
+    return {
+        "plain": {},
+        "smoothing": {"weight": weight, "label_smoothing": 0.125, "z_loss": 0.01},
+        "others": {"label_smoothing": 0.125, "smoothing_over": "others", "token_weight": token_weight},
+        "normalizer": {"weight": weight, "normalizer": torch.tensor(7.0), "token_weight": token_weight},
+    }
+
+
+@pytest.mark.parametrize("options", ["plain", "smoothing", "others", "normalizer"])
+@pytest.mark.parametrize("classes", [1, 2, 19, 300])
+def test_a_sum_over_the_classes_is_that_of_the_rows(classes, options, compiled_impl, generator, monkeypatch):
+    """It has a way of its own, on which the gradient is made with it."""
+    monkeypatch.setattr(class_terms, "DENSE_BYTES", 3 * 300 * 4)
+    z, target = logits_and_targets(11, classes, generator)
+    z[3] += 12 * torch.eye(classes, dtype=torch.float64)[(target[3] + 1) % classes]  # sure, and wrong
+    target[[2, 10]] = -100
+    z[2] = torch.nan
+    z.requires_grad_()
+    own = {"over": "classes", "impl": compiled_impl, **_in_all_ways(11, classes, generator)[options]}
+    for reduction in ("mean", "sum"):
+        if reduction == "sum" and "normalizer" in own:
+            continue
+        loss = fl.flex_loss(z, target, _poly, reduction=reduction, **own)
+        alone = {k: v for k, v in own.items() if k not in ("normalizer", "token_weight")}
+        rows = fl.flex_loss(z, target, _poly, reduction="none", **alone) * own.get("token_weight", 1)
+        expected = rows.sum() / (1 if reduction == "sum" else own.get("normalizer", 9))
+        torch.testing.assert_close(loss, expected)
+        for factor in (1.0, -0.7):
+            upstream = torch.tensor(factor, dtype=torch.float64)
+            got, right = (torch.autograd.grad(x, z, upstream, retain_graph=True)[0] for x in (loss, expected))
+            torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-15)
+            assert (got[[2, 10]] == 0).all()
+
+
+@pytest.mark.parametrize("of_rows", [False, True], ids=["one", "of rows"])
+def test_a_learnt_parameter_of_a_sum_over_the_classes(of_rows, compiled_impl, generator):
+    z, target = logits_and_targets(6, 19, generator)
+    target[1] = -100
+    z.requires_grad_()
+    alpha = torch.rand((6,) if of_rows else (), generator=generator, dtype=torch.float64).requires_grad_()
+
+    def loss(x, a, impl=compiled_impl):
+        return fl.dsc_loss(x, target, alpha=a, z_loss=0.01, impl=impl)
+
+    got, right = (torch.autograd.grad(loss(z, alpha, impl), (z, alpha)) for impl in (compiled_impl, "reference"))
+    torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-15)
+    (alone,) = torch.autograd.grad(loss(z.detach(), alpha), alpha)
+    torch.testing.assert_close(alone, right[1])
+    assert torch.autograd.gradcheck(loss, (z, alpha))
+    assert torch.autograd.gradgradcheck(loss, (z, alpha))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_terms_of_classes_are_made_once(reduction, generator, compiled_impl):
+    """The rows of a sum; those of losses that anything may come from above are made once more for the gradient."""
+    z, target = logits_and_targets(6, 19, generator, torch.float32)
+    seen = []
+
+    def brier(p, q, positive):
+        seen.append(len(p))
+        return torch.where(positive, q * q, p * p)
+
+    loss = fl.flex_loss(z.requires_grad_(), target, brier, over="classes", reduction=reduction, impl=compiled_impl)
+    assert sum(seen) == 1 + 6  # one to look whether it holds what requires grad
+    loss.sum().backward()
+    assert sum(seen) == (7 if reduction == "mean" else 13)
+    seen.clear()
+    with torch.no_grad():
+        fl.flex_loss(z, target, brier, over="classes", reduction=reduction, impl=compiled_impl)
+    assert sum(seen) == 1 + 6
+
+
+def test_a_constant_over_the_classes_has_no_gradient(compiled_impl, generator):
+    z, target = logits_and_targets(6, 19, generator)
+    loss = fl.flex_loss(z.requires_grad_(), target, lambda p, q, y: y.to(p.dtype), over="classes", impl=compiled_impl)
+    assert torch.equal(loss.detach(), torch.ones((), dtype=torch.float64))
+    assert (torch.autograd.grad(loss, z)[0] == 0).all()
+
+
+def test_a_loss_may_not_write_its_probabilities(compiled_impl, generator):
+    z, target = logits_and_targets(6, 19, generator)
+    with pytest.raises(RuntimeError, match="in-place"):
+        fl.flex_loss(z.requires_grad_(), target, lambda p, q, y: p.mul_(q), over="classes", impl=compiled_impl)

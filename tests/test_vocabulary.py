@@ -401,7 +401,7 @@ def _by_the_passes(rank: int, world: int) -> None:
         "set": (fl.tversky_loss, rows, {"level": "set"}),
     }
 
-    def refuse(classes: int) -> int:
+    def refuse(rows: int, classes: int) -> int:
         raise AssertionError(f"{classes} classes in PyTorch")
 
     with pytest.MonkeyPatch.context() as patch:
