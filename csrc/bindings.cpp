@@ -201,18 +201,17 @@ PYBIND11_MODULE(_engine, module) {
                    py::gil_scoped_release release;
                    current->class_sums(rows, epilogue, out);
                });
-    module.def("term_sums",
-               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                  Address statistics, Address index, Address sums) {
-                   if (epilogue_kind(name) != EpilogueKind::class_term) {
-                       throw std::invalid_argument("no class term named '" + name + "'");
-                   }
-                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
-                   const ClassSums out{
-                       at<void>(statistics), at<const int64_t>(index), nullptr, 0, nullptr, at<double>(sums)};
-                   py::gil_scoped_release release;
-                   current->term_sums(rows, epilogue, out);
-               });
+    module.def("term_sums", [](const Rows& rows, const std::string& name,
+                               const std::vector<std::pair<Address, int64_t>>& params, Address statistics,
+                               Address index, Address sums) {
+        if (epilogue_kind(name) != EpilogueKind::class_term) {
+            throw std::invalid_argument("no class term named '" + name + "'");
+        }
+        const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+        const ClassSums out{at<void>(statistics), at<const int64_t>(index), nullptr, 0, nullptr, at<double>(sums)};
+        py::gil_scoped_release release;
+        current->term_sums(rows, epilogue, out);
+    });
     module.def("class_terms",
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address loss, Address coefficients) {

@@ -175,7 +175,9 @@ class Engine {
         std::vector<T> top_q(rows_.rows);
         parallel_for(rows_.rows, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
-                top_q[row] = ignored(row) ? T(0) : out.top_q ? static_cast<const T*>(out.top_q)[row] : top_rest(row, out);
+                top_q[row] = ignored(row) ? T(0)
+                             : out.top_q  ? static_cast<const T*>(out.top_q)[row]
+                                          : top_rest(row, out);
             }
         });
         std::vector<double> error(groups * padded), agreement(groups * padded);
@@ -658,7 +660,9 @@ class Engine {
             };
             const int hole = here(top), other = here(target);
             const bool holes = hole >= 0 || other >= 0;
-            const auto largest = [&] { return holes ? max_but(z + from, count, hole, other) : max_of(z + from, count); };
+            const auto largest = [&] {
+                return holes ? max_but(z + from, count, hole, other) : max_of(z + from, count);
+            };
             const bool small = count > width && std::exp(largest() - max) * inverse <= series.limit;
             const auto add = [&](auto is_small, auto in_order) {
                 sum_terms<is_small, in_order, Term>(z, from, count, hole, other, max, inverse, params, series, part);
