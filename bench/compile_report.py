@@ -128,10 +128,9 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "statistics": all that there are. After a comma "few rows", "weighted" by class, "in
     one": a chunk's loss and gradient, "candidates", "product": of hidden states, or "whole product": with bias,
     softcap and masked targets too."""
-    names = ("statistics", "loss", "loss_gradient_", "gradient")
+    of_rows = ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient")
     row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms, term_sums = (
-        ops.kernel(name, "CUDA", "triton")
-        for name in (*(f"row_{name}" for name in names), "class_sums", "class_terms", "term_sums")
+        ops.kernel(name, "CUDA", "triton") for name in (*of_rows, "class_sums", "class_terms", "term_sums")
     )
     loss, _, variant = loss.partition(", ")
     rows = FEW_ROWS if variant == "few rows" else ROWS

@@ -17,7 +17,7 @@ from .backends import reference
 from .checks import compute_dtype
 from .epilogue import Epilogue, Overlap, Shared
 from .projection import Form, Projection, dense_logits
-from .statistics import Columns, Picks, dense_columns
+from .statistics import Columns, Picks, dense_columns, statistics_with_top
 from .vocabulary import VocabularyShards
 
 Source = Tensor | Projection
@@ -185,7 +185,7 @@ class _RowSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients((logits,), None, target, (True,), total, [grad_output]), *nothing
-        return scaled(gradient, grad_output, impl), *nothing
+        return scaled_once(gradient, grad_output, impl), *nothing
 
 
 class _LinearSum(torch.autograd.Function):
@@ -235,7 +235,7 @@ class _LinearSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
-        last = not graph_is_kept()
+        last = not _graph_is_kept()
         scaled = (
             _scaled(gradient, grad_output, source.dtype, last) if need else None
             for need, gradient, source in zip(needed, gradients, sources, strict=True)
@@ -270,9 +270,7 @@ class _ClassSums(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
             sums = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)[0]
-            wanted = [x for x, need in zip((logits, row_weight), needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(sums, wanted, grad_sums, create_graph=True))
-            return *(next(grads) if need else None for need in needed), *nothing
+            return *differentiable((logits, row_weight), needed, [sums], [grad_sums]), *nothing
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(logits.dtype)).contiguous().unbind()
         params.append(agreement[target.masked_fill(target == ignore_index, 0)])
@@ -305,15 +303,15 @@ def divided(total: Tensor, divisor: float | Tensor | None) -> Tensor:
     return total if divisor is None else total / divisor
 
 
-def graph_is_kept() -> bool:
+def _graph_is_kept() -> bool:
     """Whether the backward pass that is running may run again (retain_graph); True where that cannot be known."""
     asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if asked is None or torch.compiler.is_compiling() else bool(asked())
 
 
-def scaled(gradient: Tensor, factor: Tensor, impl: str) -> Tensor:
+def scaled_once(gradient: Tensor, factor: Tensor, impl: str) -> Tensor:
     """A saved gradient of logits, in place where nobody will look at it again."""
-    if graph_is_kept():
+    if _graph_is_kept():
         gradient = gradient.clone()
     ops.scale_(gradient, factor, impl)
     return gradient
@@ -361,9 +359,16 @@ def _dense_gradients(
     """Differentiable gradients by `sources` of a function of their logits."""
     with torch.enable_grad():
         logits = sources[0] if form is None else dense_logits(sources[0], sources[1], sources[2], form, target)
-        pairs = [(x, g) for x, g in zip(outputs_of(logits), grad_outputs, strict=True) if x.requires_grad]
-        wanted = [source for source, need in zip(sources, needed, strict=True) if need]
-        grads = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
+        return differentiable(sources, needed, outputs_of(logits), grad_outputs)
+
+
+def differentiable(
+    inputs: Sequence[Any], needed: Sequence[bool], outputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs that are needed, themselves differentiable."""
+    pairs = [(x, g) for x, g in zip(outputs, grad_outputs, strict=True) if x.requires_grad and g is not None]
+    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
     return tuple(next(grads) if need else None for need in needed)
 
 
@@ -417,7 +422,7 @@ def statistics_of(
     def of_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
         return ops.row_statistics(sources[0], *arguments, impl)
 
-    return vocabulary.statistics_with_top(of_rows, *rows, picks, of_top)
+    return statistics_with_top(of_rows, *rows, picks, of_top)
 
 
 def merged_statistics(

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import autograd, ops
 from .checks import compute_dtype
 from .projection import Form, dense_logits
-from .vocabulary import IGNORED, VocabularyShards
+from .vocabulary import IGNORED, VocabularyShards, columns
 
 #: Bytes of probabilities that class terms in PyTorch hold at a time.
 DENSE_BYTES = 2 * 2**20
@@ -87,8 +87,8 @@ class Rows(NamedTuple):
     ) -> Rows:
         """`classes`: here. On a GPU nobody has looked whether a target is one of them."""
         ignored = target == ignore_index
-        columns = (target, index[0]) if shards is None else (x - shards.own.start for x in (target, index[0]))
-        column, top = (torch.where((x >= 0) & (x < classes) & ~ignored, x, -1) for x in columns)
+        first = 0 if shards is None else shards.own.start
+        column, top = (columns(x.masked_fill(ignored, -1), first, classes)[0] for x in (target, index[0]))
         return Rows(statistics, top_q, column, top, ignored)
 
     @property

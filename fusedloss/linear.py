@@ -20,7 +20,7 @@ from torch import Tensor
 from . import backends, ops, vocabulary
 from .checks import check_number, compute_dtype
 from .projection import Form, Projection
-from .statistics import Picks
+from .statistics import Picks, statistics_with_top
 
 #: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
 DEFAULT_BUDGET = 128 * 2**20
@@ -235,7 +235,7 @@ class _Chunks:
         def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
             return ops.row_statistics(logits, *arguments, self._impl)
 
-        return vocabulary.statistics_with_top(statistics_of, self.target[rows], *arguments)
+        return statistics_with_top(statistics_of, self.target[rows], *arguments)
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
         return ops.row_loss(self._logits(rows), self.target[rows], *arguments, self._impl)
@@ -303,7 +303,7 @@ class _ProductChunks(_Chunks):
         def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
             return ops.product_row_statistics(*product, *arguments, self._impl)
 
-        return vocabulary.statistics_with_top(statistics_of, self.target[rows], *arguments)
+        return statistics_with_top(statistics_of, self.target[rows], *arguments)
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
         return ops.product_row_loss(*self._product(rows), self.target[rows], *arguments, self._impl)

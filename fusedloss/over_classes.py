@@ -7,7 +7,7 @@ over the rows has its gradient made with it, of one look at each part of the log
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -172,11 +172,9 @@ class _RowSum(torch.autograd.Function):
         if torch.is_grad_enabled():
             rows = reference.row_losses(logits, target, weight, None, params, epilogue, shared, ignore_index)[0]
             total = autograd.weighted_sum(rows, row_weight)
-            chosen = [x for x, need in zip((logits, *params), needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(total, chosen, grad_output, create_graph=True))
-            of_logits, *of_params = (next(grads) if need else None for need in needed)
+            of_logits, *of_params = autograd.differentiable((logits, *params), needed, [total], [grad_output])
             return of_logits, *nothing, *of_params
-        of_logits = None if gradient is None else autograd.scaled(gradient, grad_output, impl)
+        of_logits = None if gradient is None else autograd.scaled_once(gradient, grad_output, impl)
         return of_logits, *nothing, *_of_params(params, learnt, [x * grad_output for x in by_rows])
 
 
@@ -251,17 +249,14 @@ def _dense_gradients(
     weight: Tensor | None,
     needed: Sequence[bool],
     by_outputs: Sequence[Tensor | None],
-) -> Iterator[Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """Of logits and parameters, differentiable, from those of loss, lse and mean_ce."""
     logits, target, params = terms.sources[0], terms.rows.target, list(terms.params)
     with torch.enable_grad():
         loss, s = reference.row_losses(logits, target, weight, None, params, epilogue, Shared(), ignore_index=-1)
         ce = s.lse[:, None] - logits.to(loss.dtype).masked_fill(terms.rows.ignored[:, None], 0)
         outputs = (loss, s.lse, (ce if weight is None else ce * weight).mean(-1))
-        pairs = [(x, g) for x, g in zip(outputs, by_outputs, strict=True) if g is not None]
-        chosen = [x for x, need in zip((logits, *params), needed, strict=True) if need]
-        grads = iter(torch.autograd.grad([x for x, _ in pairs], chosen, [g for _, g in pairs], create_graph=True))
-    return (next(grads) if need else None for need in needed)
+        return autograd.differentiable((logits, *params), needed, outputs, by_outputs)
 
 
 class _OverRows(torch.autograd.Function):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import ops
 
 #: Statistics that are computed on request, and the fields that each gives.
 OPTIONAL = {
@@ -138,6 +141,23 @@ def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weig
         fields["candidate_logit"] = columns.pick_logit[first_candidate:].t()
         fields["candidate_ce"] = columns.pick_ce[first_candidate:].t()
     return Statistics(**fields)
+
+
+def statistics_with_top(
+    statistics_of: Callable[..., tuple[Tensor, Tensor]],
+    target: Tensor,
+    weight: Tensor | None,
+    candidates: Tensor | None,
+    ignore_index: int,
+    picks: Picks,
+    of_top: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A statistics pass and, if asked for, 1 - p of the top class by another one, for which that is the target."""
+    statistics, index = statistics_of(target, weight, candidates, ignore_index, *picks)
+    if not of_top:
+        return statistics, index, statistics.new_empty(0)
+    # Of an ignored row that is -1.
+    return statistics, index, statistics_of(index[0], None, None, -1, *Picks())[0][ops.Q].clone()
 
 
 def dense_columns(

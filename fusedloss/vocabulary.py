@@ -82,8 +82,7 @@ class VocabularyShards:
 
     def here(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Classes as columns of this rank, -1 for those of others, and which ones are here."""
-        here = (index >= self.own.start) & (index < self.own.stop)
-        return torch.where(here, index - self.own.start, -1), here
+        return columns(index, self.own.start, self.sizes[self.rank])
 
     def weight(self, weight: Tensor | None) -> Tensor | None:
         """Those of this rank's classes."""
@@ -96,6 +95,12 @@ class VocabularyShards:
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, in their order: the same bits on all of them. Not differentiable."""
         return self.gather_parts(part).sum(0)
+
+
+def columns(index: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Classes as columns of so many that begin with `first`, -1 for others, and which ones are among them."""
+    here = (index >= first) & (index < first + classes)
+    return torch.where(here, index - first, -1), here
 
 
 _groups: WeakValueDictionary[str, Any] = WeakValueDictionary()
@@ -315,23 +320,6 @@ def rows_here(
     if candidates is not None:
         candidates = shards.here(candidates)[0].clamp(min=0)
     return column, shards.weight(weight), candidates
-
-
-def statistics_with_top(
-    statistics_of: Callable[..., tuple[Tensor, Tensor]],
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    ignore_index: int,
-    picks: Picks,
-    of_top: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A statistics pass and, if asked for, 1 - p of the top class by another one, for which that is the target."""
-    statistics, index = statistics_of(target, weight, candidates, ignore_index, *picks)
-    if not of_top:
-        return statistics, index, statistics.new_empty(0)
-    top = index[0].masked_fill(target == ignore_index, IGNORED)
-    return statistics, index, statistics_of(top, None, None, IGNORED, *Picks())[0][ops.Q].clone()
 
 
 def differentiated_once() -> None:

@@ -158,8 +158,12 @@ def registers(kernel: str, searches: bool, itemsize: int, tile: Tile, aligned: b
 
 def spans(rows: int, classes: int, tile: Tile) -> int:
     """Over how many programs to split each row; 1: not at all."""
-    count = -(-classes // (tile.block * tile.span))
+    count = all_spans(classes, tile)
     return count if tile.depth or -(-rows // tile.rows) * count <= PROGRAMS else 1
+
+
+def all_spans(classes: int, tile: Tile) -> int:
+    return -(-classes // (tile.block * tile.span))
 
 
 def row_groups(rows: int, classes: int, tile: Tile) -> int:

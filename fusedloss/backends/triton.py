@@ -103,14 +103,15 @@ def launch_options(kernel: Any, tile: Any, where: tuple[Any, ...], constants: di
     return options if registers is None else options | {"maxnreg": registers}
 
 
-def _run_split(kernel: Any, spans: int, source: _Source, *arguments: Any, **constants: Any) -> None:
-    """Over several programs for each of the rows, whose results another launch merges; or over one."""
+def _run_split(kernel: Any, spans: int, source: _Source, *arguments: Any, merge: bool = True, **constants: Any) -> None:
+    """Over several programs for each of the rows, whose results another launch merges if asked to; or over one."""
     tile, merging = source.tile, source.tile._replace(rows=min(source.tile.rows, 32), warps=min(source.tile.warps, 4))
     constants |= {"SOURCE": source.kind, "SPAN": tile.span}
     row_blocks, merged_blocks = (-(-source.rows // t.rows) for t in (tile, merging))
-    if spans > 1:
+    if spans > 1 or not merge:
         _run(kernel, (row_blocks, spans), tile, source.where, *arguments, **constants, SPLIT=True, MERGE=False)
-        _run(kernel, (merged_blocks,), merging, source.where, *arguments, **constants, SPLIT=False, MERGE=True)
+        if merge:
+            _run(kernel, (merged_blocks,), merging, source.where, *arguments, **constants, SPLIT=False, MERGE=True)
     else:
         _run(kernel, (row_blocks,), tile, source.where, *arguments, **constants, SPLIT=False, MERGE=False)
 
@@ -195,13 +196,18 @@ def _class_terms_pass(
     params: list[Tensor],
     epilogue: str,
     ignore_index: int,
-    z_loss: float,
-    loss: Tensor | None,
-    coefficients: Tensor | None,
-) -> None:
+    z_loss: float = 0.0,
+    loss: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> Tensor:
+    """Writes losses and coefficients; without them gives the sums of the rows' spans (S, 3, N)."""
     _, launch, kernels = _modules()
     source = _source(logits, "CLASS_TILES")
-    spans = launch.spans(source.rows, source.classes, source.tile)
+    merge = loss is not None
+    spans = launch.all_spans(source.classes, source.tile)
+    if merge:
+        spans = launch.spans(source.rows, source.classes, source.tile)
+    parts = statistics.new_empty((spans if spans > 1 or not merge else 0, 3, source.rows), dtype=torch.float64)
     _run_split(
         kernels.class_terms_pass,
         spans,
@@ -213,14 +219,16 @@ def _class_terms_pass(
         index,
         loss,
         coefficients,
-        *_parts(statistics, spans, source.rows, torch.float64),
+        parts,
         source.rows,
         source.classes,
         ignore_index,
         z_loss,
+        merge=merge,
         **_term(epilogue),
         PARAMS=len(params),
     )
+    return parts
 
 
 def _gradient_pass(x: Backward) -> None:
@@ -335,45 +343,8 @@ def class_terms(
     return loss, coefficients
 
 
-def term_sums(
-    logits: Tensor | Product,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-    ignore_index: int,
-) -> Tensor:
-    source = _source(logits, "CLASS_TILES")
-    tile = source.tile
-    spans = -(-source.classes // (tile.block * tile.span))
-    parts = statistics.new_empty((spans, 3, source.rows), dtype=torch.float64)
-    _run(
-        _modules()[2].class_terms_pass,
-        (-(-source.rows // tile.rows), spans),
-        tile,
-        source.where,
-        target,
-        weight,
-        *_params(params),
-        statistics,
-        index,
-        None,
-        None,
-        parts,
-        source.rows,
-        source.classes,
-        ignore_index,
-        0.0,
-        **_term(epilogue),
-        PARAMS=len(params),
-        SOURCE=source.kind,
-        SPAN=tile.span,
-        SPLIT=True,
-        MERGE=False,
-    )
-    return parts[:, 1:].sum(0)
+def term_sums(*arguments: Any) -> Tensor:
+    return _class_terms_pass(*arguments)[:, 1:].sum(0)
 
 
 _DEVICE = "CPU" if INTERPRETED else "CUDA"
