@@ -17,7 +17,7 @@ from .backends import reference
 from .checks import compute_dtype
 from .epilogue import Epilogue, Overlap, Shared
 from .projection import Form, Projection, dense_logits
-from .statistics import Columns, Picks, dense_columns, statistics_with_top
+from .statistics import Columns, Picks, Targets, dense_columns, statistics_with_top
 from .vocabulary import VocabularyShards
 
 Source = Tensor | Projection
@@ -273,7 +273,7 @@ class _ClassSums(torch.autograd.Function):
             return *differentiable((logits, row_weight), needed, [sums], [grad_sums]), *nothing
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(logits.dtype)).contiguous().unbind()
-        params.append(agreement[target.masked_fill(target == ignore_index, 0)])
+        params.append(agreement[Targets.of(target, logits.shape[1], ignore_index).safe])
         names = (overlap.over_rows, ignore_index)
         loss, coefficients = ops.class_terms(logits, target, error, statistics, index, params, *names, impl)
         gradient = None
@@ -489,9 +489,9 @@ class _RowStatistics(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def columns(z: Tensor) -> Columns:
-                ignored = target == ignore_index
+                index, ignored, _ = Targets.of(target, z.shape[-1], ignore_index)
                 z = z.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
-                return dense_columns(z, target.masked_fill(ignored, 0), weight, candidates, Picks(*picks))[0]
+                return dense_columns(z, index, weight, candidates, Picks(*picks))[0]
 
             result = _dense_gradients(sources, form, target, needed, columns, grads[:-1])
         else:

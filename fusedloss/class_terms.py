@@ -38,17 +38,40 @@ def rows_at_once(rows: int, classes: int) -> int:
     return max(1, most)
 
 
+class OwnGradientsError(Exception):
+    """A loss function over the classes uses a tensor that requires grad and that is none of its arguments."""
+
+
+def _check_sources(value: Tensor, arguments: Sequence[Tensor]) -> None:
+    """Raises OwnGradientsError where the graph of `value` has a leaf that is none of the arguments."""
+    if value.is_leaf:
+        leaves = [value] if value.requires_grad else []
+    else:
+        leaves, nodes, seen = [], [value.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            nodes += [source for source, _ in node.next_functions]
+    if not all(any(leaf is x for x in arguments) for leaf in leaves):
+        raise OwnGradientsError
+
+
 class Wanted(NamedTuple):
     """Asked before the function, in which gradients are off and parameters as if they were constants."""
 
     slopes: bool
     learnt: tuple[bool, ...]
+    grad_mode: bool
 
     @staticmethod
     def by(params: Sequence[Tensor], logits: Any = None) -> Wanted:
         """`logits`: for which alone there may be slopes to be made, of one process. Ranks make them all or none."""
         learnt = tuple(p.requires_grad for p in params)
-        return Wanted(torch.is_grad_enabled() and (logits is None or logits.requires_grad or any(learnt)), learnt)
+        grad_mode = torch.is_grad_enabled()
+        return Wanted(grad_mode and (logits is None or logits.requires_grad or any(learnt)), learnt, grad_mode)
 
 
 class Coefficients(NamedTuple):
@@ -189,7 +212,10 @@ class Terms:
                 value, d, by_params = self.derivatives(p, q, positive, slice(None), params, wanted.learnt)
                 sums = [value.sum(-1, dtype=torch.float64), *rows.slope_sums(p, d), *by_params]
             else:
-                sums = [self.function(p, q, positive, slice(None), *params).sum(-1, dtype=torch.float64)]
+                with torch.set_grad_enabled(wanted.grad_mode and not torch.compiler.is_compiling()):
+                    value = self.function(p, q, positive, slice(None), *params)
+                _check_sources(value, ())
+                sums = [value.sum(-1, dtype=torch.float64)]
             results.append(torch.stack(sums).masked_fill(rows.ignored, 0))
         return torch.cat(results, 1)
 
@@ -233,10 +259,16 @@ class Terms:
         learnt: Sequence[bool] | None = None,
         upstream: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        """The terms; d and the derivatives of the terms' sums by the learnt parameters, times the upstream gradient."""
+        """The terms; d and the derivatives of the terms' sums by the learnt parameters, times the upstream gradient.
+
+        `learnt`: in a forward, which raises OwnGradientsError where the function has other sources.
+        """
 
         def terms(p: Tensor, q: Tensor, *params: Tensor) -> Tensor:
-            return self.function(p, q, positive, columns, *params)
+            value = self.function(p, q, positive, columns, *params)
+            if learnt is not None and not torch.compiler.is_compiling():
+                _check_sources(value, (p, q, *params))
+            return value
 
         value, pull = vjp(terms, (p, q, *params), (True, True, *(learnt or [False] * len(params))))
         dp, dq, *by_params = pull(torch.ones_like(value) if upstream is None else upstream[:, None].expand_as(value))

@@ -19,7 +19,7 @@ from .backends import reference
 from .checks import compute_dtype
 from .class_terms import LOSS, OTHERS, PARAMS, TOP, Coefficients, CompiledTerms, Rows, Terms, Wanted, vjp
 from .epilogue import Epilogue, Overlap, Shared
-from .statistics import Picks, Statistics
+from .statistics import Picks, Statistics, Targets
 from .vocabulary import IGNORED, VocabularyShards, differentiated_once
 
 
@@ -44,7 +44,8 @@ def row_losses(
     wanted = Wanted.by(params, source if shards is None else None)
     settings = (epilogue, ignore_index, mean, compiled, inplace, impl, shards, wanted)
     loss, lse, mean_ce, ce, top_ce, top_index = autograd.apply(_RowLosses, source, settings, target, weight, *params)
-    target = target.masked_fill(target == ignore_index, 0)
+    classes = source.shape[-1] if shards is None else shards.classes
+    target = Targets.of(target, classes, ignore_index).safe
     return loss, Statistics(target=target, lse=lse, mean_ce=mean_ce, ce=ce, top_ce=top_ce, top_index=top_index)
 
 

@@ -18,7 +18,7 @@ from .autograd import Source
 from .backends import reference
 from .epilogue import Epilogue, Shared
 from .projection import Projection
-from .statistics import Picks, RowStats, Statistics, assemble
+from .statistics import Picks, RowStats, Statistics, Targets, assemble
 from .vocabulary import VocabularyShards
 
 if TYPE_CHECKING:
@@ -337,17 +337,20 @@ def _dispatch(
     else:
         if inplace:
             raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-        if _holds_gradients(epilogue, problem):
+        top_k = 0
+        if torch.compiler.is_compiling() and _holds_gradients(epilogue, problem):
             loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
-            top_k = 0
-        elif not unreduced and fixed and _may_scale(logits, divisor, params):
-            loss, statistics, index = over_classes.row_sum(
-                logits, target, weight, params, token_weight, divisor, epilogue, shared, ignore_index, impl
-            )
-            top_k = 1
         else:
-            rows, s = _composed_over_classes(problem, epilogue, shared)
-            return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
+            try:
+                if unreduced or not fixed or not _may_scale(logits, divisor, params):
+                    rows, s = _composed_over_classes(problem, epilogue, shared)
+                    return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
+                loss, statistics, index = over_classes.row_sum(
+                    logits, target, weight, params, token_weight, divisor, epilogue, shared, ignore_index, impl
+                )
+                top_k = 1
+            except class_terms.OwnGradientsError:
+                loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
     if not return_stats:
         return loss, None
     if top_k == 0:
@@ -381,10 +384,10 @@ def _composed(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Ten
     columns, index = autograd.row_statistics(
         logits, target, weight, candidates, o["ignore_index"], picks, inplace, impl, shards
     )
-    ignored = target == o["ignore_index"]
-    s = assemble(columns, target.masked_fill(ignored, 0), index, picks, weight)
+    targets = Targets.of(target, classes, o["ignore_index"])
+    s = assemble(columns, targets.safe, index, picks, weight)
     loss = shared.apply(epilogue.of_rows(s, params), s, weight, classes, weighted=False)
-    return loss.masked_fill(ignored, 0), s
+    return loss.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan), s
 
 
 def has_compiled(name: str, problem: Problem) -> bool:
@@ -398,22 +401,30 @@ def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared)
     compiled = has_compiled(epilogue.name, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-    if shards is not None and _holds_gradients(epilogue, problem):
+    settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
+    try:
+        base, s = over_classes.row_losses(logits, target, weight, params, *settings)
+    except class_terms.OwnGradientsError:
+        if shards is None:
+            raise
         raise ValueError(
             "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one "
             "that requires grad; detach it"
-        )
-    settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
-    base, s = over_classes.row_losses(logits, target, weight, params, *settings)
+        ) from None
     loss = shared.apply(base, s, weight, classes, weighted=True)
     return loss.masked_fill(target == o["ignore_index"], 0), s
 
 
 def _holds_gradients(epilogue: Epilogue, problem: Problem) -> bool:
-    """Whether a loss function over the classes has tensors of its own that require grad."""
+    """Whether a traced loss function over the classes has tensors of its own that require grad.
+
+    The graph of its result cannot be looked at in a trace, so the function is traced once more, on one row.
+    """
     logits = problem.logits
-    one = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
-    result = epilogue.function(one, 1 - one, one > 0, *(one.new_ones(()) for _ in problem.params))
+    p = torch.ones((1, logits.shape[-1]), dtype=checks.compute_dtype(logits.dtype), device=logits.device)
+    p = p / logits.shape[-1]
+    positive = torch.arange(logits.shape[-1], device=logits.device)[None] == 0
+    result = epilogue.function(p, 1 - p, positive, *(p.new_ones(()) for _ in problem.params))
     return isinstance(result, Tensor) and result.requires_grad
 
 
@@ -485,12 +496,11 @@ def _divisor(
     if normalizer is not None:
         assert not isinstance(normalizer, str)
         return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
-    counted = target != o["ignore_index"]
     if weight is None:
-        return counted.sum().clamp(min=1), None
+        return (target != o["ignore_index"]).sum().clamp(min=1), None
     # The loss has yet to say what it thinks of targets that are out of range.
-    row_weight = weight[target.masked_fill(~counted, 0).clamp(0, len(weight) - 1)]
-    return _not_zero((row_weight * counted).sum()), None
+    index, ignored, _ = Targets.of(target, len(weight), o["ignore_index"])
+    return _not_zero(weight[index].masked_fill(ignored, 0).sum()), None
 
 
 def _not_zero(divisor: Tensor) -> Tensor:

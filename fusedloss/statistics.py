@@ -124,6 +124,22 @@ class Columns(NamedTuple):
     pick_ce: Tensor
 
 
+class Targets(NamedTuple):
+    """The targets of rows as indices that are safe to use, and the rows that have none."""
+
+    safe: Tensor
+    """(N,) within [0, V): the target, or 0 where the row is ignored or invalid."""
+    ignored: Tensor
+    invalid: Tensor
+    """Out of range. On a CPU such a target raises before; on a GPU its row is NaN, because a look would stall."""
+
+    @staticmethod
+    def of(target: Tensor, classes: int, ignore_index: int) -> Targets:
+        ignored = target == ignore_index
+        invalid = ((target < 0) | (target >= classes)) & ~ignored
+        return Targets(target.masked_fill(ignored | invalid, 0), ignored, invalid)
+
+
 def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weight: Tensor | None) -> Statistics:
     """Names the columns as a loss function knows them."""
     fields = {name: getattr(columns, name) for name in ("ce", "q", "lse", "target_logit")}

@@ -1,6 +1,8 @@
 """What the kernels for GPUs must do beside the losses' own suite, whoever runs them on a host: a test file derives."""
 
 import mmap
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -14,6 +16,20 @@ from fusedloss import backends, ops
 
 #: A case for each way through the kernels.
 WAYS = ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"]
+
+#: Losses that PyTorch computes between the two passes, with class weights.
+IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
+    "flex": partial(fl.flex_loss, loss_fn=lambda s: s.ce + s.q),
+    "flex without the target": partial(fl.flex_loss, loss_fn=lambda s: s.lse),
+    "flex that uses the target": lambda x, target, weight, **options: fl.flex_loss(
+        x, target, lambda s: weight[s.target] * s.ce, **options
+    ),
+    "flex below": partial(fl.flex_loss, loss_fn=lambda s: s.below_logit.clamp(min=-9), statistics=("below",)),
+    "flex classes": partial(fl.flex_loss, loss_fn=lambda p, q, positive: p * p, over="classes"),
+    "focal, learnt": partial(fl.focal_loss, gamma=torch.tensor(2.0, requires_grad=True)),
+    "mixed, learnt": partial(fl.mixed_cross_entropy, alpha=torch.tensor(0.5, requires_grad=True)),
+    "tversky, learnt": partial(fl.tversky_loss, alpha=torch.tensor(0.5, requires_grad=True)),
+}
 
 
 def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
@@ -124,10 +140,33 @@ class KernelSuite:
         assert loss[2].isnan()
         assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
 
-    def test_a_target_out_of_range_makes_sums_over_rows_nan(self, impl, generator, unchecked):
+    @pytest.mark.parametrize("name", IN_PYTORCH)
+    def test_a_target_out_of_range_is_no_index(self, name, impl, generator, unchecked):
+        """PyTorch between the passes may use a target as an index; on a GPU a wrong one would end the process."""
+        z, target = logits_and_targets(6, 300, generator, torch.float32)
+        target[4] = -100
+        weight, upstream = torch.rand(300, generator=generator), torch.rand(6, generator=generator)
+
+        def run() -> tuple[Tensor, Tensor]:
+            loss = IN_PYTORCH[name]
+            options = {"weight": weight, "reduction": "none", "impl": impl}
+            return with_gradient(lambda x: loss(x, target, **options), z, upstream)
+
+        before = run()
+        for value in (-1, 300, 2**32 + 1):
+            target[2] = value
+            loss, gradient = run()
+            assert loss[2].isnan()
+            assert gradient[2].isnan().any()
+            assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+
+    @pytest.mark.parametrize("level", ["class", "set"])
+    def test_a_target_out_of_range_makes_sums_over_rows_nan(self, level, impl, generator, unchecked):
         z, target = logits_and_targets(6, 300, generator, torch.float32)
         target[2] = 300
-        assert fl.dsc_loss(z, target, level="set", impl=impl).isnan()
+        loss, gradient = with_gradient(lambda x: fl.dsc_loss(x, target, level=level, impl=impl), z)
+        assert loss.isnan()
+        assert gradient.isnan().any(1).all()
 
     @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
     @pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])

@@ -302,6 +302,30 @@ def _what_is_refused(rank: int, world: int) -> None:
             torch.autograd.grad(loss(z, target, group=shards, **options), z, create_graph=True)
 
 
+def _out_of_range(rank: int, world: int) -> None:
+    """As on a GPU, where nobody looks at the targets beforehand: their rows are NaN, and no index is out of range."""
+    generator = torch.Generator().manual_seed(world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fl.checks, "check_indices", lambda *_: None)
+        for _, sizes, shards in _each(world):
+            z, target = _data(sum(sizes), generator)
+            z[z.isinf()] = 0
+            weight = torch.rand(sum(sizes), generator=generator, dtype=torch.float64)
+            target[2], target[5] = sum(sizes), -1
+            valid = (target >= 0) & (target < sum(sizes))
+            for name, (function, own) in LOSSES.items():
+                mine = z[:, _part(sizes, rank)].clone().requires_grad_()
+                loss = getattr(fl, function)(mine, target, group=shards, weight=weight, reduction="none", **own)
+                assert torch.equal(loss.isnan(), ~valid), name
+                loss[valid].sum().backward()
+                assert mine.grad[valid].isfinite().all(), name
+            for level in ("class", "set"):
+                mine = z[:, _part(sizes, rank)].clone().requires_grad_()
+                loss = fl.dsc_loss(mine, target, group=shards, level=level)
+                loss.backward()
+                assert loss.isnan()
+
+
 def _disagreements(rank: int, world: int) -> None:
     """Asked for by one line, they raise on every rank; without it the next collective would hang or be wrong."""
     if world == 1:
@@ -542,6 +566,7 @@ SCENES = [
     _every_dtype,
     _collectives,
     _what_is_refused,
+    _out_of_range,
     _disagreements,
     _own_arguments,
     _by_the_passes,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_indices, compute_dtype
 from ..epilogue import Epilogue, Shared
-from ..statistics import Picks, Statistics, assemble, dense_columns
+from ..statistics import Picks, Statistics, Targets, assemble, dense_columns
 
 
 def row_losses(
@@ -68,14 +68,11 @@ def _statistics(
         check_indices("target", target, classes, ignore_index)
         if candidates is not None:
             check_indices("candidate", candidates, classes, None)
-    ignored = target == ignore_index
-    # Elsewhere a look at the targets would stall the stream: a row that is out of range is NaN.
-    invalid = ((target < 0) | (target >= classes)) & ~ignored
+    index, ignored, invalid = Targets.of(target, classes, ignore_index)
     if candidates is not None:
         outside = (candidates < 0) | (candidates >= classes)
-        invalid |= outside.any(-1) & ~ignored
+        invalid = invalid | (outside.any(-1) & ~ignored)
         candidates = candidates.masked_fill(outside, 0)
-    index = target.masked_fill(ignored | invalid, 0)
     z = logits.to(compute_dtype(logits.dtype)).masked_fill(ignored[:, None], 0)
     columns, pick_index = dense_columns(z, index, weight, candidates, picks)
     return z, assemble(columns, index, pick_index, picks, weight), ignored, invalid
