@@ -11,11 +11,11 @@ class for it, which is put right around it; the others take -1 for a class that 
 from __future__ import annotations
 
 import os
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -57,9 +57,7 @@ class VocabularyShards:
                 raise ValueError(f"sizes must be numbers of classes, got {size!r} in {sizes}")
         if len(sizes) != group.size() or not any(sizes):
             raise ValueError(f"sizes must be of the {group.size()} ranks of the group, one class at least, got {sizes}")
-        # Not the group itself: one that outlives destroy_process_group takes the process down with it at its end.
-        _groups[group.group_name] = group
-        object.__setattr__(self, "name", group.group_name)
+        object.__setattr__(self, "name", _name(group))
         object.__setattr__(self, "rank", group.rank())
         object.__setattr__(self, "sizes", sizes)
 
@@ -103,11 +101,22 @@ def columns(index: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.where(here, index - first, -1), here
 
 
-_groups: WeakValueDictionary[str, Any] = WeakValueDictionary()
+# Not the groups themselves: one that outlives destroy_process_group takes the process down with it at its end.
+_groups: dict[str, weakref.ref[Any]] = {}
+
+
+def _name(group: Any) -> str:
+    """The name of a group, which it shares with no group that was destroyed, as torch.distributed's names are."""
+    number = 1
+    while True:
+        name = group.group_name if number == 1 else f"{group.group_name}#{number}"
+        if _groups.setdefault(name, weakref.ref(group))() is group:
+            return str(name)
+        number += 1
 
 
 def group_named(name: str) -> Any:
-    group = _groups.get(name)
+    group = _groups[name]() if name in _groups else None
     if group is None:
         raise ValueError(f"group {name!r} is a process group that was destroyed")
     return group

@@ -583,7 +583,7 @@ def test_ranks(world: int, tmp_path: Path) -> None:
 
 
 def test_shards_may_outlive_their_group() -> None:
-    """A process group that did would take the process down at its end."""
+    """A process group that did would take the process down at its end. The next one of that name is another."""
     script = """
 import torch, torch.distributed as dist, fusedloss as fl
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -591,12 +591,21 @@ shards = fl.VocabularyShards(dist.group.WORLD, [3])
 z, target = torch.randn(2, 3), torch.tensor([0, 2])
 torch.testing.assert_close(fl.cross_entropy(z, target, group=shards), fl.cross_entropy(z, target))
 dist.destroy_process_group()
-try:
-    fl.cross_entropy(z, target, group=shards)
-except ValueError as error:
-    assert "is a process group that was destroyed" in str(error), error
-else:
-    raise AssertionError("nothing raised")
+
+def check_destroyed():
+    try:
+        fl.cross_entropy(z, target, group=shards)
+    except ValueError as error:
+        assert "is a process group that was destroyed" in str(error), error
+    else:
+        raise AssertionError("nothing raised")
+
+check_destroyed()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+again = [fl.VocabularyShards(dist.group.WORLD, [3]) for _ in range(2)]
+assert again[0] == again[1] != shards
+torch.testing.assert_close(fl.cross_entropy(z, target, group=again[0]), fl.cross_entropy(z, target))
+check_destroyed()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
