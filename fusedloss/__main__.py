@@ -173,7 +173,7 @@ def _bench(shape: tuple[int, int], dtype: torch.dtype, rounds: int, wanted: str 
     try:
         backends.resolve(None, torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
-        raise _UsageError(f"FUSEDLOSS_IMPL: {error}") from None
+        raise _UsageError(str(error)) from None
     try:
         logits = torch.randn(rows, classes).to(dtype)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_local
+from .checks import check_choice, check_index_dtype, check_int, check_local
 from .statistics import RowStats
 
 
@@ -31,7 +31,7 @@ def calibration_bins(stats: RowStats, target: Tensor, *, bins: int = 15) -> Cali
 
     Args:
         stats: of any loss with return_stats=True, or of several batches: ``RowStats(*map(torch.cat, zip(*batches)))``.
-        target: the targets of the same rows and shape, int64 or int32.
+        target: the targets of the same rows and shape, of any integer dtype.
         bins: their number, at least 1.
 
     Nothing is read by the host. The sums are in float64; on a GPU their order may change the last bit of that.
@@ -104,8 +104,7 @@ def _check(stats: object, target: object, bins: object) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
     check_local("target", target)
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must hold class indices as int64 or int32, got {target.dtype}")
+    check_index_dtype("target", target)
     for name in ("argmax", "argmax_log_prob"):
         column = getattr(stats, name)
         if column.shape != target.shape:
@@ -114,7 +113,4 @@ def _check(stats: object, target: object, bins: object) -> None:
             )
         if column.device != target.device:
             raise ValueError(f"target is on {target.device}, but stats.{name} on {column.device}")
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"bins must be an int, got {bins!r}")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
+    check_int("bins", bins, 1)

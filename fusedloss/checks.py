@@ -11,6 +11,7 @@ from torch import Tensor
 from .projection import Projection
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -36,6 +37,16 @@ def check_number(
     number = float(value)
     if not (low < number if above else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
+
+
+def check_int(name: str, value: object, low: float = -math.inf) -> int:
+    """`value` as an int: one of Python or of NumPy, at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    number = value if isinstance(value, int) else int(value)  # a symbolic one stays symbolic
+    if number < low:
+        raise ValueError(f"{name} must be {_range(low, math.inf)}, got {value!r}")
+    return number
 
 
 def check_parameter(name: str, value: object, target: Tensor, low: float, high: float = math.inf) -> None:
@@ -83,8 +94,7 @@ def check_logits(input: object, target: object) -> None:
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must hold class indices as int64 or int32, got {target.dtype}")
+    check_index_dtype("target", target)
     if input.dim() < 1:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
     if target.shape != input.shape[:-1]:
@@ -94,6 +104,12 @@ def check_logits(input: object, target: object) -> None:
         )
     if target.device != input.device:
         raise ValueError(f"target is on {target.device}, but input on {input.device}")
+
+
+def check_index_dtype(name: str, index: Tensor) -> None:
+    if index.dtype not in INDEX_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INDEX_DTYPES)
+        raise TypeError(f"{name} must hold indices of one of the dtypes {names}, got {index.dtype}")
 
 
 def check_classes(classes: int, input: Tensor | Projection) -> None:
@@ -115,9 +131,9 @@ def check_weight(weight: object, input: Tensor | Projection, classes: int) -> No
 
 def check_candidates(candidates: object, target: Tensor) -> None:
     """Candidate classes: (*) or (*, k) beside a target (*)."""
-    if not isinstance(candidates, Tensor) or candidates.dtype not in (torch.int64, torch.int32):
-        kind = candidates.dtype if isinstance(candidates, Tensor) else type(candidates).__name__
-        raise TypeError(f"candidates must be an int64 or int32 tensor, got {kind}")
+    if not isinstance(candidates, Tensor):
+        raise TypeError(f"candidates must be a tensor of class indices, got {type(candidates).__name__}")
+    check_index_dtype("candidates", candidates)
     if candidates.shape != target.shape and (
         candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape or candidates.shape[-1] < 1
     ):

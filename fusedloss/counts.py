@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_indices, check_local, check_token_weight
+from .checks import check_index_dtype, check_indices, check_int, check_local, check_token_weight
 from .parallel import check_group
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def normalizer(
     the mean, however unevenly the targets are spread. A mean of the parts' means is another number.
 
     Args:
-        target: class indices of any shape, int64 or int32; or a sequence of such, the micro-batches before an update.
+        target: class indices of any shape and integer dtype; or a sequence of such, the micro-batches before an update.
         ignore_index: target value that does not count.
         weight: (V,) class weights to be summed, by which the mean of `cross_entropy` divides; other losses count.
         token_weight: of the target's shape, or a sequence of such beside a sequence of targets: weights to be summed,
@@ -116,14 +116,12 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor of class indices or a list of such, got {type(target).__name__}")
         check_local("target", target)
-        if target.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"target must hold class indices as int64 or int32, got {target.dtype}")
+        check_index_dtype("target", target)
         if token_weight is not None:
             check_token_weight(token_weight, target)
         if target.device != parts[0][0].device:
             raise ValueError(f"one target is on {target.device}, but the first on {parts[0][0].device}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    check_int("ignore_index", ignore_index)
     if not isinstance(averaged, bool):
         raise TypeError(f"averaged must be a bool, got {averaged!r}")
     if weight is None:
@@ -141,6 +139,7 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
 
 
 def _count(target: Tensor, ignore_index: int, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    target = target.to(torch.int64)  # in which any ignore_index is a number of its own
     counted = target != ignore_index
     if weight is None and token_weight is None:
         return counted.sum()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from . import linear
-from .checks import DTYPES, compute_dtype
+from .checks import DTYPES, check_int, compute_dtype
 
 
 class Footprint(NamedTuple):
@@ -57,10 +57,7 @@ def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget
     (1024, 128, 388)
     """
     for name, value in (("rows", rows), ("features", features), ("classes", classes)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_int(name, value, 1)
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     size = dtype.itemsize

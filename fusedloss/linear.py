@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, vocabulary
-from .checks import check_number, compute_dtype
+from .checks import check_int, check_number, compute_dtype
 from .projection import Form, Projection
 from .statistics import Picks, statistics_with_top
 
@@ -39,7 +39,7 @@ Args:
     input: hidden states (*, D) of float64, float32, bfloat16 or float16. Under autocast it, the weight and the bias
         are cast as by torch.nn.functional.linear.
     linear_weight: (V, D), such as the weight of the output layer, tied or not.
-    target: (*) class indices, int64 or int32.
+    target: (*) class indices of any integer dtype.
     linear_bias: (V,) or None.
     softcap: cap c > 0 of the logits, z = c tanh(z / c); None for none.
     budget: bytes that a chunk of logits may take (with softcap, and its slope); None takes FUSEDLOSS_LINEAR_BUDGET or
@@ -151,10 +151,11 @@ def project(
 
 def checked_budget(budget: int | None, row: int) -> int:
     """The budget, which must hold the `row` bytes of one row's logits."""
-    budget = _budget(budget)
-    if budget < row:
-        raise ValueError(f"budget of {budget} bytes is too small for one row of logits, {row} bytes")
-    return budget
+    checked, variable = _budget(budget), os.environ.get("FUSEDLOSS_LINEAR_BUDGET")
+    if checked < row:
+        source = " (FUSEDLOSS_LINEAR_BUDGET)" if budget is None and variable else ""
+        raise ValueError(f"budget of {checked} bytes{source} is too small for one row of logits, {row} bytes")
+    return checked
 
 
 def _budget(budget: int | None) -> int:
@@ -165,9 +166,7 @@ def _budget(budget: int | None) -> int:
         if not text.isdecimal():
             raise ValueError(f"FUSEDLOSS_LINEAR_BUDGET must be a number of bytes, got {text!r}")
         return int(text)
-    if isinstance(budget, bool) or not isinstance(budget, int):
-        raise TypeError(f"budget must be an int, got {budget!r}")
-    return budget
+    return check_int("budget", budget)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:

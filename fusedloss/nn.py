@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import backends
-from .checks import check_choice, check_number
+from .checks import check_choice, check_int, check_number
 from .linear import project
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
@@ -270,10 +270,7 @@ class _LinearLoss(_Loss):
         dtype: torch.dtype | None,
     ) -> None:
         for name, value in (("in_features", in_features), ("num_classes", num_classes)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_int(name, value, 1)
         self.linear: nn.Module = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
     @classmethod

@@ -87,7 +87,7 @@ float16, whose gradients could vanish before they are scaled, and under torch.co
 
 _SHAPES_DOC = """
 Shapes:
-    input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of int64 or int32. The loss is
+    input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of any integer dtype. The loss is
     float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
 
 Raises:
@@ -163,7 +163,7 @@ def prepare(
         if o["group"] is not None:
             raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
         input, o["group"] = vocabulary.local_part("input", input, -1)
-    target = vocabulary.local_rows(target)
+    target = vocabulary.local_rows(target).to(torch.int64)  # in which any ignore_index is a number of its own
     shards = vocabulary.shards_of(o["group"], input)
     classes = input.shape[-1] if shards is None else shards.classes
     if shards is not None:
@@ -188,7 +188,7 @@ def prepare(
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if inplace and impl == "reference":
         raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
-    index = target.reshape(-1).to(torch.int64).contiguous()
+    index = target.reshape(-1).contiguous()
     weight = o["weight"]
     if weight is not None:
         weight = weight.to(dtype).contiguous()
@@ -244,8 +244,7 @@ def _check(input: Source, target: Tensor, classes: int, o: RowOptions) -> None:
     checks.check_choice("smoothing_over", o["smoothing_over"], ("all", "others"))
     checks.check_number("label_smoothing", o["label_smoothing"], 0, 1)
     checks.check_number("z_loss", o["z_loss"], 0)
-    if isinstance(o["ignore_index"], bool) or not isinstance(o["ignore_index"], int):
-        raise TypeError(f"ignore_index must be an int, got {o['ignore_index']!r}")
+    o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
     if o["weight"] is not None:
         checks.check_weight(o["weight"], input, classes)
     if o["token_weight"] is not None:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops, parallel
-from .checks import is_dtensor
+from .checks import check_int, is_dtensor
 from .projection import Form, Projection
 from .statistics import Picks, of_target
 
@@ -51,10 +51,7 @@ class VocabularyShards:
 
     def __init__(self, group: Any, sizes: Sequence[int]) -> None:
         parallel.check_group(group)
-        sizes = tuple(sizes)
-        for size in sizes:
-            if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-                raise ValueError(f"sizes must be numbers of classes, got {size!r} in {sizes}")
+        sizes = tuple(check_int("each of sizes", size, 0) for size in sizes)
         if len(sizes) != group.size() or not any(sizes):
             raise ValueError(f"sizes must be of the {group.size()} ranks of the group, one class at least, got {sizes}")
         object.__setattr__(self, "name", _name(group))
@@ -293,7 +290,10 @@ def check_ranks(
     options: Mapping[str, Any],
 ) -> None:
     """Raises ValueError on every rank where they disagree, if FUSEDLOSS_CHECK_RANKS asks for it: the host waits."""
-    if os.environ.get("FUSEDLOSS_CHECK_RANKS", "0") in ("", "0") or torch.compiler.is_compiling():
+    asked = os.environ.get("FUSEDLOSS_CHECK_RANKS") or "0"
+    if asked not in ("0", "1"):
+        raise ValueError(f"FUSEDLOSS_CHECK_RANKS must be 0 or 1, got {asked!r}")
+    if asked == "0" or torch.compiler.is_compiling():
         return
 
     def told(value: object) -> object:

@@ -82,7 +82,7 @@ CASES: dict[str, Bad] = {
     "target is None": bad(lambda z, t: fl.cross_entropy(z, None), TypeError, "target", "NoneType"),
     "target is float": tensors(TypeError, "target", "torch.float32", t=torch.zeros(4)),
     "target is bool": tensors(TypeError, "target", "torch.bool", t=torch.zeros(4, dtype=torch.bool)),
-    "target is uint8": tensors(TypeError, "target", "torch.uint8", t=torch.zeros(4, dtype=torch.uint8)),
+    "target is uint16": tensors(TypeError, "target", "torch.uint16", t=torch.zeros(4, dtype=torch.uint16)),
     "target is shorter": tensors(ValueError, "target", "(4,)", "(3,)", t=longs(0, 1, 2)),
     "target has a dimension more": tensors(ValueError, "(4,)", "(4, 1)", t=longs(0, 1, 2, 3)[:, None]),
     "target holds probabilities": tensors(TypeError, "target", "torch.float32", t=torch.zeros(4, 5)),

@@ -173,7 +173,7 @@ def test_bench_with_a_default_that_does_not_exist(
     monkeypatch.setenv("FUSEDLOSS_IMPL", "abacus")
     with pytest.raises(SystemExit):
         command.main(["bench"])
-    assert "FUSEDLOSS_IMPL: impl must be one of" in capsys.readouterr().err
+    assert "FUSEDLOSS_IMPL must be one of" in capsys.readouterr().err
 
 
 class _Terminal(io.StringIO):

@@ -96,6 +96,8 @@ def test_a_bad_limit_raises(limit: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
     with pytest.raises(ValueError, match=f"FUSEDLOSS_KEEP_BYTES .* got '{limit}'"):
         memory.empty(problem()[0].shape, torch.float32)
+    with pytest.raises(ValueError, match="FUSEDLOSS_KEEP_BYTES"):  # of a small block too
+        memory.empty((3, 5), torch.float32)
 
 
 def test_threads_do_not_share_a_block() -> None:

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
-from fusedloss import _engine
-from fusedloss.backends import cpu
+from fusedloss import _engine, backends
+from fusedloss.backends import cpu, memory
 
 #: Columns that the compiled passes take at a time, and those of one partial statistic.
 BLOCK, CHUNK = 2048, 8192
@@ -794,8 +794,8 @@ print("done")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     first, second, done = result.stdout.splitlines() or ("", "", result.stderr)
     assert done == "done"
-    assert first == second
     assert first.startswith("impl='cpu' cannot run: the C++ extension did not load")
+    assert second == first.replace("impl='cpu'", "FUSEDLOSS_IMPL=cpu")
     assert "fusedloss._engine" in first
 
 
@@ -813,11 +813,71 @@ def test_the_environment_names_the_default(
     fl.cross_entropy(z, target)
     assert kernel_calls == {("row_loss", "cpu"): 2}
     monkeypatch.setenv("FUSEDLOSS_IMPL", "fastest")
-    with pytest.raises(ValueError, match="'fastest'"):
+    with pytest.raises(ValueError, match=r"FUSEDLOSS_IMPL must be one of .* got 'fastest'"):
         fl.cross_entropy(z, target)
-    monkeypatch.setenv("FUSEDLOSS_IMPL", "")
+    monkeypatch.setenv("FUSEDLOSS_IMPL", "triton_fused")  # of linear forms alone
     fl.cross_entropy(z, target)
     assert kernel_calls == {("row_loss", "cpu"): 3}
+    for impl in ("triton", "cuda"):  # of other devices
+        monkeypatch.setattr(getattr(backends, impl), "RUNS_ON", "cuda")
+        monkeypatch.setenv("FUSEDLOSS_IMPL", impl)
+        fl.cross_entropy(z, target)
+    assert kernel_calls == {("row_loss", "cpu"): 5}
+    with pytest.raises(RuntimeError, match="impl='cuda' cannot run"):
+        fl.cross_entropy(z, target, impl="cuda")
+    monkeypatch.setenv("FUSEDLOSS_IMPL", "")
+    fl.cross_entropy(z, target)
+    assert kernel_calls == {("row_loss", "cpu"): 6}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@each_loss
+def test_targets_of_every_integer_dtype(loss: Any, dtype: torch.dtype, impl: str, generator: torch.Generator) -> None:
+    """In a narrow dtype, -100 or -1 may be another number, which is then a class."""
+    z, target = problem(6, 200, generator)
+    target = target % 127
+    target[3] = 156 - 256 if dtype == torch.int8 else 156  # as -100 is in eight bits without a sign
+    own = {"ignore_index": 5, "impl": impl} if dtype != torch.int8 else {"impl": impl}
+    target[1] = 5
+    expected = loss(z, target, **own)
+    narrow = target.to(dtype)
+    torch.testing.assert_close(loss(z, narrow, **own), expected, rtol=0, atol=0)
+    assert fl.normalizer(narrow, ignore_index=own.get("ignore_index", -100)) == 5
+    if dtype == torch.uint8:
+        loss(z, narrow, impl=impl)  # -100 is no class
+        assert fl.normalizer(narrow) == 6
+
+
+def test_integers_of_numpy(generator: torch.Generator) -> None:
+    numpy = pytest.importorskip("numpy")
+    z, target = problem(6, 9, generator)
+    target[2] = 3
+    expected = fl.cross_entropy(z, target, ignore_index=3)
+    assert torch.equal(fl.cross_entropy(z, target, ignore_index=numpy.int64(3)), expected)
+    assert fl.normalizer(target, ignore_index=numpy.int32(3)) == (target != 3).sum()
+    hidden, weight = torch.randn(6, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    expected = fl.linear_cross_entropy(hidden, weight, target, budget=72)
+    assert torch.equal(fl.linear_cross_entropy(hidden, weight, target, budget=numpy.int64(72)), expected)
+    layer = fl.nn.LinearFocalLoss(numpy.int64(4), numpy.int64(9), ignore_index=numpy.int64(3))
+    assert layer(hidden, target).isfinite()
+    with pytest.raises(TypeError, match=r"ignore_index must be an int, got np\.float64"):
+        fl.cross_entropy(z, target, ignore_index=numpy.float64(3))
+
+
+@each_loss
+def test_another_default_device(loss: Any, compiled_impl: str, generator: torch.Generator, monkeypatch: Any) -> None:
+    """Memory of a tensor's gradient is on its device, not on the default one."""
+    z, target = problem(6, 9, generator)
+    z.requires_grad_()
+    expected = torch.autograd.grad(loss(z, target, impl=compiled_impl), z)[0]
+    for smallest in (0, memory.SMALL):
+        monkeypatch.setattr(memory, "SMALL", smallest)
+        torch.set_default_device("meta")
+        try:
+            (gradient,) = torch.autograd.grad(loss(z, target, impl=compiled_impl), z)
+        finally:
+            torch.set_default_device(None)
+        assert torch.equal(gradient, expected)
 
 
 @each_loss

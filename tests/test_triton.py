@@ -389,3 +389,28 @@ def test_the_package_works_without_triton():
 def test_triton_is_imported_when_it_is_needed():
     code = "import torch, fusedloss as fl; fl.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
     assert _run(code + "print('triton' in sys.modules)") == "False\n"
+
+
+def test_the_precision_of_products_is_that_of_torch() -> None:
+    """Whichever way it was set: after the newer one, reading the older raises. In a process of its own, since it stays."""
+    script = """
+import torch, fusedloss as fl
+from fusedloss.backends import triton
+
+hidden, weight, target = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 6, 1])
+for statement, expected in (
+    ("pass", "ieee"),
+    ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ("torch.set_float32_matmul_precision('highest')", "ieee"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'none'; torch.backends.fp32_precision = 'tf32'", "tf32"),
+):
+    exec(statement)
+    assert triton._precision(hidden) == expected, statement
+    assert triton._precision(hidden.double()) == "ieee"
+    loss = fl.linear_cross_entropy(hidden, weight, target, impl="triton_fused")
+    torch.testing.assert_close(loss, fl.linear_cross_entropy(hidden, weight, target, impl="reference"), rtol=1e-2, atol=0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -292,7 +292,7 @@ def _what_is_refused(rank: int, world: int) -> None:
             fl.dsc_loss(z, target, alpha=alpha, group=shards, inplace_backward=True, **options)
     with pytest.raises(ValueError, match="sizes must be of the"):
         fl.VocabularyShards(dist.group.WORLD, [3] * (world + 1))
-    with pytest.raises(ValueError, match="sizes must be numbers of classes, got -1"):
+    with pytest.raises(ValueError, match="each of sizes must be at least 0, got -1"):
         fl.VocabularyShards(dist.group.WORLD, [-1] * world)
     own = torch.ones((), requires_grad=True)
     with pytest.raises(ValueError, match=r"no gradients for tensors of its own.*detach it"):
@@ -348,6 +348,9 @@ def _disagreements(rank: int, world: int) -> None:
                 call()
         fl.cross_entropy(z, target, group=shards)
     finally:
+        os.environ["FUSEDLOSS_CHECK_RANKS"] = "yes"
+        with pytest.raises(ValueError, match="FUSEDLOSS_CHECK_RANKS must be 0 or 1, got 'yes'"):
+            fl.cross_entropy(z, target, group=shards)
         del os.environ["FUSEDLOSS_CHECK_RANKS"]
 
 

@@ -51,6 +51,13 @@ def unavailable(impl: str, device: torch.device | None = None) -> str | None:
     return None
 
 
+def runs_on(impl: str) -> str | None:
+    """The type of device whose tensors the implementation takes; None for any."""
+    if impl in ("triton", "triton_fused"):
+        return triton.RUNS_ON
+    return {"cpu": "cpu", "cuda": cuda.RUNS_ON}.get(impl)
+
+
 def resolve(
     impl: str | None,
     device: torch.device,
@@ -61,9 +68,17 @@ def resolve(
 ) -> str:
     """The implementation to use on `device`: the named one or an error; without a name the fastest that is ready.
 
-    Which that is on a GPU may depend on the logits' dtype and classes, and on the number of candidates for a target.
+    FUSEDLOSS_IMPL names one for the devices and forms that it is for; elsewhere nothing is named. The fastest on a GPU
+    may depend on the logits' dtype and classes, and on the number of candidates for a target.
     """
-    impl = impl or os.environ.get("FUSEDLOSS_IMPL") or None
+    named = f"impl={impl!r}"
+    if not impl:
+        impl = os.environ.get("FUSEDLOSS_IMPL") or None
+        named = f"FUSEDLOSS_IMPL={impl}"
+        if impl is not None:
+            check_choice("FUSEDLOSS_IMPL", impl, LINEAR_IMPLS)
+            if runs_on(impl) not in (None, device.type) or (impl not in IMPLS and not linear):
+                impl = None
     if impl is None:
         # Interpreted kernels are for tests: on a CPU nobody gets them without asking.
         fastest = "cpu" if device.type == "cpu" else "triton"
@@ -76,7 +91,7 @@ def resolve(
         raise ValueError(f"impl={impl!r} is for linear forms; losses of logits take one of {', '.join(IMPLS)}")
     reason = unavailable(impl, device)
     if reason is not None:
-        raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+        raise RuntimeError(f"{named} cannot run: {reason}")
     return impl
 
 

@@ -35,10 +35,10 @@ _kept: list[mmap.mmap] = []
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialised and contiguous; its memory comes back here when the last tensor on it is gone."""
     count = math.prod(shape)
-    size = count * dtype.itemsize
-    block = _take(size) if SMALL <= size <= _limit() else None
+    size, limit = count * dtype.itemsize, _limit()
+    block = _take(size) if SMALL <= size <= limit else None
     if block is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     view = memoryview(block)  # lives as long as the tensors on it
     weakref.finalize(view, _keep, block).atexit = False
     tensor = torch.frombuffer(view, dtype=dtype, count=count).view(shape)

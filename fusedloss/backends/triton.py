@@ -16,11 +16,13 @@ from .passes import Backward, Forward, Product
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
+#: The type of device whose tensors the kernels take.
+RUNS_ON = "cpu" if INTERPRETED else "cuda"
+
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why the kernels cannot run, here or for tensors on `device`; None if they can."""
-    runs_on = "cpu" if INTERPRETED else "cuda"
-    if device is not None and device.type != runs_on:
+    if device is not None and device.type != RUNS_ON:
         kind = "CPU tensors while TRITON_INTERPRET is set" if INTERPRETED else "GPU tensors"
         return f"it runs on {kind}, but the input is on {device}"
     if device is None and not INTERPRETED and not torch.cuda.is_available():
@@ -71,8 +73,8 @@ def _source(logits: Tensor | Product, table: str) -> _Source:
 
 
 def _precision(hidden: Tensor) -> str:
-    """As torch's own products of float32."""
-    tf32 = hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    """As torch's own products of float32. This attribute can be read whichever way the precision was set."""
+    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
