@@ -392,7 +392,7 @@ def test_triton_is_imported_when_it_is_needed():
 
 
 def test_the_precision_of_products_is_that_of_torch() -> None:
-    """Whichever way it was set: after the newer one, reading the older raises. In a process of its own, since it stays."""
+    """Whichever way it was set: after the newer one, reading the older raises. The setting stays, so in a process apart."""
     script = """
 import torch, fusedloss as fl
 from fusedloss.backends import triton
@@ -410,7 +410,8 @@ for statement, expected in (
     assert triton._precision(hidden) == expected, statement
     assert triton._precision(hidden.double()) == "ieee"
     loss = fl.linear_cross_entropy(hidden, weight, target, impl="triton_fused")
-    torch.testing.assert_close(loss, fl.linear_cross_entropy(hidden, weight, target, impl="reference"), rtol=1e-2, atol=0)
+    expected = fl.linear_cross_entropy(hidden, weight, target, impl="reference")
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
