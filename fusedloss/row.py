@@ -87,8 +87,8 @@ float16, whose gradients could vanish before they are scaled, and under torch.co
 
 _SHAPES_DOC = """
 Shapes:
-    input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of any integer dtype. The loss is
-    float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
+    input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of int64, int32, int16, int8
+    or uint8. The loss is float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
 
 Raises:
     TypeError, ValueError: an argument of the wrong kind, shape or range.

@@ -175,6 +175,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(nmt, corpus, tmp_path, monkeypat
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
+def test_the_curve_of_alpha_has_every_update(nmt, tmp_path, monkeypatch):
+    """Alpha jumps where the warm-up ends: a line from point to point would be a ramp that never was."""
+    pyplot, figures = pytest.importorskip("matplotlib.pyplot"), []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    config = SimpleNamespace(loss="mixed", ce_warmup=0.5, steps=12)
+    point = {"step": 4, "train_loss": 1.0, "held_out_loss": 1.0, "accuracy": 0.5}
+    curves = [point, {**point, "step": 8}, {**point, "step": 12}]
+    nmt.train.draw_curves(SimpleNamespace(config=config, curves=curves, step=12), tmp_path / "curves.png")
+    (line,) = (line for line in figures[0].axes[1].lines if line.get_label() == "alpha")
+    assert list(line.get_ydata()) == [0] * 6 + [0.5 * update / 12 for update in range(6, 12)]
+
+
 def test_a_finished_run_is_measured_again(nmt, corpus, tmp_path, capsys):
     assert _run(nmt, corpus, tmp_path) == 0
     first = capsys.readouterr().out

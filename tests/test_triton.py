@@ -392,7 +392,7 @@ def test_triton_is_imported_when_it_is_needed():
 
 
 def test_the_precision_of_products_is_that_of_torch() -> None:
-    """Whichever way it was set: after the newer one, reading the older raises. The setting stays, so in a process apart."""
+    """After the newer way of setting it, reading it the older way raises. The setting stays, hence a process apart."""
     script = """
 import torch, fusedloss as fl
 from fusedloss.backends import triton

@@ -23,7 +23,7 @@ from checkpoint import CheckpointError, load_checkpoint
 from data import DataError, Pair, TrainingBatches, Vocabulary, encode_pairs, fingerprint, load_pairs, split_by_file
 from evaluate import bleu, translate
 from options import make_config, parse_arguments
-from trainer import Trainer, run_training
+from trainer import Trainer, alpha_at, run_training
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 128 + number
 
     curves, figures = options.out / "curves.png", options.out / "metrics.json"
-    draw_curves(trainer.curves, curves)
+    draw_curves(trainer, curves)
     metrics = report(trainer, held_pairs, options)
     figures.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if options.compare_updates:
@@ -102,18 +102,19 @@ def report(trainer: Trainer, held_pairs: list[Pair], options: argparse.Namespace
     }
 
 
-def draw_curves(curves: list[dict[str, float]], path: Path) -> None:
+def draw_curves(trainer: Trainer, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps = [point["step"] for point in curves]
+    curves, steps = trainer.curves, [point["step"] for point in trainer.curves]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, label in (("train_loss", "training objective"), ("held_out_loss", "held-out cross-entropy")):
         left.plot(steps, [point[name] for point in curves], marker=".", label=label)
-    for name, label in (("accuracy", "held-out token accuracy"), ("alpha", "alpha")):
-        right.plot(steps, [point[name] for point in curves], marker=".", label=label)
+    right.plot(steps, [point["accuracy"] for point in curves], marker=".", label="held-out token accuracy")
+    # Of every update: between two points it may jump, where the warm-up ends.
+    right.plot([alpha_at(trainer.config, update) for update in range(trainer.step)], label="alpha")
     left.set_ylabel("nats per token")
     for axes in (left, right):
         axes.set_xlabel("update")
