@@ -1,7 +1,6 @@
 """Calibration: whether a model is right as often as its confidences say."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
 from typing import NamedTuple
 
 import torch

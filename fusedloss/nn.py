@@ -81,8 +81,7 @@ def _sample(value: Any) -> Any:
 
 def _types(parameter: inspect.Parameter) -> list[str]:
     """["float", "Tensor"] of an argument annotated as float | Tensor."""
-    annotation = parameter.annotation
-    return str(getattr(annotation, "__forward_arg__", annotation)).split(" | ")
+    return str(parameter.annotation).split(" | ")
 
 
 def _retyped(parameter: inspect.Parameter, also: str) -> inspect.Parameter:

@@ -110,7 +110,8 @@ def row_form(*without: str) -> Callable[[_Loss], _Loss]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=value,
-                annotation=RowOptions.__annotations__[name],
+                # The text, as of the loss's own arguments: a TypedDict wraps it in a ForwardRef.
+                annotation=RowOptions.__annotations__[name].__forward_arg__,
             )
             for name, value in _DEFAULTS.items()
             if name not in without

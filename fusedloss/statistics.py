@@ -1,7 +1,6 @@
 """The statistics of a row of logits: all that a loss needs to know of it, and their dense PyTorch definition."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -76,7 +75,7 @@ class Statistics:
         for name, value in fields.items():
             setattr(self, name, value)
 
-    def only(self, statistics: tuple[str, ...]) -> Statistics:
+    def only(self, statistics: tuple[str, ...]) -> "Statistics":
         """Without the optional ones that are not named, which may be here for other reasons."""
         hidden = {field for name, fields in OPTIONAL.items() if name not in statistics for field in fields}
         return Statistics(**{name: value for name, value in self.__dict__.items() if name not in hidden})
@@ -103,7 +102,7 @@ class Picks(NamedTuple):
     mean: bool = False
 
     @staticmethod
-    def of(statistics: tuple[str, ...]) -> Picks:
+    def of(statistics: tuple[str, ...]) -> "Picks":
         top_k = 2 if "second" in statistics else 1 if "top" in statistics else 0
         return Picks(top_k, "below" in statistics, "mean" in statistics)
 
@@ -134,7 +133,7 @@ class Targets(NamedTuple):
     """Out of range. On a CPU such a target raises before; on a GPU its row is NaN, because a look would stall."""
 
     @staticmethod
-    def of(target: Tensor, classes: int, ignore_index: int) -> Targets:
+    def of(target: Tensor, classes: int, ignore_index: int) -> "Targets":
         ignored = target == ignore_index
         invalid = ((target < 0) | (target >= classes)) & ~ignored
         return Targets(target.masked_fill(ignored | invalid, 0), ignored, invalid)

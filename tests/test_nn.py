@@ -112,6 +112,12 @@ def test_signatures_are_the_functions(name: str) -> None:
     assert cls.__module__ == "fusedloss.nn" and cls.__qualname__ == name
 
 
+def test_help_shows_annotations_as_they_are_written() -> None:
+    public = [*(getattr(fl, name) for name in fl.__all__), *MODULES.values(), *(x.forward for x in MODULES.values())]
+    shown = {x.__qualname__: str(inspect.signature(x)) for x in public if callable(x)}
+    assert not [name for name, signature in shown.items() if "ForwardRef" in signature]
+
+
 OTHERS = ["AlphaSchedule", "SupConLoss", "CrossEntropySupConLoss"]
 
 
