@@ -87,13 +87,27 @@ def check_local(name: str, value: Tensor) -> None:
         )
 
 
+def check_dtype(name: str, value: Tensor | Projection) -> None:
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+
+
+def check_readable(name: str, value: Tensor) -> None:
+    """Raises for tensors made of others, as quantized ones are: kernels cannot read them, whatever dtype they name."""
+    kind = type(value)
+    if hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a {kind.__module__}.{kind.__qualname__}, as for a quantized weight; "
+            "dequantize it, or pass impl='reference', which computes all logits by operators of its own"
+        )
+
+
 def check_logits(input: object, target: object) -> None:
     if not isinstance(input, Tensor | Projection):
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
-    if input.dtype not in DTYPES:
-        raise TypeError(f"input must be float64, float32, bfloat16 or float16, got {input.dtype}")
+    check_dtype("input", input)
     check_index_dtype("target", target)
     if input.dim() < 1:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")

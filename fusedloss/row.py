@@ -175,6 +175,8 @@ def prepare(
         checks.check_candidates(candidates, target)
         count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
     impl = backends.resolve(o["impl"], input.device, linear, input.dtype, input.shape[-1], count)
+    if isinstance(input, Projection) and impl != "reference":
+        checks.check_readable("linear_weight", input.weight)
     if shards is not None:
         if impl == "reference":
             raise ValueError("group needs an implementation with kernels, but impl is 'reference'")

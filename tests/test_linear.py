@@ -15,6 +15,7 @@ from oracle import assert_as_accurate_as
 from row_suite import compute_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
@@ -490,6 +491,14 @@ def test_opcheck(name: str, masked: bool, generator: torch.Generator) -> None:
         ({"linear_weight": torch.zeros(7, 4, device="meta")}, ValueError, "linear_weight is on meta"),
         ({"linear_bias": torch.zeros(6)}, ValueError, r"linear_bias must be \(7,\)"),
         ({"linear_weight": None}, TypeError, "NoneType"),
+        ({"linear_weight": torch.zeros(7, 4).to(torch.int8)}, TypeError, "linear_weight must be .*, got torch.int8"),
+        ({"linear_bias": torch.zeros(7).long()}, TypeError, "linear_bias must be .*, got torch.int64"),
+        ({"input": torch.zeros(3, 4).int()}, TypeError, "input must be .*, got torch.int32"),
+        (
+            {"linear_weight": TwoTensor(torch.zeros(7, 4), torch.zeros(7, 4))},
+            TypeError,
+            "linear_weight must be a plain tensor, got a torch.testing._internal.two_tensor.TwoTensor",
+        ),
         ({"softcap": 0.0}, ValueError, "softcap must be greater than 0"),
         ({"softcap": float("inf")}, ValueError, "softcap must be finite"),
         ({"budget": 27}, ValueError, "budget of 27 bytes is too small for one row of logits, 28 bytes"),
@@ -507,6 +516,16 @@ def test_refused(change: dict[str, Any], error: type[Exception], message: str) -
     arguments = {"input": torch.zeros(3, 4), "linear_weight": torch.zeros(7, 4), "target": torch.tensor([0, 6, 1])}
     with pytest.raises(error, match=message):
         fl.linear_cross_entropy(**(arguments | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias"])
+def test_numbers_of_quantized_tensors_are_not_their_values(name: str, dtype: torch.dtype) -> None:
+    """Autocast casts what is given to it."""
+    arguments = {"input": torch.ones(3, 4), "linear_weight": torch.ones(7, 4), "linear_bias": torch.ones(7)}
+    arguments[name] = arguments[name].to(dtype)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match=f"{name} must be .*, got {dtype}"):
+        fl.linear_cross_entropy(target=torch.tensor([0, 6, 1]), **arguments)
 
 
 def test_losses_over_classes_in_pytorch_are_refused() -> None:
