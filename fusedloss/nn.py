@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import textwrap
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import backends
-from .checks import check_choice, check_int, check_number
+from .checks import check_choice, check_int, check_number, is_dtensor
 from .linear import project
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 _POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+#: Layers whose forward looks up inputs, so that the weight is all that an output layer can share with them.
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 #: Arguments that every loss takes, and that are shown only where they are not the default.
 _SHARED = {*RowOptions.__annotations__, "softcap", "budget", "drop_ignored"}
@@ -90,6 +94,39 @@ def _retyped(parameter: inspect.Parameter, also: str) -> inspect.Parameter:
 
 def _wrapped(text: str, first: str = "", later: str = "") -> str:
     return textwrap.fill(text, 120, initial_indent=first, subsequent_indent=later)
+
+
+def _beside_weight(layer: nn.Module) -> str | None:
+    """What changes the logits of an output layer beside its weight and bias, or None."""
+    kind = type(layer)
+    if isinstance(layer, _LOOKUPS):
+        # Pruning and the old weight_norm make the weight in a hook before the forward.
+        return _hooks(layer) if "weight" in layer.__dict__ and layer._forward_pre_hooks else None
+    if "forward" in layer.__dict__:
+        return "a forward that was put on the instance"
+    if kind.forward is nn.Linear.forward:
+        return _hooks(layer)
+    # A module without a forward does nothing but hold the weight.
+    return None if kind.forward is nn.Module.forward else "a forward of its own"
+
+
+def _hooks(layer: nn.Module) -> str | None:
+    """The first hook around a layer's forward, but for torch.distributed's, which move weights and hidden states."""
+    pre, post, backward_pre, backward = (
+        layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    )  # fmt: skip
+    if pre or post or backward_pre or backward:
+        for hook in (*pre.values(), *post.values(), *backward_pre.values(), *backward.values()):
+            if not str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+                return f"the hook {hook!r}"
+    return None
+
+
+def _holds(own: Tensor, saved: Tensor) -> bool:
+    """Whether a layer's tensor has the values of a saved one. Tensors on meta have none."""
+    if is_dtensor(own) and is_dtensor(saved):
+        own, saved = own.to_local(), saved.to_local()  # type: ignore[attr-defined]
+    return own.shape == saved.shape and (own.is_meta or saved.is_meta or torch.equal(own, saved.to(own)))
 
 
 def _sign(cls: type, name: str, parameters: list[inspect.Parameter]) -> None:
@@ -245,6 +282,9 @@ class _Loss(nn.Module):
 class _LinearLoss(_Loss):
     """A loss of hidden states, with the output layer that makes their logits."""
 
+    #: A reference to the layer of another module; None where the layer is a child.
+    _tie: weakref.ref[nn.Module] | None = None
+
     _sources = ("input", "linear_weight", "target", "linear_bias")
     _impls = backends.LINEAR_IMPLS
     _own = (
@@ -256,7 +296,8 @@ class _LinearLoss(_Loss):
     )
     _own_doc = """\
     in_features, num_classes, bias, device, dtype: of the child ``linear``, a :class:`torch.nn.Linear`, which holds the
-        output layer's weight (V, D) and bias. :meth:`tied` takes somebody else's instead.
+        output layer's weight (V, D) and bias. :meth:`tied` takes another module's layer instead. Only weight and bias
+        of ``linear`` are read: a layer that does more (LoRA, a forward of its own, hooks, pruning) raises.
 """
     _example = ("64, 1000", "hidden", 64)
 
@@ -270,16 +311,20 @@ class _LinearLoss(_Loss):
     ) -> None:
         for name, value in (("in_features", in_features), ("num_classes", num_classes)):
             check_int(name, value, 1)
-        self.linear: nn.Module = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self._modules["linear"] = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def tied(cls, layer: nn.Module, *arguments: Any, **options: Any) -> Self:
-        """A loss whose output layer is that of somebody else, such as the model's nn.Embedding or lm_head.
+        """Make a loss whose output layer is another module's, such as the model's nn.Embedding or lm_head.
 
-        `layer` has a weight (V, D), a bias (V,) or None or none, and becomes the child ``linear``: one module with two
-        parents, whose parameters count once, and whose state_dict keys come once from each. It stays the same one
-        under `.to()`, load_state_dict and a deepcopy of a module that holds both. The other arguments are the
-        constructor's, without those of the layer.
+        `layer` has a weight (V, D), and a bias (V,) or None or none. It is an nn.Linear, a module that has no forward,
+        or an embedding, whose weight alone is shared, whatever its forward does to the inputs. The other arguments are
+        the constructor's, without those of the layer.
+
+        The layer stays its owner's. The loss refers to it weakly as ``linear``: it has none of its parameters and none
+        of its keys in a state_dict, and it follows the layer through `.to()` and a new weight. A deepcopy or a pickle
+        of a module that holds both is tied likewise; one of the loss alone has lost its layer, and says so when it is
+        called. An adapter that takes the layer's place in the model afterwards is not seen.
         """
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
@@ -287,13 +332,73 @@ class _LinearLoss(_Loss):
         if not isinstance(weight, Tensor) or weight.dim() != 2:
             got = tuple(weight.shape) if isinstance(weight, Tensor) else weight
             raise ValueError(f"layer must have a weight (V, D), but that of {layer!r} is {got}")
+        cls._check_layer(layer)
         for name in ("bias", "device", "dtype"):
             if name in options:
                 raise TypeError(f"{cls.__name__}.tied() got {name}={options[name]!r}, which the layer has of its own")
         classes, features = weight.shape
         loss = cls(features, classes, *arguments, device="meta", dtype=weight.dtype, **options)
-        loss.linear = layer
+        del loss._modules["linear"]
+        loss._tie = weakref.ref(layer)
         return loss
+
+    @property
+    def linear(self) -> nn.Module:
+        """The output layer: a child, or the layer of another module that the loss is tied to."""
+        layer = self._modules.get("linear")
+        if layer is None and self._tie is not None:
+            layer = self._tie()
+        if layer is None:
+            raise RuntimeError(
+                f"the layer that this {type(self).__name__} was tied to is gone, or was not copied or saved with it; "
+                "let the model keep the layer, and copy or save a module that holds both"
+            )
+        return layer
+
+    @classmethod
+    def _check_layer(cls, layer: nn.Module) -> None:
+        what = _beside_weight(layer)
+        if what is not None:
+            kind, function = type(layer), cls._function.__name__
+            raise ValueError(
+                f"{cls.__name__} reads the weight and bias of its output layer and never calls it, but the "
+                f"{kind.__module__}.{kind.__qualname__} has {what}. Make it a plain nn.Linear (merge or unwrap an "
+                "adapter, remove a hook, make pruning or weight_norm permanent), or use the row form, "
+                f"{function.removeprefix('linear_')}(layer(hidden), target). Where weight and bias are right as they "
+                f"are, pass them to {function}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference can neither be copied nor pickled; a module that holds both takes the layer once.
+        return self.__dict__ | {"_tie": self._tie and self._tie()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        layer = state.pop("_tie", None)
+        super().__setstate__(state)
+        self._tie = layer and weakref.ref(layer)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # An older state_dict has the tensors of a tied layer here too, when the layer was a child.
+        own = f"{prefix}linear."
+        if "linear" not in self._modules and any(key.startswith(own) for key in state_dict):
+            for key, value in self.linear.state_dict(prefix=own).items():
+                if key in state_dict and not _holds(value, state_dict.pop(key)):
+                    error_msgs.append(
+                        f"{key} is not what the layer holds that {type(self).__name__} is tied to. Load the layer "
+                        f"before the loss; if the layer is right, delete {key} from the state_dict."
+                    )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def logits(self, input: Tensor) -> Tensor:
         """All the logits (*, V) of hidden states (*, D), to evaluate or to generate with."""
@@ -310,7 +415,14 @@ class _LinearLoss(_Loss):
         return {"input": weight[0], "linear_weight": weight}
 
     def _layer(self) -> tuple[Any, Any]:
-        return self.linear.weight, getattr(self.linear, "bias", None)
+        """Weight and bias of the output layer, which must be all that makes its logits."""
+        layer = self.linear
+        self._check_layer(layer)
+        return layer.weight, getattr(layer, "bias", None)
+
+    def extra_repr(self) -> str:
+        tied = "" if "linear" in self._modules else f"tied to {(self._tie and self._tie())!r}"
+        return ", ".join(filter(None, (super().extra_repr(), tied)))
 
 
 class CrossEntropyLoss(_Loss, loss=cross_entropy, example="label_smoothing=0.1"): ...

@@ -5,10 +5,13 @@ import doctest
 import inspect
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -384,18 +387,132 @@ def test_tied_gradient_is_the_sum_of_both_uses(name: str, generator: torch.Gener
     torch.testing.assert_close(model.embedding.weight.grad, parts[0] + parts[1])
 
 
-def test_tie_stays() -> None:
+class TiedFirst(Tagger):
+    """The loss is copied, saved and loaded before its layer."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._modules["embedding"] = self._modules.pop("embedding")
+
+
+def test_tied_holds_nothing() -> None:
     model = Tagger("LinearFocalLoss")
-    assert list(model.state_dict()) == ["embedding.weight", "loss.linear.weight"]
-    other = Tagger("LinearFocalLoss")
-    other.load_state_dict(model.state_dict())
-    empty = Tagger("LinearFocalLoss").to("meta").to_empty(device="cpu")
+    assert list(model.loss.parameters()) == [] and list(model.loss.children()) == []
+    assert list(model.state_dict()) == ["embedding.weight"]
+    assert list(safetensors.torch.load(safetensors.torch.save(model.state_dict()))) == ["embedding.weight"]
+    assert repr(model.loss).endswith(f"tied to Embedding({CLASSES}, {FEATURES}))")
+
+
+@pytest.mark.parametrize("kind", [Tagger, TiedFirst])
+def test_tie_stays(kind: type[Tagger]) -> None:
+    model = kind("LinearFocalLoss")
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    empty = kind("LinearFocalLoss").to("meta").to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
-    for kept in (model, other, empty, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), other.to(torch.float32)):
-        assert kept.loss.linear.weight is kept.embedding.weight
+    copied = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False), empty)
+    tokens, target = torch.arange(2 * CLASSES).reshape(2, CLASSES) % CLASSES
+    for kept in (*copied, copy.deepcopy(copied[0])):
+        assert kept.loss.linear is kept.embedding is not model.embedding
+        assert torch.equal(kept(tokens, target), model(tokens, target))
+        with torch.no_grad():
+            kept.embedding.weight.mul_(2)  # its own, not the model's
+        assert not torch.equal(kept(tokens, target), model(tokens, target))
         assert len(list(kept.parameters())) == 1
-    torch.testing.assert_close(empty.embedding.weight, model.embedding.weight)
-    torch.testing.assert_close(other.embedding.weight.double(), model.embedding.weight, rtol=1e-6, atol=1e-6)
+    shallow = copy.copy(model.loss)
+    assert shallow.linear is model.embedding and model.to(torch.float32).loss.linear.weight.dtype == torch.float32
+
+
+def test_tied_follows_a_new_weight(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """One that was set, resized or parametrized, or stands in for a functional call."""
+    hidden, target, _ = batch
+    embedding = nn.Embedding(CLASSES, FEATURES, dtype=torch.float64)
+    model = nn.ModuleDict({"embedding": embedding, "loss": fl.nn.LinearCrossEntropyLoss.tied(embedding)})
+    loss = model["loss"]
+
+    def check(weight: Tensor) -> None:
+        expected = nn.functional.cross_entropy(hidden @ weight.t(), target, ignore_index=-100)
+        torch.testing.assert_close(loss(hidden, target), expected)
+
+    target = target.clamp(0)
+    other = torch.randn(CLASSES + 2, FEATURES, dtype=torch.float64)
+    embedding.weight = nn.Parameter(other)
+    check(other)
+    embedding.weight.data = other[:CLASSES] + 1
+    check(other[:CLASSES] + 1)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.loss = embedding, loss
+
+        def forward(self) -> Tensor:
+            return self.loss(hidden, target)
+
+    got = torch.func.functional_call(Whole(), {"embedding.weight": other})
+    torch.testing.assert_close(got, nn.functional.cross_entropy(hidden @ other.t(), target))
+    nn.utils.parametrizations.weight_norm(embedding)
+    with torch.no_grad():
+        embedding.parametrizations.weight.original0.mul_(3)
+    check((other[:CLASSES] + 1) * 3)
+    loss(hidden, target).backward()
+    assert all(p.grad is not None and p.grad.any() for p in embedding.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_tied_loads_an_old_state_dict(dtype: torch.dtype) -> None:
+    """It has the layer twice, and both must be the same."""
+    weight = torch.randn(CLASSES, FEATURES, dtype=torch.float64)
+    old = {"embedding.weight": weight, "loss.linear.weight": weight.clone()}
+    for assign in (False, True):
+        model = Tagger("LinearFocalLoss").to(dtype)
+        model.load_state_dict(old, assign=assign)
+        assert torch.equal(model.embedding.weight, weight if assign else weight.to(dtype))
+    assert len(old) == 2
+    old["loss.linear.weight"][0, 0] += 1
+    with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for Tagger:\s+loss\.linear\.weight is"):
+        model.load_state_dict(old)
+    old["loss.linear.weight"] = torch.ones(CLASSES, FEATURES + 1)
+    old["loss.linear.bias"] = torch.ones(CLASSES)
+    with pytest.raises(RuntimeError, match=r'(?s)Unexpected key.*"loss\.linear\.bias".*loss\.linear\.weight is not'):
+        model.load_state_dict(old)
+    with torch.device("meta"), pytest.warns(UserWarning, match="meta parameter"):
+        Tagger("LinearFocalLoss").load_state_dict(dict.fromkeys(("embedding.weight", "loss.linear.weight"), weight))
+
+
+def test_tied_to_a_layer_that_is_gone(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A copy of the loss alone has lost its layer too: nobody would train it."""
+    hidden, target, _ = batch
+    model = Tagger("LinearFocalLoss")
+    for lost in (
+        fl.nn.LinearFocalLoss.tied(nn.Linear(FEATURES, CLASSES)),
+        copy.deepcopy(model.loss),
+        pickle.loads(pickle.dumps(model.loss)),
+        copy.deepcopy(copy.deepcopy(model.loss)),
+    ):
+        for use in (lambda x=lost: x(hidden, target), lambda x=lost: x.logits(hidden), lambda x=lost: x.linear):
+            with pytest.raises(RuntimeError, match="the layer that this LinearFocalLoss was tied to is gone"):
+                use()
+        assert "tied to None" in repr(lost)
+        lost.linear = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+        assert list(lost.state_dict()) == ["linear.weight", "linear.bias"] and "tied" not in repr(lost)
+        assert lost(hidden, target.clamp(0)).isfinite()
+
+
+@pytest.mark.compile
+def test_tied_compiles(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch._dynamo.reset()
+    tokens, target = torch.arange(2 * CLASSES).reshape(2, CLASSES) % CLASSES
+    model = Tagger("LinearFocalLoss")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        got, expected = compiled(tokens, target), model(tokens, target)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, model.embedding.weight) for x in (got, expected)))
+        model.embedding.weight = nn.Parameter(model.embedding.weight.detach() * 2)
+    exported = torch.export.export(model, (tokens, target))
+    assert list(exported.state_dict) == ["embedding.weight"]
 
 
 def test_tied_to_a_linear_layer_with_a_bias() -> None:
@@ -405,6 +522,145 @@ def test_tied_to_a_linear_layer_with_a_bias() -> None:
     expected = fl.linear_cross_entropy(hidden, layer.weight, target, linear_bias=layer.bias, softcap=3.0)
     torch.testing.assert_close(loss(hidden, target), expected)
     assert (loss.softcap, loss.budget, loss.drop_ignored) == (3.0, 4096, False)
+
+
+# --- a layer that is more than its weight and bias ---
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
+class Adapter(nn.Module):
+    """As PEFT wraps a layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.adapter = layer, nn.Linear(FEATURES, CLASSES, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.base_layer(input) + self.adapter(input)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 10
+
+
+class Holder(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def changed(change: Callable[[nn.Module], Any], layer: nn.Module | None = None) -> nn.Module:
+    layer = layer or nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+    change(layer)
+    return layer
+
+
+def look(*_: Any) -> None:
+    """A hook."""
+
+
+def prune(layer: nn.Module) -> None:
+    nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def old_weight_norm(layer: nn.Module) -> None:
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(layer)
+
+
+MORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "forward": (lambda: Doubled(FEATURES, CLASSES), "Doubled has a forward of its own"),
+    "adapter": (lambda: Adapter(nn.Linear(FEATURES, CLASSES)), "Adapter has a forward of its own"),
+    "replaced": (
+        lambda: changed(lambda x: setattr(x, "forward", x.forward)), "linear.Linear has a forward that was put on"
+    ),
+    "pre": (lambda: changed(lambda x: x.register_forward_pre_hook(look)), "has the hook <function look"),
+    "post": (lambda: changed(lambda x: x.register_forward_hook(look)), "has the hook <function look"),
+    "backward_pre": (lambda: changed(lambda x: x.register_full_backward_pre_hook(look)), "the hook <function look"),
+    "backward": (lambda: changed(lambda x: x.register_full_backward_hook(look)), "has the hook <function look"),
+    "pruned": (lambda: changed(prune), "has the hook <torch.nn.utils.prune"),
+    "weight_norm": (lambda: changed(old_weight_norm), "has the hook <torch.nn.utils.weight_norm"),
+    "spectral_norm": (lambda: changed(nn.utils.spectral_norm), "has the hook <torch.nn.utils.spectral_norm"),
+    "pruned embedding": (lambda: changed(prune, nn.Embedding(CLASSES, FEATURES)), "Embedding has the hook <torch.nn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_a_layer_that_is_more_than_its_weight_raises(what: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    make_layer, message = MORE[what]
+    layer = make_layer()
+    owner = fl.nn.LinearFocalLoss(FEATURES, CLASSES)
+    owner.linear = layer
+    wrapped = fl.nn.LinearFocalLoss.tied(plain := nn.Linear(FEATURES, CLASSES))
+    plain.register_forward_hook(look)  # later than the tie
+    for expected, use in (
+        (message, lambda: owner(hidden, target)),
+        (message, lambda: owner.logits(hidden)),
+        (message, lambda: fl.nn.LinearFocalLoss.tied(layer)),
+        ("has the hook", lambda: wrapped(hidden, target)),
+    ):
+        with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*{expected}.* focal_loss.layer.hidden., target"):
+            use()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("what", ["forward", "post"])
+def test_a_layer_that_is_more_raises_while_compiling(what: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch._dynamo.reset()
+    hidden, target, _ = batch
+    owner = fl.nn.LinearFocalLoss(FEATURES, CLASSES)
+    owner.linear = MORE[what][0]()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="LinearFocalLoss reads the weight and bias"):
+        torch.compile(owner, backend="eager", fullgraph=True)(hidden, target)
+    with pytest.raises(ValueError, match="LinearFocalLoss reads the weight and bias"):
+        torch.compile(owner, backend="eager")(hidden, target)
+
+
+def embedding(**options: Any) -> nn.Embedding:
+    return nn.Embedding(CLASSES, FEATURES, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize(
+    "make_layer",
+    [
+        lambda: type("Named", (nn.Linear,), {})(FEATURES, CLASSES, dtype=torch.float64),
+        lambda: changed(nn.utils.parametrizations.weight_norm),
+        lambda: changed(nn.utils.parametrizations.orthogonal),
+        lambda: changed(lambda x: (prune(x), nn.utils.prune.remove(x, "weight"))),
+        lambda: Holder(torch.randn(CLASSES, FEATURES, dtype=torch.float64)),
+        lambda: embedding(max_norm=0.1),
+        lambda: ScaledEmbedding(CLASSES, FEATURES, dtype=torch.float64),
+        lambda: changed(nn.utils.parametrizations.weight_norm, embedding()),
+        # as transformers does for checkpointing: what it does to the inputs is none of the output layer's business
+        lambda: changed(lambda x: x.register_forward_hook(lambda _, __, y: y.requires_grad_()), embedding()),
+        lambda: changed(lambda x: x.register_forward_pre_hook(look), embedding()),
+    ],
+    ids=["subclass", "weight_norm", "orthogonal", "pruned", "holder", "max_norm", "scaled", "normed", "post", "pre"],
+)
+def test_a_layer_whose_weight_is_all(make_layer: Callable[[], nn.Module], batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    layer = make_layer()
+    losses = [fl.nn.LinearCrossEntropyLoss.tied(layer, ignore_index=IGNORED)]
+    losses.append(fl.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, ignore_index=IGNORED))
+    losses[1].linear = layer
+    leaves = [p for p in layer.parameters() if p.requires_grad]
+    for loss in losses:
+        logits = nn.functional.linear(hidden, layer.weight, getattr(layer, "bias", None))
+        expected = nn.functional.cross_entropy(logits, target, ignore_index=IGNORED)
+        got = loss(hidden, target)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+        torch.testing.assert_close(loss.logits(hidden), logits)
 
 
 # --- refused ---

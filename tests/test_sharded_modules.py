@@ -1,5 +1,6 @@
 """The linear modules behind DistributedDataParallel and fully_shard: real processes over gloo, against one process."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fusedloss as fl
 
@@ -182,6 +185,41 @@ def _a_layer_sharded_without_its_loss_raises(rank: int, world: int) -> None:
         model(*_batch(rank))
 
 
+def _a_layer_sharded_on_the_classes(rank: int, world: int) -> None:
+    """The hooks of ColwiseParallel change where hidden states and logits are, not what they are."""
+    mesh = init_device_mesh("cpu", (world,))
+    for tied in (False, True):
+        head = nn.Linear(FEATURES, CLASSES)
+        loss = fl.nn.LinearFocalLoss.tied(head) if tied else fl.nn.LinearFocalLoss(FEATURES, CLASSES)
+        model = nn.ModuleDict({"head": head, "loss": loss})
+        torch.manual_seed(0)
+        nn.init.normal_(loss.linear.weight)
+        alone = copy.deepcopy(model)
+        parallelize_module(model, mesh, {"head" if tied else "loss.linear": ColwiseParallel()})
+        assert loss.linear._forward_pre_hooks and isinstance(loss.linear.weight, DTensor)
+        hidden, target = torch.randn(4, FEATURES), torch.arange(4)
+        expected = alone["loss"](hidden, target)
+        got = loss(distribute_tensor(hidden, mesh, [Replicate()]), target)
+        torch.testing.assert_close(got, expected)
+        got.backward()
+        expected.backward()
+        torch.testing.assert_close(loss.linear.weight.grad.full_tensor(), alone["loss"].linear.weight.grad)
+
+
+def _an_old_state_dict_of_a_tied_loss(rank: int, world: int) -> None:
+    """It holds the sharded layer twice."""
+    model, other = fully_shard(_Model("focal", True)), fully_shard(_Model("focal", True))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    state = model.state_dict()
+    assert "criterion.linear.weight" not in state
+    other.load_state_dict(state | {"criterion.linear.weight": state["embedding.weight"].clone()})
+    assert torch.equal(other.criterion.linear.weight.full_tensor(), model.embedding.weight.full_tensor())
+    with pytest.raises(RuntimeError, match=r"criterion\.linear\.weight is not what the layer holds"):
+        other.load_state_dict(state | {"criterion.linear.weight": state["embedding.weight"] + 1})
+
+
 SCENES: list[ranks.Scene] = [
     _gradients_are_those_of_one_process,
     _training_goes_on_as_in_one_process,
@@ -189,6 +227,8 @@ SCENES: list[ranks.Scene] = [
     _in_mixed_precision,
     _logits_of_a_sharded_layer,
     _a_layer_sharded_without_its_loss_raises,
+    _a_layer_sharded_on_the_classes,
+    _an_old_state_dict_of_a_tied_loss,
 ]
 
 
