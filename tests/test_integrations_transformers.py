@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,8 +58,8 @@ SEQ2SEQ = {
 }
 
 
-def _llama(kind: type[Any] | None = None) -> Any:
-    return (kind or transformers.LlamaForCausalLM)(transformers.LlamaConfig(**DECODER))
+def _llama(kind: type[Any] | None = None, **options: Any) -> Any:
+    return (kind or transformers.LlamaForCausalLM)(transformers.LlamaConfig(**DECODER, **options))
 
 
 def _gpt2() -> Any:
@@ -142,6 +143,11 @@ def _reference(
     model: Any, batch: dict[str, Tensor], base: Callable[..., Tensor], **options: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients from the logits of the unfused model, by plain formulas."""
+    loss = _reference_loss(model, batch, base, **options)
+    return loss, _gradients(loss, model)
+
+
+def _reference_loss(model: Any, batch: dict[str, Tensor], base: Callable[..., Tensor], **options: Any) -> Tensor:
     outputs = model(**batch)
     labels, logits = batch["labels"], outputs.logits
     if not model.config.is_encoder_decoder and not isinstance(model, transformers.BertForMaskedLM):
@@ -149,7 +155,7 @@ def _reference(
     loss = oracle.loss(base, logits.flatten(0, 1), labels.flatten(), ignore_index=-100, **options)
     if "aux_loss" in outputs:
         loss = loss + model.router_aux_loss_coef * outputs.aux_loss
-    return loss, _gradients(loss, model)
+    return loss
 
 
 def _gradients(loss: Tensor, model: Any) -> list[Tensor]:
@@ -344,7 +350,7 @@ def test_fusing_again_exchanges_the_loss(batch: dict[str, Tensor]) -> None:
     torch.testing.assert_close(model(**batch).loss, expected[1])
     torch.testing.assert_close(fuse(model)(**batch).loss, expected[0])
     unfuse(model)
-    assert "forward" not in model.__dict__ and not model.lm_head._forward_hooks
+    assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 
 
 def test_a_loss_of_ones_own(batch: dict[str, Tensor]) -> None:
@@ -392,8 +398,9 @@ def test_unfuse_restores_the_model(make: Callable[[], Any], batch: dict[str, Ten
     assert {"config.json", "model.safetensors"} <= set(names)
     assert sorted(path.name for path in (tmp_path / "fused").iterdir()) == names
     assert filecmp.cmpfiles(tmp_path / "before", tmp_path / "fused", names, shallow=False)[0] == names
-    assert unfuse(model) is model
-    assert _attributes(model) == before
+    for _ in range(2):  # the second time there is nothing left to take back
+        assert unfuse(model) is model
+        assert _attributes(model) == before
     assert torch.equal(model(**batch).loss, loss)
 
 
@@ -446,7 +453,7 @@ def test_a_copy_is_a_fused_model_of_its_own(batch: dict[str, Tensor]) -> None:
     assert isinstance(copied(**batch).logits, integration.UnbuiltLogits)
     expected, _ = _reference(unfuse(copied), batch, base=oracle.focal)
     torch.testing.assert_close(losses[1], expected)
-    assert not copied.lm_head._forward_hooks and model.lm_head._forward_hooks
+    assert "forward" not in copied.lm_head.__dict__ and "forward" in model.lm_head.__dict__
     assert torch.equal(model(**batch).loss, losses[0])
 
 
@@ -615,12 +622,58 @@ def test_a_model_that_cannot_be_fused_is_refused() -> None:
         fuse(transformers.LlamaModel(transformers.LlamaConfig(**DECODER)))
     with pytest.raises(TypeError, match=r"must be a transformers.PreTrainedModel, got Linear"):
         fuse(nn.Linear(2, 2))  # type: ignore[type-var]
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not fused"):
-        unfuse(_llama())
-    wrapped = _llama()
+    with pytest.raises(TypeError, match=r"got DataParallel; fuse or unfuse the model that it wraps"):
+        unfuse(nn.DataParallel(_llama()))  # type: ignore[type-var]
+    with torch.device("meta"):
+        empty = _llama()
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' of LlamaForCausalLM is on the meta device"):
+        fuse(empty)
+
+
+@pytest.mark.parametrize("name", ["", "lm_head"])
+def test_a_forward_of_others_is_left_alone(name: str) -> None:
+    model = _llama()
+    wrapped = model.get_submodule(name)
     wrapped.forward = wrapped.forward
-    with pytest.raises(ValueError, match="the forward of LlamaForCausalLM is replaced already"):
-        fuse(wrapped)
+    before = _attributes(model)
+    with pytest.raises(ValueError, match=f"the forward of {type(wrapped).__name__} is replaced already"):
+        fuse(model)
+    assert _attributes(model) == before
+
+
+def test_more_tokens_embedded_than_predicted(batch: dict[str, Tensor]) -> None:
+    model = _llama().train()
+    model.set_input_embeddings(nn.Embedding(VOCABULARY + 3001, 16))
+    expected = model(**batch).loss
+    torch.testing.assert_close(fuse(model)(**batch).loss, expected)
+
+
+def test_a_model_with_all_parameters_frozen(batch: dict[str, Tensor]) -> None:
+    """As before an adapter is added; the probe compares the gradient of its hidden states."""
+    model = _llama().train().requires_grad_(False)
+    expected = model(**batch).loss
+    torch.testing.assert_close(fuse(model)(**batch).loss, expected)
+    model.model.layers.requires_grad_()
+    assert fuse(model)(**batch).loss.requires_grad
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
+def test_a_loss_that_needs_more_than_labels_asks_for_a_probe(loss: str, batch: dict[str, Tensor]) -> None:
+    config = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+    model = transformers.BertForPreTraining(transformers.BertConfig(**config)).eval()
+    message = "BertForPreTraining computes no loss from input_ids and labels alone.*probe="
+    with pytest.raises(ValueError, match=f"cannot be fused: {message}"):
+        fuse(model, loss)
+    more = {**batch, "next_sentence_label": torch.tensor([0, 1])}
+    outputs = model(**more)
+    words = (fl.focal_loss if loss == "focal_loss" else F.cross_entropy)(
+        outputs.prediction_logits.flatten(0, 1), batch["labels"].flatten()
+    )
+    sentences = F.cross_entropy(outputs.seq_relationship_logits, more["next_sentence_label"])
+    fuse(model, loss, probe=more, eval_logits=False)
+    torch.testing.assert_close(model(**more).loss, words + sentences)
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
 
 
 @pytest.mark.parametrize(
@@ -641,15 +694,20 @@ def test_bad_arguments_are_refused(loss: Any, arguments: dict[str, Any], error: 
         fuse(_llama(), loss, **arguments)
 
 
-def test_a_new_output_layer_is_noticed(batch: dict[str, Tensor]) -> None:
-    model = fuse(_llama().train())
-    model.lm_head = nn.Linear(16, VOCABULARY, bias=False)
-    with pytest.raises(
-        RuntimeError, match=r"computed its loss by itself.*fuse it again if its output layer is another"
-    ):
-        model(**batch)
-    unfuse(model)
-    assert fuse(model)(**batch).loss > 0
+@pytest.mark.parametrize("training", [True, False])
+def test_a_new_output_layer_is_followed(training: bool, batch: dict[str, Tensor]) -> None:
+    model = _llama().train(training)
+    before = _attributes(model)
+    fuse(model)
+    old = model.lm_head
+    for size in (VOCABULARY + 8, VOCABULARY):
+        model.resize_token_embeddings(size, mean_resizing=False)
+        assert model.lm_head is not old
+        loss = model(**batch).loss
+        plain = copy.deepcopy(model)
+        torch.testing.assert_close(loss, unfuse(plain)(**batch).loss)
+    assert _attributes(unfuse(model)) == before
+    assert "forward" in old.__dict__ and old(torch.zeros(1, 16)).shape == (1, VOCABULARY)
 
 
 def test_inputs_of_other_names_come_as_a_probe(batch: dict[str, Tensor]) -> None:
@@ -663,7 +721,168 @@ def test_inputs_of_other_names_come_as_a_probe(batch: dict[str, Tensor]) -> None
     assert fuse(model, probe={"inputs_embeds": embeds, "labels": batch["labels"]}) is model
 
 
+# Hooks of the output layer
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_of_the_output_layer_receive_the_hidden_states(
+    training: bool, when: str, batch: dict[str, Tensor]
+) -> None:
+    model = _llama().train(training)
+    head, seen = model.lm_head, []
+    expected = model(**batch, output_hidden_states=True).hidden_states[-1]
+
+    def register() -> None:
+        head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        head.register_forward_pre_hook(lambda _, inputs, kwargs: seen.append(inputs[0] * 1), with_kwargs=True)
+        head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0] + 0))
+        head.register_forward_hook(lambda _, inputs, kwargs, output: seen.append(inputs[0].clone()), with_kwargs=True)
+
+    if when == "before":
+        register()
+    fuse(model)
+    if when == "after":
+        register()
+    seen.clear()
+    model(**batch)
+    assert len(seen) == 4
+    for hidden in seen:
+        assert type(hidden) is Tensor and torch.equal(hidden, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_hooks_of_the_output_layer_change_is_in_the_loss(training: bool, batch: dict[str, Tensor]) -> None:
+    model = _llama().double().train(training)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3 - 1,))
+    model.lm_head.register_forward_hook(lambda _, inputs, output: output * 0.5)
+    expected, gradients = _reference(model, batch, base=oracle.focal)
+    loss = fuse(model, "focal_loss")(**batch).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)  # evaluation is in float32
+    _assert_close(_gradients(loss, model), gradients, 1e-6)
+
+
+def test_a_hook_that_reads_the_logits(batch: dict[str, Tensor]) -> None:
+    """In evaluation it can, and a loss of its own is none of the fused one; in training there are none."""
+    model, seen = fuse(_llama().eval(), "focal_loss"), []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: seen.append(output.detach()))
+    outputs = model(**batch)
+    assert torch.equal(seen[0], outputs.logits)
+    rows, target = (x[:, 1:].flatten(0, 1) for x in (seen[0], batch["labels"]))
+    assert torch.equal(F.cross_entropy(rows, target), F.cross_entropy(outputs.logits[:, 1:].flatten(0, 1), target))
+    with pytest.raises(AttributeError, match="'detach' of the logits is not understood by the fused loss"):
+        model.train()(**batch)
+
+
+# PEFT, before or after
+
+
+#: What PEFT makes of the output layer: the arguments, and whether the weights are tied.
+WRAPPED: dict[str, tuple[dict[str, Any], bool]] = {
+    "trained whole": ({"modules_to_save": ["lm_head"]}, False),
+    "trained whole, and the embedding": ({"modules_to_save": ["lm_head", "embed_tokens"]}, False),
+    "some tokens of tied weights": ({"trainable_token_indices": [1, 2, 3]}, True),
+    "left alone": ({}, False),
+}
+ADAPTED: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}
+
+
+def _with_adapter(model: Any, targets: tuple[str, ...] = ("q_proj",), **options: Any) -> Any:
+    peft = pytest.importorskip("peft", reason="needs PEFT")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=list(targets), init_lora_weights=False, **options
+    )
+    torch.manual_seed(5)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_an_output_layer_that_peft_wraps(kind: str, first: str, training: bool, batch: dict[str, Tensor]) -> None:
+    options, tied = WRAPPED[kind]
+    model = _llama(tie_word_embeddings=tied).double()
+    before = _attributes(model)
+    if first == "fuse":
+        fuse(model, "focal_loss", gamma=1.5)
+    adapted = _with_adapter(model, **options).train(training)
+    if first == "peft":
+        with pytest.raises(TypeError, match=r"got PeftModelForCausalLM; .*get_base_model\(\)"):
+            fuse(adapted)
+        fuse(adapted.get_base_model(), "focal_loss", gamma=1.5)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # away from the weights that they are copies of
+            nn.init.normal_(parameter, std=0.1)
+    loss = adapted(**batch).loss
+    gradients = _gradients(loss, adapted)
+    assert unfuse(adapted.get_base_model()) is model
+    expected, references = _reference(adapted, batch, base=oracle.focal, gamma=1.5)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)  # evaluation is in float32
+    _assert_close(gradients, references, 1e-6)
+    assert not any("forward" in module.__dict__ for module in adapted.modules())
+    adapted.unload()
+    assert _attributes(model) == before
+
+
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_an_adapter_of_the_output_layer_is_refused_in_training(kind: str, first: str, batch: dict[str, Tensor]) -> None:
+    """Merged or switched off it is one product again, and in evaluation there are logits."""
+    model = _llama().double()
+    if first == "fuse":
+        fuse(model, "focal_loss")
+    adapted = _with_adapter(model, ("q_proj", "lm_head"), **ADAPTED[kind]).train()
+    message = "of the output layer's input is not understood.*merge an adapter of the layer, or leave .*target_modules"
+    with pytest.raises((AttributeError, ValueError), match=message):
+        _ = adapted(**batch) if first == "fuse" else fuse(model, "focal_loss")
+    adapted.merge_adapter()
+    if first == "peft":
+        fuse(model, "focal_loss")
+    merged = adapted(**batch).loss
+    adapted.unmerge_adapter()
+    with pytest.raises(AttributeError, match=message):
+        adapted(**batch)
+    evaluated = adapted.eval()(**batch).loss
+    with adapted.disable_adapter():
+        plain = adapted.train()(**batch).loss
+        assert isinstance(adapted(**batch).logits, integration.UnbuiltLogits)
+    unfuse(model)
+    expected = _reference_loss(adapted.eval(), batch, base=oracle.focal)
+    for loss in (merged, evaluated):
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)
+    with adapted.disable_adapter():
+        without = _reference_loss(adapted, batch, base=oracle.focal)
+    torch.testing.assert_close(plain, without, rtol=1e-6, atol=0)
+    assert abs(expected - without) > 1e-3
+
+
 # Beside what training does
+
+
+def test_two_threads_may_run_one_model(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().train())
+    expected = model(**batch).loss
+    met, results = threading.Barrier(2, timeout=60), {}
+
+    def meet(*_: Any) -> None:
+        met.wait()
+
+    def run(name: str, **inputs: Tensor) -> None:
+        results[name] = model(**inputs)
+
+    # One with labels, one without, and both within their forward pass.
+    model.lm_head.register_forward_pre_hook(meet)
+    with pytest.warns(UserWarning, match="in training without labels"):
+        threads = [
+            threading.Thread(target=run, args=("labelled",), kwargs=batch),
+            threading.Thread(target=run, args=("generating",), kwargs={"input_ids": batch["input_ids"]}),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert torch.equal(results["labelled"].loss, expected)
+    assert type(results["generating"].logits) is Tensor
 
 
 def test_gradient_checkpointing(batch: dict[str, Tensor]) -> None:
@@ -706,6 +925,15 @@ def test_training_compiles_without_a_break(make: Callable[[], Any], batch: dict[
     torch.testing.assert_close(outputs.loss, expected)
     _assert_close(_gradients(outputs.loss, model), gradients, 1e-5)
     assert isinstance(outputs.logits, integration.UnbuiltLogits)
+
+
+@pytest.mark.compile
+def test_what_peft_wraps_after_fusing_compiles(batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    adapted = _with_adapter(fuse(_llama(), "focal_loss"), modules_to_save=["lm_head"]).train()
+    expected = adapted(**batch).loss  # torch 2.11 breaks the graph of the first pass with a new output layer
+    loss = torch.compile(adapted, backend="aot_eager", fullgraph=True)(**batch).loss
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.compile
@@ -752,7 +980,14 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {**inputs, "decoder_input_ids": self.rows[-1 - index]} if self.decoder else inputs
 
 
-def _train(model: Any, folder: Path, compute_loss_func: Any = None, **arguments: Any) -> Any:
+def _trainer(
+    model: Any,
+    folder: Path,
+    compute_loss_func: Any = None,
+    compute_metrics: Any = None,
+    kind: type[Any] = transformers.Trainer,
+    **arguments: Any,
+) -> Any:
     settings: dict[str, Any] = {
         "max_steps": 3,
         "per_device_train_batch_size": 2,
@@ -767,13 +1002,21 @@ def _train(model: Any, folder: Path, compute_loss_func: Any = None, **arguments:
         "max_grad_norm": 0.0,
         **arguments,
     }
-    trainer = transformers.Trainer(
+    of_kind = transformers.TrainingArguments
+    if kind is transformers.Seq2SeqTrainer:
+        of_kind = transformers.Seq2SeqTrainingArguments
+    return kind(
         model,
-        transformers.TrainingArguments(str(folder), **settings),
+        of_kind(str(folder), **settings),
         train_dataset=Rows(12, model.config.is_encoder_decoder),
         eval_dataset=Rows(4, model.config.is_encoder_decoder),
         compute_loss_func=compute_loss_func,
+        compute_metrics=compute_metrics,
     )
+
+
+def _train(*args: Any, **kwargs: Any) -> Any:
+    trainer = _trainer(*args, **kwargs)
     trainer.train()
     return trainer
 
@@ -821,7 +1064,111 @@ def test_a_trainer_in_bf16_and_back(tmp_path: Path, batch: dict[str, Tensor]) ->
     whole = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert isinstance(whole(**batch).logits, integration.UnbuiltLogits)
     unfuse(model)
-    assert isinstance(model(**batch).logits, Tensor) and not model.lm_head._forward_hooks
+    assert isinstance(model(**batch).logits, Tensor) and "forward" not in model.lm_head.__dict__
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
+def test_a_trainer_that_smooths_by_itself_is_refused(loss: str, tmp_path: Path) -> None:
+    """It takes the labels away, and computes a cross-entropy of the logits whatever the model is fused with."""
+    model = fuse(_llama(), loss)
+    message = "label_smoothing_factor=0.25 makes the Trainer .*pass label_smoothing=0.25 to fuse"
+    with pytest.raises(ValueError, match=message):
+        _train(model, tmp_path, label_smoothing_factor=0.25)
+    trainer = _trainer(model, tmp_path, label_smoothing_factor=0.25)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate()
+    assert trainer.model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2).shape == (1, 4)
+    unfuse(model)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_smoothing_by_fuse_is_that_of_the_trainer(tmp_path: Path) -> None:
+    models = [_llama() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    _train(models[0], tmp_path, label_smoothing_factor=0.25)
+    _train(fuse(models[1], label_smoothing=0.25), tmp_path)
+    moved = _difference(models[0], models[2])
+    assert moved > 1e-3 and _difference(models[0], models[1]) < 1e-5 * moved
+
+
+class Copied(transformers.Trainer):
+    """Written down anew, as many do."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = self.label_smoother(outputs, labels, shift_labels=True)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_compute_loss_of_ones_own_that_smooths_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"pass label_smoothing=0\.1 to fuse"):
+        _train(fuse(_llama()), tmp_path, kind=Copied, label_smoothing_factor=0.1)
+
+
+@pytest.mark.compile
+def test_a_compiled_model_knows_its_trainer_too(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=r"pass label_smoothing=0\.1 to fuse"):
+        _train(
+            fuse(_llama()), tmp_path, label_smoothing_factor=0.1, torch_compile=True, torch_compile_backend="aot_eager"
+        )
+
+
+def test_a_compute_loss_func_takes_the_logits_of_a_fused_model(tmp_path: Path) -> None:
+    """The caller's loss is asked for by name, so that a warning does; label_smoothing_factor is not for it."""
+    models = [_llama() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    compute = trainer_loss(fl.focal_loss, shift=True, label_smoothing=0.1)
+    _train(models[0], tmp_path, compute)
+    with pytest.warns(UserWarning, match="is fused, but in training without labels"):
+        _train(fuse(models[1]), tmp_path, compute, label_smoothing_factor=0.1)
+    moved = _difference(models[0], models[2])
+    assert moved > 1e-3 and _difference(models[0], models[1]) == 0
+
+
+def test_a_smoothing_factor_that_trainer_loss_does_not_get_is_refused(tmp_path: Path) -> None:
+    compute = trainer_loss(fl.focal_loss, shift=True)
+    with pytest.raises(ValueError, match=r"factor=0\.1 does not reach .*label_smoothing=0\.1 to trainer"):
+        _train(_llama(), tmp_path, compute, label_smoothing_factor=0.1)
+
+
+def _count(prediction: Any) -> dict[str, float]:
+    return {"predictions": len(prediction.predictions)}
+
+
+def test_a_trainer_that_collects_logits_needs_them(tmp_path: Path) -> None:
+    model = fuse(_llama(), eval_logits=False)
+    trainer = _trainer(model, tmp_path, compute_metrics=_count)
+    for collect in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(ValueError, match=r"eval_logits=False, but the Trainer collects logits.*eval_logits=True"):
+            collect()
+    expected = _trainer(model, tmp_path).evaluate()["eval_loss"]
+    fuse(model)
+    metrics = trainer.evaluate()
+    assert metrics["eval_predictions"] == 4 and metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_trainer_that_generates_needs_no_logits(tmp_path: Path) -> None:
+    arguments = {"predict_with_generate": True, "generation_max_length": 6}
+    model = fuse(_t5(), "focal_loss", eval_logits=False)
+    trainer = _trainer(model, tmp_path, kind=transformers.Seq2SeqTrainer, compute_metrics=_count, **arguments)
+    metrics = trainer.evaluate()
+    assert metrics["eval_predictions"] == 4 and metrics["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_to_keep_are_those_of_the_loss(training: bool, batch: dict[str, Tensor]) -> None:
+    model = _llama().train(training)
+    kept = {"input_ids": batch["input_ids"], "logits_to_keep": 4}
+    shifted = batch["labels"][:, -4:].clone()
+    expected = model(**kept, labels=shifted, shift_labels=shifted).loss
+    fuse(model)
+    torch.testing.assert_close(model(**kept, labels=shifted, shift_labels=shifted).loss, expected)
+    with pytest.raises((ValueError, RuntimeError), match=r"rows|batch_size|shape"):
+        model(**kept, labels=batch["labels"])
 
 
 # The row forms as a Trainer's loss

@@ -1,9 +1,10 @@
 """Hugging Face transformers: any row loss as a Trainer's, and models that train on the linear form.
 
-A model is fused on the instance. In a forward pass with labels its output layer gets, in place of the hidden states, a
-stand-in that answers the projection with a stand-in for the logits. That one follows what models do to logits before
-the loss (casts, shapes, shifts, a scale, a bias, soft-capping), refuses whatever else, and turns
-torch.nn.functional.cross_entropy into the linear form. Shifts and num_items_in_batch stay the model's own business.
+A model is fused on the instance: its forward, and that of its output layer, are replaced. In a pass with labels the
+output layer computes with a stand-in for the hidden states, which answers the projection with a stand-in for the
+logits. That one follows what models do to logits before the loss (casts, shapes, shifts, a scale, a bias,
+soft-capping), refuses whatever else, and turns torch.nn.functional.cross_entropy into the linear form. Shifts and
+num_items_in_batch stay the model's own business.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import functools
 import inspect
 import math
 import random
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +65,8 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
             labels are aligned: encoder-decoder models, masked language models, token classification.
         arguments: of the loss. A callable (but for ``loss_fn``) is called at each step for its value.
 
-    Raises TypeError and ValueError as the loss does, and TypeError where there are no labels.
+    Raises TypeError and ValueError as the loss does, TypeError where there are no labels, and ValueError where the
+    Trainer has a ``label_smoothing_factor`` and the loss no ``label_smoothing``: a Trainer does not hand it over.
 
     >>> import torch, fusedloss as fl
     >>> compute_loss_func = trainer_loss(fl.focal_loss, shift=True, gamma=2.0)  # for a Trainer
@@ -77,6 +81,12 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
             raise TypeError("the loss needs labels, got None")
+        smoothing = _smoothing_of_trainer()
+        if smoothing is not None and "label_smoothing" not in arguments:
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} does not reach the compute_loss_func of a Trainer; set it to 0 "
+                f"and pass label_smoothing={smoothing} to trainer_loss"
+            )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         labels = labels.to(logits.device)
         if shift:
@@ -103,15 +113,21 @@ def fuse(
 
     - In training with labels, ``outputs.logits`` stands for logits that do not exist, and says so when it is used.
     - In evaluation with labels the logits are built as without fusing, and the loss is the row form of them;
-      ``eval_logits=False`` takes the linear form there too.
+      ``eval_logits=False`` takes the linear form there too, and a Trainer that collects logits (``compute_metrics``,
+      ``predict``) raises ValueError.
     - Without labels nothing changes: generation, or a Trainer that takes the labels away for its
-      ``compute_loss_func`` or ``label_smoothing_factor``. In training that earns a warning.
+      ``compute_loss_func``. In training this warns, since the loss is then the caller's.
+    - A Trainer with ``label_smoothing_factor`` takes the labels away as well and computes a cross-entropy of its own.
+      That raises ValueError: pass ``label_smoothing`` here, and leave the factor at 0.
 
-    Everything is on the instance: its ``forward``, and hooks of it and of its output layer; state_dict,
-    save_pretrained and copy.deepcopy work as before. :func:`unfuse` takes it back, and to fuse a fused model exchanges
-    its loss, also within a Trainer. Fuse before wrapping the model (accelerate, DDP, torch.compile, PEFT) and after
-    resizing its embeddings. torch.nn.DataParallel and pickling are refused. Under torch.compile, evaluation with labels
-    and models that call torch.nn.CrossEntropyLoss break the graph.
+    Everything is on the instance: its ``forward`` and that of its output layer; state_dict, save_pretrained and
+    copy.deepcopy work as before. Hooks of the output layer receive the hidden states. :func:`unfuse` takes it all back,
+    and to fuse a fused model exchanges its loss, also within a Trainer.
+
+    Fuse before wrapping the model (accelerate, DDP, torch.compile). PEFT may come before (fuse what
+    ``get_base_model()`` returns) or after. An adapter on the output layer itself, such as LoRA, is refused in training
+    until it is merged, since the layer is then more than one product. torch.nn.DataParallel and pickling are refused.
+    Under torch.compile, evaluation with labels and models that call torch.nn.CrossEntropyLoss break the graph.
 
     Args:
         loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
@@ -126,7 +142,7 @@ def fuse(
 
     Raises:
         TypeError: not a model of transformers; an argument that the loss does not take.
-        ValueError: a model that cannot be fused, with what it does; a probe that differs.
+        ValueError: a model that cannot be fused, with what it does; a probe that differs or has no loss.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> import torch, fusedloss as fl
@@ -135,47 +151,55 @@ def fuse(
     >>> tokens = torch.randint(100, (2, 8))
     >>> model.train()(input_ids=tokens, labels=tokens).loss.backward()
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; fuse before wrapping it"
-        )
+    _check_model(model)
     name, chosen = type(model).__name__, _Loss.of(loss, arguments)
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no output layer (get_output_embeddings() gives None)")
     if "labels" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"the forward of {name} takes no labels")
+    on_meta = next((parameter for parameter, value in model.named_parameters() if value.is_meta), None)
+    if on_meta is not None:
+        raise ValueError(f"{on_meta!r} of {name} is on the meta device; load the weights of the model, then fuse it")
     if probe is None:
-        probe = _probe_inputs(model)
+        probe = _probe_inputs(model, head)
     fusion = model.__dict__.get(_ATTRIBUTE)
     before = None if fusion is None else (fusion.loss, fusion.eval_logits)
-    if fusion is None:
-        if "forward" in model.__dict__:
-            raise ValueError(f"the forward of {name} is replaced already; fuse before wrapping or dispatching it")
-        fusion = _Fusion()
-        fusion.install(model, head)
-    fusion.loss, fusion.eval_logits = chosen, eval_logits
     try:
+        if fusion is None:
+            fusion = _Fusion.of(model, head)
+        fusion.loss, fusion.eval_logits = chosen, eval_logits
         _compare(model, head, fusion, probe)
     except BaseException:
         if before is None:
             unfuse(model)
         else:
-            fusion.loss, fusion.eval_logits = before
+            fusion.loss, fusion.eval_logits = before  # type: ignore[union-attr]
         raise
     return model
 
 
 def unfuse(model: _Model) -> _Model:
-    """Takes back :func:`fuse` and returns the model; ValueError where it is not fused."""
+    """Take back :func:`fuse` and return the model; a model that is not fused stays as it is.
+
+    Raises TypeError for what wraps a model, which :func:`fuse` does not take either.
+    """
+    _check_model(model)
     fusion = model.__dict__.pop(_ATTRIBUTE, None)
-    if fusion is None:
-        raise ValueError(f"{type(model).__name__} is not fused")
-    for handle in fusion.handles:
-        handle.remove()
-    if getattr(model.__dict__.get("forward"), "__func__", None) is fusion.forward:
-        del model.forward
+    if fusion is not None:
+        fusion.handle.remove()
+    for module in model.modules():  # PEFT copies output layers, with their forward
+        if _is_replaced(module):
+            del module.forward
     return model
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; fuse or unfuse the model that "
+            "it wraps (for PEFT: get_base_model())"
+        )
 
 
 class _Loss(NamedTuple):
@@ -227,51 +251,64 @@ def _current(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Fusion:
-    """What a model is fused with, and how its forward pass under way is to compute the loss."""
+    """What a model is fused with."""
 
     loss: _Loss
     eval_logits: bool
-    forward: Callable[..., Any]
+    head: nn.Module
+    handle: Any
 
-    def __init__(self) -> None:
-        self.way: str | None = None  # "linear" or "row" within a forward pass with labels
-        self.normalizer: Any = None
-        self.calls = 0
-        self.handles: list[Any] = []
+    @staticmethod
+    def of(model: PreTrainedModel, head: nn.Module) -> _Fusion:
+        fusion = _Fusion()
+        _replace_forward(model, _fused_forward(type(model).forward).__get__(model))
+        fusion.attach(head)
+        fusion.handle = model.register_forward_pre_hook(_refuse_replica)
+        setattr(model, _ATTRIBUTE, fusion)
+        return fusion
 
-    def install(self, model: PreTrainedModel, head: nn.Module) -> None:
-        self.forward = _fused_forward(type(model).forward)
-        self.handles = [
-            model.register_forward_pre_hook(self.before_model),
-            head.register_forward_pre_hook(self.before_head),
-            head.register_forward_hook(self.after_head),
-        ]
-        setattr(model, _ATTRIBUTE, self)
-        model.forward = self.forward.__get__(model)
-
-    def before_model(self, model: nn.Module, _: Any) -> None:
-        # Its replicas share the forward of the model that they are of.
-        if getattr(model, "_is_replica", False):
-            raise RuntimeError("a fused model does not run under torch.nn.DataParallel; use DistributedDataParallel")
-
-    def before_head(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (_Hidden(self, inputs[0]), *inputs[1:]) if self.way == "linear" else None
-
-    def after_head(self, _: nn.Module, inputs: tuple[Any, ...], logits: Any) -> Any:
-        return _RowLogits.of(self, logits) if self.way == "row" else None
+    def attach(self, head: nn.Module) -> None:
+        """Compute the loss of what this output layer projects, from now on."""
+        # No method, which torch.compile cannot set. In a copy of the layer it is the copy's, as a method would be.
+        _replace_forward(head, functools.partial(_head_forward, head))
+        self.head = head
 
     def run(self, way: str, forward: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        self.way, self.normalizer, self.calls = way, kwargs.get("num_items_in_batch"), 0
+        head: Any = model.get_output_embeddings()
+        if head is not self.head:  # exchanged or wrapped, by PEFT for example
+            self.attach(head)
+        under_way = _Pass(self.loss, head, way, kwargs.get("num_items_in_batch"))
+        _THREAD.passes.append(under_way)
         try:
             outputs = forward(model, *args, **kwargs)
         finally:
-            self.way = None
-        if self.calls == 0:
+            _THREAD.passes.pop()
+        if under_way.calls == 0:
+            _loss_of(model, outputs, kwargs)
             raise RuntimeError(
                 f"{type(model).__name__} computed its loss by itself: not by torch.nn.functional.cross_entropy of what "
-                "its output layer gave when it was fused; unfuse it, and fuse it again if its output layer is another"
+                "its output layer gives; unfuse it"
             )
         return _finished(outputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fusion:
+        copied = object.__new__(_Fusion)
+        memo[id(self)] = copied
+        # The arguments stay the caller's, who may be changing them.
+        head, handle = copy.deepcopy((self.head, self.handle), memo)
+        copied.__dict__.update(self.__dict__, head=head, handle=handle)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a fused model cannot be pickled; unfuse it first, or save it with save_pretrained")
+
+
+class _Pass:
+    """A forward pass with labels: how it computes its loss, "linear" or as the "row" form of the logits."""
+
+    def __init__(self, loss: _Loss, head: nn.Module, way: str, normalizer: Any) -> None:
+        self.loss, self.head, self.way, self.normalizer = loss, head, way, normalizer
+        self.calls = 0
 
     def cross_entropy(
         self,
@@ -300,15 +337,56 @@ class _Fusion:
             return logits.loss(self.loss, target, **options)
         return self.loss.of_logits(logits.as_subclass(Tensor), target, **options)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fusion:
-        copied = object.__new__(_Fusion)
-        memo[id(self)] = copied
-        # The arguments stay the caller's, who may be changing them.
-        copied.__dict__.update(self.__dict__, handles=copy.deepcopy(self.handles, memo))
-        return copied
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a fused model cannot be pickled; unfuse it first, or save it with save_pretrained")
+class _Thread(threading.local):
+    """The passes under way in this thread, the innermost last: two threads may run one model at a time."""
+
+    def __init__(self) -> None:
+        self.passes: list[_Pass] = []  # a list, since torch.compile of torch 2.11 cannot set attributes here
+
+
+_THREAD = _Thread()
+
+
+def _under_way() -> _Pass | None:
+    return _THREAD.passes[-1] if _THREAD.passes else None
+
+
+def _refuse_replica(model: nn.Module, _: Any) -> None:
+    # Its replicas share the forward of the model that they are of.
+    if getattr(model, "_is_replica", False):
+        raise RuntimeError("a fused model does not run under torch.nn.DataParallel; use DistributedDataParallel")
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Give the instance this forward, unless another than fuse has done so."""
+    if "forward" in module.__dict__ and not _is_replaced(module):
+        raise ValueError(
+            f"the forward of {type(module).__name__} is replaced already; fuse before wrapping or dispatching it"
+        )
+    module.forward = forward
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the forward of this instance is one that fuse gave it."""
+    forward = module.__dict__.get("forward")
+    function = getattr(forward, "__func__", getattr(forward, "func", None))
+    # functools.wraps copies the attribute to what others wrap around it.
+    return function is not None and getattr(function, "of_fuse", None) is function
+
+
+def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of an output layer, which hooks of the layer surround with the hidden states as its input."""
+    forward, under_way = type(head).forward, _under_way()
+    if under_way is None or under_way.head is not head:
+        return forward(head, *args, **kwargs)
+    if under_way.way == "row":
+        return forward(head, *args, **kwargs).as_subclass(_RowLogits)
+    hidden, *others = args
+    return forward(head, _Hidden(under_way, hidden), *others, **kwargs)
+
+
+_head_forward.of_fuse = _head_forward  # type: ignore[attr-defined]
 
 
 def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -320,18 +398,66 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         fusion = self.__dict__.get(_ATTRIBUTE)
         if fusion is None:  # unfused, while a wrapper still holds this function
             return original(self, *args, **kwargs)
+        name = type(self).__name__
         labels = kwargs.get("labels", args[position - 1] if len(args) >= position else None)
         if labels is None:
+            smoothing = _smoothing_of_trainer(own_loss=True)
+            if smoothing is not None:
+                raise ValueError(
+                    f"{name} is fused, but label_smoothing_factor={smoothing} makes the Trainer compute its own "
+                    f"cross-entropy; set it to 0 and pass label_smoothing={smoothing} to fuse, or unfuse the model"
+                )
             if self.training:
-                warnings.warn(f"{type(self).__name__} is fused, but in training without labels", stacklevel=2)
+                warnings.warn(f"{name} is fused, but in training without labels", stacklevel=2)
             return original(self, *args, **kwargs)
-        way = "linear" if self.training or not fusion.eval_logits else "row"
-        return fusion.run(way, original, self, *args, **kwargs)
+        if self.training or fusion.eval_logits:
+            return fusion.run("linear" if self.training else "row", original, self, *args, **kwargs)
+        if _trainer_collects_logits():
+            raise ValueError(
+                f"{name} is fused with eval_logits=False, but the Trainer collects logits; fuse with eval_logits=True, "
+                "or leave out compute_metrics, or set prediction_loss_only=True"
+            )
+        return fusion.run("linear", original, self, *args, **kwargs)
 
+    forward.of_fuse = forward  # type: ignore[attr-defined]
     # Trainer reads the signature; accelerate unwraps a forward as far as it can.
     forward.__signature__ = signature  # type: ignore[attr-defined]
     del forward.__wrapped__
     return forward
+
+
+def _method_of_trainer(name: str) -> Mapping[str, Any] | None:
+    """The variables of the Trainer's method of this name that calls, if one does.
+
+    A Trainer does not tell its model the arguments that change what is computed.
+    """
+    module = sys.modules.get("transformers.trainer")
+    frame = None if module is None else sys._getframe(1).f_back
+    while module is not None and frame is not None:
+        if frame.f_code.co_name == name and isinstance(frame.f_locals.get("self"), module.Trainer):
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
+# torch.compile calls these two while it traces, and takes the answer for a constant.
+
+
+@torch.compiler.assume_constant_result
+def _smoothing_of_trainer(own_loss: bool = False) -> float | None:
+    """The label_smoothing_factor of the Trainer that calls; with `own_loss` only if it computes the loss by that."""
+    variables = _method_of_trainer("compute_loss")
+    trainer = None if variables is None else variables["self"]
+    if trainer is None or trainer.label_smoother is None or (own_loss and trainer.compute_loss_func is not None):
+        return None
+    return trainer.args.label_smoothing_factor
+
+
+@torch.compiler.assume_constant_result
+def _trainer_collects_logits() -> bool:
+    # Those of compute_loss in its prediction_step; that of Seq2SeqTrainer generates, and takes the loss alone.
+    variables = _method_of_trainer("compute_loss") and _method_of_trainer("prediction_step")
+    return variables is not None and not variables.get("prediction_loss_only", True)
 
 
 def _finished(outputs: Any) -> Any:
@@ -384,12 +510,15 @@ class _NoTensor:
 class _Hidden(_NoTensor):
     """Hidden states on their way into the output layer, whose product it puts off."""
 
-    def __init__(self, fusion: _Fusion, hidden: Tensor) -> None:
-        self.fusion, self.hidden = fusion, hidden
+    def __init__(self, under_way: _Pass, hidden: Tensor) -> None:
+        self.under_way, self.hidden = under_way, hidden
 
     @classmethod
     def refusal(cls, what: str) -> AttributeError:
-        return AttributeError(f"{what!r} of the output layer's input is not understood by the fused loss")
+        return AttributeError(
+            f"{what!r} of the output layer's input is not understood by the fused loss, for which the layer must be "
+            "one linear(input, weight, bias); merge an adapter of the layer, or leave the layer out of target_modules"
+        )
 
     @classmethod
     def __torch_function__(
@@ -401,7 +530,7 @@ class _Hidden(_NoTensor):
 
 
 def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Logits:
-    return _Logits(input.fusion, input.hidden, weight, bias)
+    return _Logits(input.under_way, input.hidden, weight, bias)
 
 
 class _Logits(_NoTensor):
@@ -409,7 +538,7 @@ class _Logits(_NoTensor):
 
     def __init__(
         self,
-        fusion: _Fusion,
+        under_way: _Pass,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -417,7 +546,7 @@ class _Logits(_NoTensor):
         softcap: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.fusion, self.hidden, self.weight, self.bias = fusion, hidden, weight, bias
+        self.under_way, self.hidden, self.weight, self.bias = under_way, hidden, weight, bias
         self.scale, self.softcap = scale, softcap
         self.dtype = dtype or _product_dtype(hidden)
 
@@ -432,8 +561,8 @@ class _Logits(_NoTensor):
         return loss.of_hidden(hidden, self.weight, target, linear_bias=bias, softcap=self.softcap, **options)
 
     def _but(self, **changed: Any) -> _Logits:
-        kept = {name: value for name, value in self.__dict__.items() if name not in changed}
-        return _Logits(**kept, **changed)
+        names = ("under_way", "hidden", "weight", "bias", "scale", "softcap", "dtype")
+        return _Logits(**{name: getattr(self, name) for name in names} | changed)
 
     # What is asked of them
 
@@ -525,7 +654,7 @@ class _Logits(_NoTensor):
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if function is F.cross_entropy and isinstance(args[0], _Logits):
-            return args[0].fusion.cross_entropy(*args, **(kwargs or {}))
+            return args[0].under_way.cross_entropy(*args, **(kwargs or {}))
         if function is torch.tanh:
             return args[0].tanh()
         return super().__torch_function__(function, types, args, kwargs)
@@ -547,7 +676,7 @@ def _described(value: Any) -> str:
 
 
 class UnbuiltLogits(_NoTensor):
-    """In the outputs of a fused model in training: it has the shape of the logits, which were never built."""
+    """Stands in the outputs of a fused model for the logits, which were never built, and has their shape."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
@@ -559,44 +688,44 @@ class UnbuiltLogits(_NoTensor):
     def refusal(cls, what: str) -> AttributeError:
         return AttributeError(
             f"{what}: the logits of a fused model in training were never built, only their loss; call it without "
-            "labels or in evaluation, or unfuse it"
+            "labels, or in evaluation with eval_logits=True, or unfuse it"
         )
 
 
 class _RowLogits(Tensor):
     """Logits in evaluation: those of the model in every respect, but that their cross-entropy is the fused loss's."""
 
-    fusion: _Fusion
-
-    @staticmethod
-    def of(fusion: _Fusion, logits: Tensor) -> _RowLogits:
-        marked = logits.as_subclass(_RowLogits)
-        marked.fusion = fusion
-        return marked
-
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if function is F.cross_entropy and isinstance(args[0], _RowLogits):
-            return args[0].fusion.cross_entropy(*args, **kwargs)
-        result = super().__torch_function__(function, types, args, kwargs)
-        source = next((x for x in args if isinstance(x, _RowLogits)), None)
-        if isinstance(result, _RowLogits) and source is not None:
-            result.fusion = source.fusion
-        return result
+        under_way = _under_way()  # None for logits that a hook has kept
+        if function is F.cross_entropy and isinstance(args[0], _RowLogits) and under_way is not None:
+            return under_way.cross_entropy(*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def _probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def _probe_inputs(model: PreTrainedModel, head: nn.Module) -> dict[str, Tensor]:
     """Two sequences of eight tokens, one of them ignored as a label."""
     if model.main_input_name != "input_ids":
         raise ValueError(f"{type(model).__name__} takes {model.main_input_name}; pass inputs with labels as probe=...")
     weight: Any = model.get_input_embeddings().weight
-    tokens = (torch.arange(16, device=weight.device) * 7919 + 11).reshape(2, 8) % len(weight)
+    # Some embed more tokens than they predict.
+    count = min(len(weight), getattr(head, "out_features", len(weight)))
+    tokens = (torch.arange(16, device=weight.device) * 7919 + 11).reshape(2, 8) % count
     labels = tokens.clone()
     labels[1, 3] = -100
     return {"input_ids": tokens, "labels": labels}
+
+
+def _loss_of(model: PreTrainedModel, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if loss is None:
+        raise ValueError(
+            f"{type(model).__name__} computes no loss from {' and '.join(inputs)} alone; it needs further inputs, and "
+            "fuse needs them as probe=..."
+        )
+    return loss
 
 
 def _compare(model: PreTrainedModel, head: nn.Module, fusion: _Fusion, probe: Mapping[str, Any]) -> None:
@@ -629,15 +758,19 @@ def _loss_and_gradients(
     """The loss, and its gradients by the hidden states, the output layer's parameters and the model's first one."""
     sources: dict[str, Tensor] = {}
 
-    def capture(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        sources["hidden states"] = inputs[0]
+    def capture(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = inputs
+        if not hidden.requires_grad:  # the model is frozen, as before an adapter is added to it
+            hidden = hidden.detach().requires_grad_()
+        sources["hidden states"] = hidden
+        return hidden, *others
 
     handle = head.register_forward_pre_hook(capture, prepend=True)
     try:
         outputs = forward(**probe)
     finally:
         handle.remove()
-    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    loss = _loss_of(model, outputs, probe)
     first = next((x for x in model.named_parameters() if x[1].requires_grad), None)
     sources.update(head.named_parameters(prefix="output layer"))
     sources.update([first] if first else [])
