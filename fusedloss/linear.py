@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import backends, ops, vocabulary
 from .checks import check_dtype, check_int, check_number, compute_dtype
+from .fsdp import check_whole
 from .projection import Form, Projection
 from .statistics import Picks, statistics_with_top
 
@@ -122,6 +123,7 @@ def project(
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         check_dtype(name, value)  # of a quantized weight, whose numbers autocast would take for its values
+    check_whole(weight)
     if hidden.dim() < 1 or weight.dim() != 2:
         raise ValueError(
             f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"

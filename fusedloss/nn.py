@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from . import backends
+from . import backends, fsdp
 from .checks import check_choice, check_int, check_number, is_dtensor
 from .linear import project
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
@@ -400,8 +400,18 @@ class _LinearLoss(_Loss):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def forward(self, input: Tensor, target: Tensor, **tensors: Any) -> Any:
+        return self._with_layer(functools.partial(super().forward, target=target, **tensors), input)
+
+    def _with_layer(self, function: Callable[[Tensor], Any], input: Tensor) -> Any:
+        """Call a function that reads the output layer while the layer is whole."""
+        return fsdp.as_forward(self.linear, function, input) if fsdp.is_unit(self.linear) else function(input)
+
     def logits(self, input: Tensor) -> Tensor:
         """All the logits (*, V) of hidden states (*, D), to evaluate or to generate with."""
+        return self._with_layer(self._logits, input)
+
+    def _logits(self, input: Tensor) -> Tensor:
         form: Any = (self.softcap, self.budget, self.drop_ignored)
         return project(*local_projection(input, *self._layer(), None, False)[:3], *form).logits()
 

@@ -232,9 +232,9 @@ def local_projection(
         )
         raise ValueError(
             f"input, linear_weight and linear_bias must all be DTensors or all be tensors of this rank, got {kinds}. "
-            "A weight that FSDP has sharded is whole within the forward of its module alone: use a Linear* module of "
-            "fusedloss.nn there. A weight that is sharded on the classes goes with an input that is replicated on the "
-            "same mesh, or pass to_local() of both and group="
+            "A weight that FSDP has sharded is whole within the forward of its unit alone: use a Linear* module of "
+            "fusedloss.nn there, or one whose layer is a unit itself. A weight that is sharded on the classes goes "
+            "with an input that is replicated on the same mesh, or pass to_local() of both and group="
         )
     if group is not None:
         raise ValueError(f"group is for tensors of this rank, and DTensors name their own, got {group!r}")

@@ -3,6 +3,7 @@
 import copy
 import doctest
 import filecmp
+import functools
 import pickle
 import random
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 import oracle
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -957,6 +959,144 @@ def test_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> 
     finally:
         torch.distributed.destroy_process_group()
     _assert_close([parameter.grad for parameter in model.parameters()], expected, 1e-6)
+
+
+# Sharded by FSDP2, on two ranks
+
+
+def _tied_llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True))
+
+
+def _untied_bert() -> Any:
+    decoder = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+    names = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": False}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**decoder, **names))
+    nn.init.normal_(model.cls.predictions.decoder.bias)
+    return model
+
+
+#: The model, the modules that are a unit below the model, and whether that is resharded after its forward.
+UNITS: dict[str, tuple[Callable[[], Any], list[str], bool]] = {
+    "the head": (_llama, ["lm_head"], True),
+    "the head and what is before it": (_llama, ["model.norm", "lm_head"], True),
+    "kept until the backward": (_llama, ["model.norm", "lm_head"], False),
+    "the model alone": (_llama, [], True),
+    "tied, with the embedding": (_tied_llama, ["model.embed_tokens", "model.norm", "lm_head"], True),
+    "tied, in the model": (_tied_llama, ["model.norm"], True),
+    "a bias, within a larger unit": (_untied_bert, ["cls"], True),
+    "scaled": (_granite, ["lm_head"], True),
+}
+
+
+def _micro_batches(rank: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(2, VOCABULARY, (2, 1, LENGTH), generator=generator)
+    return [{"input_ids": x, "labels": x.masked_fill(torch.arange(LENGTH) < 2 + rank, -100)} for x in tokens]
+
+
+def _train_sharded(model: Any, world: int, rank: int | None) -> list[float]:
+    """Two steps of SGD over the micro-batches of one rank, or in one process over those of all; the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    values = []
+    for _ in range(2):
+        # Losses of which the weight is gathered anew for each backward, since there are two of them.
+        for of in range(world) if rank is None else [rank]:
+            losses = [model(**batch).loss for batch in _micro_batches(of)]
+            for last, loss in enumerate(losses):
+                if rank is not None:
+                    model.set_requires_gradient_sync(bool(last))
+                (loss / (world if rank is None else 1)).backward()
+            values += [loss.item() for loss in losses]
+        optimizer.step()
+        optimizer.zero_grad()
+    return values
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    # The second makes the logits once more in the backward, and reads the weight there.
+    ways: list[tuple[str, dict[str, Any]]] = [("cross_entropy", {}), ("flex_loss", {"loss_fn": lambda s: s.ce})]
+    for name, (make, unit, reshard) in UNITS.items():
+        torch.manual_seed(0)
+        alone = make().double().train()
+        state = copy.deepcopy(alone.state_dict())
+        expected = _train_sharded(alone, world, None)
+        expected = [loss for step in (expected[:4], expected[4:]) for loss in step[2 * rank :][:2]]
+        for loss, arguments in ways:
+            model = make().double().train()
+            model.load_state_dict(state)
+            fuse(model, loss, **arguments)
+            if unit:
+                fully_shard([model.get_submodule(part) for part in unit], reshard_after_forward=reshard)
+            fully_shard(model)
+            with pytest.raises(ValueError, match=r"is sharded by fully_shard, .*; fuse it before fully_shard"):
+                fuse(model, "focal_loss")
+            # In float64, but for the logits that models cast to float32.
+            close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+            close(_train_sharded(model, world, rank), expected, msg=lambda m, n=name, of=loss: f"{n}, {of}: {m}")
+            for (of, parameter), right in zip(model.named_parameters(), alone.parameters(), strict=True):
+                close(_whole(parameter), right, msg=lambda m, n=name, of=f"{loss}, {of}": f"{n}, {of}: {m}")
+
+
+def _in_mixed_precision(rank: int, world: int) -> None:
+    """The loss stays in float32, whatever the dtype of the logits would be."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    alone = _llama().train()
+    model = fuse(copy.deepcopy(alone))
+    fully_shard(model.lm_head, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16))
+    fully_shard(model)
+    loss = model(**_micro_batches(rank)[0]).loss
+    loss.backward()
+    expected = [alone(**_micro_batches(of)[0]).loss for of in range(world)]
+    (sum(expected) / world).backward()
+    assert loss.dtype == torch.float32 and loss != loss.bfloat16()
+    torch.testing.assert_close(loss, expected[rank], rtol=1e-2, atol=0.0)
+    for parameter, right in zip(model.parameters(), alone.parameters(), strict=True):
+        assert parameter.grad.dtype == torch.float32
+        error = (_whole(parameter.grad) - right.grad).abs().max()
+        assert error < 0.03 * right.grad.abs().max()
+
+
+def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.manual_seed(0)
+    batch = _micro_batches(rank)[0]
+    for original in (True, False):
+        wrap = functools.partial(FullyShardedDataParallel, use_orig_params=original, device_id=torch.device("cpu"))
+        model = fuse(_llama().train())
+        expected = model(**batch).loss
+        torch.testing.assert_close(wrap(copy.deepcopy(model))(**batch).loss, expected)
+        model.lm_head = wrap(model.lm_head)
+        with pytest.raises(ValueError, match=r"with shape \(1031, 16\) and no elements in memory: FSDP1"):
+            wrap(model)(**batch)
+
+    # As DeepSpeed ZeRO-3 does: the parameter has its elements within the forward alone.
+    model = fuse(_llama().train())
+    whole, weight = model.lm_head.weight.detach().clone(), model.lm_head.weight
+    weight.data = torch.empty(0)
+    model.lm_head.register_forward_pre_hook(lambda *_: setattr(weight, "data", whole))
+    model.lm_head.register_forward_hook(lambda *_: setattr(weight, "data", torch.empty(0)))
+    with pytest.raises(ValueError, match=r"with shape \(0,\) and no rows: FSDP1 and DeepSpeed ZeRO-3"):
+        model(**batch)
+
+
+@pytest.mark.slow
+def test_ranks(tmp_path: Path) -> None:
+    scenes: list[ranks.Scene] = [
+        _sharded_models_train_as_in_one_process,
+        _in_mixed_precision,
+        _a_weight_that_others_have_freed_raises,
+    ]
+    ranks.run(scenes, 2, tmp_path)
 
 
 # Trainer

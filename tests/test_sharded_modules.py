@@ -11,7 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -99,11 +106,26 @@ def _each_part_sharded(model: _Model) -> nn.Module:
     return fully_shard(model)
 
 
+def _layer_sharded(model: _Model) -> nn.Module:
+    """As where each nn.Linear and nn.Embedding is a unit, with the output layer of a loss among them."""
+    for part in (model.embedding, model.body, model.criterion.linear):
+        if not isinstance(part, FSDPModule):  # a tied layer is there twice
+            fully_shard(part)
+    return fully_shard(model)
+
+
+def _layer_sharded_with_the_one_before(model: _Model) -> nn.Module:
+    fully_shard([model.body, model.criterion.linear])
+    return fully_shard(model)
+
+
 def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
     ways: list[tuple[Callable[[_Model], nn.Module], bool]] = [
         (_ddp, False), (_ddp, True),
         (_whole_model_sharded, False), (_whole_model_sharded, True),
         (_each_part_sharded, False),
+        (_layer_sharded, False), (_layer_sharded, True),
+        (_layer_sharded_with_the_one_before, False),
     ]  # fmt: skip
     tokens, target = _batch(rank)
     for kind in KINDS:
@@ -120,7 +142,7 @@ def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
 
 
 def _training_goes_on_as_in_one_process(rank: int, world: int) -> None:
-    for way in (_ddp, _each_part_sharded):
+    for way in (_ddp, _each_part_sharded, _layer_sharded):
         alone, model = _Model("focal", False), _Model("focal", False)
         wrapped = way(model)
         optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (alone, model)]
@@ -152,37 +174,58 @@ def _a_loss_sharded_apart_from_the_model(rank: int, world: int) -> None:
 
 def _in_mixed_precision(rank: int, world: int) -> None:
     """The parameters in bfloat16 for the products, their gradients summed in float32."""
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    alone = _alone("focal", False).float()
-    model = _Model("focal", False).float()
-    seen: list[torch.dtype] = []
-    model.criterion.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].dtype))
-    fully_shard(model, mp_policy=policy)
-    tokens, target = _batch(rank)
-    n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
-    model(tokens, target, normalizer=n).backward()
-    assert n.dtype == torch.float64 and seen == [torch.bfloat16]
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-    _equals(model, alone, rtol=0.03, atol=0.003)
+    # A layer that is a unit gets hidden states from outside of it, and casts them.
+    for part, hidden in (("", torch.bfloat16), ("criterion.linear", torch.float32)):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=bool(part))
+        alone = _alone("focal", False).float()
+        model = _Model("focal", False).float()
+        seen: list[torch.dtype] = []
+        model.criterion.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0].dtype))
+        for unit in dict.fromkeys((part, "")):
+            fully_shard(model.get_submodule(unit), mp_policy=policy if unit == part else MixedPrecisionPolicy())
+        tokens, target = _batch(rank)
+        n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
+        model(tokens, target, normalizer=n).backward()
+        assert n.dtype == torch.float64 and seen == [hidden]
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        _equals(model, alone, rtol=0.03, atol=0.003)
+
+
+def _gradients_accumulate(rank: int, world: int) -> None:
+    """Over two batches, both of whose losses there are before the first backward."""
+    for kind in ("flex", "focal"):  # one reads the weight in the backward, one does not
+        alone, model = _alone(kind, False), _Model(kind, False)
+        wrapped = _layer_sharded(model)
+        tokens, target = _batch(rank)
+        n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
+        losses = [wrapped(tokens[part], target[part], normalizer=n) for part in (slice(3), slice(3, None))]
+        for last, loss in enumerate(losses):
+            wrapped.set_requires_gradient_sync(bool(last))
+            loss.backward()
+        _equals(model, alone)
 
 
 def _logits_of_a_sharded_layer(rank: int, world: int) -> None:
-    """`logits` is no forward: it raises, unless fully_shard is told of it."""
-    alone, model = _Model("focal", False), _Model("focal", False)
+    """`logits` is no forward: it raises where the loss is sharded, unless fully_shard is told of it."""
+    alone = _Model("focal", False)
     hidden = torch.randn(2, FEATURES, dtype=torch.float64)
-    fully_shard(model.criterion)
-    with pytest.raises(ValueError, match=r"must all be DTensors or .* use a Linear. module"):
-        model.criterion.logits(hidden)
-    register_fsdp_forward_method(model.criterion, "logits")
-    torch.testing.assert_close(model.criterion.logits(hidden), alone.criterion.logits(hidden))
+    for part in ("criterion", "criterion.linear"):
+        model = _Model("focal", False)
+        fully_shard(model.get_submodule(part))
+        if part == "criterion":
+            with pytest.raises(ValueError, match=r"must all be DTensors or .* use a Linear. module"):
+                model.criterion.logits(hidden)
+            register_fsdp_forward_method(model.criterion, "logits")
+        torch.testing.assert_close(model.criterion.logits(hidden), alone.criterion.logits(hidden))
 
 
-def _a_layer_sharded_without_its_loss_raises(rank: int, world: int) -> None:
-    """Its own forward, in which it would be gathered, is never called."""
-    model = _Model("focal", False)
-    fully_shard(model.criterion.linear)
-    with pytest.raises(ValueError, match=r"must all be DTensors or .* use a Linear. module"):
-        model(*_batch(rank))
+def _a_layer_that_is_a_unit_of_fsdp1_raises(rank: int, world: int) -> None:
+    for original in (True, False):
+        model = _Model("focal", False)
+        options = {"use_orig_params": original, "device_id": torch.device("cpu")}
+        wrapped = FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), **options)
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel|FSDP1"):
+            wrapped(*_batch(rank))
 
 
 def _a_layer_sharded_on_the_classes(rank: int, world: int) -> None:
@@ -225,10 +268,11 @@ SCENES: list[ranks.Scene] = [
     _training_goes_on_as_in_one_process,
     _a_loss_sharded_apart_from_the_model,
     _in_mixed_precision,
+    _gradients_accumulate,
     _logits_of_a_sharded_layer,
-    _a_layer_sharded_without_its_loss_raises,
     _a_layer_sharded_on_the_classes,
     _an_old_state_dict_of_a_tied_loss,
+    _a_layer_that_is_a_unit_of_fsdp1_raises,
 ]
 
 

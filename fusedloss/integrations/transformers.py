@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedloss
+from fusedloss import fsdp
 
 try:
     from transformers import PreTrainedModel
@@ -161,6 +162,8 @@ def fuse(
     on_meta = next((parameter for parameter, value in model.named_parameters() if value.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"{on_meta!r} of {name} is on the meta device; load the weights of the model, then fuse it")
+    if any(fsdp.is_unit(module) for module in model.modules()):
+        raise ValueError(f"{name} is sharded by fully_shard, so that no probe can run; fuse it before fully_shard")
     if probe is None:
         probe = _probe_inputs(model, head)
     fusion = model.__dict__.get(_ATTRIBUTE)
@@ -277,7 +280,8 @@ class _Fusion:
         head: Any = model.get_output_embeddings()
         if head is not self.head:  # exchanged or wrapped, by PEFT for example
             self.attach(head)
-        under_way = _Pass(self.loss, head, way, kwargs.get("num_items_in_batch"))
+        unit = fsdp.unit_below(model, head)
+        under_way = _Pass(self.loss, head, unit, way, kwargs.get("num_items_in_batch"))
         _THREAD.passes.append(under_way)
         try:
             outputs = forward(model, *args, **kwargs)
@@ -306,8 +310,8 @@ class _Fusion:
 class _Pass:
     """A forward pass with labels: how it computes its loss, "linear" or as the "row" form of the logits."""
 
-    def __init__(self, loss: _Loss, head: nn.Module, way: str, normalizer: Any) -> None:
-        self.loss, self.head, self.way, self.normalizer = loss, head, way, normalizer
+    def __init__(self, loss: _Loss, head: nn.Module, unit: nn.Module | None, way: str, normalizer: Any) -> None:
+        self.loss, self.head, self.unit, self.way, self.normalizer = loss, head, unit, way, normalizer
         self.calls = 0
 
     def cross_entropy(
@@ -334,6 +338,8 @@ class _Pass:
         if reduction == "mean":
             options["normalizer"] = self.normalizer
         if isinstance(logits, _Logits):
+            if self.unit is not None:
+                return fsdp.after_forward(self.unit, lambda: logits.loss(self.loss, target, **options))
             return logits.loss(self.loss, target, **options)
         return self.loss.of_logits(logits.as_subclass(Tensor), target, **options)
 
@@ -530,7 +536,7 @@ class _Hidden(_NoTensor):
 
 
 def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Logits:
-    return _Logits(input.under_way, input.hidden, weight, bias)
+    return _Logits(input.under_way, input.hidden, weight, len(weight), bias)
 
 
 class _Logits(_NoTensor):
@@ -541,12 +547,13 @@ class _Logits(_NoTensor):
         under_way: _Pass,
         hidden: Tensor,
         weight: Tensor,
+        classes: int,
         bias: Tensor | None,
         scale: float = 1.0,
         softcap: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.under_way, self.hidden, self.weight, self.bias = under_way, hidden, weight, bias
+        self.under_way, self.hidden, self.weight, self.classes, self.bias = under_way, hidden, weight, classes, bias
         self.scale, self.softcap = scale, softcap
         self.dtype = dtype or _product_dtype(hidden)
 
@@ -561,14 +568,14 @@ class _Logits(_NoTensor):
         return loss.of_hidden(hidden, self.weight, target, linear_bias=bias, softcap=self.softcap, **options)
 
     def _but(self, **changed: Any) -> _Logits:
-        names = ("under_way", "hidden", "weight", "bias", "scale", "softcap", "dtype")
+        names = ("under_way", "hidden", "weight", "classes", "bias", "scale", "softcap", "dtype")
         return _Logits(**{name: getattr(self, name) for name in names} | changed)
 
     # What is asked of them
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        return torch.Size((*self.hidden.shape[:-1], self.classes))
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
