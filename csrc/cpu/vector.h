@@ -344,6 +344,15 @@ struct ExpConstants<double> {
         1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
 };
 
+// x - n log(2) for a whole n
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value without_powers(typename VectorOf<T>::Value x,
+                                                            typename VectorOf<T>::Value n) {
+    using C = ExpConstants<T>;
+    // With a fused product, which compilers make of this from -O2 on, one rounded log(2) gives r within 2e-9 |n|.
+    return kFma && sizeof(T) == 4 ? x - n * T(0.6931471805599453) : (x - n * C::ln2_high) - n * C::ln2_low;
+}
+
 // x = n log(2) + r: returns r, and 2^n in the bits of `power`.
 template <typename T>
 FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_remainder(typename VectorOf<T>::Value x,
@@ -355,8 +364,7 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_remainder(typename VectorOf<T>:
         x * T(1.4426950408889634) + C::rounder;  // low bits: the exponent field of 2^n, n = round(x / log 2)
     const V n = shifted - C::rounder;
     power = bit_cast<V>(bit_cast<Words>(shifted) << C::shift);
-    // With a fused product, which compilers make of this from -O2 on, one rounded log(2) gives r within 2e-9 |n|.
-    return kFma && sizeof(T) == 4 ? x - n * T(0.6931471805599453) : (x - n * C::ln2_high) - n * C::ln2_low;
+    return without_powers<T>(x, n);
 }
 
 template <typename T>
@@ -374,31 +382,39 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_bounded(typename VectorOf<T>::V
 }
 
 // a exp(x) as bfloat16 for x <= 0, which a polynomial rounds itself: a exp(x) = 2^n m with m in [1, 2), and the sum of
-// m and 2^16 ends where the mantissa of a bfloat16 does. Within 0.502 of the last bit, 0 below the normal numbers.
+// m and 2^16 ends where the mantissa of a bfloat16 does. Within 0.5001 of the last bit, which is what an exponential in
+// float is when it is rounded; 0 below the normal numbers.
 class RoundedExp {
    public:
-    explicit RoundedExp(float a)
-        : log2_a_(std::log2(std::abs(a)) - 0.49984589f), rounder_(0x1.8p23f + 126 + (a < 0 ? 256 : 0)) {}
+    explicit RoundedExp(float a) {
+        const double log2_a = std::log2(std::abs(double(a))) - 0.4998458870832057;  // log2(181/128)
+        const double whole = std::nearbyint(log2_a);                                // apart, for the digits of the rest
+        log2_a_ = static_cast<float>(log2_a - whole);
+        rounder_ = 0x1.8p23f + 126 + static_cast<float>(whole) + (a < 0 ? 256 : 0);
+        lowest_ = static_cast<float>(-126.49984 - whole);
+    }
 
     // A NaN among the logits of a row makes `a` one, which this does not take.
     static bool takes(float a) { return std::abs(a) >= 0x1p-60f && std::abs(a) <= 0x1p60f; }
 
     FUSEDLOSS_INLINE Rounded operator()(FloatVector x) const {
-        const FloatVector log2 = x * 1.4426950408889634f + log2_a_;
+        const FloatVector log2 = x * kLog2E + log2_a_;
         const FloatVector shifted = log2 + rounder_;  // low bits: n, and the sign above it
-        const FloatVector f = log2 - (shifted - rounder_);
-        // m = 181/128 2^f, minimax for the relative error, 3e-6
-        FloatVector m = splat(0x1.bc07f6p-7f);
-        m = m * f + 0x1.43cf5ep-4f;
-        m = m * f + 0x1.5bde74p-2f;
-        m = m * f + 0x1.f5d26ap-1f;
+        const FloatVector f = without_powers<float>(x, shifted - rounder_) * kLog2E + log2_a_;
+        // m = 181/128 2^f, minimax for the relative error, 9e-8
+        FloatVector m = splat(0x1.ebb49cp-10f);
+        m = m * f + 0x1.c02424p-7f;
+        m = m * f + 0x1.417fa0p-4f;
+        m = m * f + 0x1.5bd790p-2f;
+        m = m * f + 0x1.f5d6a2p-1f;
         m = m * f + (0x1p16f + 181.0f / 128);
         const WordVector words = bit_cast<WordVector>(m) + (bit_cast<WordVector>(shifted) << 7);
-        return {log2 < -126.49984f ? WordVector{} : words};
+        return {log2 < lowest_ ? WordVector{} : words};
     }
 
    private:
-    float log2_a_, rounder_;
+    static constexpr float kLog2E = 1.4426950408889634f;
+    float log2_a_, rounder_, lowest_;
 };
 
 // exp(x) - 1, and exp(x) in `exp`.
