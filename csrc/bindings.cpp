@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -11,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "bindings.h"
 #include "cpu/parallel.h"
 #include "engine.h"
 
@@ -28,11 +28,6 @@ EpilogueKind find_kind(const std::string& name, FunctorList<Row...>, FunctorList
 EpilogueKind epilogue_kind(const std::string& name) { return find_kind(name, RowEpilogues{}, ClassTerms{}); }
 
 namespace {
-
-template <typename... Row, typename... Terms>
-std::vector<std::string> names_of(FunctorList<Row...>, FunctorList<Terms...>) {
-    return {Row::name..., Terms::name...};
-}
 
 // --- instruction sets ---
 
@@ -98,12 +93,9 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// The caller has seen to the name and to the number of the parameters.
 Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params, double main,
                        double smooth, double z_loss) {
-    if (params.size() > kMaxParams) throw std::invalid_argument("an epilogue takes at most 4 parameters");
-    if (!name.empty() && epilogue_kind(name) == EpilogueKind::none) {
-        throw std::invalid_argument("no epilogue named '" + name + "'");
-    }
     Epilogue epilogue{name, {}, {}, static_cast<int>(params.size()), main, smooth, z_loss};
     for (size_t k = 0; k < params.size(); ++k) {
         epilogue.param[k] = at<void>(params[k].first);
@@ -112,19 +104,11 @@ Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Addr
     return epilogue;
 }
 
-Epilogue make_summed_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params) {
-    const auto names = names_of(FunctorList<>{}, SummedTerms{});
-    if (std::find(names.begin(), names.end(), name) == names.end()) {
-        throw std::invalid_argument("no summed epilogue named '" + name + "'");
-    }
-    return make_epilogue(name, params, 1, 0, 0);
-}
-
-// The first index in [0, count) whose class is outside [0, classes) and not ignored; -1: none.
-int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ignore_index) {
+// The first index in [0, count) whose class is outside [lowest, classes) and not ignored; -1: none.
+int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ignore_index, int64_t lowest) {
     const int64_t* t = at<const int64_t>(target);
     for (int64_t i = 0; i < count; ++i) {
-        if ((t[i] < 0 || t[i] >= classes) && t[i] != ignore_index) return i;
+        if ((t[i] < lowest || t[i] >= classes) && t[i] != ignore_index) return i;
     }
     return -1;
 }
@@ -169,7 +153,7 @@ PYBIND11_MODULE(_engine, module) {
                         mean,
                         at<void>(class_weight),
                         weight_sum,
-                        threads};
+                        threads_after_fork() ? threads_after_fork() : threads};
         }));
 
     module.def("forward", [](const Rows& rows, const std::string& name,
@@ -195,7 +179,7 @@ PYBIND11_MODULE(_engine, module) {
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address row_weight, int64_t row_weight_stride, Address top_q,
                   Address sums) {
-                   const Epilogue epilogue = make_summed_epilogue(name, params);
+                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
                    const ClassSums out{at<void>(statistics), at<const int64_t>(index), at<void>(row_weight),
                                        row_weight_stride,    at<void>(top_q),          at<double>(sums)};
                    py::gil_scoped_release release;
@@ -204,9 +188,6 @@ PYBIND11_MODULE(_engine, module) {
     module.def("term_sums", [](const Rows& rows, const std::string& name,
                                const std::vector<std::pair<Address, int64_t>>& params, Address statistics,
                                Address index, Address sums) {
-        if (epilogue_kind(name) != EpilogueKind::class_term) {
-            throw std::invalid_argument("no class term named '" + name + "'");
-        }
         const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
         const ClassSums out{at<void>(statistics), at<const int64_t>(index), nullptr, 0, nullptr, at<double>(sums)};
         py::gil_scoped_release release;
@@ -215,14 +196,18 @@ PYBIND11_MODULE(_engine, module) {
     module.def("class_terms",
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address loss, Address coefficients) {
-                   const Epilogue epilogue = make_summed_epilogue(name, params);
+                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
                    const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
                    py::gil_scoped_release release;
                    current->class_terms(rows, epilogue, out);
                });
-    module.def("first_invalid", &first_invalid);
+    module.def("first_invalid", &first_invalid, py::arg("target"), py::arg("count"), py::arg("classes"),
+               py::arg("ignore_index"), py::arg("lowest") = 0);
     module.def("advise_huge_pages", &advise_huge_pages);
-    module.def("epilogues", [] { return names_of(RowEpilogues{}, ClassTerms{}); });
+    module.def("epilogues", &epilogues);
+    module.def("set_threads_after_fork", [](int threads) {
+        if (threads_after_fork()) threads_after_fork() = threads;
+    });
     module.def("instruction_sets", &available_sets);
     module.def("instruction_set", [] { return std::string(current->name); });
     module.def("use_instruction_set", &use_instruction_set);

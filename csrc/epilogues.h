@@ -12,8 +12,9 @@
 //   row epilogue   L = f(ce, q, picks ...)           dL/dz_j = a p_j - sum_k b_k [j == k]
 //   class term     L = sum_j w_j f(p_j, [j == t])    dL/dz_j = p_j (g_j - sum_k p_k g_k),  g_j = w_j df/dp_j
 //
-// To add a loss: write its functor and put it into RowEpilogues or ClassTerms at the end of this file. A loss of
-// overlap, such as dice, is one math functor that the three forms below make epilogues of.
+// To add a loss: write its functor, with its name and the number of its parameters, and put it into RowEpilogues or
+// ClassTerms at the end of this file. A loss of overlap, such as dice, is one math functor that the three forms below
+// make epilogues of.
 #pragma once
 
 #include <cmath>
@@ -66,6 +67,7 @@ FUSEDLOSS_HD T power(T z, T x) {
 
 struct CrossEntropy {
     static constexpr const char* name = "cross_entropy";
+    static constexpr int param_count = 0;
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T*, RowGradient<T>& g) {
         g.loss = s.ce;
@@ -77,6 +79,7 @@ struct CrossEntropy {
 // L = lse
 struct LogSumExp {
     static constexpr const char* name = "log_sum_exp";
+    static constexpr int param_count = 0;
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T*, RowGradient<T>& g) {
         g.loss = s.max + s.log_sum;
@@ -88,6 +91,7 @@ struct LogSumExp {
 // L = q^gamma ce; a = b_t = q^gamma (1 + gamma p_t r), r = ce / q -> 1, finite for every gamma >= 0.
 struct Focal {
     static constexpr const char* name = "focal";
+    static constexpr int param_count = 1;
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
         const T gamma = params[0];
@@ -104,6 +108,7 @@ struct Focal {
 // L = (1 - alpha) ce_t + (alpha / K) sum_k ce_k over the K picks.
 struct MixedCrossEntropy {
     static constexpr const char* name = "mixed_cross_entropy";
+    static constexpr int param_count = 1;
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
         const T alpha = params[0];
@@ -228,6 +233,8 @@ struct TverskyMath {
 // The overlap of each class in each row for itself, summed over the classes. After the parameters of Math: s (smooth).
 template <typename Math>
 struct OneVsRest : Math {
+    static constexpr int param_count = Math::count + 1;
+
     // Returns the loss times the class weight; `h` = (1 - p) times its slope.
     template <typename X, typename P>
     static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, X class_weight, const P* params, X& h) {
@@ -262,6 +269,8 @@ struct OneVsRest : Math {
 // The overlap of each row's target class alone. After the parameters of Math: s (smooth).
 template <typename Math>
 struct OnTarget {
+    static constexpr int param_count = Math::count + 1;
+
     template <typename T>
     static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
         const T p = s.p;
@@ -278,6 +287,7 @@ struct OnTarget {
 template <typename Sums>
 struct OverRows : Sums {
     using Math = Sums;
+    static constexpr int param_count = Math::count + 1;
 
     template <typename X, typename P>
     static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, X class_weight, const P* params, X& h) {

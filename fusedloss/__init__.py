@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from . import nn as nn  # not in __all__: `import *` must not take the place of torch's
+from .backends.cpu import set_threads_after_fork
 from .calibration import CalibrationBins, calibration_bins, calibration_error
 from .counts import normalizer
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
@@ -38,6 +39,7 @@ __all__ = [
     "linear_tversky_loss",
     "mixed_cross_entropy",
     "normalizer",
+    "set_threads_after_fork",
     "supcon_loss",
     "tversky_loss",
 ]

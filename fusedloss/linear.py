@@ -335,7 +335,8 @@ class _ProductChunks(_Chunks):
 
     def _product(self, rows: slice) -> tuple[Any, ...]:
         form = self.form
-        return self.rows_of_hidden(rows), self.weight, self.bias, form.softcap, form.mask_target
+        bias = None if self.bias is None else self.bias.contiguous()
+        return self.rows_of_hidden(rows), self.weight, bias, form.softcap, form.mask_target
 
 
 def _kind(impl: str) -> type[_Chunks]:
@@ -600,8 +601,8 @@ def linear_gradient(
 
 
 ops.register_for_every_device(
-    linear_row_statistics=linear_row_statistics,
-    linear_row_loss=linear_row_loss,
-    linear_term_sums=linear_term_sums,
-    linear_gradient=linear_gradient,
+    **{
+        operator.__name__: ops.checked(operator.__name__, operator)
+        for operator in (linear_row_statistics, linear_row_loss, linear_term_sums, linear_gradient)
+    }
 )

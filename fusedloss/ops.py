@@ -40,10 +40,11 @@ import torch
 from torch import Tensor
 
 from .checks import compute_dtype
+from .contracts import COEFFICIENTS as COEFFICIENTS
+from .contracts import STATISTICS as STATISTICS
+from .contracts import Contract, Epilogues
 
-STATISTICS = 6
 MAX, SUM_EXP, Q, CE, TARGET_LOGIT, MEAN_CE = range(STATISTICS)
-COEFFICIENTS = 3
 A, U, TARGET_GRADIENT = range(COEFFICIENTS)
 
 _library = torch.library.Library("fusedloss", "DEF")
@@ -148,10 +149,15 @@ linear_term_sums = torch.ops.fusedloss.linear_term_sums.default
 linear_gradient = torch.ops.fusedloss.linear_gradient.default
 
 _kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
+_epilogues: dict[str, Callable[[], Epilogues]] = {}
 
 
-def register(device: str, impl: str, **kernels: Callable[..., Any]) -> None:
-    """Registers a backend's kernels, by operator, under a dispatch key ("CPU", "CUDA"). They take no ``impl``."""
+def register(device: str, impl: str, epilogues: Callable[[], Epilogues], **kernels: Callable[..., Any]) -> None:
+    """Registers a backend's kernels, by operator, under a dispatch key ("CPU", "CUDA"). They take no ``impl``.
+
+    A kernel is called with arguments that keep the operator's contract. `epilogues` gives those that the backend has.
+    """
+    _epilogues[impl] = epilogues
     for name, kernel in kernels.items():
         first = not any(key[:2] == (name, device) for key in _kernels)
         _kernels[name, device, impl] = kernel
@@ -165,14 +171,39 @@ def register_for_every_device(**kernels: Callable[..., Any]) -> None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
 
 
+def checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the kernel behind its contract, for an operator made of others. These check the epilogue."""
+    contract = Contract(name)
+
+    def call(*arguments: Any) -> Any:
+        contract.check(arguments)
+        return kernel(*arguments)
+
+    return call
+
+
 def kernel(name: str, device: str, impl: str) -> Callable[..., Any]:
     """A backend's own, as it was registered."""
-    return _kernels[name, device, impl]
+    found = _kernels.get((name, device, impl))
+    if found is None:
+        known = [repr(key[2]) for key in _kernels if key[:2] == (name, device)]
+        raise ValueError(f"{name}: impl must be one of {', '.join(known)} on a {device}, got {impl!r}")
+    return found
 
 
 def _by_impl(name: str, device: str) -> Callable[..., Any]:
+    contract = Contract(name)
+    several_devices = device != "CPU"  # the dispatcher calls a CPU's kernels for tensors on the CPU alone
+    known: dict[str, Any] = {}
+
     def call(*arguments: Any) -> Any:
-        return kernel(name, device, arguments[-1])(*arguments[:-1])
+        impl = arguments[-1]
+        run = kernel(name, device, impl)
+        if impl not in known:
+            known[impl] = contract.known(_epilogues[impl]())
+        contract.check(arguments, several_devices)
+        contract.check_epilogue(arguments, known[impl])
+        return run(*arguments[:-1])
 
     return call
 
@@ -194,13 +225,21 @@ def picks_of(candidates: Tensor | None, top_k: int, below: bool = False) -> int:
     return top_k + below + (0 if candidates is None else candidates.shape[1])
 
 
+#: Operators of any tensor.
+_OF_RANKS = ("gather", "sum_over_ranks")
+
+
 def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a fake, which gets the arguments by the schema's names and takes those that it needs."""
     names = [argument.name for argument in getattr(torch.ops.fusedloss, name).default._schema.arguments]
+    contract = None if name in _OF_RANKS else Contract(name)
 
     def register_fake(fake: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            return fake(**dict(zip(names, arguments, strict=False)), **named)
+            named.update(zip(names, arguments, strict=False))
+            if contract is not None:
+                contract.check([named[x] for x in names])
+            return fake(**named)
 
         torch.library.register_fake(f"fusedloss::{name}", call, lib=_library)
         return fake

@@ -28,8 +28,9 @@ from row_suite import DTYPES, Problem, RowLossSuite, compute_dtype, logits_and_t
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import _engine, backends, ops
-from fusedloss.backends import cuda
+from fusedloss import backends, ops
+from fusedloss.backends import cpu, cuda
+from fusedloss.contracts import Epilogues
 
 if compiler() is None:
     pytest.skip("there is no C++ compiler to build the kernels for the host with", allow_module_level=True)
@@ -69,9 +70,7 @@ def _on_the_host() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         kernels = load()
         patch.setattr(cuda, "_cuda", kernels)
-        patch.setattr(cuda, "ROW_EPILOGUES", kernels.row_epilogues())
-        patch.setattr(cuda, "CLASS_TERMS", kernels.class_terms())
-        patch.setattr(cuda, "SUMMED_TERMS", kernels.summed_terms())
+        patch.setattr(cuda, "EPILOGUES", Epilogues.of(kernels))
         patch.setattr(cuda, "RUNS_ON", "cpu")
         patch.setattr(ops, "_kernels", dict(ops._kernels))
         cuda.register("CPU")
@@ -143,8 +142,8 @@ def test_every_other_case(name, generator):
 
 
 def test_its_epilogues_are_those_of_the_engine():
-    assert all(backends.has_epilogue("cuda", name) for name in _engine.epilogues())
-    assert {*cuda.ROW_EPILOGUES, *cuda.CLASS_TERMS} == set(_engine.epilogues())
+    assert cuda.EPILOGUES == cpu.EPILOGUES
+    assert all(backends.has_epilogue("cuda", name) for name in (*cpu.EPILOGUES.rows, *cpu.EPILOGUES.classes))
 
 
 # --- loss and gradient of one read ---
@@ -186,7 +185,7 @@ def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, mon
         target[2] = -100
         weight, row_weight = (torch.rand(n, generator=generator).to(compute_dtype(dtype)) for n in (classes, 4))
         monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
-        smoothing = 0.0 if epilogue in cuda.CLASS_TERMS else 0.1
+        smoothing = 0.0 if epilogue in cuda.EPILOGUES.classes else 0.1
         one, two = _one_read_and_two(z, target, weight, row_weight, epilogue, smoothing)
         for name, x, y in zip(("loss", "statistics", "index", "coefficients", "gradient"), one, two, strict=True):
             assert torch.equal(x, y), name
@@ -433,7 +432,7 @@ def test_what_it_does_not_take_is_refused(generator):
     fl.mixed_cross_entropy(z, target, alpha=0.5, candidates=candidates[:, :-1], impl="cuda")
     many = z[:, :1].expand(2, 2**30 + 1)
     with pytest.raises(ValueError, match="at most 1073741824 classes, got 1073741825"):
-        ops.row_statistics(many, target, None, None, -100, 0, False, False, "cuda")
+        cuda._run(cuda._cuda.Job(), many, on_chip=False)
     with pytest.raises(ValueError, match="fewer than 1073741824 rows of 300 classes, got 1073741824"):
         cuda._run(cuda._cuda.Job(), z[:1].expand(2**30, 300), on_chip=False)
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
@@ -520,9 +519,9 @@ except RuntimeError as error:
 @pytest.mark.parametrize(
     ("setup", "reason"),
     [
-        ("sys.modules['fusedloss._cuda'] = None", "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"),
+        ("sys.modules['fusedloss._cuda'] = None", "it is not built; with nvcc on PATH, SKBUILD"),
         (
-            "import unittest.mock; sys.modules['fusedloss._cuda'] = unittest.mock.Mock()",
+            "from unittest.mock import Mock; sys.modules['fusedloss._cuda'] = Mock(epilogues=lambda: ({}, {}, {}))",
             "it runs on GPU tensors, but the",
         ),
     ],
@@ -537,17 +536,18 @@ def test_tensors_on_a_cpu_are_refused(setup, reason):
 # --- how it is built ---
 
 
-def _configure(folder: Path, mode: str) -> subprocess.CompletedProcess[str]:
-    """Where there is no nvcc."""
-    scripts = sysconfig.get_path("scripts")
-    cmake = shutil.which("cmake", path=f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}")
+def _configure(folder: Path, mode: str, path: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Where there is no nvcc, unless CUDACXX names one; `path` comes first on PATH."""
+    paths = f"{path}{os.pathsep}{os.environ.get('PATH', '')}"
+    cmake = shutil.which("cmake", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{paths}")
     if cmake is None or find_spec("pybind11") is None:
         pytest.skip("there is no cmake, or no pybind11, to configure a build with")
     import pybind11
 
     options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
     command = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DFUSEDLOSS_CUDA={mode}", *options]
-    return subprocess.run(command, env=os.environ | {"CUDACXX": "/nowhere/nvcc"}, capture_output=True, text=True)
+    environment = os.environ | {"CUDACXX": "/nowhere/nvcc", "PATH": paths} | variables
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_a_build_without_nvcc_fails_only_where_it_must(tmp_path):
@@ -555,4 +555,21 @@ def test_a_build_without_nvcc_fails_only_where_it_must(tmp_path):
         done = _configure(tmp_path / mode, mode)
         assert done.returncode != 0
         assert message in " ".join(done.stderr.split())
-    assert _configure(tmp_path / "auto", "AUTO").returncode == 0
+    done = _configure(tmp_path / "off", "OFF")
+    assert "CUDA kernels: not built, because FUSEDLOSS_CUDA is OFF" in done.stdout, done.stderr
+
+
+def test_kernels_are_built_where_a_gpu_is_seen(tmp_path):
+    """And not for the compiler's sake alone. The driver's tool is another one here."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
+    tool.chmod(0o755)
+    nvcc = {"CUDACXX": shutil.which("nvcc")} if shutil.which("nvcc") else {}
+    done = _configure(tmp_path / "gpu", "AUTO", str(tmp_path), **nvcc)
+    message = "CUDA kernels: built with " if nvcc else "CUDA kernels: not built, because CMake found no nvcc"
+    assert done.returncode == 0 and message in done.stdout, done.stderr
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is a GPU here")
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    done = _configure(tmp_path / "none", "AUTO", str(tmp_path), **nvcc)
+    assert "CUDA kernels: not built, because there is no NVIDIA GPU here; FUSEDLOSS_CUDA=ON builds" in done.stdout

@@ -26,7 +26,10 @@ README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
-FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
+#: Of no formula.
+SETTINGS = {"set_threads_after_fork"}
+
+FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name)) and name not in SETTINGS]
 LINEAR = [function for function in FUNCTIONS if function.__name__.startswith("linear_")]
 LOSSES = [f for f in FUNCTIONS if hasattr(f, "__signature__") and f not in LINEAR]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)

@@ -562,9 +562,12 @@ def test_opcheck(weighted, dtype, generator):
     terms = (z, target, weight, statistics, index, params, "dsc_over_rows", -100, "cpu")
     torch.library.opcheck(ops.class_terms, terms)
     torch.library.opcheck(ops.term_sums, terms)
-    with pytest.raises(ValueError, match="no summed epilogue named 'dsc_one_vs_rest'"):
+    with pytest.raises(
+        ValueError,
+        match="class_sums: no epilogue named 'dsc_one_vs_rest'; there are 'dsc_over_rows', 'tversky_over_rows'",
+    ):
         ops.class_sums(z, target, row_weight, statistics, index, params, "dsc_one_vs_rest", -100, None, "cpu")
-    with pytest.raises(ValueError, match="no class term named 'focal'"):
+    with pytest.raises(ValueError, match="term_sums: no epilogue named 'focal'"):
         ops.term_sums(z, target, None, statistics, index, params, "focal", -100, "cpu")
 
 

@@ -159,6 +159,13 @@ def tversky_over_rows(p, q, weight, steep, unit, class_weight, params, POSITIVE:
     return _over_rows(tversky(p, q, weight, steep, unit, params, POSITIVE), class_weight, params[2])
 
 
+class RowEpilogue(NamedTuple):
+    """A loss of the statistics of each row."""
+
+    function: Any
+    params: int
+
+
 class ClassTerm(NamedTuple):
     """A loss that is a sum over the classes of each row."""
 
@@ -166,19 +173,22 @@ class ClassTerm(NamedTuple):
     overlap: Any
     #: The parameter that is the exponent of (1 - p); None where there is no such factor.
     exponent: int | None
+    params: int
 
 
-ROW_EPILOGUES: dict[str, Any] = {
-    "cross_entropy": cross_entropy,
-    "log_sum_exp": log_sum_exp,
-    "focal": focal,
-    "mixed_cross_entropy": mixed_cross_entropy,
-    "dsc_target": dsc_target,
-    "tversky_target": tversky_target,
+ROW_EPILOGUES = {
+    "cross_entropy": RowEpilogue(cross_entropy, 0),
+    "log_sum_exp": RowEpilogue(log_sum_exp, 0),
+    "focal": RowEpilogue(focal, 1),
+    "mixed_cross_entropy": RowEpilogue(mixed_cross_entropy, 1),
+    "dsc_target": RowEpilogue(dsc_target, 4),
+    "tversky_target": RowEpilogue(tversky_target, 3),
 }
 CLASS_TERMS = {
-    "dsc_one_vs_rest": ClassTerm(dsc_one_vs_rest, dsc, 0),
-    "dsc_over_rows": ClassTerm(dsc_over_rows, dsc, 0),
-    "tversky_one_vs_rest": ClassTerm(tversky_one_vs_rest, tversky, None),
-    "tversky_over_rows": ClassTerm(tversky_over_rows, tversky, None),
+    "dsc_one_vs_rest": ClassTerm(dsc_one_vs_rest, dsc, 0, 4),
+    "dsc_over_rows": ClassTerm(dsc_over_rows, dsc, 0, 4),
+    "tversky_one_vs_rest": ClassTerm(tversky_one_vs_rest, tversky, None, 3),
+    "tversky_over_rows": ClassTerm(tversky_over_rows, tversky, None, 3),
 }
+#: Those whose sums over the rows are a loss's; there they lack the last parameter.
+SUMMED_TERMS = ("dsc_over_rows", "tversky_over_rows")

@@ -262,7 +262,7 @@ class Engine {
     const S* limit() const { return logits(rows_.rows - 1) + rows_.classes; }
     const T* weight_limit() const { return class_weight() + rows_.classes; }
     const T* class_weight() const { return static_cast<const T*>(rows_.class_weight); }
-    T weight_of(int64_t column) const { return class_weight() ? class_weight()[column] : T(1); }
+    T weight_of(int64_t column) const { return class_weight() && column >= 0 ? class_weight()[column] : T(1); }
     bool ignored(int64_t row) const { return rows_.target[row] == rows_.ignore_index; }
     int64_t chunks() const { return (rows_.classes + kChunk - 1) / kChunk; }
 

@@ -1,4 +1,6 @@
 // Python bindings of the CUDA kernels. Tensors arrive as integer addresses, so that nothing here links torch.
+#include "../bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,11 +15,6 @@ namespace py = pybind11;
 namespace fusedloss {
 namespace cuda {
 namespace {
-
-template <typename... Functors>
-std::vector<std::string> names_of(FunctorList<Functors...>) {
-    return {Functors::name...};
-}
 
 struct Launches {
     void (*run)(const Job&);
@@ -110,9 +107,7 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
         const Limits x = limits(device);
         return std::make_pair(x.shared_bytes, x.clusters);
     });
-    module.def("row_epilogues", [] { return names_of(RowEpilogues{}); });
-    module.def("class_terms", [] { return names_of(ClassTerms{}); });
-    module.def("summed_terms", [] { return names_of(SummedTerms{}); });
+    module.def("epilogues", &epilogues);
     module.attr("targets") = FUSEDLOSS_TARGETS;
     module.attr("stages") = kStages;
     module.attr("item_bytes") = kItemBytes;

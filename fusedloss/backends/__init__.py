@@ -110,7 +110,7 @@ def has_epilogue(impl: str, name: str) -> bool:
         return triton.has_epilogue(name)
     if impl == "cuda":
         return cuda.has_epilogue(name)
-    return impl == "cpu" and name in cpu.EPILOGUES
+    return impl == "cpu" and (name in cpu.EPILOGUES.rows or name in cpu.EPILOGUES.classes)
 
 
 def new_buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

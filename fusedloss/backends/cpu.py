@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import raise_index_error
+from ..checks import check_number, raise_index_error
+from ..contracts import Epilogues
 from . import memory, passes
 from .passes import Backward, Forward
 
@@ -16,7 +17,7 @@ except ImportError as error:
     _engine = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
 
-EPILOGUES: frozenset[str] = frozenset(_engine.epilogues()) if _engine else frozenset()
+EPILOGUES = Epilogues.of(_engine)
 
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -24,6 +25,21 @@ _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.flo
 def unavailable() -> str | None:
     """Why the engine cannot run; None if it can."""
     return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
+
+
+def set_threads_after_fork(threads: int) -> None:
+    """Let the C++ engine use `threads` threads in this process, which was forked from another.
+
+    The threads of torch are not in a forked process, where its own operators may wait for them for ever. The engine
+    runs on one thread there, which is right for a worker of a ``DataLoader``. A forked process that trains calls this
+    when it starts; the engine then makes that many threads for each pass. Processes that are forked from it begin with
+    one again. In a process that was not forked, ``torch.get_num_threads()`` counts, and this changes nothing.
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads must be an int, got {threads!r}")
+    check_number("threads", threads, 1, 2**15)
+    if _engine:
+        _engine.set_threads_after_fork(threads)
 
 
 def advise_huge_pages(tensor: Tensor) -> None:
@@ -71,6 +87,17 @@ def _params(params: list[Tensor]) -> list[tuple[int, int]]:
     return [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params]
 
 
+def _check_saved(target: Tensor, index: Tensor, classes: int, ignore_index: int) -> None:
+    """Check those of a gradient pass, which leaves out what is negative, and would write to any other column."""
+    lowest = -(2**63)
+    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, ignore_index, lowest)
+    if bad >= 0:
+        raise_index_error("target", int(target[bad]), classes, ignore_index)
+    bad = _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, lowest)
+    if bad >= 0:
+        raise_index_error("pick", int(index.view(-1)[bad]), classes, None)
+
+
 def _check_indices(target: Tensor, candidates: Tensor | None, classes: int, ignore_index: int) -> None:
     bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, ignore_index)
     if bad >= 0:
@@ -108,6 +135,7 @@ def _new_gradient(logits: Tensor) -> Tensor:
 
 
 def _gradient_pass(x: Backward) -> None:
+    _check_saved(x.target, x.index, x.logits.shape[1], x.ignore_index)
     _engine.backward(
         _rows(x.logits, x.target, x.weight, x.ignore_index, candidate_count=x.index.shape[0]),
         x.epilogue,
@@ -115,7 +143,7 @@ def _gradient_pass(x: Backward) -> None:
         x.statistics.data_ptr(),
         x.index.data_ptr(),
         x.coefficients.data_ptr(),
-        *passes.column(x.grad_output, x.statistics.dtype),
+        *passes.column(x.grad_output),
         x.grad.data_ptr(),
         x.grad.stride(0),
     )
@@ -139,7 +167,7 @@ def class_sums(
         _params(params),
         statistics.data_ptr(),
         index.data_ptr(),
-        *passes.column(row_weight, statistics.dtype),
+        *passes.column(row_weight),
         _address(top_q),
         sums.data_ptr(),
     )
@@ -156,6 +184,8 @@ def class_terms(
     epilogue: str,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
+    _check_indices(target, None, logits.shape[1], ignore_index)
+    _check_saved(target, index, logits.shape[1], ignore_index)
     loss, coefficients = ops.new_losses(statistics)
     _engine.class_terms(
         _rows(logits, target, weight, ignore_index, top_k=1),
@@ -190,6 +220,7 @@ if _engine:
     passes.register(
         "CPU",
         "cpu",
+        lambda: EPILOGUES,
         _statistics_pass,
         _gradient_pass,
         _new_gradient,

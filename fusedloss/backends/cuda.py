@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_indices, compute_dtype
+from ..checks import check_indices
+from ..contracts import Epilogues
 from ..epilogue import Shared
 from . import passes
 from .passes import Backward, Forward
@@ -22,7 +23,7 @@ try:
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
     _MISSING = (
-        "it is not built (FUSEDLOSS_CUDA was OFF, or there was no nvcc)"
+        "it is not built; with nvcc on PATH, SKBUILD_CMAKE_DEFINE=FUSEDLOSS_CUDA=ON pip install . builds it"
         if find_spec("fusedloss._cuda") is None
         else f"its kernels did not load ({error})"
     )
@@ -31,9 +32,7 @@ except ImportError as error:
 TARGETS: str | None = _cuda.targets if _cuda else None
 
 #: In the order in which the kernels number them.
-ROW_EPILOGUES: list[str] = _cuda.row_epilogues() if _cuda else []
-CLASS_TERMS: list[str] = _cuda.class_terms() if _cuda else []
-SUMMED_TERMS: list[str] = _cuda.summed_terms() if _cuda else []
+EPILOGUES = Epilogues.of(_cuda)
 
 #: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
 RUNS_ON = "cuda"
@@ -72,7 +71,7 @@ def unavailable(device: torch.device | None = None) -> str | None:
 
 
 def has_epilogue(name: str) -> bool:
-    return name in ROW_EPILOGUES or name in CLASS_TERMS
+    return name in EPILOGUES.rows or name in EPILOGUES.classes
 
 
 @cache
@@ -142,16 +141,14 @@ def _job(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
     return job
 
 
-def _set_epilogue(job: _cuda.Job, epilogue: str, names: list[str], params: list[Tensor]) -> None:
-    if epilogue not in names:
-        raise ValueError(f"no epilogue named {epilogue!r}")
-    job.epilogue = names.index(epilogue)
+def _set_epilogue(job: _cuda.Job, epilogue: str, names: Iterable[str], params: list[Tensor]) -> None:
+    job.epilogue = list(names).index(epilogue)
     job.set_params([(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params])
 
 
 def _set_gradient(job: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None:
     job.grad, job.grad_row_stride = grad.data_ptr(), grad.stride(0)
-    job.upstream, job.upstream_stride = passes.column(upstream, compute_dtype(grad.dtype))
+    job.upstream, job.upstream_stride = passes.column(upstream)
 
 
 def _statistics_pass(x: Forward) -> None:
@@ -173,8 +170,8 @@ def _statistics_pass(x: Forward) -> None:
     weight_sum = x.weight.sum(dtype=torch.float64) if x.mean and x.weight is not None else None
     job.weight_sum = _address(weight_sum)
     if x.epilogue is not None:
-        job.class_term = x.epilogue in CLASS_TERMS
-        _set_epilogue(job, x.epilogue, CLASS_TERMS if job.class_term else ROW_EPILOGUES, x.params)
+        job.class_term = x.epilogue in EPILOGUES.classes
+        _set_epilogue(job, x.epilogue, EPILOGUES.classes if job.class_term else EPILOGUES.rows, x.params)
     job.main, job.smooth = x.shared.coefficients(classes)
     job.z_loss = x.shared.z_loss
     job.loss, job.coefficients = _address(x.loss), _address(x.coefficients)
@@ -187,9 +184,9 @@ def _statistics_pass(x: Forward) -> None:
 def _gradient_pass(x: Backward) -> None:
     job = _job(x.logits, x.target, x.weight, x.ignore_index)
     job.candidate_count = x.index.shape[0]
-    if x.epilogue in CLASS_TERMS:  # what others have of their own is in the coefficients
+    if x.epilogue in EPILOGUES.classes:  # what others have of their own is in the coefficients
         job.class_term = True
-        _set_epilogue(job, x.epilogue, CLASS_TERMS, x.params)
+        _set_epilogue(job, x.epilogue, EPILOGUES.classes, x.params)
     job.statistics, job.index = x.statistics.data_ptr(), x.index.data_ptr()
     job.coefficients = x.coefficients.data_ptr()
     _set_gradient(job, x.grad, x.grad_output)
@@ -220,9 +217,9 @@ def class_sums(
 ) -> Tensor:
     rows, classes = logits.shape
     job = _job(logits, target, None, ignore_index)
-    _set_epilogue(job, epilogue, SUMMED_TERMS, params)
+    _set_epilogue(job, epilogue, EPILOGUES.sums, params)
     job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
-    job.upstream, job.upstream_stride = passes.column(row_weight, statistics.dtype)
+    job.upstream, job.upstream_stride = passes.column(row_weight)
     top_rest = statistics.new_empty(rows)
     job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // SUM_COLUMNS)))
     sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)
@@ -264,7 +261,7 @@ def term_sums(
     sums = ops.new_term_sums(statistics)
     job = _job(logits, target, weight, ignore_index)
     job.class_term = True
-    _set_epilogue(job, epilogue, CLASS_TERMS, params)
+    _set_epilogue(job, epilogue, EPILOGUES.classes, params)
     job.statistics, job.index, job.sums = statistics.data_ptr(), index.data_ptr(), sums.data_ptr()
     _run(job, logits, on_chip=False)
     return sums
@@ -275,6 +272,7 @@ def register(device: str) -> None:
     passes.register(
         device,
         "cuda",
+        lambda: EPILOGUES,
         _statistics_pass,
         _gradient_pass,
         one_read=lambda x: True,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..contracts import Epilogues
 from ..epilogue import Shared
 
 
@@ -122,12 +123,10 @@ def _forward_operators(statistics_pass: Callable[[Forward], None]) -> tuple[Call
     return row_statistics, row_loss
 
 
-def column(values: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
-    """Address and stride of a number for each row, which a kernel reads as `dtype`."""
+def column(values: Tensor | None) -> tuple[int, int]:
+    """Address and stride of a number for each row."""
     if values is None:
         return 0, 0
-    if values.dtype != dtype:
-        raise TypeError(f"a value for each row must be {dtype}, as the rows are computed in, got {values.dtype}")
     return values.data_ptr(), values.stride(0)
 
 
@@ -138,6 +137,7 @@ def empty_gradient(logits: Tensor) -> Tensor:
 def register(
     device: str,
     impl: str,
+    epilogues: Callable[[], Epilogues],
     statistics_pass: Callable[[Forward], None],
     gradient_pass: Callable[[Backward], None],
     new_gradient: Callable[[Tensor], Tensor] = empty_gradient,
@@ -199,12 +199,13 @@ def register(
         "row_gradient_": row_gradient_,
         "scale_": scale_,
     }
-    ops.register(device, impl, **(kernels | others))
+    ops.register(device, impl, epilogues, **(kernels | others))
 
 
 def register_products(
     device: str,
     impl: str,
+    epilogues: Callable[[], Epilogues],
     statistics_pass: Callable[[Forward], None],
     gradient_pass: Callable[[Backward], None],
     term_sums: Callable[..., Tensor],
@@ -221,6 +222,7 @@ def register_products(
     ops.register(
         device,
         impl,
+        epilogues,
         product_row_statistics=row_statistics,
         product_row_loss=row_loss,
         product_row_gradient_=gradient_,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_indices
+from ..contracts import Epilogues
 from . import passes
 from .passes import Backward, Forward, Product
 
@@ -42,9 +44,16 @@ def _modules() -> tuple[Any, Any, Any]:
     return epilogues, launch, passes
 
 
+@cache
+def epilogues() -> Epilogues:
+    tables = _modules()[0]
+    classes = {name: x.params for name, x in tables.CLASS_TERMS.items()}
+    sums = {name: classes[name] - 1 for name in tables.SUMMED_TERMS}
+    return Epilogues({name: x.params for name, x in tables.ROW_EPILOGUES.items()}, classes, sums)
+
+
 def has_epilogue(name: str) -> bool:
-    epilogues = _modules()[0]
-    return name in epilogues.ROW_EPILOGUES or name in epilogues.CLASS_TERMS
+    return name in epilogues().rows or name in epilogues().classes
 
 
 class _Source(NamedTuple):
@@ -133,9 +142,7 @@ def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
 
 
 def _statistics_pass(x: Forward) -> None:
-    if x.epilogue is not None and not has_epilogue(x.epilogue):
-        raise ValueError(f"no epilogue named {x.epilogue!r}")
-    epilogues, launch, kernels = _modules()
+    tables, launch, kernels = _modules()
     heavy = x.top_k > 0 or x.below
     table = (
         "GRADIENT_TILES"
@@ -150,7 +157,7 @@ def _statistics_pass(x: Forward) -> None:
         if x.candidates is not None:
             check_indices("candidate", x.candidates, source.classes, None)
     spans = 1 if x.grad is not None else launch.spans(source.rows, source.classes, source.tile)
-    row_epilogue = epilogues.ROW_EPILOGUES.get(x.epilogue)
+    row_epilogue = tables.ROW_EPILOGUES.get(x.epilogue)
     params = x.params if row_epilogue else []
     picks = len(x.index)
     _run_split(
@@ -176,7 +183,7 @@ def _statistics_pass(x: Forward) -> None:
         x.ignore_index,
         *x.shared.coefficients(source.classes),
         x.shared.z_loss,
-        EPILOGUE=row_epilogue,
+        EPILOGUE=row_epilogue and row_epilogue.function,
         PARAMS=len(params),
         TOP_K=x.top_k,
         BELOW=x.below,
@@ -266,9 +273,9 @@ def _gradient_pass(x: Backward) -> None:
 
 def _one_read(x: Forward) -> bool:
     """Where programs have whole rows."""
-    epilogues, launch, _ = _modules()
+    tables, launch, _ = _modules()
     source = _source(x.logits, "TILES")
-    return x.epilogue in epilogues.ROW_EPILOGUES and launch.spans(source.rows, source.classes, source.tile) == 1
+    return x.epilogue in tables.ROW_EPILOGUES and launch.spans(source.rows, source.classes, source.tile) == 1
 
 
 def class_sums(
@@ -282,9 +289,9 @@ def class_sums(
     ignore_index: int,
     top_q: Tensor | None,
 ) -> Tensor:
-    epilogues, launch, kernels = _modules()
+    tables, launch, kernels = _modules()
     rows, classes = logits.shape
-    term = epilogues.CLASS_TERMS[epilogue]
+    term = tables.CLASS_TERMS[epilogue]
     if top_q is None:
         tile = launch.tile(classes, logits.element_size(), launch.CLASS_TILES)
         top_q = statistics.new_empty(rows)
@@ -353,6 +360,7 @@ _DEVICE = "CPU" if INTERPRETED else "CUDA"
 passes.register(
     _DEVICE,
     "triton",
+    epilogues,
     _statistics_pass,
     _gradient_pass,
     one_read=_one_read,
@@ -360,4 +368,4 @@ passes.register(
     class_terms=class_terms,
     term_sums=term_sums,
 )
-passes.register_products(_DEVICE, "triton_fused", _statistics_pass, _gradient_pass, term_sums)
+passes.register_products(_DEVICE, "triton_fused", epilogues, _statistics_pass, _gradient_pass, term_sums)
