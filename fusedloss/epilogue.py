@@ -81,6 +81,11 @@ class Overlap:
         return torch.where(total == 0, 0, error / torch.where(total == 0, 1, total))
 
 
+def is_class_term(name: str) -> bool:
+    """Tell whether the compiled epilogue of that name is a term of each class: see :class:`Overlap`."""
+    return name.endswith(("_one_vs_rest", "_over_rows"))
+
+
 class Shared(NamedTuple):
     """The terms that every loss shares: label smoothing and z-loss."""
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import linear
+from . import linear, ops
 from .checks import DTYPES, check_int, compute_dtype
 
 
@@ -18,7 +18,7 @@ class Footprint(NamedTuple):
     """
 
     hidden: int
-    """The hidden states; their gradient is as large."""
+    """The hidden states; their gradient is as large when it is handed over."""
     weight: int
     """The weight; its gradient is as large when it is handed over."""
     logits: int
@@ -31,12 +31,14 @@ class Footprint(NamedTuple):
     """The logits of a chunk."""
     weight_sum: int
     """The weight's gradient while the linear form adds it up."""
+    hidden_sum: int
+    """The hidden states' gradient until it is handed over: in float32 for float16, which has not the range."""
     row: int
     """Peak of the row form, with the logits, their gradient and the gradients of hidden states and weight."""
     row_in_place: int
     """The same with ``inplace_backward=True``."""
     linear: int
-    """Peak of the linear form, with a chunk and the gradients, or with these and the weight's in its own dtype."""
+    """Peak of the linear form, with a chunk and the gradients, or with these twice where they are handed over."""
     evaluation: int
     """Peak of the linear form where nothing requires a gradient."""
 
@@ -66,7 +68,9 @@ def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget
     hidden, weight, logits = rows * features * size, classes * features * size, rows * classes * size
     chunk = chunk_rows * classes * size
     weight_sum = classes * features * compute_dtype(dtype).itemsize
-    handed_over = weight if weight_sum != weight else 0
+    hidden_sum = rows * features * ops.hidden_gradient_dtype(dtype).itemsize
+    # In the dtype of what they are gradients of.
+    handed_over = (weight if weight_sum != weight else 0) + (hidden if hidden_sum != hidden else 0)
     return Footprint(
         hidden=hidden,
         weight=weight,
@@ -75,8 +79,9 @@ def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget
         chunk_rows=chunk_rows,
         chunk=chunk,
         weight_sum=weight_sum,
+        hidden_sum=hidden_sum,
         row=2 * logits + hidden + weight,
         row_in_place=logits + hidden + weight,
-        linear=hidden + weight_sum + max(chunk, handed_over),
+        linear=hidden_sum + weight_sum + max(chunk, handed_over),
         evaluation=chunk,
     )

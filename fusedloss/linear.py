@@ -12,13 +12,14 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, ops, vocabulary
 from .checks import check_dtype, check_int, check_number, compute_dtype
+from .epilogue import is_class_term
 from .fsdp import check_whole
 from .projection import Form, Projection
 from .statistics import Picks, statistics_with_top
@@ -26,8 +27,11 @@ from .statistics import Picks, statistics_with_top
 #: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
 DEFAULT_BUDGET = 128 * 2**20
 
-#: Classes of a block of the weight's gradient in half precision: what is rounded to it before it is summed stays small.
+#: Classes of a block of the weight's gradient in half precision: the product that is added to its sum stays small.
 WEIGHT_BLOCK = 4096
+
+#: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
+PRODUCT_BLOCK = 1024
 
 _DOC = """{summary}
 
@@ -186,6 +190,42 @@ def chunk_rows(rows: int, row: int, budget: int) -> tuple[int, int]:
     return count, -(-rows // count)
 
 
+class _RowGradients(NamedTuple):
+    """The gradients of a chunk's logits by the products, before the softcap."""
+
+    values: Tensor  # (n, V)
+    unit: Tensor | None
+    """What each row of the values is to be multiplied by, (n,) powers of two in float32; None for 1."""
+
+
+def _units(
+    weight: Tensor | None, statistics: Tensor, coefficients: Tensor, upstream: Tensor | None, epilogue: str
+) -> Tensor:
+    """Compute the power of two by which each row's gradient is divided, so that it fills the range of float16.
+
+    A gradient that is made with the loss comes before the loss scale, and has small token weights, class weights or
+    focal factors in it already: in float16 it would underflow.
+    """
+    a, u, at_target, *b = coefficients.abs().unbind()
+    largest_weight: Any = 1 if weight is None else weight.abs().amax()
+    if is_class_term(epilogue):
+        # Beside the target and the top class p df/dp is below 64 times the class weight, for all that float32 can hold.
+        bound = 64 * largest_weight + a + u + at_target
+    else:
+        p = torch.minimum(statistics[ops.Q], 1 / statistics[ops.SUM_EXP])  # the most that another class can have
+        bound = torch.maximum(at_target, sum(b, a * p + u * largest_weight))
+    if upstream is not None:
+        bound = bound * upstream.abs()
+    # The bound over its unit lies between 2^15 and 65280. A row that is not finite must not decide for the others.
+    bound = (bound * (1 + 2**-8)).nan_to_num(1, 1).clamp(min=2.0**-64)
+    return _power_of_two(bound) * 2.0**-15
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """Round positive float32 numbers down to powers of two."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+
+
 class _Chunks:
     """Chunks of logits, each in the place of the one before."""
 
@@ -202,6 +242,7 @@ class _Chunks:
     ):
         self.hidden, self.weight, self.bias, self.target = hidden, weight, bias, target
         self.form, self.valid, self._impl = form, valid, impl
+        self._has_units = hidden.dtype == torch.float16
         rows, classes = target.shape[0], weight.shape[0]
         copies = self._copies(gradient)
         row = classes * hidden.element_size() * copies
@@ -256,17 +297,44 @@ class _Chunks:
         ignore_index: int,
         top_k: int,
         shared: tuple[Any, ...],
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Also the gradient by the products, before the softcap."""
-        logits = self._logits(rows)
-        tensors = (self.target[rows], weight, candidates, params, row_weight)
-        result = ops.row_loss_gradient_(logits, *tensors, epilogue, *shared, ignore_index, top_k, self._impl)
-        return result, self._before_softcap(logits)
+    ) -> tuple[tuple[Tensor, ...], _RowGradients]:
+        logits, settings = self._logits(rows), (epilogue, *shared, ignore_index, top_k, self._impl)
+        tensors = (self.target[rows], weight, candidates, params)
+        if not self._has_units:
+            result = ops.row_loss_gradient_(logits, *tensors, row_weight, *settings)
+            return result, _RowGradients(self._before_softcap(logits), None)
+        # The units come from the coefficients, between the passes.
+        result = ops.row_loss(logits, *tensors, *settings)
+        saved = (weight, *result[1:], row_weight, params, epilogue, ignore_index)
+        return result, self._gradient(logits, rows, *saved)
 
-    def gradient(self, rows: slice, *arguments: Any) -> Tensor:
-        logits = self._logits(rows)
-        ops.row_gradient_(logits, self.target[rows], *arguments, self._impl)
-        return self._before_softcap(logits)
+    def gradient(self, rows: slice, *arguments: Any) -> _RowGradients:
+        return self._gradient(self._logits(rows), rows, *arguments)
+
+    def _gradient(
+        self,
+        memory: Tensor,
+        rows: slice,
+        weight: Tensor | None,
+        statistics: Tensor,
+        index: Tensor,
+        coefficients: Tensor,
+        upstream: Tensor | None,
+        params: list[Tensor],
+        epilogue: str,
+        ignore_index: int,
+    ) -> _RowGradients:
+        """Write them to `memory`, in which the logits are where they are stored."""
+        unit = None
+        if self._has_units:
+            unit = _units(weight, statistics, coefficients, upstream, epilogue)
+            upstream = 1 / unit if upstream is None else upstream / unit
+        saved = (self.target[rows], weight, statistics, index, coefficients, upstream, params)
+        self._write_gradient(memory, rows, *saved, epilogue, ignore_index, self._impl)
+        return _RowGradients(self._before_softcap(memory), unit)
+
+    def _write_gradient(self, memory: Tensor, rows: slice, *arguments: Any) -> None:
+        ops.row_gradient_(memory, *arguments)
 
     def _logits(self, rows: slice) -> Tensor:
         hidden, softcap = self.rows_of_hidden(rows), self.form.softcap
@@ -324,14 +392,15 @@ class _ProductChunks(_Chunks):
         ignore_index: int,
         top_k: int,
         shared: tuple[Any, ...],
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
+    ) -> tuple[tuple[Tensor, ...], _RowGradients]:
         result = self.loss(rows, weight, candidates, params, epilogue, *shared, ignore_index, top_k)
         return result, self.gradient(rows, weight, *result[1:], row_weight, params, epilogue, ignore_index)
 
-    def gradient(self, rows: slice, *arguments: Any) -> Tensor:
-        gradient = self._buffers[0][: rows.stop - rows.start]
-        ops.product_row_gradient_(gradient, *self._product(rows), self.target[rows], *arguments, self._impl)
-        return gradient
+    def gradient(self, rows: slice, *arguments: Any) -> _RowGradients:
+        return self._gradient(self._buffers[0][: rows.stop - rows.start], rows, *arguments)
+
+    def _write_gradient(self, memory: Tensor, rows: slice, *arguments: Any) -> None:
+        ops.product_row_gradient_(memory, *self._product(rows), *arguments)
 
     def _product(self, rows: slice) -> tuple[Any, ...]:
         form = self.form
@@ -351,32 +420,51 @@ class _Gradients:
         hidden, weight = chunks.hidden, chunks.weight
         dtype = compute_dtype(weight.dtype)
         self._needed = needed
-        self.hidden = backends.new_buffer(hidden, hidden.shape if needed[0] else (0,))
+        hidden_dtype = ops.hidden_gradient_dtype(hidden.dtype)
+        self.hidden = backends.new_buffer(hidden, hidden.shape if needed[0] else (0,), hidden_dtype)
         self.weight = backends.new_buffer(weight, weight.shape if needed[1] else (0,), dtype)
         self.bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=dtype)
         self._pending: Any = None
 
-    def add(self, rows: slice, gradient: Tensor) -> None:
+    def add(self, rows: slice, gradient: _RowGradients) -> None:
         chunks = self._chunks
-        if rows.start >= chunks.valid:
-            if self._needed[0]:
-                self.hidden[rows] = 0
-                self._sum_over_ranks(rows)
-            if self._needed[1] and rows.start == 0:
-                self.weight.zero_()
-            return
+        first = rows.start == 0
         parts: list[Any] = []
         if self._needed[0] and chunks.form.row_parts == 1:
-            torch.mm(gradient, chunks.weight, out=self.hidden[rows])
+            self._write_hidden(self.hidden[rows], gradient)
             self._sum_over_ranks(rows)
         elif self._needed[0]:
-            parts = vocabulary.send_rows(torch.mm(gradient, chunks.weight), rows, self.hidden, chunks.form.group)
-        if self._needed[1]:
-            self._add_weight(gradient, chunks.rows_of_hidden(rows), first=rows.start == 0)
-        if self._needed[2]:
-            self.bias.add_(gradient.sum(0, dtype=self.bias.dtype))
+            part = self.hidden.new_empty(len(gradient.values), self.hidden.shape[1])
+            self._write_hidden(part, gradient)
+            parts = vocabulary.send_rows(part, rows, self.hidden, chunks.form.group)
+        if gradient.unit is not None:
+            unit = gradient.unit[:, None]
+            if self._needed[1]:
+                _add_product(self.weight, gradient.values, chunks.rows_of_hidden(rows) * unit, first)
+            if self._needed[2]:
+                _add_product(self.bias[:, None], gradient.values, unit, first)
+        else:
+            if self._needed[1]:
+                self._add_weight(gradient.values, chunks.rows_of_hidden(rows), first)
+            if self._needed[2]:
+                self.bias.add_(gradient.values.sum(0, dtype=self.bias.dtype))
         for arrive in parts:
             arrive()
+
+    def add_nothing(self, rows: slice) -> None:
+        """Take rows that have no gradient."""
+        if self._needed[0]:
+            self.hidden[rows] = 0
+            self._sum_over_ranks(rows)
+        if self._needed[1] and rows.start == 0:
+            self.weight.zero_()
+
+    def _write_hidden(self, out: Tensor, gradient: _RowGradients) -> None:
+        if gradient.unit is None:
+            torch.mm(gradient.values, self._chunks.weight, out=out)
+        else:
+            _float16_product(gradient.values, self._chunks.weight, out)
+            out.mul_(gradient.unit[:, None])
 
     def _sum_over_ranks(self, rows: slice) -> None:
         """With the last rows, while the weight's product goes on."""
@@ -394,7 +482,7 @@ class _Gradients:
             else:
                 self.weight.addmm_(gradient.t(), hidden)
             return
-        # The product comes rounded to half precision. Where many are to be summed, a second one gives what was lost.
+        # The product comes rounded to bfloat16. Where many are to be summed, a second one gives what was lost.
         for begin in range(0, len(self.weight), WEIGHT_BLOCK):
             part, total = gradient[:, begin : begin + WEIGHT_BLOCK].t(), self.weight[begin : begin + WEIGHT_BLOCK]
             product = torch.mm(part, hidden)
@@ -404,6 +492,33 @@ class _Gradients:
                 total.add_(product)
             if self._chunks.count > 1:
                 total.add_(torch.addmm(product, part, hidden, beta=-1))
+
+
+def _add_product(total: Tensor, gradient: Tensor, factor: Tensor, first: bool) -> None:
+    """Add gradient^T factor to `total`, or write it there; of float16 (n, V) and float32 (n, K)."""
+    # The largest number of the factor goes to the top of float16's range, so that small ones keep their digits.
+    largest = factor.abs().amax() if factor.numel() else factor.new_ones(())
+    unit = _power_of_two(largest.clamp(min=2.0**-100)) * 2.0**-14
+    factor = (factor / unit).half()
+    for begin in range(0, len(total), WEIGHT_BLOCK):
+        block = slice(begin, begin + WEIGHT_BLOCK)
+        product = total[block] if first else torch.empty_like(total[block])
+        _float16_product(gradient[:, block].t(), factor, product)
+        product.mul_(unit)
+        if not first:
+            total[block].add_(product)
+
+
+def _float16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write the product of float16 matrices in float32, since float16 has not the range for it."""
+    if out.device.type != "cpu":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        return
+    # PyTorch has no such product on a CPU, and on most of them that of float16 is far slower than that of float32.
+    out.zero_()
+    for begin in range(0, len(b), PRODUCT_BLOCK):
+        block = slice(begin, begin + PRODUCT_BLOCK)
+        out.addmm_(a[:, block].float(), b[block].float())
 
 
 def _order(target: Tensor, ignore_index: int, drop_ignored: bool) -> tuple[Tensor | None, int]:
@@ -513,7 +628,10 @@ def linear_row_loss(
         if any(needed):
             upstream = _optional_part(rows, row_weight)
             result, gradient = chunks.loss_and_gradient(rows, *tensors, upstream, epilogue, ignore_index, top_k, shared)
-            gradients.add(rows, gradient)
+            if rows.start < valid:
+                gradients.add(rows, gradient)
+            else:
+                gradients.add_nothing(rows)
         else:
             result = chunks.loss(rows, *tensors, epilogue, *shared, ignore_index, top_k)
         parts.append(result)
@@ -588,8 +706,8 @@ def linear_gradient(
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=True, impl=impl)
     gradients = _Gradients(chunks, needed)
     for rows in chunks:
-        if not valid:
-            gradients.add(rows, hidden)
+        if rows.start >= valid:
+            gradients.add_nothing(rows)
             continue
         saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))
         upstream = _optional_part(rows, grad_output)

@@ -221,6 +221,11 @@ def new_losses(statistics: Tensor) -> tuple[Tensor, Tensor]:
     return statistics.new_empty(rows), statistics.new_empty((size - STATISTICS + COEFFICIENTS, rows))
 
 
+def hidden_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the hidden states' gradient from the operators: before the loss scale float16 has not the range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def picks_of(candidates: Tensor | None, top_k: int, below: bool = False) -> int:
     return top_k + below + (0 if candidates is None else candidates.shape[1])
 
@@ -365,7 +370,7 @@ def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -
     shapes = [shape if need else (0,) for shape, need in zip(whole, needed, strict=True)]
     dtype = compute_dtype(linear_weight.dtype)
     return (
-        hidden.new_empty(shapes[0]),
+        hidden.new_empty(shapes[0], dtype=hidden_gradient_dtype(hidden.dtype)),
         linear_weight.new_empty(shapes[1], dtype=dtype),
         linear_weight.new_empty(shapes[2], dtype=dtype),
     )

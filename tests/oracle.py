@@ -402,3 +402,15 @@ def assert_as_accurate_as(
             f"the truth is {float(truth[at]):.9g} and {float(allowed[at]):.3g} is allowed "
             f"(eager PyTorch gives {float(reference[at]):.9g})"
         )
+
+
+def assert_rows_as_accurate_as(got: Tensor, theirs: Tensor, true: Tensor, ulps: float = 4) -> None:
+    """Each row of a float16 gradient (N, D), or (N,), errs at most twice as much as theirs, and a few ulps."""
+    assert theirs.dtype == torch.float16 and theirs.isfinite().all()
+    got, theirs, true = (x.double().reshape(len(x), -1) for x in (got, theirs, true))
+    # The last rounding: of normal numbers, and of the subnormal ones.
+    rounding = true.norm(dim=-1) * 2.0**-11 + 2.0**-25
+    allowed = 2 * (theirs - true).norm(dim=-1) + ulps * rounding
+    error = (got - true).norm(dim=-1)
+    row = int((error - allowed).argmax())
+    assert (error <= allowed).all(), f"row {row} errs by {error[row]} and may by {allowed[row]}"

@@ -19,6 +19,7 @@ import test_cross_entropy
 import test_dsc
 import test_flex
 import test_focal
+import test_linear
 import test_mixed_cross_entropy
 import test_tversky
 import torch
@@ -453,6 +454,11 @@ def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     assert kernel_calls == {("row_loss_gradient_", "cuda"): 3 if budget else 1}
+
+
+@pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
+def test_small_factors_in_float16(name, generator):
+    test_linear.check_float16(name, generator, "cuda")
 
 
 def test_compiled(generator, kernel_calls):

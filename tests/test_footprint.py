@@ -27,7 +27,7 @@ BENCH = Path(__file__).parents[1] / "bench"
         (1009, 3, 7, 999),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_chunks_are_those_of_the_driver(
     rows: int, features: int, classes: int, budget: int, dtype: torch.dtype
 ) -> None:
@@ -40,7 +40,8 @@ def test_chunks_are_those_of_the_driver(
     f = footprint(rows, features, classes, dtype, budget)
     assert (f.chunks, f.chunk_rows) == (chunks.count, chunks.rows)
     assert f.chunk == sum(buffer.nbytes for buffer in chunks._buffers) <= budget
-    assert f.hidden == gradients.hidden.nbytes and f.weight_sum == gradients.weight.nbytes
+    assert f.hidden_sum == gradients.hidden.nbytes and f.weight_sum == gradients.weight.nbytes
+    assert f.hidden == hidden.nbytes
     assert f.logits == (hidden @ weight.t()).nbytes and f.weight == weight.nbytes
 
 

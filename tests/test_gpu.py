@@ -125,6 +125,15 @@ def test_the_same_bits_twice(name, problem):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("impl", ["triton", "triton_fused", "cuda"])
+@pytest.mark.parametrize("name", test_linear.SMALL_FACTORS)
+def test_small_factors_in_float16(name, impl, generator):
+    reason = backends.unavailable(impl, torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    test_linear.check_float16(name, generator, impl, device="cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("impl", ["triton", "triton_fused"])
 @pytest.mark.parametrize("name", test_linear.LOSSES)

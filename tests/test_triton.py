@@ -204,6 +204,12 @@ def test_linear_forms(reduction, budget, generator, kernel_calls):
     assert kernel_calls[used, "triton"] == (3 if budget else 1)
 
 
+@pytest.mark.parametrize("impl", ["triton", "triton_fused"])
+@pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
+def test_small_factors_in_float16(name, impl, generator):
+    test_linear.check_float16(name, generator, impl)
+
+
 # --- products: logits that are made on the chip ---
 
 

@@ -13,6 +13,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from oracle import assert_rows_as_accurate_as
 from row_losses import LOSSES as ROW_LOSSES
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -212,6 +213,32 @@ def _every_dtype(rank: int, world: int) -> None:
                 allowed = 2 * (one - true)[finite].abs().max() + 8 * torch.finfo(unit).eps * scale
                 error = (mine - true)[finite].abs().max()
                 assert error <= allowed, f"{name}, {dtype}, rank {rank} of {world}: {error} over {allowed}"
+
+
+def _small_factors_in_float16(rank: int, world: int) -> None:
+    """Every row and every class, with factors from 2^-20 to 1 in each chunk."""
+    generator = torch.Generator().manual_seed(world)
+    sizes, rows = [5 + 3 * r for r in range(world)], 6 * world
+    part, shards = _part(sizes, rank), fl.VocabularyShards(dist.group.WORLD, sizes)
+    hidden = torch.randint(-2, 3, (rows, FEATURES), generator=generator) / 2
+    weight = torch.randint(-4, 5, (sum(sizes), FEATURES), generator=generator) / 4
+    target = torch.randint(sum(sizes), (rows,), generator=generator)
+    options = {"token_weight": torch.exp2(-20 * torch.rand(rows, generator=generator)), "reduction": "sum"}
+    scale = 2.0**11
+    for name in ("cross_entropy", "dsc_loss"):
+        theirs, exact = ([x.to(d).requires_grad_() for x in (hidden, weight)] for d in (torch.half, torch.double))
+        row, truth = (
+            torch.autograd.grad(getattr(fl, name)(x[0] @ x[1].t(), target, impl="reference", **options) * scale, x)
+            for x in (theirs, exact)
+        )
+        for own, parallel in ((slice(None), False), (slice(6 * rank, 6 * (rank + 1)), True)):
+            mine = [x.half().requires_grad_() for x in (hidden[own], weight[part])]
+            loss = getattr(fl, f"linear_{name}")(
+                *mine, target, group=shards, sequence_parallel=parallel, budget=5 * max(sizes) * 2, **options
+            )
+            got = torch.autograd.grad(loss * scale, mine)
+            assert_rows_as_accurate_as(got[0], row[0][own], truth[0][own])
+            assert_rows_as_accurate_as(got[1], row[1][part], truth[1][part])
 
 
 @contextlib.contextmanager
@@ -567,6 +594,7 @@ SCENES = [
     _levels,
     _linear_form,
     _every_dtype,
+    _small_factors_in_float16,
     _collectives,
     _what_is_refused,
     _out_of_range,
