@@ -12,12 +12,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-com
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SANITIZED := build/sanitize
+VERSIONS := build/versions
 # ON builds the CUDA kernels or fails, OFF leaves them out; AUTO builds them where there are an NVIDIA GPU and nvcc.
 CUDA ?= AUTO
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot papers test fuzz bench report scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot papers test test-versions fuzz bench report scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -40,6 +41,14 @@ papers: .venv/installed ## what the losses' papers claim, on real data, up to 30
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed ## run the tests
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadscope -p no:benchmark $(ARGS)
+
+# What depends on torch most: its compiler, its autograd functions, the triton that comes with it.
+test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed ## run a part of the tests on the oldest torch and on the newest
+	@for torch in oldest newest; do \
+	    $(VERSIONS)/$$torch/bin/python -c 'import torch; print("torch", torch.__version__)' && \
+	    OMP_WAIT_POLICY=passive $(VERSIONS)/$$torch/bin/python -m pytest -n 2 --dist loadscope -p no:benchmark -q \
+	        $(addprefix tests/test_,$(addsuffix .py,compile ops flex supcon linear nn triton)) $(ARGS) || exit 1; \
+	done
 
 fuzz: .venv/installed ## draw losses, arguments and logits at random, half an hour: CASES=100000, ARGS="-k levels"
 	CASES=$(CASES) OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 -p no:benchmark tests/test_fuzz.py \
@@ -112,6 +121,17 @@ clean: ## remove everything that these targets made
 .venv/installed-lint: pyproject.toml constraints.txt | .venv/installed
 	SKBUILD_BUILD_DIR=build/make $(PIP_INSTALL) $(if $(wildcard $@),--quiet) \
 	    --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# Environments that have a torch of their own, and find all else in .venv, the built engine too, which links no torch.
+# The oldest is the one that pyproject.toml names. No constraints: what such a torch needs is its own affair.
+$(VERSIONS)/oldest/installed: TORCH = $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/torch==\1.0/p' pyproject.toml)
+$(VERSIONS)/newest/installed: TORCH = --upgrade torch
+$(VERSIONS)/%/installed: pyproject.toml constraints.txt | .venv/installed
+	$(BIN)/python -m venv --clear $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
+	    "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-compile --quiet $(TORCH)
 	@touch $@
 
 # An environment of its own for the sanitized engine; everything else it finds in .venv, through a .pth file.

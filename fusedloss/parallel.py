@@ -115,7 +115,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, factor: float) -> Tensor:
         ctx.group, ctx.factor = group, factor
-        return _summed(x, group)
+        # An output must not be the tensor that was changed in place: torch 2.11 would compile its gradient to zero.
+        return _summed(x, group).clone()
 
     @staticmethod
     @once_differentiable

@@ -490,13 +490,12 @@ def _divisor(
     if o["reduction"] != "mean":
         return None, None
     normalizer = o["normalizer"]
-    if normalizer == "token_weight":
+    if isinstance(normalizer, str):  # "token_weight"
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(dtype)  # a float64 count is no reason for a float64 loss
     if normalizer is not None:
-        assert not isinstance(normalizer, str)
         return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
     if weight is None:
         return (target != o["ignore_index"]).sum().clamp(min=1), None

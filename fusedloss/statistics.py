@@ -72,13 +72,15 @@ class Statistics:
     candidate_ce: Tensor
 
     def __init__(self, **fields: Tensor) -> None:
+        self._names = tuple(fields)
         for name, value in fields.items():
             setattr(self, name, value)
 
     def only(self, statistics: tuple[str, ...]) -> "Statistics":
         """Without the optional ones that are not named, which may be here for other reasons."""
         hidden = {field for name, fields in OPTIONAL.items() if name not in statistics for field in fields}
-        return Statistics(**{name: value for name, value in self.__dict__.items() if name not in hidden})
+        # By names of its own: the compiler of torch 2.11 does not go through __dict__.
+        return Statistics(**{name: getattr(self, name) for name in self._names if name not in hidden})
 
     def __getattr__(self, name: str) -> Tensor:
         for statistic, fields in OPTIONAL.items():

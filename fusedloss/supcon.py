@@ -239,7 +239,8 @@ class _Direction(torch.autograd.Function):
         # Divided by the largest first: the squares of large or small ones would leave the range.
         direction = x / largest
         length = direction.norm(dim=-1, keepdim=True)
-        direction /= length * root
+        # An output must not be the tensor that was changed in place: torch 2.11 would compile its gradient to zero.
+        direction = direction.div_(length * root).view_as(x)
         length = length * largest
         ctx.save_for_backward(direction, length, root)
         ctx.set_materialize_grads(False)
@@ -339,7 +340,7 @@ class _SumSimilarity(torch.autograd.Function):
             sums = _label_sums(others[:, c], other_slot, slot)
             if own is not None:
                 sums -= anchors[:, c]
-            similarity += (anchors[:, c] * sums).sum(-1)
+            similarity = similarity + (anchors[:, c] * sums).sum(-1)  # in place, torch 2.11 would lose the gradient
         return similarity
 
     @staticmethod
@@ -370,7 +371,9 @@ def _label_sums(x: Tensor, slot: Tensor, at: Tensor) -> Tensor:
 def _positive_lse(pairs: _Pairs, compared: Tensor) -> Tensor:
     """log sum over an anchor's positives of exp s; 0 where there are none."""
     anchors, labels, others, other_labels, own = pairs
-    return _PositiveLse.apply(anchors, others.view_as(others), labels, other_labels, own, compared)
+    # Under other names: torch.compile takes no tensor twice for a function with a backward of its own.
+    others, other_labels = others.view_as(others), other_labels.view_as(other_labels)
+    return _PositiveLse.apply(anchors, others, labels, other_labels, own, compared)
 
 
 class _PositiveLse(torch.autograd.Function):
