@@ -46,11 +46,25 @@ def _spare_the_interpreter(interpreter: Any) -> None:
     interpreter._patch_builtin, interpreter.GridExecutor.__call__ = replace_once, launch_anew
 
 
+def _mend_the_interpreter(interpreter: Any) -> None:
+    """Triton 3.6 makes an int of an array of one element, which numpy 2.5 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_again(tensor: object, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_again
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton
     from triton.runtime import interpreter
 
     if hasattr(interpreter, "_patch_builtin"):
         _spare_the_interpreter(interpreter)
+    if triton.__version__.startswith("3.6."):
+        _mend_the_interpreter(interpreter)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

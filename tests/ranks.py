@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 #: What torch.compile says of its own code, as in pyproject.toml.
 COMPILER_WARNINGS = (
-    "`torch.jit.script_method` is",
+    "`torch.jit.script",
+    "Guards may run slower on Python 3.13.0",
     ".*autograd.function.Function.* should not be instantiated",
     "The .grad attribute of a Tensor that is not a leaf",
 )

@@ -450,7 +450,6 @@ def test_function_transforms_are_right_or_an_error(
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_forward_mode_is_right_or_an_error(impl: str, generator: torch.Generator) -> None:
     z, target = problem(4, 9, generator)
     direction = torch.randn(4, 9, generator=generator)
