@@ -7,6 +7,7 @@ import numbers
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .projection import Projection
 
@@ -18,6 +19,20 @@ REDUCTIONS = ("mean", "sum", "none")
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which logits of `dtype` are computed, and that of losses and statistics."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def may_read(x: Tensor) -> bool:
+    """Tell whether the host may look at the values of `x`.
+
+    On a GPU that would stall the stream. While a graph is traced (torch.compile, torch.export, make_fx, FakeTensorMode)
+    there are no values, or they are only an example.
+    """
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not isinstance(x, FakeTensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -61,8 +76,7 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
             f"{name} must be a number, a 0-d tensor or of the target's shape {tuple(target.shape)}, "
             f"got shape {tuple(value.shape)}"
         )
-    # On a GPU a look at the values would stall the stream.
-    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+    if may_read(value) and value.numel():
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
@@ -197,8 +211,7 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-        if normalizer.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # a look at the value would stall the stream, or break the graph
-        check_number("normalizer", normalizer.item(), 0)  # 0: a count of no targets
+        if may_read(normalizer):
+            check_number("normalizer", normalizer.item(), 0)  # 0: a count of no targets
     else:
         check_number("normalizer", normalizer, 0, above=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_index_dtype, check_indices, check_int, check_local, check_token_weight
+from .checks import check_index_dtype, check_indices, check_int, check_local, check_token_weight, may_read
 from .parallel import check_group
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
     for target, _ in parts:
         if weight.device != target.device:
             raise ValueError(f"weight is on {weight.device}, but target on {target.device}")
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        if may_read(target):
             check_indices("target", target, len(weight), ignore_index)
 
 
@@ -161,7 +161,7 @@ def _total(count: Tensor, options: dict[str, object], group: ProcessGroup) -> Te
     dist.all_reduce(told, group=group)
     total, codes, squares = told
     agree = codes.square() == squares * group.size()  # by Cauchy-Schwarz, of equal ones alone
-    if count.device.type == "cpu" and not torch.compiler.is_compiling() and not agree:
+    if may_read(count) and not agree:
         here = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(f"the ranks do not agree on what counts: rank {group.rank()} has {here}, others have not")
     return torch.where(agree, total, torch.nan)

@@ -477,8 +477,8 @@ class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss): ...
 
 
 class SupConLoss(nn.Module):
-    """:func:`~fusedloss.supcon_loss` as a module: its options are the constructor's, forward takes the tensors, the
-    `group`, which could not be copied or saved with a module, and `averaged`.
+    """:func:`~fusedloss.supcon_loss` as a module: its options are the constructor's, forward takes the tensors, what
+    `contrast` includes, the `group`, which could not be copied or saved with a module, and `averaged`.
 
     Args:
         temperature: a number, a 0-d tensor (a buffer) or a Parameter, which is learnt.
@@ -514,15 +514,28 @@ class SupConLoss(nn.Module):
     def forward(
         self,
         features: Tensor,
-        labels: Tensor,
+        labels: Tensor | None = None,
         *,
         contrast: Tensor | None = None,
         contrast_labels: Tensor | None = None,
+        self_index: Tensor | None = None,
+        contrast_includes_batch: bool = False,
+        positive_mask: Tensor | None = None,
         group: ProcessGroup | None = None,
         averaged: bool = False,
     ) -> Tensor:
-        bank: dict[str, Any] = {"contrast": contrast, "contrast_labels": contrast_labels}
-        return supcon_loss(features, labels, **bank, group=group, averaged=averaged, **self._options())
+        return supcon_loss(
+            features,
+            labels,
+            contrast=contrast,
+            contrast_labels=contrast_labels,
+            self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch,
+            positive_mask=positive_mask,
+            group=group,
+            averaged=averaged,
+            **self._options(),
+        )
 
     def _options(self) -> dict[str, Any]:
         names = ("temperature", "normalize", "positives", "reduction", "impl")
@@ -543,8 +556,10 @@ class CrossEntropySupConLoss(nn.Module):
             "sum" as Gunel et al. write it (no 1/N, where their cross-entropy has it). Cross-entropy is the mean.
         cross_entropy: further arguments of :class:`CrossEntropyLoss`, the child ``cross_entropy``.
 
-    forward(logits, features, labels, *, group=None): logits (N, V) and features (N, D) of the same N examples with
-    labels (N,). With `group`, whose ranks' features are one batch, gradients are taken to be averaged over them, as
+    forward(logits, features, labels, *, contrast=None, contrast_labels=None, self_index=None,
+    contrast_includes_batch=False, group=None): logits (N, V) and features (N, D) or (N, views, D) of the same N
+    examples with labels (N,). What comes between labels and group is for the contrastive part, such as a memory bank.
+    With `group`, whose ranks' features are one batch, gradients are taken to be averaged over them, as
     DistributedDataParallel does: cross-entropy stays the mean over this rank's examples, and the contrastive part is
     computed with averaged=True.
 
@@ -575,11 +590,30 @@ class CrossEntropySupConLoss(nn.Module):
         self.supcon = SupConLoss(temperature, normalize=normalize, positives=positives, reduction=reduction, impl=impl)
         self.cross_entropy = CrossEntropyLoss(impl=impl, **cross_entropy)
 
-    def forward(self, logits: Tensor, features: Tensor, labels: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
-        classified: Tensor = self.cross_entropy(logits, labels)
-        return (1 - self.lam) * classified + self.lam * self.supcon(
-            features, labels, group=group, averaged=group is not None
+    def forward(
+        self,
+        logits: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        contrast: Tensor | None = None,
+        contrast_labels: Tensor | None = None,
+        self_index: Tensor | None = None,
+        contrast_includes_batch: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        contrastive: Tensor = self.supcon(
+            features,
+            labels,
+            contrast=contrast,
+            contrast_labels=contrast_labels,
+            self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch,
+            group=group,
+            averaged=group is not None,
         )
+        classified: Tensor = self.cross_entropy(logits, labels)
+        return (1 - self.lam) * classified + self.lam * contrastive
 
     def extra_repr(self) -> str:
         return f"lam={self.lam}"

@@ -168,7 +168,8 @@ def register(device: str, impl: str, epilogues: Callable[[], Epilogues], **kerne
 def register_for_every_device(**kernels: Callable[..., Any]) -> None:
     """Registers operators that are made of others; they do take ``impl``."""
     for name, kernel in kernels.items():
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        # As of every operator here, autograd must not look inside: an exported graph calls them with gradients on.
+        _library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
 
 
 def checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -180,7 +180,7 @@ def prepare(
     if shards is not None:
         if impl == "reference":
             raise ValueError("group needs an implementation with kernels, but impl is 'reference'")
-        if input.device.type == "cpu" and not torch.compiler.is_compiling():
+        if checks.may_read(target):
             checks.check_indices("target", target, classes, o["ignore_index"])
         if isinstance(input, Projection):
             input = replace(input, form=vocabulary.form_for(shards, input))
@@ -199,7 +199,7 @@ def prepare(
         # Those of ignored rows may hold anything.
         candidates = candidates.reshape(-1, count).to(torch.int64)
         candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0).contiguous()
-        if shards is not None and input.device.type == "cpu" and not torch.compiler.is_compiling():
+        if shards is not None and checks.may_read(candidates):
             checks.check_indices("candidate", candidates, classes, None)
     columns = [parameter(p, dtype, input.device) for p in params]
     token_weight = o["token_weight"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .checks import DTYPES, check_choice, check_local, check_number, compute_dtype
+from .checks import DTYPES, INDEX_DTYPES, check_choice, check_local, check_number, compute_dtype, may_read
 from .epilogue import Epilogue
 from .projection import Form, Projection
 from .row import parameter, row_loss
@@ -43,13 +43,16 @@ LOG_SUM_EXP = Epilogue("log_sum_exp", _lse)
 
 def supcon_loss(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.3,
     normalize: bool = True,
     positives: str = "out",
     contrast: Tensor | None = None,
     contrast_labels: Tensor | None = None,
+    self_index: Tensor | None = None,
+    contrast_includes_batch: bool = False,
+    positive_mask: Tensor | None = None,
     reduction: str = "mean",
     group: ProcessGroup | None = None,
     averaged: bool = False,
@@ -63,19 +66,32 @@ def supcon_loss(
     An anchor i without positives has no loss and no gradient. Several views of an example are rows of equal labels.
 
     Args:
-        features: (N, D) of float64, float32, bfloat16 or float16; computed in float32 (float64).
-        labels: (N,) of int64 or int32.
+        features: (N, D) of float64, float32, bfloat16 or float16; computed in float32 (float64). Views of each example
+            are (N, views, D): every view is an anchor and is compared with all views but itself.
+        labels: (N,) of integers.
         temperature: above 0; a 0-d tensor that requires grad is learnt.
         normalize: divide each feature vector, also of `contrast`, by its length. False: they are taken as they are.
         positives: "out" or "in", as above.
-        contrast, contrast_labels: (M, D) and (M,), another set to compare with in place of the anchors themselves, such
-            as a memory bank; no pair is left out. Differentiated if it requires grad.
-        reduction: "mean" over the anchors with a positive, "mean_all" over all of them, "sum", or "none" for (N,).
+        contrast, contrast_labels: (M, D) or (M, views, D), and (M,): another set to compare with in place of the
+            anchors themselves, such as a memory bank. Differentiated if it requires grad. No pair is left out, unless
+            one of the next two arguments says which of its rows is the anchor itself.
+        self_index: with `contrast`, the row of it that is the anchor itself, -1 for an anchor that is not among them:
+            integers of the shape (N,) or (N, views). The row is left out of the anchor's positives and of its sum
+            over k. Rows of views count one after the other, as in ``contrast.flatten(0, 1)``. An index that is out of
+            range raises on a CPU; on a GPU and in a compiled graph that anchor's loss is NaN.
+        contrast_includes_batch: with `contrast`, its first rows are the batch, ``contrast = cat([features, bank])``:
+            short for a self_index of arange.
+        positive_mask: boolean (N, N) or, with `contrast`, (N, M), in place of the labels: where j is a positive of i.
+            It serves examples of several labels. An anchor is no positive of itself, whatever the mask says, but its
+            other views are where the mask says so. The mask is dense, O(N M) bytes; similarities are not.
+        reduction: "mean" over the anchors with a positive, "mean_all" over all of them, "sum", or "none" for (N,) or
+            (N, views).
         group: of torch.distributed: the ranks' features, any number on each, are one batch; see below.
         averaged: with a group, whether gradients are averaged over its ranks afterwards; see below.
         impl: as for the row losses.
 
-    Memory is O((N + M) D): similarities exist a chunk at a time. "in" computes its positives in PyTorch, chunkwise.
+    Memory is O((N + M) D): similarities exist a chunk at a time. "in" and `positive_mask` compute positives in PyTorch,
+    chunkwise, but under torch.compile and in an exported program in one piece.
 
     Across the R ranks of a group, each takes its own rows for anchors and compares them with those of all ranks, in
     memory O((N_own + N_all) D). All ranks must call it, and its backward.
@@ -89,9 +105,10 @@ def supcon_loss(
     - The host reads the numbers of rows, torch.compile breaks its graph there, and a second derivative raises.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or range; a zero vector that is to be normalized
-            (on a GPU, where looking would stall the stream, the loss is NaN); a group together with `contrast`, without
-            torch.distributed being initialised, or whose ranks do not agree on D, dtype or options.
+        TypeError, ValueError, IndexError: an argument of the wrong kind, shape or range, or two that exclude one
+            another; a zero vector that is to be normalized (on a GPU, where looking would stall the stream, the loss is
+            NaN); a group together with `contrast` or `positive_mask`, without torch.distributed being initialised, or
+            whose ranks do not agree on D, dtype or options.
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362); for language models, with
     cross-entropy beside it, Gunel et al. 2021 (arXiv:2011.01403).
@@ -100,112 +117,262 @@ def supcon_loss(
     >>> features = torch.randn(8, 64, requires_grad=True)
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
-    _check(features, labels, contrast, contrast_labels, temperature, normalize, positives, reduction, group, averaged)
+    _check_tensors(
+        features, labels, contrast, contrast_labels, self_index, contrast_includes_batch, positive_mask, group
+    )
+    _check_options(temperature, normalize, positives, reduction, averaged)
+    shape = features.shape[:-1]
+    mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
+    features, labels = _by_rows(features, labels)
+    if contrast is not None:
+        contrast, contrast_labels = _by_rows(contrast, contrast_labels)
+        if self_index is not None:
+            self_index = self_index.reshape(-1).to(torch.int64)
+        _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
+
     # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
     scale = parameter(temperature, compute_dtype(features.dtype), features.device)
     if group is not None:
         scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
-    own: slice | None = slice(0, len(labels))
     anchors = _prepared("features", features, normalize, scale.sqrt())
     others, other_labels, ranks = anchors, labels, None
-    if contrast is not None and contrast_labels is not None:
-        own, other_labels = None, contrast_labels
+    own: int | Tensor | None = 0
+    if contrast is not None:
+        own, other_labels = own if contrast_includes_batch else self_index, contrast_labels
         others = _prepared("contrast", contrast, normalize, scale.sqrt())
-    elif group is not None:
+    elif group is not None and labels is not None:
         ranks = _meet(features, temperature, normalize, positives, reduction, averaged, group)
-        own, other_labels = ranks.own, parallel.whole(labels.to(torch.int64), ranks)
+        own, other_labels = ranks.own.start, parallel.whole(labels, ranks)
         others = parallel.gather(anchors, ranks)
-    pairs = _Pairs(anchors, labels, others, other_labels, own)
+    pairs = _Pairs(anchors, others, labels, other_labels, mask, own)
 
-    counts = _count(labels if own is None else other_labels, other_labels, own)  # (N,), across ranks that of all
-    count = counts if own is None else counts[own]
-    compared = count > 0
-    looks = not torch.compiler.is_compiling() and features.device.type == "cpu"
-    if looks and len(counts) and not (counts > 0).any():
+    ordered = None if other_labels is None else other_labels.sort().values
+    count = _count(pairs, ordered)
+    counts = (
+        count if ranks is None else _count(pairs._replace(labels=other_labels), ordered)
+    )  # of the anchors of all ranks
+    if counts.shape[0] and may_read(counts) and not (counts > 0).any():
         warnings.warn("no anchor has a positive: the supervised contrastive loss is 0", stacklevel=2)
-    if positives == "in":
-        positive_term = _positive_lse(pairs, compared) - count.clamp(min=1).log()
-    else:
-        positive_term = _mean_similarity(pairs, count)
-    positive_term = torch.where(compared, positive_term, 0)
+    compared = count > 0
+    positive_term = torch.where(compared, _positive_term(pairs, ordered, count, positives), 0)
+    if self_index is not None:
+        outside = (self_index < -1) | (self_index >= others.shape[0])
+        positive_term = positive_term * positive_term.new_ones(()).masked_fill(outside, torch.nan)
 
     share = None
     if reduction != "none":
-        divisors: dict[str, Tensor | int] = {"mean": (counts > 0).sum().clamp(min=1), "mean_all": len(counts), "sum": 1}
+        divisors: dict[str, Tensor | int] = {
+            "mean": (counts > 0).sum().clamp(min=1),
+            "mean_all": counts.shape[0],
+            "sum": 1,
+        }
         share = compared.to(anchors.dtype) / divisors[reduction]
-    if len(others) == 0 or len(features) == 0:
+    if others.shape[0] == 0 or anchors.shape[0] == 0:
         loss = positive_term if share is None else positive_term.sum()
     else:
         loss = _log_sum_exp(pairs, compared, share, impl)
         loss = loss - (positive_term if share is None else (positive_term * share).sum())
-    if share is None or ranks is None:
-        return loss
-    return parallel.total(loss, ranks, len(ranks.rows) if averaged else 1)
+    if share is None:
+        return loss.reshape(shape)
+    return loss if ranks is None else parallel.total(loss, ranks, len(ranks.rows) if averaged else 1)
 
 
 class _Pairs(NamedTuple):
-    """The anchors and what they are compared with. Similarities are products of the two as they are."""
+    """The anchors, what they are compared with, and which of these are their positives.
+
+    Similarities are products of the two as they are. Positives are those of the anchor's label, or those that a mask
+    names, and never the anchor itself.
+    """
 
     anchors: Tensor  # (N, D)
-    labels: Tensor  # (N,)
     others: Tensor  # (M, D)
-    other_labels: Tensor  # (M,)
-    own: slice | None
-    """Where the anchors lie among the others; None where those are another set."""
+    labels: Tensor | None  # (N,)
+    other_labels: Tensor | None  # (M,)
+    mask: Tensor | None  # (N, M), in place of labels
+    own: int | Tensor | None
+    """Which of the others the anchors are: those from a row on, of the same labels; or (N,), out of range where none
+    is; or none at all."""
+
+    def positives(self, rows: slice) -> Tensor:
+        """Those of some anchors, (n, M) booleans."""
+        if self.mask is not None:
+            positive = self.mask[rows]
+        else:
+            assert self.labels is not None and self.other_labels is not None
+            positive = self.labels[rows, None] == self.other_labels
+        own = self.own_index()
+        if own is None:
+            return positive
+        return positive & (own[rows, None] != torch.arange(self.others.shape[0], device=own.device))
+
+    def own_index(self) -> Tensor | None:
+        if isinstance(self.own, int):
+            return torch.arange(self.own, self.own + self.anchors.shape[0], device=self.anchors.device)
+        return self.own
+
+    def own_positive(self, own: Tensor) -> tuple[Tensor, Tensor]:
+        """An index (N,) of the anchors' own rows, and where they are such, of the anchor's label."""
+        assert self.labels is not None and self.other_labels is not None
+        at = own.clamp(0, self.others.shape[0] - 1)
+        return at, (own == at) & (self.other_labels[at] == self.labels)
+
+    def similarity(self, rows: slice) -> Tensor:
+        """That of some anchors to all others."""
+        with torch.autocast(self.anchors.device.type, enabled=False):
+            return self.anchors[rows] @ self.others.t()
+
+    def chunks(self) -> list[slice]:
+        """Anchors whose similarities, and what is made of them, fit into the budget."""
+        rows, columns = self.anchors.shape[0], self.others.shape[0]
+        return _pieces(rows, 4 * columns * self.anchors.element_size(), BUDGET)
 
 
-def _check(
-    features: object,
-    labels: object,
-    contrast: object,
-    contrast_labels: object,
-    temperature: object,
-    normalize: object,
-    positives: str,
-    reduction: str,
+def _by_rows(features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Each view is a row, with the label of its example."""
+    labels = None if labels is None else labels.to(torch.int64)
+    if features.dim() == 2:
+        return features, labels
+    return features.flatten(0, 1), None if labels is None else labels.repeat_interleave(features.shape[1])
+
+
+def _mask_of_views(mask: Tensor, features: Tensor, contrast: Tensor | None) -> Tensor:
+    for dim, x in enumerate((features, features if contrast is None else contrast)):
+        if x.dim() == 3:
+            mask = mask.repeat_interleave(x.shape[1], dim)
+    return mask
+
+
+def _check_tensors(
+    features: Tensor,
+    labels: Tensor | None,
+    contrast: Tensor | None,
+    contrast_labels: Tensor | None,
+    self_index: Tensor | None,
+    contrast_includes_batch: bool,
+    positive_mask: Tensor | None,
     group: object,
-    averaged: object,
 ) -> None:
-    if group is not None:
-        if contrast is not None:
-            raise ValueError("contrast and group both say what to compare with; pass one of them")
-        parallel.check_group(group)
-    if (contrast is None) != (contrast_labels is None):
-        missing, given = ("contrast_labels", "contrast") if contrast_labels is None else ("contrast", "contrast_labels")
-        raise TypeError(f"{given} was given without {missing}")
-    pairs = [("features", features, "labels", labels)]
+    if not isinstance(contrast_includes_batch, bool):
+        raise TypeError(f"contrast_includes_batch must be a bool, got {contrast_includes_batch!r}")
+    given: dict[str, bool] = {
+        "labels": labels is not None,
+        "contrast": contrast is not None,
+        "contrast_labels": contrast_labels is not None,
+        "self_index": self_index is not None,
+        "contrast_includes_batch": contrast_includes_batch,
+        "positive_mask": positive_mask is not None,
+        "group": group is not None,
+    }
+    for one, other, what in (
+        ("contrast", "group", "what to compare with"),
+        ("positive_mask", "group", "which pairs there are"),
+        ("positive_mask", "labels", "which pairs are positives"),
+        ("positive_mask", "contrast_labels", "which pairs are positives"),
+        ("self_index", "contrast_includes_batch", "which row of contrast is the anchor"),
+    ):
+        if given[one] and given[other]:
+            raise ValueError(f"{one} and {other} both say {what}; pass one of them")
+    if not (given["labels"] or given["positive_mask"]):
+        raise TypeError("labels or positive_mask must say which pairs are positives, but neither was given")
+    for name in ("contrast_labels", "self_index", "contrast_includes_batch"):
+        if given[name] and not given["contrast"]:
+            raise TypeError(f"{name} was given without contrast")
+    if given["contrast"] and not (given["contrast_labels"] or given["positive_mask"]):
+        raise TypeError("contrast was given without contrast_labels")
+
+    _check_features("features", features, "labels", labels)
+    others = features
     if contrast is not None:
-        pairs.append(("contrast", contrast, "contrast_labels", contrast_labels))
-    for name, x, labels_name, y in pairs:
-        for n, value in ((name, x), (labels_name, y)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{n} must be a tensor, got {type(value).__name__}")
-            check_local(n, value)
-        assert isinstance(x, Tensor) and isinstance(y, Tensor)
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
-        if y.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{labels_name} must be int64 or int32, got {y.dtype}")
-        if x.dim() != 2:
-            raise ValueError(f"{name} must be (N, D), one row of features each, got shape {tuple(x.shape)}")
-        if y.shape != x.shape[:1]:
-            raise ValueError(f"{labels_name} must be ({x.shape[0]},), one a row of {name}, got shape {tuple(y.shape)}")
-        if x.device != y.device:
-            raise ValueError(f"{labels_name} is on {y.device}, but {name} on {x.device}")
-    assert isinstance(features, Tensor)
-    if isinstance(contrast, Tensor):
-        if contrast.shape[1] != features.shape[1]:
-            raise ValueError(f"contrast has D = {contrast.shape[1]} features, but features {features.shape[1]}")
+        _check_features("contrast", contrast, "contrast_labels", contrast_labels)
+        others = contrast
+        if contrast.shape[-1] != features.shape[-1]:
+            raise ValueError(f"contrast has D = {contrast.shape[-1]} features, but features {features.shape[-1]}")
         if contrast.device != features.device:
             raise ValueError(f"contrast is on {contrast.device}, but features on {features.device}")
         if contrast.dtype != features.dtype:
             raise TypeError(f"contrast is {contrast.dtype}, but features {features.dtype}")
+    for name, value, dtypes, shape, unit in (
+        ("self_index", self_index, INDEX_DTYPES, features.shape[:-1], "one an anchor"),
+        ("positive_mask", positive_mask, (torch.bool,), (features.shape[0], others.shape[0]), "one a pair of examples"),
+    ):
+        if value is not None:
+            _check_tensor(name, value, dtypes)
+            if value.shape != shape:
+                raise ValueError(f"{name} must be {tuple(shape)}, {unit}, got shape {tuple(value.shape)}")
+            if value.device != features.device:
+                raise ValueError(f"{name} is on {value.device}, but features on {features.device}")
+    if group is not None:
+        parallel.check_group(group)
+
+
+def _check_features(name: str, x: Tensor, labels_name: str, labels: Tensor | None) -> None:
+    _check_tensor(name, x, DTYPES)
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"{name} must be (N, D), one row of features each, or (N, views, D), got shape {tuple(x.shape)}"
+        )
+    if labels is None:
+        return
+    _check_tensor(labels_name, labels, INDEX_DTYPES)
+    if labels.shape != x.shape[:1]:
+        unit = "a row" if x.dim() == 2 else "an example"
+        raise ValueError(
+            f"{labels_name} must be ({x.shape[0]},), one {unit} of {name}, got shape {tuple(labels.shape)}"
+        )
+    if x.device != labels.device:
+        raise ValueError(f"{labels_name} is on {labels.device}, but {name} on {x.device}")
+
+
+def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_local(name, value)
+    if value.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        expected = f"{', '.join(names)} or {last}" if names else last
+        raise TypeError(f"{name} must be {expected}, got {value.dtype}")
+
+
+def _check_own(
+    labels: Tensor | None,
+    contrast: Tensor,
+    contrast_labels: Tensor | None,
+    self_index: Tensor | None,
+    contrast_includes_batch: bool,
+    anchors: int,
+) -> None:
+    """Checks which rows of the contrast set are said to be the anchors themselves."""
+    rows = contrast.shape[0]
+    if self_index is not None and may_read(self_index):
+        bad = (self_index < -1) | (self_index >= rows)
+        if bad.any():
+            raise IndexError(
+                f"self_index {int(self_index[bad][0])} is out of range for {rows} rows of contrast, and not the -1 of "
+                "an anchor that is not among them"
+            )
+    if not contrast_includes_batch:
+        return
+    if rows < anchors:
+        raise ValueError(
+            f"contrast_includes_batch says that contrast begins with the {anchors} rows of features, but it has {rows}"
+        )
+    if labels is not None and contrast_labels is not None and may_read(labels):
+        bad = labels != contrast_labels[:anchors]
+        if bad.any():
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                "contrast_includes_batch says that contrast begins with the rows of features, but row "
+                f"{row} has label {int(labels[row])} there and {int(contrast_labels[row])} in contrast_labels"
+            )
+
+
+def _check_options(temperature: object, normalize: object, positives: str, reduction: str, averaged: object) -> None:
     if not isinstance(temperature, Tensor):
         check_number("temperature", temperature, 0, above=True)
     elif temperature.dim() or not temperature.is_floating_point():
         got = f"{temperature.dtype} of shape {tuple(temperature.shape)}"
         raise ValueError(f"temperature must be a number or a 0-d floating point tensor, got {got}")
-    elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif may_read(temperature):
         check_number("temperature", float(temperature.detach()), 0, above=True)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be a bool, got {normalize!r}")
@@ -221,10 +388,9 @@ def _prepared(name: str, features: Tensor, normalize: bool, root: Tensor) -> Ten
     x = features.to(compute_dtype(features.dtype))
     if not normalize:
         return x / root
-    largest = (
-        torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
-    )
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not largest.all():
+    rows, columns = x.shape
+    largest = torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True) if columns else x.new_zeros(rows, 1)
+    if may_read(x) and not largest.all():
         row = int((largest[:, 0] == 0).nonzero()[0, 0])
         raise ValueError(f"row {row} of {name} is zero and has no direction; drop it, or pass normalize=False")
     direction, _ = _Direction.apply(x, largest, root)
@@ -264,13 +430,24 @@ class _Direction(torch.autograd.Function):
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Of each row."""
-    return sum(((x[:, c] * y[:, c]).sum(-1) for c in _columns(x)), x.new_zeros(len(x)))
+    return sum(((x[:, c] * y[:, c]).sum(-1) for c in _columns(x)), x.new_zeros(x.shape[0]))
 
 
 def _columns(x: Tensor) -> list[slice]:
     """A few at a time, for what is by columns and would need memory of the size of x."""
-    count = max(32, COLUMN_BYTES // max(1, len(x) * x.element_size()))
-    return [slice(i, i + count) for i in range(0, x.shape[1], count)]
+    rows, columns = x.shape
+    return _pieces(columns, rows * x.element_size(), COLUMN_BYTES, least=32)
+
+
+def _pieces(length: int, size: int, budget: int, least: int = 1) -> list[slice]:
+    """Slices of as many as fit into the budget, of `size` bytes each, but `least`.
+
+    One of all where a graph is traced, which would hold every piece of them, and be right for this length only.
+    """
+    if torch.compiler.is_compiling() or isinstance(length * size, torch.SymInt):
+        return [slice(0, length)]
+    step = max(least, budget // max(1, size))
+    return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
 def _meet(
@@ -296,28 +473,43 @@ def _meet(
         "features.requires_grad": torch.is_grad_enabled() and features.requires_grad,
         "temperature.requires_grad": torch.is_grad_enabled() and learnt,
     }
-    return parallel.meet(group, len(features), features.device, same)
+    return parallel.meet(group, features.shape[0], features.device, same)
 
 
-def _count(labels: Tensor, other_labels: Tensor, own: slice | None) -> Tensor:
-    """How many positives each anchor has."""
-    ordered = other_labels.sort().values
-    count = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
-    return count if own is None else count - 1
+def _count(pairs: _Pairs, ordered: Tensor | None) -> Tensor:
+    """How many positives each anchor has; `ordered` are the labels of the others."""
+    if pairs.labels is None or ordered is None:
+        parts = [pairs.positives(rows).sum(-1) for rows in pairs.chunks()]
+        return torch.cat(parts) if parts else pairs.anchors.new_zeros(0, dtype=torch.int64)
+    count = torch.searchsorted(ordered, pairs.labels, right=True) - torch.searchsorted(ordered, pairs.labels)
+    if isinstance(pairs.own, Tensor) and pairs.others.shape[0]:
+        return count - pairs.own_positive(pairs.own)[1].long()
+    return count - 1 if isinstance(pairs.own, int) else count
 
 
-def _mean_similarity(pairs: _Pairs, count: Tensor) -> Tensor:
-    """An anchor's mean similarity to its positives, without a look at the pairs."""
-    anchors, labels, others, other_labels, own = pairs
-    if len(others) == 0:
-        return (anchors * 0).sum(-1)
-    ordered = other_labels.sort().values
-    slot = torch.searchsorted(ordered, labels).clamp(max=len(others) - 1)
+def _positive_term(pairs: _Pairs, ordered: Tensor | None, count: Tensor, positives: str) -> Tensor:
+    """An anchor's mean similarity to its positives, or the log of the mean of the exponentials."""
+    if pairs.others.shape[0] == 0:
+        return (pairs.anchors * 0).sum(-1) + (pairs.others * 0).sum()
+    if positives == "in":
+        return _over_positives(pairs, lse=True) - count.clamp(min=1).log()
+    total = _over_positives(pairs, lse=False) if ordered is None else _label_similarity(pairs, ordered)
+    return total / count.clamp(min=1)
+
+
+def _label_similarity(pairs: _Pairs, ordered: Tensor) -> Tensor:
+    """An anchor's similarity to the sum of its positives, which are summed by labels, without a look at the pairs."""
+    anchors, others, labels, other_labels, _, own = pairs
+    assert labels is not None and other_labels is not None
+    slot = torch.searchsorted(ordered, labels).clamp(max=others.shape[0] - 1)
     if others is anchors:
-        sums = _SumSimilarity.apply(anchors, None, slot, None, own)
-    else:
-        sums = _SumSimilarity.apply(anchors, others, slot, torch.searchsorted(ordered, other_labels), own)
-    return sums / count.clamp(min=1)
+        return _SumSimilarity.apply(anchors, None, slot, None, own)
+    other_slot = torch.searchsorted(ordered, other_labels)
+    if not isinstance(own, Tensor):
+        return _SumSimilarity.apply(anchors, others, slot, other_slot, own)
+    total = _SumSimilarity.apply(anchors, others, slot, other_slot, None)
+    at, counted = pairs.own_positive(own)
+    return total - torch.where(counted, (anchors * others.index_select(0, at)).sum(-1), 0)
 
 
 class _SumSimilarity(torch.autograd.Function):
@@ -329,127 +521,119 @@ class _SumSimilarity(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchors: Tensor, others: Tensor | None, slot: Tensor, other_slot: Tensor | None, own: slice | None
+        ctx: Any, anchors: Tensor, others: Tensor | None, slot: Tensor, other_slot: Tensor | None, first: int | None
     ) -> Tensor:
         ctx.save_for_backward(anchors, others, slot, other_slot)
-        ctx.own = own
+        ctx.first = first
         if others is None or other_slot is None:
             others, other_slot = anchors, slot
-        similarity = anchors.new_zeros(len(anchors))
+        similarity = anchors.new_zeros(anchors.shape[0])
         for c in _columns(anchors):
-            sums = _label_sums(others[:, c], other_slot, slot)
-            if own is not None:
-                sums -= anchors[:, c]
+            sums = _label_sums(others[:, c], other_slot, slot, others.shape[0])
+            if first is not None:
+                sums -= others[first : first + anchors.shape[0], c]
             similarity = similarity + (anchors[:, c] * sums).sum(-1)  # in place, torch 2.11 would lose the gradient
         return similarity
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         anchors, others, slot, other_slot = ctx.saved_tensors
-        own, grad = ctx.own, grad[:, None]
+        first, grad = ctx.first, grad[:, None]
         if same := others is None:
             others, other_slot = anchors, slot
         by_anchors = torch.zeros_like(anchors)
         by_others = by_anchors if same else torch.zeros_like(others) if ctx.needs_input_grad[1] else None
         for c in _columns(anchors):
             weighted = grad * anchors[:, c]
-            by_anchors[:, c] += grad * _label_sums(others[:, c], other_slot, slot)
-            if own is not None:
-                by_anchors[:, c] -= weighted
+            by_anchors[:, c] += grad * _label_sums(others[:, c], other_slot, slot, others.shape[0])
+            if first is not None:
+                by_anchors[:, c] -= grad * others[first : first + anchors.shape[0], c]
             if by_others is not None:
-                by_others[:, c] += _label_sums(weighted, slot, other_slot)
-                if own is not None:
-                    by_others[own, c] -= weighted
+                by_others[:, c] += _label_sums(weighted, slot, other_slot, others.shape[0])
+                if first is not None:
+                    by_others[first : first + anchors.shape[0], c] -= weighted
         return by_anchors, None if same else by_others, None, None, None
 
 
-def _label_sums(x: Tensor, slot: Tensor, at: Tensor) -> Tensor:
+def _label_sums(x: Tensor, slot: Tensor, at: Tensor, slots: int) -> Tensor:
     """The sums of the rows of x by slot, at the slots `at`."""
-    return x.new_zeros((max(len(slot), len(at)), x.shape[1])).index_add_(0, slot, x)[at]
+    return x.new_zeros((slots, x.shape[1])).index_add_(0, slot, x)[at]
 
 
-def _positive_lse(pairs: _Pairs, compared: Tensor) -> Tensor:
-    """log sum over an anchor's positives of exp s; 0 where there are none."""
-    anchors, labels, others, other_labels, own = pairs
-    # Under other names: torch.compile takes no tensor twice for a function with a backward of its own.
-    others, other_labels = others.view_as(others), other_labels.view_as(other_labels)
-    return _PositiveLse.apply(anchors, others, labels, other_labels, own, compared)
+def _over_positives(pairs: _Pairs, lse: bool) -> Tensor:
+    """The log of the sum of exp s over an anchor's positives, or the sum of s."""
+    # By other names: torch.compile takes no tensor twice for a function with a backward of its own.
+    others, labels = pairs.others, pairs.other_labels
+    labels = None if labels is None else labels.view_as(labels)
+    pairs = pairs._replace(others=others.view_as(others), other_labels=labels, own=pairs.own_index())
+    return _OverPositives.apply(*pairs, lse)
 
 
-class _PositiveLse(torch.autograd.Function):
+class _OverPositives(torch.autograd.Function):
     """The same, some anchors at a time, whose similarities are made once more in the backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchors: Tensor,
-        others: Tensor,
-        labels: Tensor,
-        other_labels: Tensor,
-        own: slice | None,
-        compared: Tensor,
-    ) -> Tensor:
-        pairs = _Pairs(anchors, labels, others, other_labels, own)
-        lse = anchors.new_empty(len(anchors))
-        for rows in _chunks(pairs):
-            lse[rows] = _positive_similarity(pairs, compared, rows).logsumexp(-1)
-        ctx.save_for_backward(anchors, others, labels, other_labels, compared, lse)
-        ctx.own = own
-        return torch.where(compared, lse, 0)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, ctx.lse = arguments
+        pairs = _Pairs(*tensors)
+        parts = [_of_positives(pairs, rows, ctx.lse) for rows in pairs.chunks()]
+        result = torch.cat(parts) if parts else pairs.anchors.new_zeros(0)
+        ctx.save_for_backward(*pairs, result)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, others, labels, other_labels, compared, lse = ctx.saved_tensors
-        pairs = _Pairs(anchors, labels, others, other_labels, ctx.own)
-        grad = torch.where(compared, grad, 0)
-        needed, nothing = ctx.needs_input_grad[:2], (None,) * 4
+        *tensors, result = ctx.saved_tensors
+        pairs = _Pairs(*tensors)
+        anchors, others = pairs[:2]
+        needed, nothing = ctx.needs_input_grad[:2], (None,) * 5
         if torch.is_grad_enabled():
-            lse = _positive_similarity(pairs, compared, slice(None)).logsumexp(-1)
+            values = _of_positives(pairs, slice(None), ctx.lse)
             wanted = [x for x, need in zip((anchors, others), needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(lse, wanted, grad, create_graph=True))
+            grads = iter(torch.autograd.grad(values, wanted, grad, create_graph=True))
             return *(next(grads) if need else None for need in needed), *nothing
         by_anchors = torch.empty_like(anchors) if needed[0] else None
         by_others = torch.zeros_like(others) if needed[1] else None
         with torch.autocast(anchors.device.type, enabled=False):
-            for rows in _chunks(pairs):
-                p = _positive_similarity(pairs, compared, rows).sub_(lse[rows, None]).exp_().mul_(grad[rows, None])
+            for rows in pairs.chunks():
+                positive, upstream = pairs.positives(rows), grad[rows, None]
+                if ctx.lse:
+                    p = pairs.similarity(rows).sub_(result[rows, None]).exp_()
+                    p = p.masked_fill_(~positive, 0).mul_(upstream)
+                else:
+                    p = positive * upstream
                 if by_anchors is not None:
-                    torch.mm(p, others, out=by_anchors[rows])
+                    by_anchors[rows] = p @ others
                 if by_others is not None:
                     by_others.addmm_(p.t(), anchors[rows])
         return by_anchors, by_others, *nothing
 
 
-def _chunks(pairs: _Pairs) -> list[slice]:
-    """Anchors whose similarities, and what is made of them, fit into the budget."""
-    size = max(1, BUDGET // (4 * max(1, len(pairs.others)) * pairs.anchors.element_size()))
-    return [slice(i, min(i + size, len(pairs.anchors))) for i in range(0, len(pairs.anchors), size)]
-
-
-def _positive_similarity(pairs: _Pairs, compared: Tensor, rows: slice) -> Tensor:
-    """Of some anchors to all others, -inf where these are no positives; 0 for an anchor that has none."""
-    anchors, labels, others, other_labels, own = pairs
-    with torch.autocast(anchors.device.type, enabled=False):
-        similarity = anchors[rows] @ others.t()
-    apart = labels[rows, None] != other_labels
-    if own is not None:
-        apart.diagonal(own.start + (rows.start or 0)).fill_(True)
-    return similarity.masked_fill(apart, -torch.inf).masked_fill(~compared[rows, None], 0)
+def _of_positives(pairs: _Pairs, rows: slice, lse: bool) -> Tensor:
+    """Of some anchors; 0 where there are none or, of the log, a number that is not infinite."""
+    similarity, positive = pairs.similarity(rows), pairs.positives(rows)
+    if not lse:
+        return similarity.masked_fill(~positive, 0).sum(-1)
+    # Without positives none is masked.
+    apart = ~positive & positive.any(-1, keepdim=True)
+    return similarity.masked_fill(apart, -torch.inf).logsumexp(-1)
 
 
 def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: str | None) -> Tensor:
     """log sum over all that an anchor is compared with of exp s: (N,), or the sum of these times `share`."""
-    anchors, labels, others, _, own = pairs
-    if own is None:
-        index = torch.zeros_like(labels, dtype=torch.int64)
-    else:
-        index = torch.arange(own.start, own.stop, device=labels.device)
-    budget = max(BUDGET, len(others) * anchors.element_size())
-    form = Form(0.0, budget, drop_ignored=anchors.device.type == "cpu", mask_target=own is not None)
+    anchors, others, own = pairs.anchors, pairs.others, pairs.own_index()
+    rows, bias = others.shape[0], None
+    index = torch.zeros_like(compared, dtype=torch.int64) if own is None else own
+    if isinstance(pairs.own, Tensor):
+        # An anchor that is none of the others is told to be one that counts for nothing to anybody.
+        others = torch.nn.functional.pad(others, (0, 0, 0, 1))
+        bias = torch.nn.functional.pad(others.new_zeros(rows), (0, 1), value=-torch.inf)
+        index = torch.where((index >= 0) & (index < rows), index, rows)
+    form = Form(0.0, BUDGET, drop_ignored=anchors.device.type == "cpu", mask_target=own is not None)
     return row_loss(
         "supcon_loss",
         # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
-        Projection(anchors, others.view_as(others), None, form),
+        Projection(anchors, others.view_as(others), bias, form),
         torch.where(compared, index, _IGNORED),
         LOG_SUM_EXP,
         ignore_index=_IGNORED,

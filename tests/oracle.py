@@ -195,24 +195,26 @@ def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
 
 def supervised_contrastive(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     temperature: float | Tensor,
     positives: str = "out",
     normalize: bool = True,
     contrast: Tensor | None = None,
     contrast_labels: Tensor | None = None,
+    self_index: Tensor | None = None,
+    contrast_includes_batch: bool = False,
+    positive_mask: Tensor | None = None,
 ) -> Tensor:
     """(N,) from the whole matrix of similarities, an anchor at a time."""
+    positive, itself = positive_pairs(
+        x, y, contrast, contrast_labels, self_index, contrast_includes_batch, positive_mask
+    )
     others = x if contrast is None else contrast
-    labels = y if contrast_labels is None else contrast_labels
     if normalize:
         x, others = (v / v.square().sum(1, keepdim=True).sqrt() for v in (x, others))
     rows = []
-    for i, row in enumerate(x @ others.t() / temperature):
-        keep = torch.ones(len(others), dtype=torch.bool)
-        if contrast is None:
-            keep[i] = False
-        same = keep & (labels == y[i])
+    for row, same, own in zip(x @ others.t() / temperature, positive, itself, strict=True):
+        keep = ~own
         if not same.any():
             rows.append(row.sum() * 0 if len(row) else row.sum())
         elif positives == "out":
@@ -220,6 +222,28 @@ def supervised_contrastive(
         else:
             rows.append(row[keep].logsumexp(0) - row[same].logsumexp(0) + same.sum().log())
     return torch.stack(rows) if rows else x.sum(1)
+
+
+def positive_pairs(
+    x: Tensor,
+    y: Tensor | None,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    self_index: Tensor | None = None,
+    contrast_includes_batch: bool = False,
+    positive_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which of the others are an anchor's positives, and which is the anchor itself, (N, M) each."""
+    labels, others = (y, x) if contrast is None else (contrast_labels, contrast)
+    positive = torch.zeros(len(x), len(others), dtype=torch.bool)
+    itself = torch.zeros_like(positive)
+    for i in range(len(x)):
+        own = i if contrast is None or contrast_includes_batch else -1 if self_index is None else int(self_index[i])
+        for j in range(len(others)):
+            itself[i, j] = j == own
+            same = labels[j] == y[i] if positive_mask is None else positive_mask[i, j]
+            positive[i, j] = bool(same) and j != own
+    return positive, itself
 
 
 # --- what all the losses share ---

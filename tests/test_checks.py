@@ -9,6 +9,7 @@ import pytest
 import torch
 from row_losses import each_loss
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import fusedloss as fl
 from fusedloss import checks
@@ -455,3 +456,22 @@ def test_ranges_are_said_in_words() -> None:
             checks.check_number("x", -2, *arguments)
     with pytest.raises(ValueError, match="x must be greater than 0, got 0"):
         checks.check_number("x", 0, 0, above=True)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, t: fl.focal_loss(z, t, gamma=torch.full((), 2.0)),
+        lambda z, t: fl.cross_entropy(z, t, normalizer=torch.full((), 3.0)),
+        lambda z, t: fl.cross_entropy(z, t, impl="reference"),
+        lambda z, t: fl.linear_cross_entropy(z, z.detach(), t, impl="reference"),
+        lambda z, t: z.sum() * fl.normalizer([t], weight=torch.ones(5)),
+        lambda z, t: fl.supcon_loss(z, t, temperature=torch.full((), 0.3)),
+    ],
+    ids=["parameter", "normalizer", "reference", "linear reference", "count", "supcon"],
+)
+def test_there_are_no_values_to_check_of_fake_tensors(loss: Any) -> None:
+    with FakeTensorMode():
+        logits = torch.randn(5, 5, requires_grad=True)
+        loss(logits, torch.zeros(5, dtype=torch.int64)).backward()
+        assert logits.grad is not None

@@ -527,7 +527,7 @@ def test_linear_forms(setting: Linear) -> None:
 
 @one_in(4)
 @given(
-    kind=st.sampled_from(sorted(test_supcon.KINDS)),
+    kind=st.sampled_from(sorted(test_supcon.KINDS | test_supcon.OWN_KINDS)),
     rows=st.integers(20, 50),  # of so many some have the same label
     chunk=st.integers(1, 60),
     dtype=st.sampled_from(DTYPES),
@@ -539,7 +539,9 @@ def test_supcon_loss(kind, rows, chunk, dtype, temperature, reduction, seed) -> 
     generator = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supcon, "BUDGET", chunk * rows * dtype.itemsize)
-        test_supcon.check_accuracy(test_supcon.KINDS[kind], rows, dtype, temperature, reduction, generator)
+        test_supcon.check_accuracy(
+            (test_supcon.KINDS | test_supcon.OWN_KINDS)[kind], rows, dtype, temperature, reduction, generator
+        )
 
 
 @needs_triton

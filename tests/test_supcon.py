@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from oracle import assert_as_accurate_as, supervised_contrastive
+from oracle import assert_as_accurate_as, positive_pairs, supervised_contrastive
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedloss as fl
 from fusedloss import supcon
@@ -19,6 +23,17 @@ KINDS = {
     "as they are": {"normalize": False},
     "in": {"positives": "in"},
     "in a bank": {"positives": "in", "bank": True},
+}
+
+#: Where some of the others are the anchors themselves, and where a mask says which pairs are positives.
+OWN_KINDS = {
+    "batch and bank": {"bank": True, "own": "batch"},
+    "batch and bank, in": {"bank": True, "own": "batch", "positives": "in"},
+    "own rows": {"bank": True, "own": "rows", "normalize": False},
+    "own rows, in": {"bank": True, "own": "rows", "positives": "in"},
+    "mask": {"mask": True},
+    "mask, in": {"mask": True, "positives": "in"},
+    "mask, own rows": {"bank": True, "own": "rows", "mask": True},
 }
 
 
@@ -36,9 +51,9 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 def problem(
     generator: torch.Generator, kind: dict[str, Any], rows: int = 31, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+) -> tuple[Tensor, Any, dict[str, Any]]:
     """Labels of one row and of many; options that hold the bank, which requires grad."""
-    options = {name: value for name, value in kind.items() if name != "bank"}
+    options = {name: value for name, value in kind.items() if name not in ("bank", "own", "mask")}
     x = torch.randn(rows, 6, generator=generator, dtype=torch.float64)
     if options.get("normalize") is False:
         x = x / 2
@@ -47,6 +62,19 @@ def problem(
     if kind.get("bank"):
         options["contrast"] = torch.randn(31, 6, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         options["contrast_labels"] = torch.randint(-2, 9, (31,), generator=generator).int()
+        if kind.get("own") == "batch":
+            options["contrast"] = torch.cat([x.to(dtype), options["contrast"].detach()]).requires_grad_()
+            options["contrast_labels"] = torch.cat([y, options["contrast_labels"]])
+            options["contrast_includes_batch"] = True
+        elif kind.get("own"):
+            # Some are none of the others, some the same one, and some are there with another label.
+            index = options["self_index"] = torch.randint(-1, 31, (rows,), generator=generator)
+            options["contrast_labels"][index[::2].clamp(min=0)] = y[::2].int()
+    if kind.get("mask"):
+        others = len(options.get("contrast", x))
+        options["positive_mask"] = torch.rand(rows, others, generator=generator) < 0.2
+        options["positive_mask"][::5] = False
+        y, options["contrast_labels"] = None, None
     return x.to(dtype).requires_grad_(), y, options
 
 
@@ -60,6 +88,11 @@ def exactly(x: Tensor, y: Tensor, options: dict[str, Any]) -> tuple[Tensor, list
                for n, v in options.items() if n not in ("reduction", "impl")}  # fmt: skip
     x = x.detach().double().requires_grad_()
     return supervised_contrastive(x, y, **{"temperature": 0.3, **options}), sources(x, options)
+
+
+def has_positives(x: Tensor, y: Tensor | None, options: dict[str, Any]) -> Tensor:
+    other = ("temperature", "positives", "normalize", "reduction", "impl")
+    return positive_pairs(x, y, **{n: v for n, v in options.items() if n not in other})[0].any(1)
 
 
 def test_known_values() -> None:
@@ -132,10 +165,10 @@ def check_accuracy(
                for n, v in options.items()}  # fmt: skip
     eager_x = x.detach().to(got.dtype).requires_grad_()
     eager_rows = supervised_contrastive(eager_x, y, **compute)
-    upstream = torch.randn(len(y), generator=generator, dtype=torch.float64)
+    upstream = torch.randn(rows, generator=generator, dtype=torch.float64)
     if reduction == "mean":
-        positives = (y[:, None] == options.get("contrast_labels", y)).sum(1) - int("contrast" not in options)
-        upstream = (positives > 0).double() / (positives > 0).sum()
+        positives = has_positives(x, y, options)
+        upstream = positives.double() / positives.sum()
         expected, eager = (losses * upstream).sum(), (eager_rows * upstream.to(got.dtype)).sum()
         gradients = torch.autograd.grad(got, sources(x, options))
     else:
@@ -256,6 +289,251 @@ def test_compiles_whole(reduction: str, generator: torch.Generator) -> None:
     )
 
 
+# --- the anchor among the others, positives by a mask, views ---
+
+
+own_kind = pytest.mark.parametrize("kind", OWN_KINDS.values(), ids=OWN_KINDS.keys())
+
+
+@own_kind
+@pytest.mark.parametrize("chunk", [7], indirect=True)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_anchor_is_left_out(
+    reduction: str, kind: dict[str, Any], chunk: int, impl: str, generator: torch.Generator
+) -> None:
+    """Of its positives and of what it is compared with; the gradient is that by features, contrast and temperature."""
+    test_equals_the_matrix_of_all_pairs(reduction, kind, chunk, impl, generator)
+
+
+@pytest.mark.parametrize("name", ["batch and bank", "own rows, in", "mask"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_own_rows_are_as_accurate_as_pytorch(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    check_accuracy(OWN_KINDS[name], 31, dtype, 0.05, "mean", generator)
+
+
+@pytest.mark.parametrize("name", ["batch and bank, in", "own rows", "mask, own rows"])
+def test_own_rows_gradcheck(name: str, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    """The batch is in both: its gradient comes through the anchors and through the others, and so the second one."""
+    kind = OWN_KINDS[name]
+    monkeypatch.setattr(supcon, "BUDGET", 4 * 2 * 9 * 8)
+    x, y, options = problem(generator, kind, rows=4)
+    bank = options.pop("contrast", None)
+    if bank is not None:
+        options["contrast_labels"] = None if y is None else torch.cat([y, y, y[:1]])
+        if "self_index" in options:
+            options["self_index"] = torch.tensor([2, -1, 8, 2])
+        if y is None:
+            options["positive_mask"] = options["positive_mask"][:, :9]
+        bank = bank[len(bank) - 5 :].detach().requires_grad_()
+
+    def loss(x: Tensor, t: Tensor, bank: Tensor | None = None) -> Tensor:
+        contrast = None if bank is None else torch.cat([x, bank])
+        return fl.supcon_loss(x, y, temperature=t, contrast=contrast, reduction="none", **options)
+
+    inputs = (x, torch.tensor(0.4, dtype=torch.float64, requires_grad=True), *(() if bank is None else (bank,)))
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+def test_a_batch_in_front_of_a_bank_is_the_batch_alone_where_the_bank_is_empty(generator: torch.Generator) -> None:
+    """By either argument, with every gradient through both of its places."""
+    x, y, _ = problem(generator, {})
+    expected = fl.supcon_loss(x, y)
+    for own in ({"contrast_includes_batch": True}, {"self_index": torch.arange(len(x), dtype=torch.int32)}):
+        for labels in ({"labels": y, "contrast_labels": y}, {"positive_mask": y[:, None] == y}):
+            got = fl.supcon_loss(x, contrast=x.clone(), **labels, **own)
+            torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+            torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(expected, x))
+            expected = fl.supcon_loss(x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_every_integer_dtype(dtype: torch.dtype, generator: torch.Generator) -> None:
+    x, y, options = problem(generator, OWN_KINDS["batch and bank"])
+    labels, y, own = options.pop("contrast_labels") % 7, y % 7, torch.arange(len(y))
+    del options["contrast_includes_batch"]
+    got = fl.supcon_loss(x, y.to(dtype), contrast_labels=labels.to(dtype), self_index=own.to(dtype), **options)
+    assert torch.equal(got, fl.supcon_loss(x, y, contrast_labels=labels, self_index=own, **options))
+
+
+def test_none_of_the_others_is_the_anchor(generator: torch.Generator) -> None:
+    """A self_index of -1 alone leaves nothing out, not the first and not the last one."""
+    x, y, options = problem(generator, {"bank": True})
+    got = fl.supcon_loss(x, y, **options, self_index=torch.full_like(y, -1))
+    torch.testing.assert_close(got, fl.supcon_loss(x, y, **options), rtol=1e-13, atol=0)
+
+
+@own_kind
+def test_no_rows_and_no_others(kind: dict[str, Any], generator: torch.Generator) -> None:
+    for rows in (0, 3):
+        x, y, options = problem(generator, kind, rows=rows)
+        y = None if y is None else 1000 + torch.arange(rows)
+        if "contrast" in options:
+            size = rows if kind.get("own") == "batch" else 0
+            options["contrast"] = options["contrast"][:size].detach().requires_grad_()
+            options["contrast_labels"] = y if size else None if y is None else y[:0]
+        if "self_index" in options:
+            options["self_index"] = torch.full((rows,), -1)
+        if "positive_mask" in options:
+            options["positive_mask"] = torch.zeros(rows, len(options.get("contrast", x)), dtype=torch.bool)
+        for reduction in ("none", "mean"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loss = fl.supcon_loss(x, y, reduction=reduction, **options)
+            assert torch.equal(loss, torch.zeros((rows,) if reduction == "none" else (), dtype=torch.float64))
+            for gradient in torch.autograd.grad(loss.sum(), sources(x, options)):
+                assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def sup_contrast(features: Tensor, labels: Tensor | None, mask: Tensor | None, temperature: float) -> Tensor:
+    """The losses (N, views) by the steps of SupContrast's SupConLoss: views one after the other, masks of examples."""
+    n, views, _ = features.shape
+    mask = labels[:, None] == labels if mask is None else mask
+    contrast = torch.cat(torch.unbind(torch.nn.functional.normalize(features, dim=2), dim=1))
+    logits = contrast @ contrast.t() / temperature
+    others = 1 - torch.eye(n * views, dtype=features.dtype)
+    positive = mask.to(features.dtype).repeat(views, views) * others
+    log_p = logits - (logits.exp() * others).sum(1, keepdim=True).log()
+    count = positive.sum(1)
+    losses = -(positive * log_p).sum(1) / torch.where(count == 0, 1, count)
+    return losses.view(views, n).t()
+
+
+@pytest.mark.parametrize("by", ["labels", "mask"])
+def test_views_as_in_sup_contrast(by: str, generator: torch.Generator) -> None:
+    features = torch.randn(7, 3, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(3, (7,), generator=generator)
+    mask = torch.rand(7, 7, generator=generator) < 0.4
+    mask[2] = False
+    given = {"labels": labels} if by == "labels" else {"positive_mask": mask}
+    expected = sup_contrast(features, given.get("labels"), given.get("positive_mask"), 0.2)
+    got = fl.supcon_loss(features, **given, temperature=0.2, reduction="none")
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn(7, 3, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, features, upstream), torch.autograd.grad(expected, features, upstream)
+    )
+    torch.testing.assert_close(
+        fl.supcon_loss(features, **given, temperature=0.2), expected.sum() / expected.count_nonzero()
+    )
+
+
+@pytest.mark.parametrize("own", ["contrast_includes_batch", "self_index"])
+def test_views_in_a_bank(own: str, generator: torch.Generator) -> None:
+    """Of the batch and of the bank, as many or not: each is a row of its own."""
+    x, y, _ = problem(generator, {}, rows=12)
+    bank, bank_labels = x.detach().flip(1)[:8], y[:4]
+    features, labels = x.view(6, 2, 6), torch.arange(6) // 2
+    contrast = torch.cat([features, bank.view(4, 2, 6)])
+    contrast_labels = torch.cat([labels, bank_labels])
+    options: Any = {own: True} if own == "contrast_includes_batch" else {own: torch.arange(12).view(6, 2)}
+    got = fl.supcon_loss(
+        features, labels, contrast=contrast, contrast_labels=contrast_labels, reduction="none", **options
+    )
+    flat = {own: options[own] if options[own] is True else torch.arange(12)}
+    expected = fl.supcon_loss(
+        x, labels.repeat_interleave(2), contrast=torch.cat([x, bank]),
+        contrast_labels=contrast_labels.repeat_interleave(2), reduction="none", **flat,
+    )  # fmt: skip
+    torch.testing.assert_close(got, expected.view(6, 2), rtol=0, atol=0)
+    mask = labels[:, None] == contrast_labels
+    by_mask = fl.supcon_loss(features, positive_mask=mask, contrast=contrast, reduction="none", **options)
+    torch.testing.assert_close(by_mask, got)
+
+
+def test_the_mask_is_not_written_to() -> None:
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    fl.supcon_loss(torch.eye(4), positive_mask=mask)
+    assert mask.all()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["batch and bank", "own rows, in", "mask"])
+def test_own_rows_compile_whole(name: str, generator: torch.Generator) -> None:
+    x, y, options = problem(generator, OWN_KINDS[name], dtype=torch.float32)
+
+    def step(x: Tensor, contrast: Tensor | None) -> Tensor:
+        return fl.supcon_loss(x, y, **options | {"contrast": contrast})
+
+    contrast = options.get("contrast")
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, contrast)
+    expected = step(x, contrast)
+    torch.testing.assert_close(got, expected)
+    inputs = sources(x, options)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.compile
+def test_an_own_row_out_of_range_is_nan_where_nobody_may_look() -> None:
+    """As on a GPU. The other rows are what they are."""
+    x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) // 2
+    bank, labels = torch.randn(9, 4), torch.arange(9) // 3
+
+    def step(x: Tensor, own: Tensor) -> Tensor:
+        return fl.supcon_loss(x, y, contrast=bank, contrast_labels=labels, self_index=own, reduction="none")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = compiled(x, torch.tensor([0, 9, -1, -2, 2**40, 8]))
+    expected = step(x, torch.tensor([0, -1, -1, -1, -1, 8]))
+    assert got.isnan().tolist() == [False, True, False, True, True, False]
+    torch.testing.assert_close(got[[0, 2, 5]], expected[[0, 2, 5]])
+    assert torch.autograd.grad(got[1], x)[0][1].isnan().all()
+
+
+# --- graphs of it ---
+
+
+@pytest.mark.parametrize("positives", ["out", "in"])
+def test_fake_tensors(positives: str) -> None:
+    """There are no values to look at."""
+    with FakeTensorMode():
+        x = torch.randn(8, 4, requires_grad=True)
+        loss = fl.supcon_loss(x, torch.arange(8) // 2, temperature=torch.tensor(0.3), positives=positives)
+        assert loss.shape == () and torch.autograd.grad(loss, x)[0].shape == x.shape
+        own = torch.arange(8)
+        loss = fl.supcon_loss(
+            x, own, contrast=x * 1, contrast_labels=own, self_index=own, positives=positives, reduction="none"
+        )
+        assert loss.shape == (8,)
+
+
+@pytest.mark.parametrize("positives", ["out", "in"])
+def test_a_traced_graph_has_the_same_gradient_for_more_rows(positives: str, generator: torch.Generator) -> None:
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        return torch.autograd.grad(fl.supcon_loss(x, y, positives=positives), x)[0]
+
+    x, y, _ = problem(generator, {}, rows=11)
+    graph = make_fx(gradient, tracing_mode="symbolic")(x, y)
+    for rows in (11, 31):
+        x, y, _ = problem(generator, {}, rows=rows)
+        torch.testing.assert_close(graph(x, y), gradient(x, y))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("positives", ["out", "in"])
+def test_exports_for_any_number_of_rows(positives: str, generator: torch.Generator) -> None:
+    x, y, _ = problem(generator, {}, rows=11)
+    module = fl.nn.SupConLoss(positives=positives)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(module, (x.detach(), y), dynamic_shapes=({0: rows}, {0: rows}))
+    for n in (2, 31):
+        x, y, _ = problem(generator, {}, rows=n)
+        y = torch.arange(n) // 2
+        torch.testing.assert_close(program.module()(x, y), module(x, y))
+
+
+@pytest.mark.compile
+def test_more_rows_do_not_compile_anew(generator: torch.Generator) -> None:
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(fl.supcon_loss, fullgraph=True, backend=counter, dynamic=True)
+    first = 0
+    for rows in (11, 31):
+        x, y, _ = problem(generator, {}, rows=rows)
+        torch.testing.assert_close(compiled(x, y), fl.supcon_loss(x, y))
+        first = first or counter.frame_count  # Dynamo may take two turns at it
+    assert counter.frame_count == first
+
+
 _MEMORY = """
 import resource, sys, torch, fusedloss as fl
 x, y = torch.randn(6144, 64, requires_grad=True), torch.randint(50, (6144,))
@@ -292,6 +570,23 @@ def test_module_does_as_the_function(kind: dict[str, Any], generator: torch.Gene
         torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
     ):
         assert torch.equal(mine, functions)
+
+
+@own_kind
+def test_module_takes_own_rows_and_a_mask(kind: dict[str, Any], generator: torch.Generator) -> None:
+    x, y, options = problem(generator, kind)
+    constructor = {name: options.pop(name) for name in ("positives", "normalize") if name in options}
+    got = fl.nn.SupConLoss(**constructor)(x, y, **options)
+    assert torch.equal(got, fl.supcon_loss(x, y, **constructor, **options))
+
+
+@pytest.mark.parametrize("name", ["batch and bank", "own rows"])
+def test_joint_objective_with_a_bank(name: str, generator: torch.Generator) -> None:
+    x, y, options = problem(generator, OWN_KINDS[name] | {"normalize": True})
+    logits = torch.randn(len(y), 104, generator=generator, dtype=torch.float64, requires_grad=True)
+    got = fl.nn.CrossEntropySupConLoss(0.3, normalize=options.pop("normalize"))(logits, x, y, **options)
+    expected = 0.7 * fl.cross_entropy(logits, y) + 0.3 * fl.supcon_loss(x, y, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -336,6 +631,7 @@ def test_modules_refuse_at_construction(make: Any, message: str) -> None:
 
 
 X, Y = torch.eye(3), torch.tensor([0, 0, 1])
+BANK, MASK = {"contrast": X, "contrast_labels": Y}, torch.ones(3, 3, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +641,7 @@ X, Y = torch.eye(3), torch.tensor([0, 0, 1])
         ({"features": X.long()}, TypeError, "torch.int64"),
         ({"features": X[0]}, ValueError, r"features must be \(N, D\).*\(3,\)"),
         ({"labels": Y[:2]}, ValueError, r"labels must be \(3,\).*\(2,\)"),
-        ({"labels": Y.float()}, TypeError, "labels must be int64 or int32, got torch.float32"),
+        ({"labels": Y.float()}, TypeError, "labels must be int64, int32, .* or uint8, got torch.float32"),
         ({"labels": Y.to("meta")}, ValueError, "labels is on meta"),
         ({"temperature": 0.0}, ValueError, "temperature must be greater than 0, got 0.0"),
         ({"temperature": -1}, ValueError, "temperature must be greater than 0, got -1"),
@@ -360,6 +656,34 @@ X, Y = torch.eye(3), torch.tensor([0, 0, 1])
         ({"contrast": X[:, :2], "contrast_labels": Y}, ValueError, "contrast has D = 2 features, but features 3"),
         ({"contrast": X.double(), "contrast_labels": Y}, TypeError, "contrast is torch.float64"),
         ({"contrast": X, "contrast_labels": Y[:1]}, ValueError, r"contrast_labels must be \(3,\)"),
+        ({"labels": None}, TypeError, "labels or positive_mask must say which pairs are positives"),
+        ({"self_index": Y}, TypeError, "self_index was given without contrast"),
+        ({"contrast_includes_batch": True}, TypeError, "contrast_includes_batch was given without contrast"),
+        (BANK | {"contrast_includes_batch": 1}, TypeError, "contrast_includes_batch must be a bool, got 1"),
+        (BANK | {"contrast_includes_batch": True, "self_index": Y}, ValueError, "both say which row of contrast"),
+        (BANK | {"self_index": [0, 1, 2]}, TypeError, "self_index must be a tensor, got list"),
+        (
+            BANK | {"self_index": Y.float()},
+            TypeError,
+            "self_index must be int64, int32, .* or uint8, got torch.float32",
+        ),
+        (BANK | {"self_index": Y[:2]}, ValueError, r"self_index must be \(3,\), one an anchor, got shape \(2,\)"),
+        (BANK | {"self_index": Y.to("meta")}, ValueError, "self_index is on meta"),
+        (BANK | {"self_index": Y + 2}, IndexError, "self_index 3 is out of range for 3 rows of contrast"),
+        (BANK | {"self_index": Y - 2}, IndexError, "self_index -2 is out of range"),
+        ({"contrast": X[:2], "contrast_labels": Y[:2], "contrast_includes_batch": True}, ValueError, "it has 2"),
+        (
+            {"contrast": X, "contrast_labels": 1 - Y, "contrast_includes_batch": True},
+            ValueError,
+            "row 0 has label 0 there and 1 in contrast_labels",
+        ),
+        ({"positive_mask": MASK}, ValueError, "positive_mask and labels both say which pairs are positives"),
+        (BANK | {"labels": None, "positive_mask": MASK}, ValueError, "positive_mask and contrast_labels both say"),
+        ({"labels": None, "positive_mask": X}, TypeError, "positive_mask must be bool, got torch.float32"),
+        ({"labels": None, "positive_mask": MASK[:, :2]}, ValueError, r"positive_mask must be \(3, 3\)"),
+        ({"labels": None, "positive_mask": MASK.to("meta")}, ValueError, "positive_mask is on meta"),
+        ({"features": X[None, None]}, ValueError, r"or \(N, views, D\), got shape \(1, 1, 3, 3\)"),
+        ({"features": X[:, None], "labels": Y[:2]}, ValueError, r"labels must be \(3,\), one an example"),
         ({"features": X * torch.tensor([[1.0], [0], [1]])}, ValueError, "row 1 of features is zero"),
         ({"contrast": X * 0, "contrast_labels": Y}, ValueError, "row 0 of contrast is zero"),
         ({"impl": "abacus"}, ValueError, "'abacus'"),

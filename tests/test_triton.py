@@ -308,6 +308,21 @@ def test_supervised_contrastive_loss_of_products(generator):
     torch.testing.assert_close(results[1], results[2])
 
 
+@pytest.mark.parametrize("own", [{"contrast_includes_batch": True}, {"self_index": torch.arange(40) - 1}])
+def test_anchors_among_the_others_are_masked(own, generator):
+    """-1 names none of them, and is no row that is ignored."""
+    features = torch.randn(40, 16, generator=generator).requires_grad_()
+    bank = torch.randn(30, 16, generator=generator).requires_grad_()
+    labels = torch.randint(5, (70,), generator=generator)
+    results = []
+    for impl in ("triton_fused", "triton", "cpu"):
+        contrast = torch.cat([features, bank])
+        loss = fl.supcon_loss(features, labels[:40], contrast=contrast, contrast_labels=labels, impl=impl, **own)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (features, bank))))
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[2])
+
+
 def test_products_are_for_linear_forms():
     z, target = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="impl='triton_fused' is for linear forms; losses of logits take one of ref"):

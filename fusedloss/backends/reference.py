@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_indices, compute_dtype
+from ..checks import check_indices, compute_dtype, may_read
 from ..epilogue import Epilogue, Shared
 from ..statistics import Picks, Statistics, Targets, assemble, dense_columns
 
@@ -64,7 +64,7 @@ def _statistics(
 ) -> tuple[Tensor, Statistics, Tensor, Tensor]:
     """Logits in the compute dtype, those of ignored rows 0; their statistics; which rows are ignored, which invalid."""
     classes = logits.shape[-1]
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_read(target):
         check_indices("target", target, classes, ignore_index)
         if candidates is not None:
             check_indices("candidate", candidates, classes, None)
