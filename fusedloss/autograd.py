@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, vocabulary
+from . import ops, transforms, vocabulary
 from .backends import reference
 from .checks import compute_dtype
 from .epilogue import Epilogue, Overlap, Shared
@@ -138,7 +138,7 @@ class _RowLoss(torch.autograd.Function):
         params = list(saved[9:])
         form, epilogue, shared, ignore_index, _, inplace, impl = ctx.settings
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if transforms.plain_backward(grad_output, inplace=inplace):
 
             def losses(z: Tensor) -> tuple[Tensor]:
                 rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
@@ -235,7 +235,7 @@ class _LinearSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
-        last = not _graph_is_kept()
+        last = not (_graph_is_kept() or transforms.active(grad_output))
         scaled = (
             _scaled(gradient, grad_output, source.dtype, last) if need else None
             for need, gradient, source in zip(needed, gradients, sources, strict=True)
@@ -268,9 +268,12 @@ class _ClassSums(torch.autograd.Function):
         params = list(saved[5:])
         overlap, ignore_index, inplace, impl = ctx.settings
         needed = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            sums = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)[0]
-            return *differentiable((logits, row_weight), needed, [sums], [grad_sums]), *nothing
+        if transforms.plain_backward(grad_sums, inplace=inplace):
+
+            def sums(z: Tensor, w: Tensor | None) -> list[Tensor]:
+                return [reference.class_sums(z, target, w, params, overlap.function, ignore_index)[0]]
+
+            return *differentiable((logits, row_weight), needed, sums, [grad_sums]), *nothing
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(logits.dtype)).contiguous().unbind()
         params.append(agreement[Targets.of(target, logits.shape[1], ignore_index).safe])
@@ -311,6 +314,8 @@ def _graph_is_kept() -> bool:
 
 def scaled_once(gradient: Tensor, factor: Tensor, impl: str) -> Tensor:
     """A saved gradient of logits, in place where nobody will look at it again."""
+    if transforms.active(factor):
+        return (gradient * factor).to(gradient.dtype)
     if _graph_is_kept():
         gradient = gradient.clone()
     ops.scale_(gradient, factor, impl)
@@ -356,19 +361,29 @@ def _dense_gradients(
     outputs_of: Callable[[Tensor], Sequence[Tensor]],
     grad_outputs: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients by `sources` of a function of their logits."""
-    with torch.enable_grad():
-        logits = sources[0] if form is None else dense_logits(sources[0], sources[1], sources[2], form, target)
-        return differentiable(sources, needed, outputs_of(logits), grad_outputs)
+    """Gradients by `sources` of a function of their logits, in plain PyTorch."""
+
+    def outputs(first: Tensor, weight: Any = None, bias: Any = None) -> Sequence[Tensor]:
+        return outputs_of(first if form is None else dense_logits(first, weight, bias, form, target))
+
+    return differentiable(sources, needed, outputs, grad_outputs)
 
 
 def differentiable(
-    inputs: Sequence[Any], needed: Sequence[bool], outputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    outputs_of: Callable[..., Sequence[Tensor]],
+    grad_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs that are needed, themselves differentiable."""
+    """The gradients of the inputs that are needed, themselves differentiable where the backward is."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # An input that was made of another must not pass its gradient on to that.
+        own = [x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True)]
+        outputs = outputs_of(*own)
     pairs = [(x, g) for x, g in zip(outputs, grad_outputs, strict=True) if x.requires_grad and g is not None]
-    wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=True))
+    wanted = [x for x, need in zip(own, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph))
     return tuple(next(grads) if need else None for need in needed)
 
 
@@ -485,8 +500,8 @@ class _RowStatistics(torch.autograd.Function):
         form, ignore_index, picks, inplace, impl, shards = ctx.settings
         needed = ctx.needs_input_grad[:3]
         if shards is not None:
-            vocabulary.differentiated_once()
-        if torch.is_grad_enabled():
+            vocabulary.differentiated_once(*grads)
+        if transforms.plain_backward(*grads, inplace=inplace):
 
             def columns(z: Tensor) -> Columns:
                 index, ignored, _ = Targets.of(target, z.shape[-1], ignore_index)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import transforms
 from .projection import Projection
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,8 +27,9 @@ def may_read(x: Tensor) -> bool:
     """Tell whether the host may look at the values of `x`.
 
     On a GPU that would stall the stream. While a graph is traced (torch.compile, torch.export, make_fx, FakeTensorMode)
-    there are no values, or they are only an example.
+    there are no values, or they are only an example. Under a function transform they are those of transforms.values.
     """
+    x = transforms.values(x)
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -76,6 +79,7 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
             f"{name} must be a number, a 0-d tensor or of the target's shape {tuple(target.shape)}, "
             f"got shape {tuple(value.shape)}"
         )
+    value = transforms.values(value)
     if may_read(value) and value.numel():
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
@@ -90,7 +94,7 @@ def _range(low: float, high: float, above: bool = False) -> str:
 
 def is_dtensor(x: object) -> bool:
     # By its name, since importing the class would import half of torch.distributed.
-    return type(x).__name__ == "DTensor"
+    return isinstance(x, Tensor) and type(transforms.values(x)).__name__ == "DTensor"
 
 
 def check_local(name: str, value: Tensor) -> None:
@@ -157,6 +161,30 @@ def check_weight(weight: object, input: Tensor | Projection, classes: int) -> No
         raise ValueError("weight requires grad, but class weights are not differentiated; detach them")
 
 
+def check_no_leaf(input: Tensor) -> None:
+    """Refuse logits for an in-place gradient that would overwrite a leaf, as PyTorch refuses in-place work on one."""
+    if torch.is_grad_enabled() and input.requires_grad and (input.is_leaf or _is_memory_of_a_leaf(input)):
+        raise RuntimeError(
+            f"inplace_backward would overwrite a leaf that requires grad with its gradient: the input of shape "
+            f"{tuple(input.shape)} is the leaf itself, a view of it or its memory, handed through by an identity; "
+            "pass computed logits (input * 1 is a copy), or drop inplace_backward"
+        )
+
+
+def _is_memory_of_a_leaf(x: Tensor) -> bool:
+    """Walk from x to the leaves that it is made of, as far as each step has one input: no other step is an identity."""
+    if x._base is not None and x._base.is_leaf and x._base.requires_grad:
+        return True
+    memory, node = x.untyped_storage()._cdata, x.grad_fn
+    while node is not None:
+        inputs: list[Any] = [function for function, _ in node.next_functions if function is not None]
+        leaves = [function.variable for function in inputs if type(function).__name__ == "AccumulateGrad"]
+        if any(leaf.untyped_storage()._cdata == memory for leaf in leaves):
+            return True
+        node = inputs[0] if len(inputs) == 1 else None
+    return False
+
+
 def check_candidates(candidates: object, target: Tensor) -> None:
     """Candidate classes: (*) or (*, k) beside a target (*)."""
     if not isinstance(candidates, Tensor):
@@ -175,6 +203,7 @@ def check_candidates(candidates: object, target: Tensor) -> None:
 
 def check_indices(name: str, index: Tensor, classes: int, ignore_index: int | None) -> None:
     """Raises IndexError for the first index outside [0, classes) that is not `ignore_index`. CPU tensors only."""
+    index = transforms.values(index)
     bad = (index < 0) | (index >= classes)
     if ignore_index is not None:
         bad &= index != ignore_index
@@ -211,7 +240,9 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
     if isinstance(normalizer, Tensor):
         if normalizer.dim():
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
+        normalizer = transforms.values(normalizer)
         if may_read(normalizer):
-            check_number("normalizer", normalizer.item(), 0)  # 0: a count of no targets
+            for number in normalizer.flatten().tolist():
+                check_number("normalizer", number, 0)  # 0: a count of no targets
     else:
         check_number("normalizer", normalizer, 0, above=True)

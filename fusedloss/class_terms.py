@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, ops, transforms
 from .checks import compute_dtype
 from .projection import Form, dense_logits
 from .vocabulary import IGNORED, VocabularyShards, columns
@@ -71,7 +71,8 @@ class Wanted(NamedTuple):
         """`logits`: for which alone there may be slopes to be made, of one process. Ranks make them all or none."""
         learnt = tuple(p.requires_grad for p in params)
         grad_mode = torch.is_grad_enabled()
-        return Wanted(grad_mode and (logits is None or logits.requires_grad or any(learnt)), learnt, grad_mode)
+        slopes = grad_mode and (logits is None or logits.requires_grad or any(learnt))
+        return Wanted(slopes or transforms.traced(), learnt, grad_mode)
 
 
 class Coefficients(NamedTuple):

@@ -146,9 +146,9 @@ def _count(target: Tensor, ignore_index: int, weight: Tensor | None, token_weigh
     product = target.new_ones(target.shape, dtype=torch.float64)
     if weight is not None:
         known = (target >= 0) & (target < len(weight))
-        product *= weight.detach()[target.clamp(0, len(weight) - 1)].masked_fill(~known, torch.nan)
+        product = product * weight.detach()[target.clamp(0, len(weight) - 1)].masked_fill(~known, torch.nan)
     if token_weight is not None:
-        product *= token_weight.detach()
+        product = product * token_weight.detach()
     return product.masked_fill(~counted, 0).sum()
 
 

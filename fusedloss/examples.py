@@ -37,7 +37,7 @@ class Example:
     def works_in_place(self, impl: str | None = None, device: torch.device | None = None) -> bool:
         """Whether `inplace_backward` makes the gradient take the logits' memory; some losses and some
         implementations refuse it or do without."""
-        logits = torch.zeros(1, 3, requires_grad=True, device=device)
+        logits = torch.zeros(1, 3, requires_grad=True, device=device).clone()  # not a leaf
         target = torch.zeros(1, dtype=torch.int64, device=device)
         try:
             loss = self.loss(logits, target, **self.arguments, inplace_backward=True, impl=impl)

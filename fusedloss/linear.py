@@ -178,7 +178,8 @@ def _budget(budget: int | None) -> int:
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
     device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
+    # Asked about a device that has no autocast, such as "meta", PyTorch raises.
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

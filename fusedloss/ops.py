@@ -116,14 +116,14 @@ _library.define(
 )
 _library.define(
     f"linear_row_loss({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, "
-    "Tensor? row_weight, bool[] needed, str epilogue, float label_smoothing, str smoothing_over, float z_loss, "
+    "Tensor? row_weight, int[] needed, str epilogue, float label_smoothing, str smoothing_over, float z_loss, "
     f"int ignore_index, int top_k, {_FORM}) -> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, "
     "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define(f"linear_term_sums({_LINEAR}, {_TERM_SUMS_ARGUMENTS}, {_FORM}) -> Tensor")
 _library.define(
     f"linear_gradient({_LINEAR}, Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, "
-    f"Tensor? grad_output, Tensor[] params, bool[] needed, str epilogue, int ignore_index, {_FORM}) "
+    f"Tensor? grad_output, Tensor[] params, int[] needed, str epilogue, int ignore_index, {_FORM}) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 

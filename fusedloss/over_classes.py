@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backends, ops
+from . import autograd, backends, ops, transforms
 from .autograd import Source
 from .backends import reference
 from .checks import compute_dtype
@@ -171,9 +171,12 @@ class _RowSum(torch.autograd.Function):
         grad_output = grad_output.to(compute_dtype(logits.dtype))
         needed = (ctx.needs_input_grad[0], *learnt)
         if torch.is_grad_enabled():
-            rows = reference.row_losses(logits, target, weight, None, params, epilogue, shared, ignore_index)[0]
-            total = autograd.weighted_sum(rows, row_weight)
-            of_logits, *of_params = autograd.differentiable((logits, *params), needed, [total], [grad_output])
+
+            def total(z: Tensor, *p: Tensor) -> list[Tensor]:
+                rows = reference.row_losses(z, target, weight, None, list(p), epilogue, shared, ignore_index)[0]
+                return [autograd.weighted_sum(rows, row_weight)]
+
+            of_logits, *of_params = autograd.differentiable((logits, *params), needed, total, [grad_output])
             return of_logits, *nothing, *of_params
         of_logits = None if gradient is None else autograd.scaled_once(gradient, grad_output, impl)
         return of_logits, *nothing, *_of_params(params, learnt, [x * grad_output for x in by_rows])
@@ -222,11 +225,11 @@ class _RowLosses(torch.autograd.Function):
         sums, weight, *saved = ctx.saved_tensors
         *_, shards, wanted = ctx.settings
         terms = _RowLosses._terms(ctx.settings, weight, saved)
-        if shards is None and torch.is_grad_enabled():
+        if shards is None and transforms.plain_backward(grad_loss, grad_lse, grad_mean):
             needed, by_outputs = (ctx.needs_input_grad[0], *wanted.learnt), (grad_loss, grad_lse, grad_mean)
             of_logits, *of_params = _dense_gradients(terms, ctx.settings[1], weight, needed, by_outputs)
             return of_logits, *(None,) * 5, *of_params
-        differentiated_once()
+        differentiated_once(grad_loss, grad_lse, grad_mean)
         classes, own = (terms.classes, weight) if shards is None else (shards.classes, shards.weight(weight))
         a, u = _of_statistics(grad_lse, grad_mean, weight, classes)
         grad_loss = torch.zeros_like(sums[LOSS]) if grad_loss is None else grad_loss
@@ -252,12 +255,14 @@ def _dense_gradients(
     by_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Of logits and parameters, differentiable, from those of loss, lse and mean_ce."""
-    logits, target, params = terms.sources[0], terms.rows.target, list(terms.params)
-    with torch.enable_grad():
-        loss, s = reference.row_losses(logits, target, weight, None, params, epilogue, Shared(), ignore_index=-1)
-        ce = s.lse[:, None] - logits.to(loss.dtype).masked_fill(terms.rows.ignored[:, None], 0)
-        outputs = (loss, s.lse, (ce if weight is None else ce * weight).mean(-1))
-        return autograd.differentiable((logits, *params), needed, outputs, by_outputs)
+
+    def outputs(z: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
+        rows = (terms.rows.target, weight, None, list(p))
+        loss, s = reference.row_losses(z, *rows, epilogue, Shared(), ignore_index=-1)
+        ce = s.lse[:, None] - z.to(loss.dtype).masked_fill(terms.rows.ignored[:, None], 0)
+        return loss, s.lse, (ce if weight is None else ce * weight).mean(-1)
+
+    return autograd.differentiable((terms.sources[0], *terms.params), needed, outputs, by_outputs)
 
 
 class _OverRows(torch.autograd.Function):
@@ -285,7 +290,7 @@ class _OverRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_result: Tensor, *_: Any):  # type: ignore[no-untyped-def]
-        differentiated_once()
+        differentiated_once(grad_result)
         row_weight, sums, by_rows, *saved = ctx.saved_tensors
         *_, shards, wanted = ctx.settings
         terms = _OverRows._by_sums(ctx.settings, _OverRows._pairs(ctx.settings, saved), sums, grad_result)

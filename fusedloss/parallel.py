@@ -18,8 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import transforms
+
 
 def check_group(group: object) -> None:
+    transforms.refuse("a process group")
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
             f"group was given, {group!r}, but torch.distributed is not initialised; call "
@@ -101,6 +104,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        transforms.refuse("a process group", grad)
         ranks = ctx.ranks
         parts = grad.clone(memory_format=torch.contiguous_format).split(ranks.rows)
         pending = [
@@ -137,6 +141,7 @@ class _Shared(torch.autograd.Function):
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:
+    transforms.refuse("a process group", x)
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=group)
     return x

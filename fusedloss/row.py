@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, backends, checks, class_terms, ops, over_classes, vocabulary
+from . import autograd, backends, checks, class_terms, ops, over_classes, transforms, vocabulary
 from .autograd import Source
 from .backends import reference
 from .epilogue import Epilogue, Shared
@@ -73,8 +73,9 @@ ranks, of which :func:`~fusedloss.normalizer` counts the targets; or "token_weig
 token weights of the targets that count.""",
     "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
     "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
-needed after that; a second backward raises. Needs an implementation with kernels. Under
-torch.compile the gradient is a new tensor all the same.""",
+needed after that; a second backward raises. Needs an implementation with kernels, and computed
+logits; those in the memory of a leaf that requires grad raise. Under torch.compile the gradient is a
+new tensor all the same.""",
     "group": """of torch.distributed: this rank has the logits of some of the classes, any number, its ranks one
 after the other have those of all. Targets, class weights, candidates and all else are of all
 classes, and the same on every rank; so are the loss and the upstream gradients. A
@@ -82,7 +83,8 @@ classes, and the same on every rank; so are the loss and the upstream gradients.
     "impl": """"cpu", "triton" or "cuda" (GPUs), or "reference"; None takes FUSEDLOSS_IMPL or else the fastest
 that is ready. "cuda" makes the gradient of "mean" and "sum" with the loss, of one read of the logits, and the backward
 does nothing where the upstream gradient is 1; where it is not, bfloat16 gradients are rounded twice. Not so for
-float16, whose gradients could vanish before they are scaled, and under torch.compile.""",
+float16, whose gradients could vanish before they are scaled, and under torch.compile. Under function transforms
+(torch.func, forward-mode differentiation) "reference" runs, whatever is named.""",
 }
 
 _SHAPES_DOC = """
@@ -93,7 +95,8 @@ Shapes:
 Raises:
     TypeError, ValueError: an argument of the wrong kind, shape or range.
     IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
-    RuntimeError: the named implementation cannot run here.
+    RuntimeError: the named implementation cannot run here; `inplace_backward` would overwrite a leaf; a function
+        transform together with `inplace_backward` or `group`.
 """
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
@@ -160,6 +163,7 @@ def prepare(
             raise TypeError(f"{'linear_' * linear}{name}() got an unexpected keyword argument {option!r}")
     o: RowOptions = {**_DEFAULTS, **options}
     checks.check_logits(input, target)
+    given = input
     if checks.is_dtensor(input):
         if o["group"] is not None:
             raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
@@ -175,6 +179,10 @@ def prepare(
         checks.check_candidates(candidates, target)
         count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
     impl = backends.resolve(o["impl"], input.device, linear, input.dtype, input.shape[-1], count)
+    if transforms.active():
+        impl = "reference"
+        if o["inplace_backward"]:
+            transforms.refuse("inplace_backward=True")
     if isinstance(input, Projection) and impl != "reference":
         checks.check_readable("linear_weight", input.weight)
     if shards is not None:
@@ -191,6 +199,9 @@ def prepare(
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if inplace and impl == "reference":
         raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
+    if inplace:
+        assert isinstance(given, Tensor)
+        checks.check_no_leaf(given)
     index = target.reshape(-1).contiguous()
     weight = o["weight"]
     if weight is not None:
@@ -312,7 +323,8 @@ def _dispatch(
     if compiled and shards is None:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and candidates is None))
-        if isinstance(logits, Projection) and not unreduced and fixed:
+        # A trace would keep which gradients were asked for.
+        if isinstance(logits, Projection) and not unreduced and fixed and not transforms.traced():
             loss, statistics, index = autograd.linear_sum(
                 logits, target, weight, candidates, params, token_weight, epilogue, shared, ignore_index, top_k, impl
             )
@@ -375,6 +387,7 @@ def _may_scale(logits: Tensor, divisor: float | Tensor | None, params: list[Tens
         and logits.dtype != torch.float16
         # A compiled backward would not know whether it may scale in place, and copy.
         and not torch.compiler.is_compiling()
+        and not transforms.traced()
     )
 
 

@@ -160,7 +160,7 @@ def _fused(logits: Tensor, example: Example, target: Tensor, **options: Any) -> 
 
 
 def _run(loss: Callable[[Tensor], Tensor], logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    z = logits.clone().requires_grad_()
+    z = logits.detach().requires_grad_().clone()  # not a leaf, whose memory a gradient must not take
     result = loss(z)
     (gradient,) = torch.autograd.grad(result, z, (upstream if result.dim() else upstream[0]).to(result.dtype))
     return result.detach(), gradient

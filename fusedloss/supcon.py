@@ -9,12 +9,14 @@ positives, needs no pairs: the features of each label are summed once.
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import parallel
+from . import parallel, transforms
+from .autograd import differentiable
 from .checks import DTYPES, INDEX_DTYPES, check_choice, check_local, check_number, compute_dtype, may_read
 from .epilogue import Epilogue
 from .projection import Form, Projection
@@ -145,6 +147,9 @@ def supcon_loss(
         own, other_labels = ranks.own.start, parallel.whole(labels, ranks)
         others = parallel.gather(anchors, ranks)
     pairs = _Pairs(anchors, others, labels, other_labels, mask, own)
+    if transforms.active():
+        loss = _definition(pairs, positives, reduction)
+        return loss.reshape(shape) if reduction == "none" else loss
 
     ordered = None if other_labels is None else other_labels.sort().values
     count = _count(pairs, ordered)
@@ -218,7 +223,7 @@ class _Pairs(NamedTuple):
 
     def similarity(self, rows: slice) -> Tensor:
         """That of some anchors to all others."""
-        with torch.autocast(self.anchors.device.type, enabled=False):
+        with _without_autocast(self.anchors):
             return self.anchors[rows] @ self.others.t()
 
     def chunks(self) -> list[slice]:
@@ -343,6 +348,7 @@ def _check_own(
 ) -> None:
     """Checks which rows of the contrast set are said to be the anchors themselves."""
     rows = contrast.shape[0]
+    self_index = None if self_index is None else transforms.values(self_index)
     if self_index is not None and may_read(self_index):
         bad = (self_index < -1) | (self_index >= rows)
         if bad.any():
@@ -356,7 +362,7 @@ def _check_own(
         raise ValueError(
             f"contrast_includes_batch says that contrast begins with the {anchors} rows of features, but it has {rows}"
         )
-    if labels is not None and contrast_labels is not None and may_read(labels):
+    if labels is not None and contrast_labels is not None and may_read(labels) and not transforms.active():
         bad = labels != contrast_labels[:anchors]
         if bad.any():
             row = int(bad.nonzero()[0, 0])
@@ -372,8 +378,11 @@ def _check_options(temperature: object, normalize: object, positives: str, reduc
     elif temperature.dim() or not temperature.is_floating_point():
         got = f"{temperature.dtype} of shape {tuple(temperature.shape)}"
         raise ValueError(f"temperature must be a number or a 0-d floating point tensor, got {got}")
-    elif may_read(temperature):
-        check_number("temperature", float(temperature.detach()), 0, above=True)
+    else:
+        temperature = transforms.values(temperature)
+        if may_read(temperature):
+            for number in temperature.detach().flatten().tolist():
+                check_number("temperature", number, 0, above=True)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be a bool, got {normalize!r}")
     check_choice("positives", positives, ("out", "in"))
@@ -390,6 +399,9 @@ def _prepared(name: str, features: Tensor, normalize: bool, root: Tensor) -> Ten
         return x / root
     rows, columns = x.shape
     largest = torch.linalg.vector_norm(x.detach(), torch.inf, -1, keepdim=True) if columns else x.new_zeros(rows, 1)
+    if transforms.active():
+        direction = x / largest
+        return direction / (direction.norm(dim=-1, keepdim=True) * root)
     if may_read(x) and not largest.all():
         row = int((largest[:, 0] == 0).nonzero()[0, 0])
         raise ValueError(f"row {row} of {name} is zero and has no direction; drop it, or pass normalize=False")
@@ -430,6 +442,8 @@ class _Direction(torch.autograd.Function):
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Of each row."""
+    if transforms.active(y):
+        return (x * y).sum(-1)  # PyTorch cannot slice a batched gradient
     return sum(((x[:, c] * y[:, c]).sum(-1) for c in _columns(x)), x.new_zeros(x.shape[0]))
 
 
@@ -538,7 +552,15 @@ class _SumSimilarity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         anchors, others, slot, other_slot = ctx.saved_tensors
-        first, grad = ctx.first, grad[:, None]
+        first = ctx.first
+        if transforms.active(grad):
+
+            def similarity(x: Tensor, y: Tensor | None) -> list[Tensor]:
+                others, labels = (x, slot) if y is None or other_slot is None else (y, other_slot)
+                return [_of_positives(_Pairs(x, others, slot, labels, None, first), slice(None), lse=False)]
+
+            return *differentiable((anchors, others), ctx.needs_input_grad[:2], similarity, [grad]), None, None, None
+        grad = grad[:, None]
         if same := others is None:
             others, other_slot = anchors, slot
         by_anchors = torch.zeros_like(anchors)
@@ -587,14 +609,15 @@ class _OverPositives(torch.autograd.Function):
         pairs = _Pairs(*tensors)
         anchors, others = pairs[:2]
         needed, nothing = ctx.needs_input_grad[:2], (None,) * 5
-        if torch.is_grad_enabled():
-            values = _of_positives(pairs, slice(None), ctx.lse)
-            wanted = [x for x, need in zip((anchors, others), needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(values, wanted, grad, create_graph=True))
-            return *(next(grads) if need else None for need in needed), *nothing
+        if transforms.plain_backward(grad):
+
+            def values(x: Tensor, y: Tensor) -> list[Tensor]:
+                return [_of_positives(pairs._replace(anchors=x, others=y), slice(None), ctx.lse)]
+
+            return *differentiable((anchors, others), needed, values, [grad]), *nothing
         by_anchors = torch.empty_like(anchors) if needed[0] else None
         by_others = torch.zeros_like(others) if needed[1] else None
-        with torch.autocast(anchors.device.type, enabled=False):
+        with _without_autocast(anchors):
             for rows in pairs.chunks():
                 positive, upstream = pairs.positives(rows), grad[rows, None]
                 if ctx.lse:
@@ -617,6 +640,38 @@ def _of_positives(pairs: _Pairs, rows: slice, lse: bool) -> Tensor:
     # Without positives none is masked.
     apart = ~positive & positive.any(-1, keepdim=True)
     return similarity.masked_fill(apart, -torch.inf).logsumexp(-1)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Turn autocast off on the device of x, if it has any: "meta" has none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _definition(pairs: _Pairs, positives: str, reduction: str) -> Tensor:
+    """Compute the loss of all pairs at once in plain PyTorch, which goes through function transforms."""
+    every = slice(None)
+    similarity, count = pairs.similarity(every), pairs.positives(every).sum(-1)
+    compared = count > 0
+    if positives == "in":
+        positive_term = _of_positives(pairs, every, lse=True) - count.clamp(min=1).log()
+    else:
+        positive_term = _of_positives(pairs, every, lse=False) / count.clamp(min=1)
+    own = pairs.own_index()
+    if own is not None:
+        itself = own[:, None] == torch.arange(pairs.others.shape[0], device=own.device)
+        similarity = similarity.masked_fill(itself, -torch.inf)
+    # An anchor without positives may be without any other at all.
+    lse = similarity.masked_fill(~compared[:, None], 0).logsumexp(-1)
+    loss = torch.where(compared, lse - positive_term, 0)
+    if reduction == "none":
+        return loss
+    divisors: dict[str, Tensor | int] = {
+        "mean": compared.sum().clamp(min=1),
+        "mean_all": max(1, compared.shape[0]),
+        "sum": 1,
+    }
+    return loss.sum() / divisors[reduction]
 
 
 def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: str | None) -> Tensor:

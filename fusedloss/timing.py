@@ -99,7 +99,8 @@ class Contest:
 
     def step(self, name: str) -> Step:
         """Forward and backward of one loss, after `prepare`."""
-        logits = self._written.detach().requires_grad_()
+        # Computed logits: a leaf's memory is not for gradients to take.
+        logits = self._written.detach().add_(self._written.new_zeros((), requires_grad=True))
         start = perf_counter()
         loss = self.losses[name](logits)
         middle = perf_counter()

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, parallel
+from . import ops, parallel, transforms
 from .checks import check_int, is_dtensor
 from .projection import Form, Projection
 from .statistics import Picks, of_target
@@ -193,6 +193,7 @@ def send_rows(gradient: Tensor, rows: slice, own: Tensor, group: str) -> list[Ca
 
 def local_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyShards | None]:
     """What this rank has of a DTensor whose dimension `dim` is the classes, and how they are divided, None if not."""
+    transforms.refuse("a DTensor")
     where = f"{name} is a DTensor with placements {tuple(x.placements)}"
     divided = [axis for axis, placement in enumerate(x.placements) if not placement.is_replicate()]
     if not divided:
@@ -267,6 +268,7 @@ def shards_of(group: object, input: Tensor | Projection) -> VocabularyShards | N
     classes = input.shape[-1]
     if group is None:
         return None
+    transforms.refuse("group")
     if not isinstance(group, VocabularyShards):
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -331,8 +333,9 @@ def rows_here(
     return column, shards.weight(weight), candidates
 
 
-def differentiated_once() -> None:
+def differentiated_once(*gradients: Tensor | None) -> None:
     """Raises in a backward that is itself to be differentiated."""
+    transforms.refuse("a process group", *gradients)
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a vocabulary-parallel loss is differentiated once: its second derivative would need the logits of all "

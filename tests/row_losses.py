@@ -34,5 +34,11 @@ LOSSES: dict[str, Any] = {
 #: Those that run on a compiled epilogue or between the compiled passes, and so can take the logits' memory.
 INPLACE = [name for name in LOSSES if name != "flex_loss classes"]
 
+
+def computed(z: Tensor) -> Tensor:
+    """Give `z` its own memory as the result of a computation: that of a leaf is not for gradients to take."""
+    return z.detach().mul_(torch.ones((), dtype=z.dtype, device=z.device, requires_grad=True))
+
+
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 each_inplace_loss = pytest.mark.parametrize("loss", [LOSSES[name] for name in INPLACE], ids=INPLACE)

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import torch
 from oracle import assert_as_accurate_as
+from row_losses import computed
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -129,7 +130,7 @@ def with_gradient(
     function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient by `z` for the upstream gradient (all ones by default)."""
-    z = z.detach().requires_grad_()
+    z = z.detach().requires_grad_() if z.grad_fn is None else z
     loss = function(z)
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
     (gradient,) = torch.autograd.grad(loss, z, upstream)
@@ -180,7 +181,9 @@ class Problem:
         self, impl: str, upstream: Tensor | None = None, z: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         """The package's loss and gradient."""
-        return with_gradient(lambda x: self.loss(x, impl, **options), self.z if z is None else z, upstream)
+        z = self.z if z is None else z
+        z = computed(z) if options.get("inplace_backward") else z
+        return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
 
     def truth(
         self, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64, **options: Any

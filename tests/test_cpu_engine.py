@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_as_accurate_as
-from row_losses import INPLACE, LOSSES, each_inplace_loss
+from row_losses import INPLACE, LOSSES, computed, each_inplace_loss
 from torch import Tensor
 
 import fusedloss as fl
@@ -59,7 +59,7 @@ def problem(
 
 
 def rows_and_gradient(loss: Callable[..., Tensor], z: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    z = z.detach().requires_grad_()
+    z = computed(z) if options.get("inplace_backward") else z.detach().requires_grad_()
     rows = loss(z, target, reduction="none", **options)
     upstream = torch.linspace(1, 2, rows.numel(), dtype=rows.dtype)
     return rows.detach(), torch.autograd.grad(rows, z, upstream)[0]

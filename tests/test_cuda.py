@@ -25,6 +25,7 @@ import test_tversky
 import torch
 from cuda_host import ROOT, compiler, load
 from kernel_suite import KernelSuite
+from row_losses import computed
 from row_suite import DTYPES, Problem, RowLossSuite, compute_dtype, logits_and_targets, with_gradient
 from torch import Tensor
 
@@ -254,6 +255,18 @@ def test_a_reduced_loss_is_of_one_read(loss, options, upstream, generator, kerne
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_batch_of_gradients_scales_a_copy(dtype, generator, kernel_calls):
+    z, target = _problem(generator, dtype)
+    result = fl.cross_entropy(z, target, impl="cuda")
+    upstream = torch.tensor([1.0, -2.0], dtype=result.dtype)
+    for _ in range(2):  # the saved gradient is left as it is
+        (got,) = torch.autograd.grad(result, z, upstream, is_grads_batched=True, retain_graph=True)
+    assert kernel_calls == ONE_READ
+    (once,) = torch.autograd.grad(result, z)
+    assert torch.equal(got, torch.stack([once, -2 * once]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", REDUCED)
 def test_it_gives_the_bits_of_two_reads(options, dtype, generator, monkeypatch, kernel_calls):
@@ -286,9 +299,9 @@ def test_what_takes_two_reads(options, generator, kernel_calls):
     results = []
     for impl in ("cuda", "cpu"):
         own = {k: v for k, v in options.items() if k != "dtype"}
-        leaf = z.detach().clone().requires_grad_()
-        loss = fl.focal_loss(leaf, target, impl=impl, **own)
-        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+        logits = computed(z.clone())
+        loss = fl.focal_loss(logits, target, impl=impl, **own)
+        results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
     torch.testing.assert_close(*results, rtol=1e-3 if z.dtype == torch.float16 else 1e-5, atol=1e-7)
     assert not {("row_loss_gradient", "cuda"), ("scale_", "cuda")} & kernel_calls.keys()
 

@@ -435,33 +435,107 @@ def test_create_graph_gives_the_reference_derivatives(
     torch.testing.assert_close(penalty(compiled_impl, inplace_backward=inplace), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is")  # by forward mode itself
 @each_loss
-def test_function_transforms_are_right_or_an_error(
-    loss: Callable[..., Any], impl: str, generator: torch.Generator
-) -> None:
-    z, target = problem(4, 9, generator)
-    _, expected = with_gradient(lambda z: loss(z, target, impl=impl), z)
-    expected = expected / -1  # the upstream gradient there
-    try:
-        got = torch.func.grad(lambda z: loss(z, target, impl=impl))(z)
-    except RuntimeError as error:
-        assert impl != "reference" and ("functorch" in str(error) or "torch.func" in str(error))
-    else:
-        torch.testing.assert_close(got, expected)
-
-
-def test_forward_mode_is_right_or_an_error(impl: str, generator: torch.Generator) -> None:
+def test_function_transforms_are_right(loss: Callable[..., Any], impl: str, generator: torch.Generator) -> None:
+    """Whichever implementation was named; test_transforms.py has all transforms of the default."""
     z, target = problem(4, 9, generator)
     direction = torch.randn(4, 9, generator=generator)
-    expected = (with_gradient(lambda z: -fl.cross_entropy(z, target), z)[1] * direction).sum()
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(z, direction)
-        try:
-            result = fl.cross_entropy(dual, target, impl=impl)
-        except (NotImplementedError, RuntimeError):
-            assert impl != "reference"
-        else:
-            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(result).tangent, expected)
+    expected = with_gradient(lambda z: loss(z, target, impl=impl), z)[1] / -1  # the upstream gradient there
+    torch.testing.assert_close(torch.func.grad(lambda z: loss(z, target, impl=impl))(z), expected)
+    _, along = torch.func.jvp(lambda z: loss(z, target, impl=impl), (z,), (direction,))
+    torch.testing.assert_close(along, (expected * direction).sum())
+    leaf = z.clone().requires_grad_()
+    result = loss(leaf, target, impl=impl)
+    (got,) = torch.autograd.grad(result, leaf, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+    torch.testing.assert_close(got, torch.stack([expected, -2 * expected]))
+
+
+def export(module: torch.nn.Module, inputs: tuple[Tensor, ...], grad_mode: bool) -> Any:
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = module
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.loss(*inputs)
+
+    with torch.set_grad_enabled(grad_mode):
+        return torch.export.export(Whole(), inputs).module()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("exported", [False, True], ids=["without gradients", "with gradients"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_exported_linear_module_runs_with_gradients_on(
+    reduction: str, exported: bool, generator: torch.Generator
+) -> None:
+    """Autograd does not look into an operator, which writes its products into memory of its own."""
+    hidden, target = torch.randn(6, 8, generator=generator), torch.randint(9, (6,), generator=generator)
+    for module in (
+        fl.nn.LinearCrossEntropyLoss(8, 9, bias=True, softcap=5.0, reduction=reduction),
+        fl.nn.LinearFlexLoss(8, 9, lambda s: s.ce * s.q, reduction=reduction),
+    ):
+        program = export(module, (hidden, target), exported)
+        torch.testing.assert_close(program(hidden, target), module(hidden, target))
+        with torch.no_grad():
+            torch.testing.assert_close(program(hidden, target), module(hidden, target))
+
+
+def on_meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta", requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "sources"),
+    [
+        (
+            lambda t, h, w, b: fl.linear_cross_entropy(h, w, t, linear_bias=b, softcap=3.0, drop_ignored=True),
+            [(6, 4), (9, 4), (9,)],
+        ),
+        (lambda t, h, w: fl.linear_dsc_loss(h, w, t, reduction="none").sum(), [(6, 4), (9, 4)]),
+        (lambda t, h, w: fl.linear_flex_loss(h, w, t, lambda s: s.ce * s.q), [(6, 4), (9, 4)]),
+        (lambda t, h: fl.nn.LinearFocalLoss(4, 9, device="meta")(h, t), [(6, 4)]),
+        (lambda t, h: fl.nn.LinearFocalLoss(4, 9, device="meta").logits(h).sum(), [(6, 4)]),
+        (lambda t, f: fl.supcon_loss(f, t, positives="in"), [(6, 4)]),
+    ],
+    ids=["sum", "rows", "flex", "module", "logits", "contrastive"],
+)
+def test_meta_tensors(step: Callable[..., Tensor], sources: list[tuple[int, ...]]) -> None:
+    """A device without autocast, as which PyTorch raises where one asks for its state."""
+    target, inputs = torch.zeros(6, dtype=torch.int64, device="meta"), [on_meta(*shape) for shape in sources]
+    result = step(target, *inputs)
+    assert result.shape == () and result.device.type == "meta"
+    for slope, x in zip(torch.autograd.grad(result, inputs), inputs, strict=True):
+        assert slope.shape == x.shape and slope.device.type == "meta"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("traced_with_gradients", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        fl.linear_cross_entropy,
+        lambda h, w, t: fl.linear_dsc_loss(h, w, t, reduction="none").sum(),
+        lambda h, w, t: fl.linear_flex_loss(h, w, t, lambda s: s.ce * s.q),
+        lambda h, w, t: fl.linear_cross_entropy(h, w, t, impl="reference"),
+    ],
+    ids=["sum", "rows", "flex", "reference"],
+)
+def test_a_traced_linear_form(
+    loss: Callable[..., Tensor], traced_with_gradients: bool, generator: torch.Generator
+) -> None:
+    """A trace keeps what it saw in Python: neither the gradients that were asked for then, nor the number of rows."""
+
+    def inputs(rows: int, gradients: bool) -> tuple[Tensor, ...]:
+        sources = [torch.randn(n, 8, generator=generator, requires_grad=gradients) for n in (rows, 9)]
+        return *sources, torch.arange(rows) % 9
+
+    traced = torch.jit.trace(loss, inputs(6, traced_with_gradients))
+    hidden, weight, target = inputs(11, True)
+    results = [f(hidden, weight, target) for f in (traced, loss)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(x, (hidden, weight)) for x in results))
 
 
 @each_loss

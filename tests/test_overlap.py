@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_suite import check_parts_of_the_classes
 from oracle import assert_as_accurate_as
+from row_losses import computed
 from row_suite import (
     DTYPES,
     HALVES,
@@ -119,7 +120,9 @@ class Problem(NamedTuple):
         return oracle.level_loss(self.case.over_rows, z, self.target, **cast(self.options, z.dtype) | options)
 
     def run(self, impl: str, upstream: Tensor | None = None, z: Tensor | None = None, **options: Any) -> Any:
-        return with_gradient(lambda x: self.loss(x, impl, **options), self.z if z is None else z, upstream)
+        z = self.z if z is None else z
+        z = computed(z) if options.get("inplace_backward") else z
+        return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
 
     def truth(self, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
         return with_gradient(lambda x: self.formula(x, **options), self.z.to(dtype), upstream)

@@ -206,6 +206,10 @@ def test_gradcheck(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch, genera
             options["contrast_labels"] = options["contrast_labels"][:5]
         assert torch.autograd.gradcheck(loss, inputs)
         assert torch.autograd.gradgradcheck(loss, inputs)
+        plain, differentiable = (
+            torch.autograd.grad(loss(*inputs).sum(), inputs, create_graph=create) for create in (False, True)
+        )
+        torch.testing.assert_close(plain, differentiable, rtol=1e-9, atol=1e-12)
 
 
 def test_nothing_to_compare_with(kind: dict[str, Any], impl: str, generator: torch.Generator) -> None:
@@ -273,12 +277,13 @@ def test_the_same_bits_twice(kind: dict[str, Any], chunk: int, generator: torch.
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("positives", ["out", "in"])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_compiles_whole(reduction: str, generator: torch.Generator) -> None:
+def test_compiles_whole(reduction: str, positives: str, generator: torch.Generator) -> None:
     x, y, _ = problem(generator, {}, dtype=torch.float32)
 
     def step(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
-        return fl.supcon_loss(x, y, temperature=temperature, reduction=reduction).sum()
+        return fl.supcon_loss(x, y, temperature=temperature, reduction=reduction, positives=positives).sum()
 
     temperature = torch.tensor(0.3, requires_grad=True)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from row_losses import INPLACE, LOSSES, each_inplace_loss, each_loss
+from row_losses import INPLACE, LOSSES, computed, each_inplace_loss, each_loss
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +39,7 @@ def problem(
 def gradient(
     loss: Callable[..., Any], z: Tensor, *arguments: Any, upstream: Tensor | None = None, **options: Any
 ) -> Tensor:
-    z = z.detach().requires_grad_()
+    z = computed(z) if options.get("inplace_backward") else z.detach().requires_grad_()
     (result,) = torch.autograd.grad(loss(z, *arguments, **options), z, upstream)
     return result
 
@@ -296,7 +296,7 @@ def test_inplace_backward_raises_the_version(loss: Callable[..., Any], generator
     z, target = problem(4, 3000, generator)
     expected = gradient(loss, z, target)
 
-    logits = z.clone().requires_grad_()
+    logits = computed(z.clone())
     result = loss(logits, target, inplace_backward=True)
     assert torch.equal(logits.detach(), z)  # not before the backward
     (got,) = torch.autograd.grad(result, logits, retain_graph=True)
@@ -317,6 +317,48 @@ def test_inplace_backward_raises_the_version(loss: Callable[..., Any], generator
     other = fl.focal_loss(logits, target)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (other + loss(logits, target, inplace_backward=True)).backward()
+
+
+class _Identity(torch.autograd.Function):
+    """An identity as packages write them, which autograd cannot know for one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return x.detach() if other is None else x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return grad, grad.sum() if ctx.needs_input_grad[1:] == (True,) else None
+
+
+#: From a leaf (8, 9) that requires grad, logits (4, 9) in its memory.
+LEAVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a leaf": lambda leaf: leaf[:4].detach().requires_grad_(),
+    "narrow": lambda leaf: leaf.narrow(0, 2, 4),
+    "chunk": lambda leaf: leaf.chunk(2)[1],
+    "a view of a view": lambda leaf: leaf.view(2, 2, 2, 9)[1].view_as(leaf[:4]),
+    "identities": lambda leaf: torch.nn.functional.dropout(torch.nn.Identity()(leaf[:4]), 0.0, True),
+    "a function": lambda leaf: _Identity.apply(leaf)[:4],
+    "functions": lambda leaf: _Identity.apply(_Identity.apply(leaf[:4])),
+    "a function of two": lambda leaf: _Identity.apply(leaf[:4], torch.ones((), requires_grad=True)),
+}
+
+
+@pytest.mark.parametrize("make", LEAVES.values(), ids=LEAVES.keys())
+def test_an_in_place_gradient_never_overwrites_a_leaf(make: Callable[[Tensor], Tensor]) -> None:
+    leaf = torch.randn(8, 9, requires_grad=True)
+    target, message = torch.arange(4), r"inplace_backward would overwrite a leaf .* the input of shape \(4, 9\)"
+    for loss in (fl.cross_entropy, partial(fl.dsc_loss, level="set"), partial(fl.flex_loss, loss_fn=lambda s: s.q)):
+        with pytest.raises(RuntimeError, match=message):
+            loss(make(leaf), target, inplace_backward=True)
+    # Nothing is overwritten without gradients, nor in the memory of a copy.
+    with torch.no_grad():
+        fl.cross_entropy(make(leaf), target, inplace_backward=True)
+    fl.cross_entropy(make(leaf).detach(), target, inplace_backward=True)
+    before = leaf.detach().clone()
+    copy = make(leaf) * 1
+    fl.cross_entropy(_Identity.apply(copy.view(2, 2, 9)), target.view(2, 2), inplace_backward=True).backward()
+    assert torch.equal(leaf.detach(), before) and not torch.equal(copy, make(leaf))
 
 
 # Numbers

@@ -87,5 +87,5 @@ def _probabilities(z: Tensor, s: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     total = others + e.gather(-1, top)
     p = e / total
     q = (1 - p).scatter(-1, top, others / total)
-    positive = torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], True)
+    positive = torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], 1)
     return p, q, positive
