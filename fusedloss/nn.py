@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import textwrap
 import weakref
 from collections.abc import Callable
@@ -102,7 +103,9 @@ def _beside_weight(layer: nn.Module) -> str | None:
     if isinstance(layer, _LOOKUPS):
         # Pruning and the old weight_norm make the weight in a hook before the forward.
         return _hooks(layer) if "weight" in layer.__dict__ and layer._forward_pre_hooks else None
-    if "forward" in layer.__dict__:
+    own = layer.__dict__.get("forward")
+    # Who took a forward of theirs away may have left the class's own in its place.
+    if own is not None and not (getattr(own, "__func__", None) is kind.forward and own.__self__ is layer):
         return "a forward that was put on the instance"
     if kind.forward is nn.Linear.forward:
         return _hooks(layer)
@@ -123,9 +126,12 @@ def _hooks(layer: nn.Module) -> str | None:
 
 
 def _holds(own: Tensor, saved: Tensor) -> bool:
-    """Whether a layer's tensor has the values of a saved one. Tensors on meta have none."""
+    """Whether a layer's tensor has the values of a saved one. Tensors on meta have none, and a DTensor on one side alone
+    is compared by its shape."""
     if is_dtensor(own) and is_dtensor(saved):
         own, saved = own.to_local(), saved.to_local()  # type: ignore[attr-defined]
+    elif is_dtensor(own) or is_dtensor(saved):
+        return own.shape == saved.shape
     return own.shape == saved.shape and (own.is_meta or saved.is_meta or torch.equal(own, saved.to(own)))
 
 
@@ -219,6 +225,8 @@ class _Loss(nn.Module):
         bound.apply_defaults()
         self._make(**{p.name: bound.arguments.pop(p.name) for p in self._own})
         for name, value in bound.arguments.items():
+            if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+                value = int(value)  # torch.compile takes a NumPy integer for an array
             if (value is None and name == "weight") or (isinstance(value, Tensor) and not isinstance(value, Parameter)):
                 self.register_buffer(name, value)
             else:
@@ -394,7 +402,8 @@ class _LinearLoss(_Loss):
                 if key in state_dict and not _holds(value, state_dict.pop(key)):
                     error_msgs.append(
                         f"{key} is not what the layer holds that {type(self).__name__} is tied to. Load the layer "
-                        f"before the loss; if the layer is right, delete {key} from the state_dict."
+                        f"before the loss. If the state_dict lacks the layer's own key, rename {key} to that; if it "
+                        f"has it and the layer is right, delete {key}."
                     )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -187,7 +187,8 @@ def prepare(
         checks.check_readable("linear_weight", input.weight)
     if shards is not None:
         if impl == "reference":
-            raise ValueError("group needs an implementation with kernels, but impl is 'reference'")
+            source = backends.named_by(o["impl"])
+            raise ValueError(f"group needs an implementation with kernels, but {source} is 'reference'")
         if checks.may_read(target):
             checks.check_indices("target", target, classes, o["ignore_index"])
         if isinstance(input, Projection):
@@ -198,7 +199,8 @@ def prepare(
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if inplace and impl == "reference":
-        raise ValueError("inplace_backward needs a compiled implementation, but impl is 'reference'")
+        source = backends.named_by(o["impl"])
+        raise ValueError(f"inplace_backward needs a compiled implementation, but {source} is 'reference'")
     if inplace:
         assert isinstance(given, Tensor)
         checks.check_no_leaf(given)

@@ -638,6 +638,8 @@ def embedding(**options: Any) -> nn.Embedding:
         lambda: changed(nn.utils.parametrizations.orthogonal),
         lambda: changed(lambda x: (prune(x), nn.utils.prune.remove(x, "weight"))),
         lambda: Holder(torch.randn(CLASSES, FEATURES, dtype=torch.float64)),
+        # as accelerate leaves a layer from which it has removed its hook
+        lambda: changed(lambda x: setattr(x, "forward", x.forward)),
         lambda: embedding(max_norm=0.1),
         lambda: ScaledEmbedding(CLASSES, FEATURES, dtype=torch.float64),
         lambda: changed(nn.utils.parametrizations.weight_norm, embedding()),
@@ -645,7 +647,19 @@ def embedding(**options: Any) -> nn.Embedding:
         lambda: changed(lambda x: x.register_forward_hook(lambda _, __, y: y.requires_grad_()), embedding()),
         lambda: changed(lambda x: x.register_forward_pre_hook(look), embedding()),
     ],
-    ids=["subclass", "weight_norm", "orthogonal", "pruned", "holder", "max_norm", "scaled", "normed", "post", "pre"],
+    ids=[
+        "subclass",
+        "weight_norm",
+        "orthogonal",
+        "pruned",
+        "holder",
+        "own forward put back",
+        "max_norm",
+        "scaled",
+        "normed",
+        "post",
+        "pre",
+    ],
 )
 def test_a_layer_whose_weight_is_all(make_layer: Callable[[], nn.Module], batch: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, target, _ = batch

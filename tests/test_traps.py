@@ -837,7 +837,7 @@ print("done")
     first, second, done = result.stdout.splitlines() or ("", "", result.stderr)
     assert done == "done"
     assert first.startswith("impl='cpu' cannot run: the C++ extension did not load")
-    assert second == first.replace("impl='cpu'", "FUSEDLOSS_IMPL=cpu")
+    assert second == first.replace("impl='cpu'", "FUSEDLOSS_IMPL='cpu'")
     assert "fusedloss._engine" in first
 
 
@@ -849,6 +849,8 @@ def test_the_environment_names_the_default(
     monkeypatch.setenv("FUSEDLOSS_IMPL", "reference")
     fl.cross_entropy(z, target)
     assert not kernel_calls
+    with pytest.raises(ValueError, match="but FUSEDLOSS_IMPL is 'reference'"):
+        fl.cross_entropy(z, target, inplace_backward=True)
     fl.cross_entropy(z, target, impl="cpu")
     assert kernel_calls == {("row_loss", "cpu"): 1}
     monkeypatch.setenv("FUSEDLOSS_IMPL", "cpu")
@@ -902,6 +904,9 @@ def test_integers_of_numpy(generator: torch.Generator) -> None:
     assert torch.equal(fl.linear_cross_entropy(hidden, weight, target, budget=numpy.int64(72)), expected)
     layer = fl.nn.LinearFocalLoss(numpy.int64(4), numpy.int64(9), ignore_index=numpy.int64(3))
     assert layer(hidden, target).isfinite()
+    module = fl.nn.CrossEntropyLoss(ignore_index=numpy.int64(3))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(z, target), fl.cross_entropy(z, target, ignore_index=3))
     with pytest.raises(TypeError, match=r"ignore_index must be an int, got np\.float64"):
         fl.cross_entropy(z, target, ignore_index=numpy.float64(3))
 

@@ -58,6 +58,11 @@ def runs_on(impl: str) -> str | None:
     return {"cpu": "cpu", "cuda": cuda.RUNS_ON}.get(impl)
 
 
+def named_by(impl: str | None) -> str:
+    """What an implementation is named by, where it is: the argument, or the environment without one."""
+    return "FUSEDLOSS_IMPL" if not impl and os.environ.get("FUSEDLOSS_IMPL") else "impl"
+
+
 def resolve(
     impl: str | None,
     device: torch.device,
@@ -71,10 +76,9 @@ def resolve(
     FUSEDLOSS_IMPL names one for the devices and forms that it is for; elsewhere nothing is named. The fastest on a GPU
     may depend on the logits' dtype and classes, and on the number of candidates for a target.
     """
-    named = f"impl={impl!r}"
+    source = named_by(impl)
     if not impl:
         impl = os.environ.get("FUSEDLOSS_IMPL") or None
-        named = f"FUSEDLOSS_IMPL={impl}"
         if impl is not None:
             check_choice("FUSEDLOSS_IMPL", impl, LINEAR_IMPLS)
             if runs_on(impl) not in (None, device.type) or (impl not in IMPLS and not linear):
@@ -91,7 +95,7 @@ def resolve(
         raise ValueError(f"impl={impl!r} is for linear forms; losses of logits take one of {', '.join(IMPLS)}")
     reason = unavailable(impl, device)
     if reason is not None:
-        raise RuntimeError(f"{named} cannot run: {reason}")
+        raise RuntimeError(f"{source}={impl!r} cannot run: {reason}")
     return impl
 
 
