@@ -126,8 +126,10 @@ def _hooks(layer: nn.Module) -> str | None:
 
 
 def _holds(own: Tensor, saved: Tensor) -> bool:
-    """Whether a layer's tensor has the values of a saved one. Tensors on meta have none, and a DTensor on one side alone
-    is compared by its shape."""
+    """Whether a layer's tensor has the values of a saved one. Tensors on meta have none.
+
+    Of a DTensor and a plain tensor only the shapes are compared.
+    """
     if is_dtensor(own) and is_dtensor(saved):
         own, saved = own.to_local(), saved.to_local()  # type: ignore[attr-defined]
     elif is_dtensor(own) or is_dtensor(saved):
