@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import assert_rows_as_accurate_as
 from row_losses import LOSSES as ROW_LOSSES
+from row_losses import computed
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -316,7 +317,7 @@ def _what_is_refused(rank: int, world: int) -> None:
     alpha = torch.ones((), requires_grad=True)
     for options in ({}, {"level": "class"}):
         with pytest.raises(ValueError, match="inplace_backward needs a compiled epilogue"):
-            fl.dsc_loss(z, target, alpha=alpha, group=shards, inplace_backward=True, **options)
+            fl.dsc_loss(computed(z), target, alpha=alpha, group=shards, inplace_backward=True, **options)
     with pytest.raises(ValueError, match="sizes must be of the"):
         fl.VocabularyShards(dist.group.WORLD, [3] * (world + 1))
     with pytest.raises(ValueError, match="each of sizes must be at least 0, got -1"):

@@ -53,7 +53,8 @@ def epilogues() -> Epilogues:
 
 
 def has_epilogue(name: str) -> bool:
-    return name in epilogues().rows or name in epilogues().classes
+    tables = _modules()[0]  # and not the cached tables: torch.compile warns of a cache in what it traces
+    return name in tables.ROW_EPILOGUES or name in tables.CLASS_TERMS
 
 
 class _Source(NamedTuple):
