@@ -512,10 +512,10 @@ def _add_product(total: Tensor, gradient: Tensor, factor: Tensor, first: bool) -
 
 def _float16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write the product of float16 matrices in float32, since float16 has not the range for it."""
-    if out.device.type != "cpu":
+    if out.device.type != "cpu" and torch.version.hip is None:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
         return
-    # PyTorch has no such product on a CPU, and on most of them that of float16 is far slower than that of float32.
+    # PyTorch promises such a product on CUDA alone. On most CPUs that of float16 is far slower than that of float32.
     out.zero_()
     for begin in range(0, len(b), PRODUCT_BLOCK):
         block = slice(begin, begin + PRODUCT_BLOCK)
