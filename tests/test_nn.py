@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -581,7 +582,8 @@ MORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "forward": (lambda: Doubled(FEATURES, CLASSES), "Doubled has a forward of its own"),
     "adapter": (lambda: Adapter(nn.Linear(FEATURES, CLASSES)), "Adapter has a forward of its own"),
     "replaced": (
-        lambda: changed(lambda x: setattr(x, "forward", x.forward)), "linear.Linear has a forward that was put on"
+        lambda: changed(lambda x: setattr(x, "forward", partial(Doubled.forward, x))),
+        "linear.Linear has a forward that was put on",
     ),
     "pre": (lambda: changed(lambda x: x.register_forward_pre_hook(look)), "has the hook <function look"),
     "post": (lambda: changed(lambda x: x.register_forward_hook(look)), "has the hook <function look"),
