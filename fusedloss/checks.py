@@ -38,6 +38,14 @@ def may_read(x: Tensor) -> bool:
     )
 
 
+def has_autocast(device: str) -> bool:
+    """Tell whether a type of device has autocast: "meta" has none, and PyTorch raises where it is asked for its own.
+
+    While a graph is compiled the answer is taken to be yes for all others, since torch 2.11 cannot trace the question.
+    """
+    return device != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         expected = ", ".join(repr(choice) for choice in choices)

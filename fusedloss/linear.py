@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, vocabulary
-from .checks import check_dtype, check_int, check_number, compute_dtype
+from .checks import check_dtype, check_int, check_number, compute_dtype, has_autocast
 from .epilogue import is_class_term
 from .fsdp import check_whole
 from .projection import Form, Projection
@@ -178,8 +178,7 @@ def _budget(budget: int | None) -> int:
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
     device = tensors[0].device.type  # type: ignore[union-attr]
-    # Asked about a device that has no autocast, such as "meta", PyTorch raises.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import parallel, transforms
 from .autograd import differentiable
-from .checks import DTYPES, INDEX_DTYPES, check_choice, check_local, check_number, compute_dtype, may_read
+from .checks import DTYPES, INDEX_DTYPES, check_choice, check_local, check_number, compute_dtype, has_autocast, may_read
 from .epilogue import Epilogue
 from .projection import Form, Projection
 from .row import parameter, row_loss
@@ -643,9 +643,9 @@ def _of_positives(pairs: _Pairs, rows: slice, lse: bool) -> Tensor:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off on the device of x, if it has any: "meta" has none."""
+    """Turn autocast off on the device of x, if it has any."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def _definition(pairs: _Pairs, positives: str, reduction: str) -> Tensor:

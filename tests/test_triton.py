@@ -416,10 +416,10 @@ def test_triton_is_imported_when_it_is_needed():
 def test_the_precision_of_products_is_that_of_torch() -> None:
     """After the newer way of setting it, reading it the older way raises. The setting stays, hence a process apart."""
     script = """
-import torch, fusedloss as fl
+import torch
 from fusedloss.backends import triton
 
-hidden, weight, target = torch.randn(3, 4), torch.randn(7, 4), torch.tensor([0, 6, 1])
+hidden = torch.randn(3, 4)
 for statement, expected in (
     ("pass", "ieee"),
     ("torch.set_float32_matmul_precision('high')", "tf32"),
@@ -431,9 +431,6 @@ for statement, expected in (
     exec(statement)
     assert triton._precision(hidden) == expected, statement
     assert triton._precision(hidden.double()) == "ieee"
-    loss = fl.linear_cross_entropy(hidden, weight, target, impl="triton_fused")
-    expected = fl.linear_cross_entropy(hidden, weight, target, impl="reference")
-    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
