@@ -510,7 +510,7 @@ def test_meta_tensors(step: Callable[..., Tensor], sources: list[tuple[int, ...]
         assert slope.shape == x.shape and slope.device.type == "meta"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("traced_with_gradients", [False, True])
 @pytest.mark.parametrize(
     "loss",
