@@ -32,7 +32,7 @@ class Footprint(NamedTuple):
     weight_sum: int
     """The weight's gradient while the linear form adds it up."""
     hidden_sum: int
-    """The hidden states' gradient until it is handed over: in float32 for float16, which has not the range."""
+    """The hidden states' gradient until it is handed over, float32 for float16, which has not the range."""
     row: int
     """Peak of the row form, with the logits, their gradient and the gradients of hidden states and weight."""
     row_in_place: int
