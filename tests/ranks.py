@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import interpreted
 import torch
 import torch.distributed as dist
 
@@ -30,6 +31,8 @@ def _rank(rank: int, world: int, store: str, scenes: Sequence[Scene]) -> None:
         warnings.filterwarnings("ignore", message)
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        interpreted.prepare()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
     dist.init_process_group(
@@ -46,6 +49,9 @@ def run(scenes: Sequence[Scene], world: int, tmp_path: Path) -> None:
     Where processes can be forked, they are copies of one that has nothing but the imports behind it.
     """
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.fsdp", "fusedloss"])
+    modules = ["torch.distributed.tensor", "torch.distributed.fsdp", "fusedloss"]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        modules.append("triton.runtime.interpreter")
+    multiprocessing.set_forkserver_preload(modules)
     arguments = (world, str(tmp_path / "store"), list(scenes))
     torch.multiprocessing.start_processes(_rank, arguments, world, start_method=method)
