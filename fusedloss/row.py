@@ -412,22 +412,27 @@ def has_compiled(name: str, problem: Problem) -> bool:
     return backends.has_epilogue(problem.impl, name) and not any(p.requires_grad for p in problem.params)
 
 
+_OWN_GRADIENTS = (
+    "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one that "
+    "requires grad; detach it"
+)
+
+
 def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
     """A class term; over the classes of all ranks, of which each sums its own. Without ranks it is not compiled."""
     logits, target, weight, _, params, _, impl, inplace, shards, classes, o = problem
     compiled = has_compiled(epilogue.name, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
+    if shards is not None and torch.compiler.is_compiling() and _holds_gradients(epilogue, problem):
+        raise ValueError(_OWN_GRADIENTS)
     settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
     try:
         base, s = over_classes.row_losses(logits, target, weight, params, *settings)
     except class_terms.OwnGradientsError:
         if shards is None:
             raise
-        raise ValueError(
-            "with a group, a loss function over the classes has no gradients for tensors of its own, but it holds one "
-            "that requires grad; detach it"
-        ) from None
+        raise ValueError(_OWN_GRADIENTS) from None
     loss = shared.apply(base, s, weight, classes, weighted=True)
     return loss.masked_fill(target == o["ignore_index"], 0), s
 
