@@ -424,7 +424,8 @@ def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared)
     compiled = has_compiled(epilogue.name, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-    if shards is not None and torch.compiler.is_compiling() and _holds_gradients(epilogue, problem):
+    # Asked beforehand: where torch.compile breaks its graph, parts of a trace would not see it.
+    if shards is not None and _holds_gradients(epilogue, problem):
         raise ValueError(_OWN_GRADIENTS)
     settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
     try:
