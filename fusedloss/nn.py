@@ -13,11 +13,12 @@ import textwrap
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import backends, fsdp
 from .checks import check_choice, check_int, check_number, is_dtensor
@@ -123,6 +124,33 @@ def _hooks(layer: nn.Module) -> str | None:
             if not str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
                 return f"the hook {hook!r}"
     return None
+
+
+#: By layer, the losses that are tied to it.
+_TIED: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[_LinearLoss]] = weakref.WeakKeyDictionary()
+
+#: Where torch defines modules that hold a layer and compute what it computes.
+_TRANSPARENT = ("torch._dynamo", "torch.distributed.algorithms")
+
+
+@functools.cache
+def _watch_holders() -> None:
+    register_module_module_registration_hook(_note_holder)
+
+
+def _note_holder(module: nn.Module, _: str, layer: nn.Module | None) -> None:
+    """Tell the losses that are tied to a layer which module has just taken it as a child."""
+    if layer is not None:
+        for loss in _TIED.get(layer, ()):
+            loss._holder = weakref.ref(module)
+
+
+def _poses_as_layer(module: nn.Module | None) -> bool:
+    """Whether a module that holds an output layer stands in its place: it has a weight (V, D), as adapters do."""
+    if module is None or type(module).__module__.startswith(_TRANSPARENT):
+        return False
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def _holds(own: Tensor, saved: Tensor) -> bool:
@@ -294,6 +322,8 @@ class _LinearLoss(_Loss):
 
     #: A reference to the layer of another module; None where the layer is a child.
     _tie: weakref.ref[nn.Module] | None = None
+    #: The module that took that layer as a child last, since the loss was tied to it.
+    _holder: weakref.ref[nn.Module] | None = None
 
     _sources = ("input", "linear_weight", "target", "linear_bias")
     _impls = backends.LINEAR_IMPLS
@@ -334,7 +364,8 @@ class _LinearLoss(_Loss):
         The layer stays its owner's. The loss refers to it weakly as ``linear``: it has none of its parameters and none
         of its keys in a state_dict, and it follows the layer through `.to()` and a new weight. A deepcopy or a pickle
         of a module that holds both is tied likewise; one of the loss alone has lost its layer, and says so when it is
-        called. An adapter that takes the layer's place in the model afterwards is not seen.
+        called. If a module that has taken the layer's place since holds the layer, such as an adapter, the loss raises
+        when it is called.
         """
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
@@ -349,8 +380,13 @@ class _LinearLoss(_Loss):
         classes, features = weight.shape
         loss = cls(features, classes, *arguments, device="meta", dtype=weight.dtype, **options)
         del loss._modules["linear"]
-        loss._tie = weakref.ref(layer)
+        loss._tie_to(layer)
         return loss
+
+    def _tie_to(self, layer: nn.Module) -> None:
+        _watch_holders()
+        self._tie = weakref.ref(layer)
+        _TIED.setdefault(layer, weakref.WeakSet()).add(self)
 
     @property
     def linear(self) -> nn.Module:
@@ -369,23 +405,28 @@ class _LinearLoss(_Loss):
     def _check_layer(cls, layer: nn.Module) -> None:
         what = _beside_weight(layer)
         if what is not None:
-            kind, function = type(layer), cls._function.__name__
-            raise ValueError(
-                f"{cls.__name__} reads the weight and bias of its output layer and never calls it, but the "
-                f"{kind.__module__}.{kind.__qualname__} has {what}. Make it a plain nn.Linear (merge or unwrap an "
-                "adapter, remove a hook, make pruning or weight_norm permanent), or use the row form, "
-                f"{function.removeprefix('linear_')}(layer(hidden), target). Where weight and bias are right as they "
-                f"are, pass them to {function}"
-            )
+            cls._refuse(f"the {type(layer).__module__}.{type(layer).__qualname__} has {what}")
+
+    @classmethod
+    def _refuse(cls, what: str) -> NoReturn:
+        function = cls._function.__name__
+        raise ValueError(
+            f"{cls.__name__} reads the weight and bias of its output layer and never calls it, but {what}. Make it a "
+            "plain nn.Linear (merge or unwrap an adapter, remove a hook, make pruning or weight_norm permanent), or "
+            f"use the row form, {function.removeprefix('linear_')}(layer(hidden), target). Where weight and bias are "
+            f"right as they are, pass them to {function}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference can neither be copied nor pickled; a module that holds both takes the layer once.
-        return self.__dict__ | {"_tie": self._tie and self._tie()}
+        return self.__dict__ | {"_tie": self._tie and self._tie(), "_holder": self._holder and self._holder()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        layer = state.pop("_tie", None)
+        layer, holder = state.pop("_tie", None), state.pop("_holder", None)
         super().__setstate__(state)
-        self._tie = layer and weakref.ref(layer)
+        if layer is not None:
+            self._tie_to(layer)
+        self._holder = weakref.ref(holder) if holder is not None else None
 
     def _load_from_state_dict(
         self,
@@ -439,6 +480,12 @@ class _LinearLoss(_Loss):
         """Weight and bias of the output layer, which must be all that makes its logits."""
         layer = self.linear
         self._check_layer(layer)
+        holder = None if self._holder is None else self._holder()
+        if _poses_as_layer(holder):
+            self._refuse(
+                f"its layer is now inside a {type(holder).__module__}.{type(holder).__qualname__}, which has taken "
+                "the layer's place"
+            )
         return layer.weight, getattr(layer, "bias", None)
 
     def extra_repr(self) -> str:

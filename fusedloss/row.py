@@ -425,7 +425,7 @@ def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
     # Asked beforehand: where torch.compile breaks its graph, parts of a trace would not see it.
-    if shards is not None and _holds_gradients(epilogue, problem):
+    if shards is not None and not compiled and _holds_gradients(epilogue, problem):
         raise ValueError(_OWN_GRADIENTS)
     settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
     try:

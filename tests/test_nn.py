@@ -15,6 +15,7 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fusedloss as fl
 from fusedloss.nn import AlphaSchedule
@@ -613,6 +614,63 @@ def test_a_layer_that_is_more_than_its_weight_raises(what: str, batch: tuple[Ten
     ):
         with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*{expected}.* focal_loss.layer.hidden., target"):
             use()
+
+
+class Model(nn.Module):
+    """An output layer, and a loss that is tied to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+        self.loss = fl.nn.LinearFocalLoss.tied(self.head, ignore_index=IGNORED)
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        return self.loss(hidden, target)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_adapter_that_takes_a_tied_layer_raises(copied: bool, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    model, other = Model(), Model()
+    expected = model(hidden, target)
+    plain = model.head
+    model.head = Adapter(plain)
+    used = copy.deepcopy(model) if copied else model
+    for use in (lambda: used(hidden, target), lambda: used.loss.logits(hidden)):
+        with pytest.raises(ValueError, match=r"is now inside a .*Adapter, .* focal_loss.layer.hidden., target"):
+            use()
+    assert other(hidden, target) > 0  # which is tied to another layer
+    used.head = used.head.base_layer  # the adapter is taken off again
+    assert used(hidden, target) == expected
+
+
+@pytest.mark.parametrize("kind", ["lora", "saved"])
+def test_peft_after_a_tie_raises(kind: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    peft = pytest.importorskip("peft")
+    hidden, target, _ = batch
+    model = nn.ModuleDict({"body": nn.Linear(FEATURES, FEATURES, dtype=torch.float64), "model": Model()})
+    expected = model["model"](hidden, target)
+    options = (
+        {"target_modules": ["head"]} if kind == "lora" else {"target_modules": ["body"], "modules_to_save": ["head"]}
+    )
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
+    with pytest.raises(ValueError, match=r"is now inside a peft\."):
+        model["model"](hidden, target)
+    if kind == "lora":
+        adapted.merge_and_unload()
+        torch.testing.assert_close(model["model"](hidden, target), expected)  # the adapter's B is 0
+
+
+def test_what_may_hold_a_tied_layer(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A container, a module that computes the same, and a layer that is registered late."""
+    hidden, target, _ = batch
+    layer = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+    loss = fl.nn.LinearFocalLoss.tied(layer, ignore_index=IGNORED)
+    expected = loss(hidden, target)
+    for hold in (nn.Sequential, lambda x: nn.ModuleDict({"head": x}), torch.compile, checkpoint_wrapper):
+        holder = hold(layer)
+        assert loss._holder is not None and loss._holder() is holder
+        assert loss(hidden, target) == expected
 
 
 @pytest.mark.compile

@@ -502,6 +502,15 @@ def _compiled(rank: int, world: int) -> None:
             value = function(*inputs)
             results.append((value, *torch.autograd.grad(value, inputs)))
         assert_close(results[1], results[0])
+    own = torch.ones((), requires_grad=True)
+    for fullgraph in (True, False):
+        refused = torch.compile(
+            lambda x: fl.flex_loss(x, target, lambda p, q, y: own * p * q, over="classes", group=shards),
+            backend="eager",
+            fullgraph=fullgraph,
+        )
+        with pytest.raises(Exception, match="no gradients for tensors of its own"):
+            refused(z[:, part].clone().requires_grad_())
     with pytest.raises(Exception, match=r"VocabularyShards\.gather"):
         torch.compile(lambda x: fl.cross_entropy(x, target, group=dist.group.WORLD), backend="eager", fullgraph=True)(z)
 
