@@ -145,36 +145,37 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
     of_classes = torch.ones(classes, dtype=compute)
     weight = of_classes if variant == "weighted" else None
     if loss.endswith("over_rows"):
-        saved = row_statistics(logits, target, None, None, -100, top_k, False, False)
-        class_sums(logits, target, upstream, *saved, params[:-1], loss, -100, None)
+        saved = row_statistics(logits, target, None, None, top_k, False, False)
+        class_sums(logits, target, upstream, *saved, params[:-1], loss, None)
         params[-1] = torch.empty(rows, dtype=compute)
-        coefficients = class_terms(logits, target, of_classes, *saved, params, loss, -100)[1]
-        term_sums(logits, target, of_classes, *saved, params, loss, -100)
-        row_gradient(logits, target, of_classes, *saved, coefficients, upstream, params, loss, -100)
+        coefficients = class_terms(logits, target, of_classes, *saved, params, loss)[1]
+        term_sums(logits, target, of_classes, *saved, params, loss)
+        row_gradient(logits, target, of_classes, *saved, coefficients, upstream, params, loss)
         return
     if loss == "statistics":
-        saved = row_statistics(logits, target, weight, candidates, -100, top_k, True, True)
+        saved = row_statistics(logits, target, weight, candidates, top_k, True, True)
         coefficients = torch.empty(9, rows, dtype=compute)
-        row_gradient(logits, target, weight, *saved, coefficients, None, [], "", -100)
+        row_gradient(logits, target, weight, *saved, coefficients, None, [], "")
         return
-    smoothing = 0.0 if loss in epilogues.CLASS_TERMS else 0.1
+    smooths = loss not in epilogues.CLASS_TERMS
+    common = torch.empty(3, dtype=compute) if smooths else None
     picked, top_k = (candidates, 0) if variant == "candidates" else (None, top_k)
-    names = (loss, smoothing, "all", 0.0, -100, top_k)
+    names = (loss, smooths, top_k)
     if variant == "in one":
-        row_loss_gradient_(logits, target, weight, picked, params, upstream, *names)
+        row_loss_gradient_(logits, target, weight, picked, params, common, upstream, *names)
         return
     if variant.endswith("product"):
         bias, *form = (logits[0], 30.0, True) if variant.startswith("whole") else (None, 0.0, False)
         product = (torch.empty(rows, DEPTH, dtype=dtype), torch.empty(classes, DEPTH, dtype=dtype), bias, *form)
         kernels = (ops.kernel(f"product_{name}", "CUDA", "triton_fused") for name in ("row_loss", "row_gradient_"))
         loss_of, gradient_of = kernels
-        saved = loss_of(*product, target, weight, None, params, *names)[1:]
-        gradient_of(logits, *product, target, weight, *saved, upstream, params, loss, -100)
+        saved = loss_of(*product, target, weight, None, params, common, *names)[1:]
+        gradient_of(logits, *product, target, weight, *saved, upstream, params, loss)
         return
-    saved = row_loss(logits, target, weight, picked, params, *names)[1:]
+    saved = row_loss(logits, target, weight, picked, params, common, *names)[1:]
     if loss in epilogues.CLASS_TERMS and variant != "few rows":  # which are split in any case
-        term_sums(logits, target, weight, *saved[:2], params, loss, -100)
-    row_gradient(logits, target, weight, *saved, upstream, params, loss, -100)
+        term_sums(logits, target, weight, *saved[:2], params, loss)
+    row_gradient(logits, target, weight, *saved, upstream, params, loss)
 
 
 def launches(

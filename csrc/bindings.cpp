@@ -94,9 +94,9 @@ T* at(Address address) {
 }
 
 // The caller has seen to the name and to the number of the parameters.
-Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params, double main,
-                       double smooth, double z_loss) {
-    Epilogue epilogue{name, {}, {}, static_cast<int>(params.size()), main, smooth, z_loss};
+Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
+                       Address common = 0) {
+    Epilogue epilogue{name, {}, {}, static_cast<int>(params.size()), at<void>(common)};
     for (size_t k = 0; k < params.size(); ++k) {
         epilogue.param[k] = at<void>(params[k].first);
         epilogue.param_stride[k] = params[k].second;
@@ -104,11 +104,11 @@ Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Addr
     return epilogue;
 }
 
-// The first index in [0, count) whose class is outside [lowest, classes) and not ignored; -1: none.
-int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ignore_index, int64_t lowest) {
+// The first index in [0, count) whose class is outside [lowest, classes) and not `ignored`; -1: none.
+int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ignored, int64_t lowest) {
     const int64_t* t = at<const int64_t>(target);
     for (int64_t i = 0; i < count; ++i) {
-        if ((t[i] < lowest || t[i] >= classes) && t[i] != ignore_index) return i;
+        if ((t[i] < lowest || t[i] >= classes) && t[i] != ignored) return i;
     }
     return -1;
 }
@@ -137,7 +137,7 @@ PYBIND11_MODULE(_engine, module) {
 
     py::class_<Rows>(module, "Rows")
         .def(py::init([](int dtype, Address logits, int64_t rows, int64_t classes, int64_t row_stride, Address target,
-                         int64_t ignore_index, Address candidates, int candidate_count, int top_k, bool below,
+                         Address candidates, int candidate_count, int top_k, bool below,
                          bool mean, Address class_weight, double weight_sum, int threads) {
             return Rows{static_cast<DType>(dtype),
                         at<void>(logits),
@@ -145,7 +145,6 @@ PYBIND11_MODULE(_engine, module) {
                         classes,
                         row_stride,
                         at<const int64_t>(target),
-                        ignore_index,
                         at<const int64_t>(candidates),
                         candidate_count,
                         top_k,
@@ -157,9 +156,8 @@ PYBIND11_MODULE(_engine, module) {
         }));
 
     module.def("forward", [](const Rows& rows, const std::string& name,
-                             const std::vector<std::pair<Address, int64_t>>& params, double main, double smooth,
-                             double z_loss, Address loss, Address statistics, Address index, Address coefficients) {
-        const Epilogue epilogue = make_epilogue(name, params, main, smooth, z_loss);
+                             const std::vector<std::pair<Address, int64_t>>& params, Address common, Address loss, Address statistics, Address index, Address coefficients) {
+        const Epilogue epilogue = make_epilogue(name, params, common);
         const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
         py::gil_scoped_release release;
         current->forward(rows, epilogue, out);
@@ -168,7 +166,7 @@ PYBIND11_MODULE(_engine, module) {
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address coefficients, Address grad_output,
                   int64_t grad_output_stride, Address grad, int64_t grad_row_stride) {
-                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+                   const Epilogue epilogue = make_epilogue(name, params);
                    const Gradient gradient{at<void>(statistics),  at<const int64_t>(index), at<void>(coefficients),
                                            at<void>(grad_output), grad_output_stride,       at<void>(grad),
                                            grad_row_stride};
@@ -179,7 +177,7 @@ PYBIND11_MODULE(_engine, module) {
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address row_weight, int64_t row_weight_stride, Address top_q,
                   Address sums) {
-                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+                   const Epilogue epilogue = make_epilogue(name, params);
                    const ClassSums out{at<void>(statistics), at<const int64_t>(index), at<void>(row_weight),
                                        row_weight_stride,    at<void>(top_q),          at<double>(sums)};
                    py::gil_scoped_release release;
@@ -188,7 +186,7 @@ PYBIND11_MODULE(_engine, module) {
     module.def("term_sums", [](const Rows& rows, const std::string& name,
                                const std::vector<std::pair<Address, int64_t>>& params, Address statistics,
                                Address index, Address sums) {
-        const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+        const Epilogue epilogue = make_epilogue(name, params);
         const ClassSums out{at<void>(statistics), at<const int64_t>(index), nullptr, 0, nullptr, at<double>(sums)};
         py::gil_scoped_release release;
         current->term_sums(rows, epilogue, out);
@@ -196,13 +194,13 @@ PYBIND11_MODULE(_engine, module) {
     module.def("class_terms",
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address loss, Address coefficients) {
-                   const Epilogue epilogue = make_epilogue(name, params, 1, 0, 0);
+                   const Epilogue epilogue = make_epilogue(name, params);
                    const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
                    py::gil_scoped_release release;
                    current->class_terms(rows, epilogue, out);
                });
     module.def("first_invalid", &first_invalid, py::arg("target"), py::arg("count"), py::arg("classes"),
-               py::arg("ignore_index"), py::arg("lowest") = 0);
+               py::arg("ignored"), py::arg("lowest") = 0);
     module.def("advise_huge_pages", &advise_huge_pages);
     module.def("epilogues", &epilogues);
     module.def("set_threads_after_fork", [](int threads) {

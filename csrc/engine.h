@@ -8,6 +8,17 @@
 
 namespace fusedloss {
 
+constexpr int64_t kIgnored = -100;  // the target of a row that counts for nothing, and is not looked at
+
+// What every loss has: the factors of its own term, of the smoothing term sum_j w_j (-log p_j) and of lse^2.
+enum Common { kMain, kSmooth, kZLoss, kCommon };
+
+// One of them, of an array or of null.
+template <typename T>
+FUSEDLOSS_HD T common_at(const void* common, int k) {
+    return common ? static_cast<const T*>(common)[k] : T(k == kMain ? 1 : 0);
+}
+
 enum class DType { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
 
 // A matrix of logits (rows, classes), unit stride along a row, and what the statistics pass is to find in it.
@@ -16,8 +27,7 @@ struct Rows {
     DType dtype;
     const void* logits;
     int64_t rows, classes, row_stride;
-    const int64_t* target;  // [rows]
-    int64_t ignore_index;
+    const int64_t* target;  // [rows]; a class or kIgnored
     const int64_t* candidates;  // [rows, candidate_count] or null
     int candidate_count;
     int top_k;                 // 0, 1 or 2 largest logits
@@ -45,7 +55,7 @@ struct Epilogue {
     const void* param[kMaxParams];
     int64_t param_stride[kMaxParams];  // 0: one value for all rows; 1: a value a row
     int param_count;
-    double main, smooth, z_loss;
+    const void* common;  // Scalar [kCommon]; null for (1, 0, 0)
 };
 
 struct Outputs {

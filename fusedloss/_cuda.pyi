@@ -10,7 +10,6 @@ class Job:
     row_stride: int
     classes: int
     target: int
-    ignore_index: int
     candidates: int
     candidate_count: int
     top_k: int
@@ -20,9 +19,7 @@ class Job:
     weight_sum: int
     epilogue: int
     class_term: bool
-    main: float
-    smooth: float
-    z_loss: float
+    common: int
     forward: bool
     loss: int
     statistics: int

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops, transforms, vocabulary
 from .backends import reference
-from .checks import compute_dtype
+from .checks import IGNORED, compute_dtype
 from .epilogue import Epilogue, Overlap, Shared
 from .projection import Form, Projection, dense_logits
 from .statistics import Columns, Picks, Targets, dense_columns, statistics_with_top
@@ -35,16 +35,16 @@ def row_loss(
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
+    common: Tensor | None,
     epilogue: Epilogue,
     shared: Shared,
-    ignore_index: int,
     top_k: int,
     inplace: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (N,) by a compiled epilogue, differentiable, and detached statistics and pick indices."""
-    settings = (epilogue, shared, ignore_index, top_k, inplace, impl)
-    return apply(_RowLoss, source, settings, target, weight, candidates, *params)
+    settings = (epilogue, shared, top_k, inplace, impl)
+    return apply(_RowLoss, source, settings, target, weight, candidates, common, *params)
 
 
 def linear_sum(
@@ -53,10 +53,10 @@ def linear_sum(
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
+    common: Tensor | None,
     row_weight: Tensor | None,
     epilogue: Epilogue,
     shared: Shared,
-    ignore_index: int,
     top_k: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +66,8 @@ def linear_sum(
         torch.is_grad_enabled() and x is not None and x.requires_grad
         for x in (source.hidden, source.weight, source.bias)
     ]
-    settings = (epilogue, shared, ignore_index, top_k, needed, impl)
-    return apply(_LinearSum, source, settings, target, weight, candidates, row_weight, *params)
+    settings = (epilogue, shared, top_k, needed, impl)
+    return apply(_LinearSum, source, settings, target, weight, candidates, row_weight, common, *params)
 
 
 def row_sum(
@@ -76,11 +76,11 @@ def row_sum(
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
+    common: Tensor | None,
     token_weight: Tensor | None,
     divisor: float | Tensor | None,
     epilogue: Epilogue,
     shared: Shared,
-    ignore_index: int,
     top_k: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +88,8 @@ def row_sum(
 
     Divided before and not after, so that in training the gradient is that of an upstream gradient of 1.
     """
-    settings = (divisor, epilogue, shared, ignore_index, top_k, impl)
-    return _RowSum.apply(logits, settings, target, weight, candidates, token_weight, *params)
+    settings = (divisor, epilogue, shared, top_k, impl)
+    return _RowSum.apply(logits, settings, target, weight, candidates, token_weight, common, *params)
 
 
 def class_sums(
@@ -98,22 +98,21 @@ def class_sums(
     row_weight: Tensor | None,
     params: list[Tensor],
     overlap: Overlap,
-    ignore_index: int,
     inplace: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over the rows (2, V) of error and agreement, differentiable, and detached statistics and pick indices."""
-    return _ClassSums.apply(logits, row_weight, (overlap, ignore_index, inplace, impl), target, *params)
+    return _ClassSums.apply(logits, row_weight, (overlap, inplace, impl), target, *params)
 
 
 class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, candidates, *params
+        ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, candidates, common, *params
     ):
-        form, epilogue, shared, ignore_index, top_k, _, impl = settings
-        rows = (target, weight, candidates, list(params))
-        names = (epilogue.name, *shared, ignore_index, top_k)
+        form, epilogue, shared, top_k, _, impl = settings
+        rows = (target, weight, candidates, list(params), common)
+        names = (epilogue.name, shared.smooths, top_k)
         if form is None:
             result = ops.row_loss(logits, *rows, *names, impl)
         else:
@@ -136,34 +135,34 @@ class _RowLoss(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: under activation checkpointing a second look computes all anew
         *sources, target, weight, candidates, statistics, index, coefficients = saved[:9]
         params = list(saved[9:])
-        form, epilogue, shared, ignore_index, _, inplace, impl = ctx.settings
+        form, epilogue, shared, _, inplace, impl = ctx.settings
         needed = ctx.needs_input_grad[:3]
         if transforms.plain_backward(grad_output, inplace=inplace):
 
             def losses(z: Tensor) -> tuple[Tensor]:
-                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
+                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared)
                 return (rows,)
 
             grads = _dense_gradients(sources, form, target, needed, losses, [grad_output])
         else:
             tensors = (target, weight, statistics, index, coefficients, grad_output, params)
-            grads = gradients(sources, form, needed, inplace, tensors, (epilogue.name, ignore_index), impl)
+            grads = gradients(sources, form, needed, inplace, tensors, epilogue.name, impl)
         return *grads, *nothing
 
 
 class _RowSum(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, logits, settings, target, weight, candidates, token_weight, *params
+        ctx: Any, logits, settings, target, weight, candidates, token_weight, common, *params
     ):
-        divisor, epilogue, shared, ignore_index, top_k, impl = settings
+        divisor, epilogue, shared, top_k, impl = settings
         row_weight = row_weights(logits, target, token_weight, divisor)
-        names = (epilogue.name, *shared, ignore_index, top_k)
+        rows = (target, weight, candidates, list(params), common)
         loss, statistics, index, _, gradient = ops.row_loss_gradient(
-            logits, target, weight, candidates, list(params), row_weight, *names, impl
+            logits, *rows, row_weight, epilogue.name, shared.smooths, top_k, impl
         )
         ctx.save_for_backward(logits, target, weight, candidates, row_weight, gradient, *params)
-        ctx.settings = (epilogue, shared, ignore_index, impl)
+        ctx.settings = (epilogue, shared, impl)
         ctx.mark_non_differentiable(statistics, index)
         ctx.set_materialize_grads(False)
         return divided(weighted_sum(loss, token_weight), divisor), statistics, index
@@ -176,12 +175,12 @@ class _RowSum(torch.autograd.Function):
         saved = ctx.saved_tensors
         logits, target, weight, candidates, row_weight, gradient = saved[:6]
         params = list(saved[6:])
-        epilogue, shared, ignore_index, impl = ctx.settings
+        epilogue, shared, impl = ctx.settings
         grad_output = grad_output.to(compute_dtype(logits.dtype))  # a divisor in float64 makes the loss that
         if torch.is_grad_enabled():
 
             def total(z: Tensor) -> tuple[Tensor]:
-                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
+                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared)
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients((logits,), None, target, (True,), total, [grad_output]), *nothing
@@ -191,9 +190,9 @@ class _RowSum(torch.autograd.Function):
 class _LinearSum(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, hidden, linear_weight, linear_bias, settings, target, weight, candidates, row_weight, *params
+        ctx: Any, hidden, linear_weight, linear_bias, settings, target, weight, candidates, row_weight, common, *params
     ):
-        form, epilogue, shared, ignore_index, top_k, needed, impl = settings
+        form, epilogue, shared, top_k, needed, impl = settings
         loss, statistics, index, _, *gradients = ops.linear_row_loss(
             hidden,
             linear_weight,
@@ -202,11 +201,11 @@ class _LinearSum(torch.autograd.Function):
             weight,
             candidates,
             list(params),
+            common,
             row_weight,
             needed,
             epilogue.name,
-            *shared,
-            ignore_index,
+            shared.smooths,
             top_k,
             *form,
             impl,
@@ -227,11 +226,11 @@ class _LinearSum(torch.autograd.Function):
         saved = ctx.saved_tensors
         *sources, target, weight, candidates, row_weight = saved[:7]
         gradients, params = saved[7:10], list(saved[10:])
-        form, epilogue, shared, ignore_index, _, needed, _ = ctx.settings
+        form, epilogue, shared, _, needed, _ = ctx.settings
         if torch.is_grad_enabled():
 
             def total(z: Tensor) -> tuple[Tensor]:
-                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared, ignore_index)
+                rows, _ = reference.row_losses(z, target, weight, candidates, params, epilogue, shared)
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
@@ -246,12 +245,10 @@ class _LinearSum(torch.autograd.Function):
 class _ClassSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, row_weight, settings, target, *params):  # type: ignore[no-untyped-def]
-        overlap, ignore_index, _, impl = settings
-        statistics, index = ops.row_statistics(logits, target, None, None, ignore_index, *Picks(1), impl)
+        overlap, _, impl = settings
+        statistics, index = ops.row_statistics(logits, target, None, None, *Picks(1), impl)
         name = overlap.over_rows
-        sums = ops.class_sums(
-            logits, target, row_weight, statistics, index, list(params), name, ignore_index, None, impl
-        )
+        sums = ops.class_sums(logits, target, row_weight, statistics, index, list(params), name, None, impl)
         ctx.save_for_backward(logits, row_weight, target, statistics, index, *params)
         ctx.settings = settings
         ctx.mark_non_differentiable(statistics, index)
@@ -266,23 +263,23 @@ class _ClassSums(torch.autograd.Function):
         saved = ctx.saved_tensors
         logits, row_weight, target, statistics, index = saved[:5]
         params = list(saved[5:])
-        overlap, ignore_index, inplace, impl = ctx.settings
+        overlap, inplace, impl = ctx.settings
         needed = ctx.needs_input_grad[:2]
         if transforms.plain_backward(grad_sums, inplace=inplace):
 
             def sums(z: Tensor, w: Tensor | None) -> list[Tensor]:
-                return [reference.class_sums(z, target, w, params, overlap.function, ignore_index)[0]]
+                return [reference.class_sums(z, target, w, params, overlap.function)[0]]
 
             return *differentiable((logits, row_weight), needed, sums, [grad_sums]), *nothing
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(logits.dtype)).contiguous().unbind()
-        params.append(agreement[Targets.of(target, logits.shape[1], ignore_index).safe])
-        names = (overlap.over_rows, ignore_index)
-        loss, coefficients = ops.class_terms(logits, target, error, statistics, index, params, *names, impl)
+        params.append(agreement[Targets.of(target, logits.shape[1]).safe])
+        name = overlap.over_rows
+        loss, coefficients = ops.class_terms(logits, target, error, statistics, index, params, name, impl)
         gradient = None
         if needed[0]:
             tensors = (target, error, statistics, index, coefficients, row_weight, params)
-            gradient = gradients((logits, None, None), None, needed, inplace, tensors, names, impl)[0]
+            gradient = gradients((logits, None, None), None, needed, inplace, tensors, name, impl)[0]
         return gradient, loss if needed[1] else None, *nothing
 
 
@@ -334,20 +331,20 @@ def gradients(
     needed: Sequence[bool],
     inplace: bool,
     tensors: tuple[Any, ...],
-    names: tuple[Any, ...],
+    epilogue: str,
     impl: str,
 ) -> tuple[Tensor | None, ...]:
-    """By the gradient pass. `tensors`: of the rows, up to the parameters; `names`: epilogue and ignore_index."""
+    """By the gradient pass. `tensors`: of the rows, up to the parameters."""
     logits, linear_weight, linear_bias = sources
     if form is not None:
-        grads = ops.linear_gradient(logits, linear_weight, linear_bias, *tensors, list(needed), *names, *form, impl)
+        grads = ops.linear_gradient(logits, linear_weight, linear_bias, *tensors, list(needed), epilogue, *form, impl)
         return tuple(
             grad.to(source.dtype) if need else None for need, grad, source in zip(needed, grads, sources, strict=True)
         )
     if not inplace:
-        return ops.row_gradient(logits, *tensors, *names, impl), None, None
+        return ops.row_gradient(logits, *tensors, epilogue, impl), None, None
     grad = logits.detach()
-    ops.row_gradient_(grad, *tensors, *names, impl)
+    ops.row_gradient_(grad, *tensors, epilogue, impl)
     # A later use of the logits by autograd, a second backward above all, must fail rather than read gradients.
     torch.autograd.graph.increment_version(logits)
     return grad, None, None
@@ -392,7 +389,6 @@ def row_statistics(
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
-    ignore_index: int,
     picks: Picks,
     inplace: bool,
     impl: str,
@@ -402,16 +398,16 @@ def row_statistics(
 
     With `shards` the source has this rank's classes; all else is of the classes of all ranks.
     """
-    settings = (ignore_index, tuple(picks), inplace, impl, shards)
+    settings = (tuple(picks), inplace, impl, shards)
     *columns, index = apply(_RowStatistics, source, settings, target, weight, candidates)
     return Columns(*columns), index
 
 
 def detached_statistics(
-    source: Source, target: Tensor, weight: Tensor | None, ignore_index: int, picks: Picks, impl: str
+    source: Source, target: Tensor, weight: Tensor | None, picks: Picks, impl: str
 ) -> tuple[Tensor, Tensor]:
     """The operator's statistics and pick indices."""
-    rows = (target, weight, None, ignore_index, picks, impl)
+    rows = (target, weight, None, picks, impl)
     if not isinstance(source, Projection):
         return statistics_of((source.detach(), None, None), None, *rows)[:2]
     sources = [None if x is None else x.detach() for x in (source.hidden, source.weight, source.bias)]
@@ -424,13 +420,12 @@ def statistics_of(
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
-    ignore_index: int,
     picks: Picks,
     impl: str,
     of_top: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics, indices of the picks and, if asked for, 1 - p of the top class."""
-    rows = (target, weight, candidates, ignore_index)
+    rows = (target, weight, candidates)
     if form is not None:
         return ops.linear_row_statistics(*sources, *rows, *picks, of_top, *form, impl)
 
@@ -446,7 +441,6 @@ def merged_statistics(
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
-    ignore_index: int,
     picks: Picks,
     impl: str,
     shards: VocabularyShards,
@@ -454,15 +448,15 @@ def merged_statistics(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of the classes of all ranks. `of_top`: at last 1 - p of the top class, from another look at the logits."""
     own = shards.sizes[shards.rank]
-    rows = vocabulary.rows_here(shards, target, weight, candidates, ignore_index)
+    rows = vocabulary.rows_here(shards, target, weight, candidates)
     if own:
         here = picks._replace(top_k=min(picks.top_k, own))
-        statistics, index, top_q = statistics_of(sources, form, *rows, vocabulary.IGNORED, here, impl, of_top)
+        statistics, index, top_q = statistics_of(sources, form, *rows, here, impl, of_top)
     else:
         statistics, index = vocabulary.nothing_here(sources[0], target, ops.picks_of(candidates, 0))
         top_q = statistics[ops.Q]
     own_top = top_q if of_top else None
-    return vocabulary.merge(shards, statistics, index, target, weight, candidates, ignore_index, picks, own_top)
+    return vocabulary.merge(shards, statistics, index, target, weight, candidates, picks, own_top)
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -470,8 +464,8 @@ class _RowStatistics(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, candidates
     ):
-        form, ignore_index, picks, _, impl, shards = settings
-        sources, rows = (logits, linear_weight, linear_bias), (target, weight, candidates, ignore_index, Picks(*picks))
+        form, picks, _, impl, shards = settings
+        sources, rows = (logits, linear_weight, linear_bias), (target, weight, candidates, Picks(*picks))
         if shards is None:
             statistics, index, _ = statistics_of(sources, form, *rows, impl)
         else:
@@ -497,14 +491,14 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *sources, target, weight, candidates, statistics, index = ctx.saved_tensors
-        form, ignore_index, picks, inplace, impl, shards = ctx.settings
+        form, picks, inplace, impl, shards = ctx.settings
         needed = ctx.needs_input_grad[:3]
         if shards is not None:
             vocabulary.differentiated_once(*grads)
         if transforms.plain_backward(*grads, inplace=inplace):
 
             def columns(z: Tensor) -> Columns:
-                index, ignored, _ = Targets.of(target, z.shape[-1], ignore_index)
+                index, ignored, _ = Targets.of(target, z.shape[-1])
                 z = z.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
                 return dense_columns(z, index, weight, candidates, Picks(*picks))[0]
 
@@ -516,10 +510,10 @@ class _RowStatistics(torch.autograd.Function):
             if shards is not None:
                 if not own and form is None:
                     return torch.zeros_like(sources[0]), None, None, None, None, None, None
-                target = shards.here(target)[0].masked_fill(target == ignore_index, vocabulary.IGNORED)
-                index, weight, ignore_index = shards.here(index)[0], shards.weight(weight), vocabulary.IGNORED
+                target = shards.here(target)[0].masked_fill(target == IGNORED, IGNORED)
+                index, weight = shards.here(index)[0], shards.weight(weight)
             tensors: tuple[Any, ...] = (target, weight, statistics, index, coefficients, None, [])
-            result = gradients(sources, form, needed, inplace, tensors, ("", ignore_index), impl)
+            result = gradients(sources, form, needed, inplace, tensors, "", impl)
         return *result, None, None, None, None
 
 

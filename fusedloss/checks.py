@@ -16,6 +16,10 @@ from .projection import Projection
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
+IGNORED = -100
+"""The target of an ignored row behind the public functions, whatever their `ignore_index` is."""
+_NOT_IGNORED = 1 - 2**63
+"""Stands there for a target of -100 where `ignore_index` is another number, so that it is out of range."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -209,18 +213,29 @@ def check_candidates(candidates: object, target: Tensor) -> None:
         raise ValueError(f"candidates are on {candidates.device}, but target on {target.device}")
 
 
-def check_indices(name: str, index: Tensor, classes: int, ignore_index: int | None) -> None:
-    """Raises IndexError for the first index outside [0, classes) that is not `ignore_index`. CPU tensors only."""
-    index = transforms.values(index)
-    bad = (index < 0) | (index >= classes)
-    if ignore_index is not None:
-        bad &= index != ignore_index
-    if bool(bad.any()):
-        raise_index_error(name, int(index[bad][0]), classes, ignore_index)
+def normalized_targets(target: Tensor, ignore_index: int) -> Tensor:
+    """Return int64 targets in which IGNORED stands for `ignore_index`, which goes no further."""
+    target = target.to(torch.int64)  # in which any ignore_index is a number of its own
+    if ignore_index == IGNORED:
+        return target
+    return target.masked_fill(target == IGNORED, _NOT_IGNORED).masked_fill(target == ignore_index, IGNORED)
 
 
-def raise_index_error(name: str, value: int, classes: int, ignore_index: int | None) -> None:
-    ignored = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
+def check_indices(target: Tensor, candidates: Tensor | None, classes: int) -> None:
+    """Raise IndexError for the first of them outside [0, classes), IGNORED targets aside. CPU tensors only."""
+    for name, index in (("target", target), ("candidate", candidates)):
+        if index is not None:
+            index = transforms.values(index)
+            bad = (index < 0) | (index >= classes)
+            if name == "target":
+                bad &= index != IGNORED
+            if bool(bad.any()):
+                raise_index_error(name, int(index[bad][0]), classes)
+
+
+def raise_index_error(name: str, value: int, classes: int) -> None:
+    value = IGNORED if value == _NOT_IGNORED else value
+    ignored = ", and not ignore_index" if name == "target" else ""
     raise IndexError(f"{name} {value} is out of range for {classes} classes{ignored}")
 
 

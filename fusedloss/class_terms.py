@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops, transforms
-from .checks import compute_dtype
+from .checks import IGNORED, compute_dtype
 from .projection import Form, dense_logits
-from .vocabulary import IGNORED, VocabularyShards, columns
+from .vocabulary import VocabularyShards, columns
 
 #: Bytes of probabilities that class terms in PyTorch hold at a time.
 DENSE_BYTES = 2 * 2**20
@@ -105,12 +105,11 @@ class Rows(NamedTuple):
         statistics: Tensor,
         index: Tensor,
         top_q: Any,
-        ignore_index: int,
         classes: int,
         shards: VocabularyShards | None = None,
     ) -> Rows:
         """`classes`: here. On a GPU nobody has looked whether a target is one of them."""
-        ignored = target == ignore_index
+        ignored = target == IGNORED
         first = 0 if shards is None else shards.own.start
         column, top = (columns(x.masked_fill(ignored, -1), first, classes)[0] for x in (target, index[0]))
         return Rows(statistics, top_q, column, top, ignored)
@@ -290,7 +289,7 @@ class CompiledTerms(Terms):
         result = self.rows.target.new_zeros((PARAMS, len(self.rows.target)), dtype=torch.float64)
         if self.classes:
             target, index = self.rows.for_passes
-            rows = (target, self.weight, self.rows.statistics, index, self.compiled_params, self.name, IGNORED)
+            rows = (target, self.weight, self.rows.statistics, index, self.compiled_params, self.name)
             if self.form is None:
                 loss, others = ops.term_sums(self.sources[0], *rows, self.impl)
             else:
@@ -319,9 +318,7 @@ class CompiledTerms(Terms):
         target, index = self.rows.for_passes
         saved = (self.rows.statistics, index, torch.stack([shift, at_top, at_target, torch.zeros_like(g)]))
         tensors = (target, self.weight, *saved, g, self.compiled_params)
-        return autograd.gradients(
-            self.sources, self.form, needed, self.inplace, tensors, (self.name, IGNORED), self.impl
-        )
+        return autograd.gradients(self.sources, self.form, needed, self.inplace, tensors, self.name, self.impl)
 
     def _singled_out(self) -> tuple[Tensor, ...]:
         """Of the target and the top class (N, 2): p, q, terms, d, whether it is the top class, which are elsewhere."""

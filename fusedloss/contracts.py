@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, check_choice, compute_dtype
+from .checks import DTYPES, compute_dtype
 
 STATISTICS = 6
 COEFFICIENTS = 3
@@ -66,6 +66,7 @@ _ARGUMENTS = {
     "statistics": _Argument(_COMPUTE, lambda n, v, k, d: (STATISTICS + k, n)),
     "index": _Argument(_INDEX, lambda n, v, k, d: (k, n)),
     "coefficients": _Argument(_COMPUTE, lambda n, v, k, d: (COEFFICIENTS + k, n)),
+    "common": _Argument(_COMPUTE, lambda n, v, k, d: (3,)),
     "top_q": _Argument(_COMPUTE, lambda n, v, k, d: (n,)),
 }
 
@@ -85,12 +86,12 @@ class Contract:
         self._source = names[self._hidden or 0]
         self._index, self._candidates = at.get("index"), at.get("candidates")
         self._params, self._epilogue = at.get("params"), at.get("epilogue")
-        self._top_k, self._smoothing_over = at.get("top_k"), at.get("smoothing_over")
+        self._top_k = at.get("top_k")
         kind = operator.removeprefix("product_").removeprefix("linear_").removeprefix("row_").rstrip("_")
         self._takes = _TAKES.get("loss" if kind == "loss_gradient" else kind, lambda epilogues: {})
 
     def check(self, arguments: Sequence[Any], several_devices: bool = True) -> None:
-        """Check the tensors and the choices. `several_devices`: whether the tensors may be on more than one."""
+        """Check the tensors and the numbers. `several_devices`: whether the tensors may be on more than one."""
         if self._operator == "scale_":
             return self._check_scale(*arguments[:2])
         source = arguments[self._hidden or 0]
@@ -136,8 +137,6 @@ class Contract:
                     raise self._error(f"params[{i}]", x, dtypes[_COMPUTE], (rows,) if x.dim() else (), source)
         if self._top_k is not None and not 0 <= arguments[self._top_k] <= 2:
             raise ValueError(f"{self._operator}: top_k must be 0, 1 or 2, got {arguments[self._top_k]}")
-        if self._smoothing_over is not None and arguments[self._smoothing_over] not in ("all", "others"):
-            check_choice(f"{self._operator}: smoothing_over", arguments[self._smoothing_over], ("all", "others"))
 
     def known(self, epilogues: Epilogues) -> dict[str, tuple[int, bool]]:
         """Return the epilogues that the operator takes: (number of parameters, whether it is over the classes)."""

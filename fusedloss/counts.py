@@ -10,7 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import check_index_dtype, check_indices, check_int, check_local, check_token_weight, may_read
+from .checks import (
+    IGNORED,
+    check_index_dtype,
+    check_indices,
+    check_int,
+    check_local,
+    check_token_weight,
+    may_read,
+    normalized_targets,
+)
 from .parallel import check_group
 
 if TYPE_CHECKING:
@@ -75,9 +84,14 @@ def normalizer(
     """
     parts = _parts(target, token_weight)
     _check(parts, ignore_index, weight, averaged)
+    parts = [(normalized_targets(t, ignore_index), w) for t, w in parts]
+    if weight is not None:
+        for t, _ in parts:
+            if may_read(t):
+                check_indices(t, None, len(weight))
     if group is not None:
         check_group(group)
-    count = torch.stack([_count(t, ignore_index, weight, w) for t, w in parts]).sum()
+    count = torch.stack([_count(t, weight, w) for t, w in parts]).sum()
     if group is None:
         return count
     options: dict[str, object] = {
@@ -134,13 +148,10 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
     for target, _ in parts:
         if weight.device != target.device:
             raise ValueError(f"weight is on {weight.device}, but target on {target.device}")
-        if may_read(target):
-            check_indices("target", target, len(weight), ignore_index)
 
 
-def _count(target: Tensor, ignore_index: int, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    target = target.to(torch.int64)  # in which any ignore_index is a number of its own
-    counted = target != ignore_index
+def _count(target: Tensor, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    counted = target != IGNORED
     if weight is None and token_weight is None:
         return counted.sum()
     product = target.new_ones(target.shape, dtype=torch.float64)

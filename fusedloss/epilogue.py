@@ -93,6 +93,17 @@ class Shared(NamedTuple):
     smoothing_over: str = "all"
     z_loss: float = 0.0
 
+    @property
+    def smooths(self) -> bool:
+        """Whether the loss has a term of the mean of -log p_j."""
+        return self.label_smoothing != 0
+
+    def numbers(self, classes: int) -> tuple[float, ...]:
+        """(main, smooth, z_loss) as the passes take them, nothing for (1, 0, 0)."""
+        if self.label_smoothing == 0 and self.z_loss == 0:
+            return ()
+        return (*self.coefficients(classes), self.z_loss)
+
     def coefficients(self, classes: int) -> tuple[float, float]:
         """(main, smooth) of L = main * loss + smooth * sum_j -log p_j."""
         eps = self.label_smoothing

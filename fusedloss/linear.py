@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, vocabulary
-from .checks import check_dtype, check_int, check_number, compute_dtype, has_autocast
+from .checks import IGNORED, check_dtype, check_int, check_number, compute_dtype, has_autocast
 from .epilogue import is_class_term
 from .fsdp import check_whole
 from .projection import Form, Projection
@@ -292,20 +292,20 @@ class _Chunks:
         weight: Tensor | None,
         candidates: Tensor | None,
         params: list[Tensor],
+        common: Tensor | None,
         row_weight: Tensor | None,
         epilogue: str,
-        ignore_index: int,
+        mean: bool,
         top_k: int,
-        shared: tuple[Any, ...],
     ) -> tuple[tuple[Tensor, ...], _RowGradients]:
-        logits, settings = self._logits(rows), (epilogue, *shared, ignore_index, top_k, self._impl)
-        tensors = (self.target[rows], weight, candidates, params)
+        logits, settings = self._logits(rows), (epilogue, mean, top_k, self._impl)
+        tensors = (self.target[rows], weight, candidates, params, common)
         if not self._has_units:
             result = ops.row_loss_gradient_(logits, *tensors, row_weight, *settings)
             return result, _RowGradients(self._before_softcap(logits), None)
         # The units come from the coefficients, between the passes.
         result = ops.row_loss(logits, *tensors, *settings)
-        saved = (weight, *result[1:], row_weight, params, epilogue, ignore_index)
+        saved = (weight, *result[1:], row_weight, params, epilogue)
         return result, self._gradient(logits, rows, *saved)
 
     def gradient(self, rows: slice, *arguments: Any) -> _RowGradients:
@@ -322,7 +322,6 @@ class _Chunks:
         upstream: Tensor | None,
         params: list[Tensor],
         epilogue: str,
-        ignore_index: int,
     ) -> _RowGradients:
         """Write them to `memory`, in which the logits are where they are stored."""
         unit = None
@@ -330,7 +329,7 @@ class _Chunks:
             unit = _units(weight, statistics, coefficients, upstream, epilogue)
             upstream = 1 / unit if upstream is None else upstream / unit
         saved = (self.target[rows], weight, statistics, index, coefficients, upstream, params)
-        self._write_gradient(memory, rows, *saved, epilogue, ignore_index, self._impl)
+        self._write_gradient(memory, rows, *saved, epilogue, self._impl)
         return _RowGradients(self._before_softcap(memory), unit)
 
     def _write_gradient(self, memory: Tensor, rows: slice, *arguments: Any) -> None:
@@ -387,14 +386,14 @@ class _ProductChunks(_Chunks):
         weight: Tensor | None,
         candidates: Tensor | None,
         params: list[Tensor],
+        common: Tensor | None,
         row_weight: Tensor | None,
         epilogue: str,
-        ignore_index: int,
+        mean: bool,
         top_k: int,
-        shared: tuple[Any, ...],
     ) -> tuple[tuple[Tensor, ...], _RowGradients]:
-        result = self.loss(rows, weight, candidates, params, epilogue, *shared, ignore_index, top_k)
-        return result, self.gradient(rows, weight, *result[1:], row_weight, params, epilogue, ignore_index)
+        result = self.loss(rows, weight, candidates, params, common, epilogue, mean, top_k)
+        return result, self.gradient(rows, weight, *result[1:], row_weight, params, epilogue)
 
     def gradient(self, rows: slice, *arguments: Any) -> _RowGradients:
         return self._gradient(self._buffers[0][: rows.stop - rows.start], rows, *arguments)
@@ -521,11 +520,11 @@ def _float16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.addmm_(a[:, block].float(), b[block].float())
 
 
-def _order(target: Tensor, ignore_index: int, drop_ignored: bool) -> tuple[Tensor | None, int]:
+def _order(target: Tensor, drop_ignored: bool) -> tuple[Tensor | None, int]:
     """An order of the rows with the ignored ones last, None for that in hand, and the number of the others."""
     if not drop_ignored:
         return None, len(target)
-    ignored = target == ignore_index
+    ignored = target == IGNORED
     valid = len(target) - int(ignored.sum())
     return (None if valid == len(target) else ignored.to(torch.int8).argsort(stable=True)), valid
 
@@ -562,7 +561,6 @@ def linear_row_statistics(
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
-    ignore_index: int,
     top_k: int,
     below: bool,
     mean: bool,
@@ -576,15 +574,12 @@ def linear_row_statistics(
     most_rows: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    order, valid = _order(target, ignore_index, drop_ignored)
+    order, valid = _order(target, drop_ignored)
     hidden, target, candidates = _take(order, hidden, target, candidates)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
     picks = Picks(top_k, below, mean)
-    parts = [
-        chunks.statistics(rows, weight, _optional_part(rows, candidates), ignore_index, picks, of_top)
-        for rows in chunks
-    ]
+    parts = [chunks.statistics(rows, weight, _optional_part(rows, candidates), picks, of_top) for rows in chunks]
     statistics, index, top_q = (torch.cat(columns, -1) for columns in zip(*parts, strict=True))
     statistics, index = _put_back(order, 1, statistics, index)
     (top_q,) = _put_back(order if of_top else None, 0, top_q)
@@ -599,13 +594,11 @@ def linear_row_loss(
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
+    common: Tensor | None,
     row_weight: Tensor | None,
     needed: list[bool],
     epilogue: str,
-    label_smoothing: float,
-    smoothing_over: str,
-    z_loss: float,
-    ignore_index: int,
+    mean: bool,
     top_k: int,
     softcap: float,
     budget: int,
@@ -616,24 +609,23 @@ def linear_row_loss(
     most_rows: int,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    order, valid = _order(target, ignore_index, drop_ignored)
+    order, valid = _order(target, drop_ignored)
     hidden, target, candidates, row_weight, *params = _take(order, hidden, target, candidates, row_weight, *params)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=any(needed), impl=impl)
     gradients = _Gradients(chunks, needed)
-    shared = (label_smoothing, smoothing_over, z_loss)
     parts = []
     for rows in chunks:
-        tensors = (weight, _optional_part(rows, candidates), _part(rows, params))
+        tensors = (weight, _optional_part(rows, candidates), _part(rows, params), common)
         if any(needed):
             upstream = _optional_part(rows, row_weight)
-            result, gradient = chunks.loss_and_gradient(rows, *tensors, upstream, epilogue, ignore_index, top_k, shared)
+            result, gradient = chunks.loss_and_gradient(rows, *tensors, upstream, epilogue, mean, top_k)
             if rows.start < valid:
                 gradients.add(rows, gradient)
             else:
                 gradients.add_nothing(rows)
         else:
-            result = chunks.loss(rows, *tensors, epilogue, *shared, ignore_index, top_k)
+            result = chunks.loss(rows, *tensors, epilogue, mean, top_k)
         parts.append(result)
     columns = [torch.cat(column, -1) for column in zip(*parts, strict=True)]
     (loss,) = _put_back(order, 0, columns[0])
@@ -652,7 +644,6 @@ def linear_term_sums(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
     softcap: float,
     budget: int,
     drop_ignored: bool,
@@ -662,7 +653,7 @@ def linear_term_sums(
     most_rows: int,
     impl: str,
 ) -> Tensor:
-    order, valid = _order(target, ignore_index, drop_ignored)
+    order, valid = _order(target, drop_ignored)
     hidden, target, *params = _take(order, hidden, target, *params)
     statistics, index = _take_columns(order, statistics, index)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
@@ -670,7 +661,7 @@ def linear_term_sums(
     parts = []
     for rows in chunks:
         saved = (x[:, rows].contiguous() for x in (statistics, index))
-        parts.append(chunks.term_sums(rows, weight, *saved, _part(rows, params), epilogue, ignore_index))
+        parts.append(chunks.term_sums(rows, weight, *saved, _part(rows, params), epilogue))
     (sums,) = _put_back(order, 1, torch.cat(parts, 1))
     return sums
 
@@ -688,7 +679,6 @@ def linear_gradient(
     params: list[Tensor],
     needed: list[bool],
     epilogue: str,
-    ignore_index: int,
     softcap: float,
     budget: int,
     drop_ignored: bool,
@@ -698,7 +688,7 @@ def linear_gradient(
     most_rows: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    order, valid = _order(target, ignore_index, drop_ignored)
+    order, valid = _order(target, drop_ignored)
     hidden, target, grad_output, *params = _take(order, hidden, target, grad_output, *params)
     statistics, index, coefficients = _take_columns(order, statistics, index, coefficients)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
@@ -711,7 +701,7 @@ def linear_gradient(
             continue
         saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))
         upstream = _optional_part(rows, grad_output)
-        gradient = chunks.gradient(rows, weight, *saved, upstream, _part(rows, params), epilogue, ignore_index)
+        gradient = chunks.gradient(rows, weight, *saved, upstream, _part(rows, params), epilogue)
         gradients.add(rows, gradient)
     gradients.wait()
     (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)

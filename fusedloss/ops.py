@@ -22,6 +22,10 @@
                     weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
                     logits made once more. ``of_top``: of ``linear_row_statistics``, also 1 - p of the top class
 
+Targets are classes, or IGNORED. `params` are the epilogue's parameters, 0-d or (N,). `common` (3,) holds what every
+loss has: the factors of its own term, of the smoothing term sum_j w_j (-log p_j) and of the z-loss lse^2; without it
+these are (1, 0, 0). `mean`: whether there is a smoothing term.
+
 Tensors of rows lie one after the other: ``statistics`` (6 + K, N) holds max, sum_exp (of exp(z - max)), q, ce,
 target logit, mean_ce and the logits of the K picks; ``index`` (K, N) the picks' classes, -1 for none; ``coefficients``
 (3 + K, N) what the gradient pass needs: dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the
@@ -50,17 +54,17 @@ A, U, TARGET_GRADIENT = range(COEFFICIENTS)
 _library = torch.library.Library("fusedloss", "DEF")
 
 _library.define(
-    "row_statistics(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
-    "bool below, bool mean, str impl) -> (Tensor statistics, Tensor index)"
+    "row_statistics(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, int top_k, bool below, "
+    "bool mean, str impl) -> (Tensor statistics, Tensor index)"
 )
 _library.define(
-    "row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, str epilogue, "
-    "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
+    "row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, "
+    "str epilogue, bool mean, int top_k, str impl) "
     "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
 _LOSS_GRADIENT_ARGUMENTS = (
-    "Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? row_weight, str epilogue, "
-    "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl"
+    "Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, Tensor? row_weight, "
+    "str epilogue, bool mean, int top_k, str impl"
 )
 _library.define(
     f"row_loss_gradient(Tensor logits, {_LOSS_GRADIENT_ARGUMENTS}) "
@@ -72,23 +76,21 @@ _library.define(
 )
 _GRADIENT_ARGUMENTS = (
     "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, Tensor? grad_output, "
-    "Tensor[] params, str epilogue, int ignore_index, str impl"
+    "Tensor[] params, str epilogue, str impl"
 )
 _library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
 _library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
 _library.define("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()")
 _library.define(
     "class_sums(Tensor logits, Tensor target, Tensor? row_weight, Tensor statistics, Tensor index, Tensor[] params, "
-    "str epilogue, int ignore_index, Tensor? top_q, str impl) -> Tensor"
+    "str epilogue, Tensor? top_q, str impl) -> Tensor"
 )
 _library.define(
     "class_terms(Tensor logits, Tensor target, Tensor weight, Tensor statistics, Tensor index, Tensor[] params, "
-    "str epilogue, int ignore_index, str impl) -> (Tensor loss, Tensor coefficients)"
+    "str epilogue, str impl) -> (Tensor loss, Tensor coefficients)"
 )
 
-_TERM_SUMS_ARGUMENTS = (
-    "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor[] params, str epilogue, int ignore_index"
-)
+_TERM_SUMS_ARGUMENTS = "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor[] params, str epilogue"
 _library.define(f"term_sums(Tensor logits, {_TERM_SUMS_ARGUMENTS}, str impl) -> Tensor")
 
 _library.define("gather(Tensor part, int ranks, str group) -> Tensor")
@@ -97,12 +99,12 @@ _library.define("sum_over_ranks(Tensor part, str group) -> Tensor")
 _LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
 _PRODUCT = f"{_LINEAR}, float softcap, bool mask_target"
 _library.define(
-    f"product_row_statistics({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, "
-    "int top_k, bool below, bool mean, str impl) -> (Tensor statistics, Tensor index)"
+    f"product_row_statistics({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, int top_k, "
+    "bool below, bool mean, str impl) -> (Tensor statistics, Tensor index)"
 )
 _library.define(
-    f"product_row_loss({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, str epilogue, "
-    "float label_smoothing, str smoothing_over, float z_loss, int ignore_index, int top_k, str impl) "
+    f"product_row_loss({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, "
+    "str epilogue, bool mean, int top_k, str impl) "
     "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
 )
 _library.define(f"product_term_sums({_PRODUCT}, {_TERM_SUMS_ARGUMENTS}, str impl) -> Tensor")
@@ -111,19 +113,19 @@ _FORM = (
     "float softcap, int budget, bool drop_ignored, bool mask_target, str group, int row_parts, int most_rows, str impl"
 )
 _library.define(
-    f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int ignore_index, int top_k, "
-    f"bool below, bool mean, bool of_top, {_FORM}) -> (Tensor statistics, Tensor index, Tensor top_q)"
+    f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int top_k, bool below, "
+    f"bool mean, bool of_top, {_FORM}) -> (Tensor statistics, Tensor index, Tensor top_q)"
 )
 _library.define(
-    f"linear_row_loss({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, "
-    "Tensor? row_weight, int[] needed, str epilogue, float label_smoothing, str smoothing_over, float z_loss, "
-    f"int ignore_index, int top_k, {_FORM}) -> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, "
+    f"linear_row_loss({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, "
+    f"Tensor? row_weight, int[] needed, str epilogue, bool mean, int top_k, {_FORM}) "
+    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, "
     "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _library.define(f"linear_term_sums({_LINEAR}, {_TERM_SUMS_ARGUMENTS}, {_FORM}) -> Tensor")
 _library.define(
     f"linear_gradient({_LINEAR}, Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, "
-    f"Tensor? grad_output, Tensor[] params, int[] needed, str epilogue, int ignore_index, {_FORM}) "
+    f"Tensor? grad_output, Tensor[] params, int[] needed, str epilogue, {_FORM}) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 

@@ -20,7 +20,7 @@ from .checks import compute_dtype
 from .class_terms import LOSS, OTHERS, PARAMS, TOP, Coefficients, CompiledTerms, Rows, Terms, Wanted, vjp
 from .epilogue import Epilogue, Overlap, Shared
 from .statistics import Picks, Statistics, Targets
-from .vocabulary import IGNORED, VocabularyShards, differentiated_once
+from .vocabulary import VocabularyShards, differentiated_once
 
 
 def row_losses(
@@ -29,7 +29,6 @@ def row_losses(
     weight: Tensor | None,
     params: list[Tensor],
     epilogue: Epilogue,
-    ignore_index: int,
     mean: bool,
     compiled: bool,
     inplace: bool,
@@ -42,10 +41,10 @@ def row_losses(
     terms are not compiled, and may be differentiated any number of times.
     """
     wanted = Wanted.by(params, source if shards is None else None)
-    settings = (epilogue, ignore_index, mean, compiled, inplace, impl, shards, wanted)
+    settings = (epilogue, mean, compiled, inplace, impl, shards, wanted)
     loss, lse, mean_ce, ce, top_ce, top_index = autograd.apply(_RowLosses, source, settings, target, weight, *params)
     classes = source.shape[-1] if shards is None else shards.classes
-    target = Targets.of(target, classes, ignore_index).safe
+    target = Targets.of(target, classes).safe
     return loss, Statistics(target=target, lse=lse, mean_ce=mean_ce, ce=ce, top_ce=top_ce, top_index=top_index)
 
 
@@ -57,7 +56,6 @@ def over_rows(
     overlap: Overlap,
     function: Callable[[Tensor], Tensor],
     summed: bool,
-    ignore_index: int,
     compiled: bool,
     inplace: bool,
     impl: str,
@@ -67,7 +65,7 @@ def over_rows(
 
     `summed`: it gives (K,), of which the sum over the ranks is returned. Otherwise one number for each class here.
     """
-    settings = (overlap, function, summed, ignore_index, compiled, inplace, impl, shards, Wanted.by(params))
+    settings = (overlap, function, summed, compiled, inplace, impl, shards, Wanted.by(params))
     result, lse, ce, top_ce, top_index = _OverRows.apply(logits, row_weight, settings, target, *params)
     return result, Statistics(lse=lse, ce=ce, top_ce=top_ce, top_index=top_index)
 
@@ -81,14 +79,13 @@ def row_sum(
     divisor: float | Tensor | None,
     epilogue: Epilogue,
     shared: Shared,
-    ignore_index: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """In one process: the sum of the row losses times `token_weight`, over the divisor, whose gradient is made with it.
 
     Also detached statistics and pick indices, as :func:`autograd.row_sum`.
     """
-    settings = (divisor, epilogue, shared, ignore_index, impl, [p.requires_grad for p in params])
+    settings = (divisor, epilogue, shared, impl, [p.requires_grad for p in params])
     return _RowSum.apply(logits, settings, target, weight, token_weight, *params)
 
 
@@ -121,12 +118,12 @@ def _of_statistics(
 class _RowSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, settings, target, weight, token_weight, *params):  # type: ignore[no-untyped-def]
-        divisor, epilogue, shared, ignore_index, impl, learnt = settings
+        divisor, epilogue, shared, impl, learnt = settings
         mean, classes = shared.label_smoothing != 0, logits.shape[1]
         statistics, index, top_q = autograd.statistics_of(
-            (logits, None, None), None, target, weight, None, ignore_index, Picks(1, mean=mean), impl, of_top=True
+            (logits, None, None), None, target, weight, None, Picks(1, mean=mean), impl, of_top=True
         )
-        rows = Rows.of(target, statistics, index, top_q, ignore_index, classes)
+        rows = Rows.of(target, statistics, index, top_q, classes)
         lse = statistics[ops.MAX] + statistics[ops.SUM_EXP].log()
         row_weight = autograd.row_weights(logits, target, token_weight, divisor)
 
@@ -162,7 +159,7 @@ class _RowSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        _, epilogue, shared, ignore_index, impl, learnt = ctx.settings
+        _, epilogue, shared, impl, learnt = ctx.settings
         nothing = (None,) * 4
         if grad_output is None:
             return (None, *nothing, *(None for _ in learnt))
@@ -173,7 +170,7 @@ class _RowSum(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def total(z: Tensor, *p: Tensor) -> list[Tensor]:
-                rows = reference.row_losses(z, target, weight, None, list(p), epilogue, shared, ignore_index)[0]
+                rows = reference.row_losses(z, target, weight, None, list(p), epilogue, shared)[0]
                 return [autograd.weighted_sum(rows, row_weight)]
 
             of_logits, *of_params = autograd.differentiable((logits, *params), needed, total, [grad_output])
@@ -197,9 +194,9 @@ class _RowLosses(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, logits, linear_weight, linear_bias, settings, target, weight, *params
     ):
-        form, _, ignore_index, mean, compiled, _, impl, shards, wanted = settings
+        form, _, mean, compiled, _, impl, shards, wanted = settings
         sources, classes = (logits, linear_weight, linear_bias), len(linear_weight) if form else logits.shape[1]
-        arguments = (sources, form, target, weight, None, ignore_index, Picks(1, mean=mean), impl)
+        arguments = (sources, form, target, weight, None, Picks(1, mean=mean), impl)
         statistics, index, top_q = (
             autograd.statistics_of(*arguments, of_top=True)
             if shards is None
@@ -207,7 +204,7 @@ class _RowLosses(torch.autograd.Function):
         )
         if form and form.row_parts > 1 and not compiled:
             sources = (shards.gather_parts(logits).flatten(0, 1), *sources[1:])
-        saved = (*sources, *Rows.of(target, statistics, index, top_q, ignore_index, classes, shards))
+        saved = (*sources, *Rows.of(target, statistics, index, top_q, classes, shards))
         terms = _RowLosses._terms(settings, weight, [*saved, *params])
         sums = terms.sums(wanted)
         sums = (sums if shards is None else shards.total(sums)).to(statistics.dtype)
@@ -239,7 +236,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def _terms(settings: tuple[Any, ...], weight: Tensor | None, saved: Sequence[Any]) -> Terms:
-        form, epilogue, _, _, compiled, inplace, impl, shards, _ = settings
+        form, epilogue, _, compiled, inplace, impl, shards, _ = settings
         own = weight if shards is None else shards.weight(weight)
         last = 3 + len(Rows._fields)
         params = list(saved[last:])
@@ -257,8 +254,8 @@ def _dense_gradients(
     """Of logits and parameters, differentiable, from those of loss, lse and mean_ce."""
 
     def outputs(z: Tensor, *p: Tensor) -> tuple[Tensor, ...]:
-        rows = (terms.rows.target, weight, None, list(p))
-        loss, s = reference.row_losses(z, *rows, epilogue, Shared(), ignore_index=-1)
+        rows = (terms.rows.for_passes[0], weight, None, list(p))
+        loss, s = reference.row_losses(z, *rows, epilogue, Shared())
         ce = s.lse[:, None] - z.to(loss.dtype).masked_fill(terms.rows.ignored[:, None], 0)
         return loss, s.lse, (ce if weight is None else ce * weight).mean(-1)
 
@@ -268,11 +265,11 @@ def _dense_gradients(
 class _OverRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits, row_weight, settings, target, *params):  # type: ignore[no-untyped-def]
-        _, function, summed, ignore_index, _, _, impl, shards, wanted = settings
+        _, function, summed, _, _, impl, shards, wanted = settings
         statistics, index, top_q = autograd.merged_statistics(
-            (logits, None, None), None, target, None, None, ignore_index, Picks(1), impl, shards, of_top=True
+            (logits, None, None), None, target, None, None, Picks(1), impl, shards, of_top=True
         )
-        rows = Rows.of(target, statistics, index, top_q, ignore_index, logits.shape[1], shards)
+        rows = Rows.of(target, statistics, index, top_q, logits.shape[1], shards)
         saved = [logits, *rows, *params]
         pairs = _OverRows._pairs(settings, saved)
         sums = _OverRows._sums(settings, pairs, row_weight)
@@ -320,11 +317,11 @@ class _OverRows(torch.autograd.Function):
     @staticmethod
     def _sums(settings: tuple[Any, ...], pairs: Terms, row_weight: Tensor | None) -> Tensor:
         """Over the rows (2, V), in float64."""
-        overlap, _, _, _, compiled, _, impl, *_ = settings
+        overlap, _, _, compiled, _, impl, *_ = settings
         logits, rows, params = pairs.sources[0], pairs.rows, list(pairs.params)
         if compiled and pairs.classes:
             target, index = rows.for_passes
-            of_rows = (target, row_weight, rows.statistics, index, params, overlap.over_rows, IGNORED, rows.top_q)
+            of_rows = (target, row_weight, rows.statistics, index, params, overlap.over_rows, rows.top_q)
             return ops.class_sums(logits, *of_rows, impl)
         sums = logits.new_zeros((2, pairs.classes), dtype=torch.float64)
         for part, some, own in pairs.parts():
@@ -336,7 +333,7 @@ class _OverRows(torch.autograd.Function):
     @staticmethod
     def _by_sums(settings: tuple[Any, ...], pairs: Terms, sums: Tensor, upstream: Tensor) -> Terms:
         """Terms whose sum over all rows has the gradient of the function of the sums."""
-        overlap, function, _, _, compiled, inplace, impl, *_ = settings
+        overlap, function, _, compiled, inplace, impl, *_ = settings
         (slopes,) = torch.func.vjp(function, sums)[1](upstream)
         by_error, by_agreement = slopes.to(pairs.rows.top_q.dtype).contiguous()
 

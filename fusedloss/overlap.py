@@ -20,6 +20,7 @@ from . import autograd, over_classes
 from .autograd import Source
 from .backends import reference
 from .checks import check_choice, check_number, compute_dtype
+from .constants import parameter
 from .epilogue import Overlap
 from .projection import Projection
 from .row import (
@@ -28,7 +29,6 @@ from .row import (
     dense_row_stats,
     has_compiled,
     in_chunks,
-    parameter,
     prepare,
     row_loss,
     row_stats,
@@ -107,7 +107,7 @@ def overlap_loss(
     elif reduction != "none":
         result = result[0] / (1 if reduction == "sum" else problem.classes)
     loss = result.to(compute_dtype(input.dtype))
-    return loss if stats is None else (loss, shaped_stats(stats, target))
+    return loss if stats is None else (loss, shaped_stats(stats, target, problem.options["ignore_index"]))
 
 
 def _check_level(problem: Problem, level: str) -> None:
@@ -132,29 +132,27 @@ def _over_rows(
 
     `summed`: of all ranks, the sum of what it gives for the classes of each.
     """
-    logits, target, _, _, params, row_weight, impl, inplace, shards, _, o = problem
+    logits, target, _, _, params, _, _, row_weight, impl, inplace, shards, _, o = problem
     assert isinstance(logits, Tensor)
-    ignore_index, return_stats = o["ignore_index"], o["return_stats"]
+    return_stats = o["return_stats"]
 
     def dense(z: Tensor, t: Tensor, w: Tensor | None, *p: Tensor) -> Tensor:
-        return reference.class_sums(z, t, w, list(p), overlap.function, ignore_index)[0]
+        return reference.class_sums(z, t, w, list(p), overlap.function)[0]
 
     compiled = has_compiled(overlap.over_rows, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
     if shards is not None:
-        rows = (logits, target, row_weight, params, overlap, of_classes, summed, ignore_index)
+        rows = (logits, target, row_weight, params, overlap, of_classes, summed)
         result, s = over_classes.over_rows(*rows, compiled, inplace, impl, shards)
-        return result, dense_row_stats(s, target, ignore_index) if return_stats else None
+        return result, dense_row_stats(s, target) if return_stats else None
     if impl == "reference":
-        sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function, ignore_index)
-        return of_classes(sums), dense_row_stats(s, target, ignore_index) if return_stats else None
+        sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function)
+        return of_classes(sums), dense_row_stats(s, target) if return_stats else None
     if compiled:
-        sums, statistics, index = autograd.class_sums(
-            logits, target, row_weight, params, overlap, ignore_index, inplace, impl
-        )
+        sums, statistics, index = autograd.class_sums(logits, target, row_weight, params, overlap, inplace, impl)
     else:
         sums = torch.stack(in_chunks(dense, logits.shape[-1], logits, target, row_weight, *params)).sum(0)
         if return_stats:
-            statistics, index = autograd.detached_statistics(logits, target, None, ignore_index, Picks(1), impl)
-    return of_classes(sums), row_stats(statistics, index, target, ignore_index) if return_stats else None
+            statistics, index = autograd.detached_statistics(logits, target, None, Picks(1), impl)
+    return of_classes(sums), row_stats(statistics, index, target) if return_stats else None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, backends, checks, class_terms, ops, over_classes, transforms, vocabulary
+from . import autograd, backends, checks, class_terms, constants, ops, over_classes, transforms, vocabulary
 from .autograd import Source
 from .backends import reference
 from .epilogue import Epilogue, Shared
@@ -139,6 +139,8 @@ class Problem(NamedTuple):
     weight: Tensor | None
     candidates: Tensor | None
     params: list[Tensor]
+    common: Tensor | None  # as fusedloss.ops says
+    shared: Shared
     token_weight: Tensor | None
     impl: str
     inplace: bool
@@ -168,12 +170,13 @@ def prepare(
         if o["group"] is not None:
             raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
         input, o["group"] = vocabulary.local_part("input", input, -1)
-    target = vocabulary.local_rows(target).to(torch.int64)  # in which any ignore_index is a number of its own
+    target = vocabulary.local_rows(target)
     shards = vocabulary.shards_of(o["group"], input)
     classes = input.shape[-1] if shards is None else shards.classes
     if shards is not None:
         vocabulary.check_ranks(shards, name, input, target, params, o)
     _check(input, target, classes, o)
+    target = checks.normalized_targets(target, o["ignore_index"])
     count = 0
     if candidates is not None:
         checks.check_candidates(candidates, target)
@@ -190,7 +193,7 @@ def prepare(
             source = backends.named_by(o["impl"])
             raise ValueError(f"group needs an implementation with kernels, but {source} is 'reference'")
         if checks.may_read(target):
-            checks.check_indices("target", target, classes, o["ignore_index"])
+            checks.check_indices(target, None, classes)
         if isinstance(input, Projection):
             input = replace(input, form=vocabulary.form_for(shards, input))
 
@@ -211,15 +214,18 @@ def prepare(
     if candidates is not None:
         # Those of ignored rows may hold anything.
         candidates = candidates.reshape(-1, count).to(torch.int64)
-        candidates = candidates.masked_fill((index == o["ignore_index"])[:, None], 0).contiguous()
+        candidates = candidates.masked_fill((index == checks.IGNORED)[:, None], 0).contiguous()
         if shards is not None and checks.may_read(candidates):
-            checks.check_indices("candidate", candidates, classes, None)
-    columns = [parameter(p, dtype, input.device) for p in params]
+            checks.check_indices(index, candidates, classes)
+    shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
+    numbers, common = constants.parameters(params, shared.numbers(classes), dtype, input.device)
     token_weight = o["token_weight"]
     if token_weight is not None:
         # Those of ignored rows may hold anything.
-        token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == o["ignore_index"], 0)
-    return Problem(logits, index, weight, candidates, columns, token_weight, impl, inplace, shards, classes, o)
+        token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == checks.IGNORED, 0)
+    return Problem(
+        logits, index, weight, candidates, numbers, common, shared, token_weight, impl, inplace, shards, classes, o
+    )
 
 
 def row_loss(
@@ -238,20 +244,23 @@ def row_loss(
     problem = prepare(name, input, target, params, without, candidates, options)
     _check_picks(epilogue.picks, problem)
     index, weight, token_weight, o = problem.target, problem.weight, problem.token_weight, problem.options
-    shared = Shared(float(o["label_smoothing"]), o["smoothing_over"], float(o["z_loss"]))
     over = weight if mean_over_weights else None
     divisor, normalizer = _divisor(index, over, token_weight, checks.compute_dtype(problem.logits.dtype), o)
-    loss, stats = _dispatch(problem, epilogue, shared, divisor)
+    loss, stats = _dispatch(problem, epilogue, divisor)
     if o["reduction"] == "none":
         loss = loss.reshape(target.shape)
     elif isinstance(normalizer, Tensor):
         # Over a count of no targets at all it stays 0; anything else over 0 is infinite.
         loss = loss / torch.where((normalizer == 0) & (loss != 0), 0, 1)
-    return loss if stats is None else (loss, shaped_stats(stats, target))
+    return loss if stats is None else (loss, shaped_stats(stats, target, o["ignore_index"]))
 
 
-def shaped_stats(stats: tuple[Tensor, ...], target: Tensor) -> RowStats:
-    return RowStats(*(column.reshape(target.shape) for column in stats))
+def shaped_stats(stats: tuple[Tensor, ...], target: Tensor, ignore_index: int) -> RowStats:
+    """The argmax of an ignored row equals no target."""
+    lse, log_prob, argmax, argmax_log_prob = (column.reshape(target.shape) for column in stats)
+    if ignore_index == -1:
+        argmax = argmax.masked_fill(argmax == -1, -2)
+    return RowStats(lse, log_prob, argmax, argmax_log_prob)
 
 
 def _check(input: Source, target: Tensor, classes: int, o: RowOptions) -> None:
@@ -294,21 +303,12 @@ def _matrix(input: Tensor, inplace: bool) -> Tensor:
     return matrix if matrix.stride(1) == 1 or classes == 1 else matrix.contiguous()
 
 
-def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.reshape(-1 if value.dim() else ()).to(device, dtype)
-    if torch.compiler.is_compiling():
-        # A factor stays a variable of the graph; a fill value would compile anew for each number.
-        return torch.ones((), dtype=dtype, device=device) * value
-    return torch.full((), value, dtype=dtype, device=device)
-
-
 def _dispatch(
-    problem: Problem, epilogue: Epilogue, shared: Shared, divisor: float | Tensor | None
+    problem: Problem, epilogue: Epilogue, divisor: float | Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Row losses (N,) or their sum over the divisor, times the token weights; columns of RowStats where asked."""
-    logits, target, weight, candidates, params, token_weight, impl, inplace, shards, _, o = problem
-    ignore_index, return_stats, unreduced = o["ignore_index"], o["return_stats"], o["reduction"] == "none"
+    logits, target, weight, candidates, params, common, shared, token_weight, impl, inplace, shards, _, o = problem
+    return_stats, unreduced = o["return_stats"], o["reduction"] == "none"
 
     def reduced(rows: Tensor) -> Tensor:
         if unreduced:
@@ -317,8 +317,8 @@ def _dispatch(
 
     if impl == "reference":
         dense = logits.logits(target) if isinstance(logits, Projection) else logits
-        rows, s = reference.row_losses(dense, target, weight, candidates, params, epilogue, shared, ignore_index)
-        return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
+        rows, s = reference.row_losses(dense, target, weight, candidates, params, epilogue, shared)
+        return reduced(rows), dense_row_stats(s, target) if return_stats else None
 
     compiled = has_compiled(epilogue.name, problem)
     fixed = token_weight is None or not token_weight.requires_grad
@@ -328,23 +328,23 @@ def _dispatch(
         # A trace would keep which gradients were asked for.
         if isinstance(logits, Projection) and not unreduced and fixed and not transforms.traced():
             loss, statistics, index = autograd.linear_sum(
-                logits, target, weight, candidates, params, token_weight, epilogue, shared, ignore_index, top_k, impl
+                logits, target, weight, candidates, params, common, token_weight, epilogue, shared, top_k, impl
             )
             loss = autograd.divided(loss, divisor)
         elif isinstance(logits, Tensor) and not unreduced and fixed and _of_one_read(logits, divisor, inplace, impl):
             loss, statistics, index = autograd.row_sum(
-                logits, target, weight, candidates, params, token_weight, divisor,
-                epilogue, shared, ignore_index, top_k, impl,
+                logits, target, weight, candidates, params, common, token_weight, divisor,
+                epilogue, shared, top_k, impl,
             )  # fmt: skip
         else:
             rows, statistics, index = autograd.row_loss(
-                logits, target, weight, candidates, params, epilogue, shared, ignore_index, top_k, inplace, impl
+                logits, target, weight, candidates, params, common, epilogue, shared, top_k, inplace, impl
             )
             loss = reduced(rows)
     elif epilogue.over == "rows" or shards is not None:
         compose = _composed if epilogue.over == "rows" else _composed_over_classes
-        rows, s = compose(problem, epilogue, shared)
-        return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
+        rows, s = compose(problem, epilogue)
+        return reduced(rows), dense_row_stats(s, target) if return_stats else None
     elif isinstance(logits, Projection):
         raise ValueError(
             "a linear form over the classes needs a compiled epilogue, which a loss function over the classes and "
@@ -355,23 +355,23 @@ def _dispatch(
             raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
         top_k = 0
         if torch.compiler.is_compiling() and _holds_gradients(epilogue, problem):
-            loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
+            loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared))
         else:
             try:
                 if unreduced or not fixed or not _may_scale(logits, divisor, params):
-                    rows, s = _composed_over_classes(problem, epilogue, shared)
-                    return reduced(rows), dense_row_stats(s, target, ignore_index) if return_stats else None
+                    rows, s = _composed_over_classes(problem, epilogue)
+                    return reduced(rows), dense_row_stats(s, target) if return_stats else None
                 loss, statistics, index = over_classes.row_sum(
-                    logits, target, weight, params, token_weight, divisor, epilogue, shared, ignore_index, impl
+                    logits, target, weight, params, token_weight, divisor, epilogue, shared, impl
                 )
                 top_k = 1
             except class_terms.OwnGradientsError:
-                loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared, ignore_index))
+                loss = reduced(_dense_chunks(logits, target, weight, params, epilogue, shared))
     if not return_stats:
         return loss, None
     if top_k == 0:
-        statistics, index = autograd.detached_statistics(logits, target, weight, ignore_index, Picks(1), impl)
-    return loss, row_stats(statistics, index, target, ignore_index)
+        statistics, index = autograd.detached_statistics(logits, target, weight, Picks(1), impl)
+    return loss, row_stats(statistics, index, target)
 
 
 def _of_one_read(logits: Tensor, divisor: float | Tensor | None, inplace: bool, impl: str) -> bool:
@@ -393,15 +393,13 @@ def _may_scale(logits: Tensor, divisor: float | Tensor | None, params: list[Tens
     )
 
 
-def _composed(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
+def _composed(problem: Problem, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A loss in PyTorch between the two passes, and the statistics."""
-    logits, target, weight, candidates, params, _, impl, inplace, shards, classes, o = problem
-    mean = epilogue.picks.mean or shared.label_smoothing != 0
+    logits, target, weight, candidates, params, _, shared, _, impl, inplace, shards, classes, o = problem
+    mean = epilogue.picks.mean or shared.smooths
     picks = epilogue.picks._replace(top_k=max(epilogue.picks.top_k, int(o["return_stats"])), mean=mean)
-    columns, index = autograd.row_statistics(
-        logits, target, weight, candidates, o["ignore_index"], picks, inplace, impl, shards
-    )
-    targets = Targets.of(target, classes, o["ignore_index"])
+    columns, index = autograd.row_statistics(logits, target, weight, candidates, picks, inplace, impl, shards)
+    targets = Targets.of(target, classes)
     s = assemble(columns, targets.safe, index, picks, weight)
     loss = shared.apply(epilogue.of_rows(s, params), s, weight, classes, weighted=False)
     return loss.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan), s
@@ -418,16 +416,16 @@ _OWN_GRADIENTS = (
 )
 
 
-def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared) -> tuple[Tensor, Statistics]:
+def _composed_over_classes(problem: Problem, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A class term; over the classes of all ranks, of which each sums its own. Without ranks it is not compiled."""
-    logits, target, weight, _, params, _, impl, inplace, shards, classes, o = problem
+    logits, target, weight, _, params, _, shared, _, impl, inplace, shards, classes, _ = problem
     compiled = has_compiled(epilogue.name, problem)
     if inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
     # Asked beforehand: where torch.compile breaks its graph, parts of a trace would not see it.
     if shards is not None and not compiled and _holds_gradients(epilogue, problem):
         raise ValueError(_OWN_GRADIENTS)
-    settings = (epilogue, o["ignore_index"], shared.label_smoothing != 0, compiled, inplace, impl, shards)
+    settings = (epilogue, shared.smooths, compiled, inplace, impl, shards)
     try:
         base, s = over_classes.row_losses(logits, target, weight, params, *settings)
     except class_terms.OwnGradientsError:
@@ -435,7 +433,7 @@ def _composed_over_classes(problem: Problem, epilogue: Epilogue, shared: Shared)
             raise
         raise ValueError(_OWN_GRADIENTS) from None
     loss = shared.apply(base, s, weight, classes, weighted=True)
-    return loss.masked_fill(target == o["ignore_index"], 0), s
+    return loss.masked_fill(target == checks.IGNORED, 0), s
 
 
 def _holds_gradients(epilogue: Epilogue, problem: Problem) -> bool:
@@ -458,12 +456,11 @@ def _dense_chunks(
     params: list[Tensor],
     epilogue: Epilogue,
     shared: Shared,
-    ignore_index: int,
 ) -> Tensor:
     """A class term in PyTorch: the dense reference on a few rows at a time, once more in the backward."""
 
     def losses(z: Tensor, t: Tensor, *p: Tensor) -> Tensor:
-        return reference.row_losses(z, t, weight, None, list(p), epilogue, shared, ignore_index)[0]
+        return reference.row_losses(z, t, weight, None, list(p), epilogue, shared)[0]
 
     return torch.cat(in_chunks(losses, logits.shape[-1], logits, target, *params))
 
@@ -481,25 +478,22 @@ def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns
     return results
 
 
-def row_stats(statistics: Tensor, index: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
+def row_stats(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """The columns of RowStats from the operators' statistics with the top class as the first pick."""
     log_sum = statistics[ops.SUM_EXP].log()
-    return _row_stats(statistics[ops.MAX] + log_sum, statistics[ops.CE], index[0], log_sum, target, ignore_index)
+    return _row_stats(statistics[ops.MAX] + log_sum, statistics[ops.CE], index[0], log_sum, target)
 
 
-def dense_row_stats(s: Statistics, target: Tensor, ignore_index: int) -> tuple[Tensor, ...]:
-    return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), target, ignore_index)
+def dense_row_stats(s: Statistics, target: Tensor) -> tuple[Tensor, ...]:
+    return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), target)
 
 
-def _row_stats(
-    lse: Tensor, ce: Tensor, argmax: Tensor, argmax_ce: Tensor, target: Tensor, ignore_index: int
-) -> tuple[Tensor, ...]:
-    ignored = target == ignore_index
-    nowhere = -1 if ignore_index != -1 else -2  # equals no target
+def _row_stats(lse: Tensor, ce: Tensor, argmax: Tensor, argmax_ce: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    ignored = target == checks.IGNORED
     return (
         lse.masked_fill(ignored, torch.nan),
         (-ce).masked_fill(ignored, torch.nan),
-        argmax.masked_fill(ignored, nowhere),
+        argmax.masked_fill(ignored, -1),
         (-argmax_ce).masked_fill(ignored, torch.nan),
     )
 
@@ -519,9 +513,9 @@ def _divisor(
     if normalizer is not None:
         return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
     if weight is None:
-        return (target != o["ignore_index"]).sum().clamp(min=1), None
+        return (target != checks.IGNORED).sum().clamp(min=1), None
     # The loss has yet to say what it thinks of targets that are out of range.
-    index, ignored, _ = Targets.of(target, len(weight), o["ignore_index"])
+    index, ignored, _ = Targets.of(target, len(weight))
     return _not_zero(weight[index].masked_fill(ignored, 0).sum()), None
 
 

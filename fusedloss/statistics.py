@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import IGNORED
 
 #: Statistics that are computed on request, and the fields that each gives.
 OPTIONAL = {
@@ -135,8 +136,8 @@ class Targets(NamedTuple):
     """Out of range. On a CPU such a target raises before; on a GPU its row is NaN, because a look would stall."""
 
     @staticmethod
-    def of(target: Tensor, classes: int, ignore_index: int) -> "Targets":
-        ignored = target == ignore_index
+    def of(target: Tensor, classes: int) -> "Targets":
+        ignored = target == IGNORED
         invalid = ((target < 0) | (target >= classes)) & ~ignored
         return Targets(target.masked_fill(ignored | invalid, 0), ignored, invalid)
 
@@ -165,16 +166,15 @@ def statistics_with_top(
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
-    ignore_index: int,
     picks: Picks,
     of_top: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A statistics pass and, if asked for, 1 - p of the top class by another one, for which that is the target."""
-    statistics, index = statistics_of(target, weight, candidates, ignore_index, *picks)
+    statistics, index = statistics_of(target, weight, candidates, *picks)
     if not of_top:
         return statistics, index, statistics.new_empty(0)
-    # Of an ignored row that is -1.
-    return statistics, index, statistics_of(index[0], None, None, -1, *Picks())[0][ops.Q].clone()
+    top = index[0].masked_fill(index[0] < 0, IGNORED)
+    return statistics, index, statistics_of(top, None, None, *Picks())[0][ops.Q].clone()
 
 
 def dense_columns(

@@ -17,10 +17,21 @@ from torch import Tensor
 
 from . import parallel, transforms
 from .autograd import differentiable
-from .checks import DTYPES, INDEX_DTYPES, check_choice, check_local, check_number, compute_dtype, has_autocast, may_read
+from .checks import (
+    DTYPES,
+    IGNORED,
+    INDEX_DTYPES,
+    check_choice,
+    check_local,
+    check_number,
+    compute_dtype,
+    has_autocast,
+    may_read,
+)
+from .constants import parameter
 from .epilogue import Epilogue
 from .projection import Form, Projection
-from .row import parameter, row_loss
+from .row import row_loss
 from .statistics import Statistics
 
 if TYPE_CHECKING:
@@ -33,7 +44,6 @@ BUDGET = 12 * 2**20
 COLUMN_BYTES = 2**20
 
 REDUCTIONS = ("mean", "mean_all", "sum", "none")
-_IGNORED = -1
 
 
 def _lse(s: Statistics) -> Tensor:
@@ -689,9 +699,8 @@ def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: st
         "supcon_loss",
         # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
         Projection(anchors, others.view_as(others), bias, form),
-        torch.where(compared, index, _IGNORED),
+        torch.where(compared, index, IGNORED),
         LOG_SUM_EXP,
-        ignore_index=_IGNORED,
         reduction="none" if share is None else "sum",
         token_weight=share,
         impl=impl,

@@ -22,12 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops, parallel, transforms
-from .checks import check_int, is_dtensor
+from .checks import IGNORED, check_int, is_dtensor
 from .projection import Form, Projection
 from .statistics import Picks, of_target
-
-#: What the passes are told of ignored rows: the caller's ignore_index may be the number of a class on this rank.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -323,11 +320,11 @@ def form_for(shards: VocabularyShards, projection: Projection) -> Form:
 
 
 def rows_here(
-    shards: VocabularyShards, target: Tensor, weight: Tensor | None, candidates: Tensor | None, ignore_index: int
+    shards: VocabularyShards, target: Tensor, weight: Tensor | None, candidates: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the passes get on this rank. They are to take IGNORED for ignore_index."""
+    """What the passes get on this rank."""
     column, here = shards.here(target)
-    column = torch.where(here, column, 0).masked_fill(target == ignore_index, IGNORED)
+    column = torch.where(here, column, 0).masked_fill(target == IGNORED, IGNORED)
     if candidates is not None:
         candidates = shards.here(candidates)[0].clamp(min=0)
     return column, shards.weight(weight), candidates
@@ -359,7 +356,6 @@ def merge(
     target: Tensor,
     weight: Tensor | None,
     candidates: Tensor | None,
-    ignore_index: int,
     picks: Picks,
     top_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -393,7 +389,7 @@ def merge(
 
     fixed, top, top_index, candidate, but_top = shards.gather_parts(parts).split(split, 1)
     m, sums, rest, target_logits, mean = fixed.unbind(1)
-    ignored = target == ignore_index
+    ignored = target == IGNORED
     largest = m.amax(0)
     shift = torch.where(largest.isneginf(), 0, largest)
     target_logit = target_logits.amax(0)

@@ -33,8 +33,8 @@ IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
 
 
 def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
-    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
-    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", -100, None, impl)
+    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, impl)
+    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", None, impl)
 
 
 def check_parts_of_the_classes(
@@ -50,8 +50,8 @@ def check_parts_of_the_classes(
     weight = torch.rand(classes, generator=generator).to(compute)
     one = torch.ones((), dtype=compute)
     own = [alpha, one, one] if loss == "dsc" else [alpha, one]
-    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
-    top_q = ops.row_statistics(z, torch.where(target < 0, -100, index[0]), None, None, -100, 0, False, False, impl)
+    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, impl)
+    top_q = ops.row_statistics(z, torch.where(target < 0, -100, index[0]), None, None, 0, False, False, impl)
     top_q = top_q[0][ops.Q].contiguous()
     rtol = 1e-12 if dtype == torch.float64 else 2e-6
 
@@ -63,16 +63,16 @@ def check_parts_of_the_classes(
             return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
 
         t, top = columns(target), columns(index)
-        summed = (t, row_weight, statistics, top, own, f"{loss}_over_rows", -100, top_q)
-        one_vs_rest = (t, weight[part].contiguous(), statistics, top, [*own, one], f"{loss}_one_vs_rest", -100)
-        saved = (statistics, top, coefficients, row_weight, [*own, one], f"{loss}_one_vs_rest", -100)
+        summed = (t, row_weight, statistics, top, own, f"{loss}_over_rows", top_q)
+        one_vs_rest = (t, weight[part].contiguous(), statistics, top, [*own, one], f"{loss}_one_vs_rest")
+        saved = (statistics, top, coefficients, row_weight, [*own, one], f"{loss}_one_vs_rest")
         return (
             ops.class_sums(here, *summed, impl),
             ops.term_sums(here, *one_vs_rest, impl),
             ops.row_gradient(here, *one_vs_rest[:2], *saved, impl),
         )
 
-    every = (target, weight, None, [*own, one], f"{loss}_one_vs_rest", 0.0, "all", 0.0, -100, 1)
+    every = (target, weight, None, [*own, one], None, f"{loss}_one_vs_rest", False, 1)
     value, _, _, coefficients = ops.row_loss(z, *every, impl)
     sums, terms, gradient = passes(slice(None))
     torch.testing.assert_close(sums, _sums(z, target, row_weight, loss, own, impl), rtol=rtol, atol=rtol * 1e-2)

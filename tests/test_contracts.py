@@ -56,10 +56,7 @@ def good_arguments(name: str) -> dict[str, Any]:
         "top_q": torch.rand(ROWS, generator=generator),
         "needed": [True, True, True],
         "epilogue": epilogue,
-        "label_smoothing": 0.0,
-        "smoothing_over": "all",
-        "z_loss": 0.0,
-        "ignore_index": -100,
+        "common": torch.tensor([1.0, 0.0, 0.0]),
         "top_k": 1,
         "below": False,
         "mean": False,
@@ -108,7 +105,7 @@ CHANGES: dict[str, list[Callable[[Any], Any]]] = {
     "index": [Tensor.int, strided, lambda x: x[:, :-1], lambda x: x[0], lambda x: x[0, 0]],
     "coefficients": [Tensor.double, strided, lambda x: x[:-1], lambda x: x[:, :-1]],
     "top_q": [Tensor.double, strided, lambda x: x[:-1]],
-    "smoothing_over": [lambda x: "some"],
+    "common": [Tensor.double, strided, lambda x: x[:-1], lambda x: x[None]],
     "top_k": [lambda x: -1, lambda x: 3],
 }
 

@@ -120,7 +120,7 @@ X = torch.tensor([0, 1])
         (ValueError, r"weight must be \(V,\), one a class, got shape \(1, 2\)", {"weight": torch.ones(1, 2)}),
         (ValueError, r"weight must be \(V,\), one a class, got shape \(0,\)", {"weight": torch.ones(0)}),
         (ValueError, "weight is on meta, but target on cpu", {"weight": torch.ones(2, device="meta")}),
-        (IndexError, "target 1 is out of range for 1 classes, and not ignore_index=-100", {"weight": torch.ones(1)}),
+        (IndexError, "target 1 is out of range for 1 classes, and not ignore_index", {"weight": torch.ones(1)}),
         (TypeError, "token_weight must be a floating point tensor, got torch.int64", {"token_weight": X}),
         (TypeError, "token_weight must be a floating point tensor, got list", {"token_weight": [torch.ones(2)]}),
         (

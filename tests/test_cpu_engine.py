@@ -231,7 +231,7 @@ def test_calls_from_several_threads_do_not_mix(generator: torch.Generator) -> No
 def _processor_time(z: Tensor, target: Tensor, expected: Tensor) -> float:
     """The processor time of a pass over that of the thread that calls it, where the result has the right bits."""
     before = time.process_time(), time.thread_time()
-    statistics = ops.row_statistics(z, target, None, None, -100, 1, True, True, "cpu")[0]
+    statistics = ops.row_statistics(z, target, None, None, 1, True, True, "cpu")[0]
     whole, own = time.process_time() - before[0], time.thread_time() - before[1]
     assert np.array_equal(statistics.numpy(), expected.numpy())  # torch's own comparison runs on threads
     return whole / own
@@ -257,7 +257,7 @@ def test_a_forked_process_uses_threads_where_it_is_told_to(
     """One until then, and one again in a child of its own; the bits are the parent's."""
     threads(2)
     z, target = problem(*shape, generator, torch.float64)
-    expected = ops.row_statistics(z, target, None, None, -100, 1, True, True, "cpu")[0]
+    expected = ops.row_statistics(z, target, None, None, 1, True, True, "cpu")[0]
     in_a_child(_a_child_on_threads, z, target, expected)
 
 
@@ -342,7 +342,7 @@ def test_every_half_is_read_as_torch_reads_it(dtype: torch.dtype, instruction_se
     z = halves[:, None].expand(-1, 19)  # a vector of any set, and a tail
     target = torch.zeros(len(halves), dtype=torch.int64)
     for contiguous in (z.contiguous(), z[:, :3].contiguous()):
-        statistics, index = ops.row_statistics(contiguous, target, None, None, -100, 1, False, False, "cpu")
+        statistics, index = ops.row_statistics(contiguous, target, None, None, 1, False, False, "cpu")
         for name in (ops.TARGET_LOGIT, ops.STATISTICS):
             read = statistics[name]
             exact = ~wide.isnan()
@@ -385,7 +385,7 @@ def test_every_float_is_written_as_torch_writes_it(dtype: torch.dtype, instructi
     coefficients = torch.zeros(ops.COEFFICIENTS, rows)
     coefficients[ops.A] = coefficients[ops.TARGET_GRADIENT] = values
     index = torch.zeros(0, rows, dtype=torch.int64)
-    got = ops.row_gradient(z, target, None, statistics, index, coefficients, None, [], "", -100, "cpu")
+    got = ops.row_gradient(z, target, None, statistics, index, coefficients, None, [], "", "cpu")
     assert expected.isinf().any() and (expected == 0).any() and expected.isnan().sum() == 1
     for column in got.unbind(1):
         assert torch.equal(column.isnan(), expected.isnan())
@@ -445,7 +445,7 @@ def _exponential(x: Tensor, a: float = 1.0) -> Tensor:
     coefficients[ops.A] = a
     index = torch.zeros(0, 1, dtype=torch.int64)
     target = torch.tensor([x.shape[1]])
-    return ops.row_gradient(padded, target, None, statistics, index, coefficients, None, [], "", -100, "cpu")[:, :-1]
+    return ops.row_gradient(padded, target, None, statistics, index, coefficients, None, [], "", "cpu")[:, :-1]
 
 
 @each_inplace_loss
@@ -598,7 +598,7 @@ def test_compiled_epilogues_are_those_of_the_losses() -> None:
 def test_an_unknown_epilogue_raises() -> None:
     z, target = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
-        ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "cpu")
+        ops.row_loss(z, target, None, None, [], None, "perplexity", False, 0, "cpu")
 
 
 def test_huge_pages_are_advice() -> None:

@@ -170,11 +170,12 @@ def _one_read_and_two(
 ) -> list[tuple[Tensor, ...]]:
     count, top_k = EPILOGUES[epilogue]
     params = [torch.full((), 0.5, dtype=row_weight.dtype) for _ in range(count)]
-    names = (epilogue, smoothing, "all", 0.01, -100, top_k, "cuda")
+    common = torch.tensor([1 - smoothing, smoothing / z.shape[1], 0.01], dtype=row_weight.dtype)
+    names = (epilogue, smoothing != 0, top_k, "cuda")
     one, two = z.clone(), z.clone()
-    first = ops.row_loss_gradient_(one, target, weight, None, params, row_weight, *names)
-    second = ops.row_loss(two, target, weight, None, params, *names)
-    ops.row_gradient_(two, target, weight, *second[1:], row_weight, params, epilogue, -100, "cuda")
+    first = ops.row_loss_gradient_(one, target, weight, None, params, common, row_weight, *names)
+    second = ops.row_loss(two, target, weight, None, params, common, *names)
+    ops.row_gradient_(two, target, weight, *second[1:], row_weight, params, epilogue, "cuda")
     return [(*first, one), (*second, two)]
 
 
@@ -201,8 +202,8 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     monkeypatch.setattr(cuda, "plan", cut(1))
     monkeypatch.setattr(cuda, "_launch", lambda function, job, logits: jobs.append((job.slots, bool(job.grad))))
     z, target = logits_and_targets(2, 33000, generator, torch.float32)
-    ops.row_loss_gradient_(z, target, None, None, [], None, "cross_entropy", 0.0, "all", 0.0, -100, 0, "cuda")
-    ops.row_loss(z, target, None, None, [], "cross_entropy", 0.0, "all", 0.0, -100, 0, "cuda")
+    ops.row_loss_gradient_(z, target, None, None, [], None, None, "cross_entropy", False, 0, "cuda")
+    ops.row_loss(z, target, None, None, [], None, "cross_entropy", False, 0, "cuda")
     assert jobs == [(-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), True), (cuda.STAGES, False)]
 
 
@@ -450,7 +451,7 @@ def test_what_it_does_not_take_is_refused(generator):
     with pytest.raises(ValueError, match="fewer than 1073741824 rows of 300 classes, got 1073741824"):
         cuda._run(cuda._cuda.Job(), z[:1].expand(2**30, 300), on_chip=False)
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
-        ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "cuda")
+        ops.row_loss(z, target, None, None, [], None, "perplexity", False, 0, "cuda")
 
 
 # --- linear forms, torch.compile ---
@@ -487,11 +488,14 @@ def test_compiled(generator, kernel_calls):
 def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
     params = [torch.tensor(0.25)]
-    names = ("mixed_cross_entropy", 0.1, "all", 0.01, -100, 2, "cuda")
-    arguments = (target, None, None, params, torch.rand(5), *names)
+    names = ("mixed_cross_entropy", True, 2, "cuda")
+    common = torch.tensor([0.9, 0.1 / 21, 0.01])
+    arguments = (target, None, None, params, common, torch.rand(5), *names)
     torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), *arguments))
     torch.library.opcheck(ops.row_loss_gradient, (z, *arguments))
-    torch.library.opcheck(ops.row_loss_gradient, (z, target, None, None, params, torch.rand(()).expand(5), *names))
+    torch.library.opcheck(
+        ops.row_loss_gradient, (z, target, None, None, params, common, torch.rand(()).expand(5), *names)
+    )
     torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), "cuda"))
 
 

@@ -594,24 +594,26 @@ def test_compiles_once_for_any_rows_and_alpha(reduction: str, generator: torch.G
 def test_opcheck(name: str, masked: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
     data = Data.make(generator, dtype)
     sources = [x.detach() for x in data.sources]
-    rows = (data.target, data.class_weight.float(), None)
+    target = data.target.masked_fill(data.target == IGNORED, -100)
+    rows = (target, data.class_weight.float(), None)
     form = (*Form(0.0, budget_for(8, data.sources), drop_ignored=True, mask_target=masked), "cpu")
     loss_arguments = (
-        *sources, *rows, [], data.token_weight.float(), [True] * 3, "cross_entropy", 0.1, "all", 0.0, IGNORED, 1, *form,
+        *sources, *rows, [], torch.tensor([0.9, 0.1 / len(sources[1]), 0.0]), data.token_weight.float(), [True] * 3,
+        "cross_entropy", True, 1, *form,
     )  # fmt: skip
     if name == "linear_row_statistics":
-        arguments: tuple[Any, ...] = (*sources, *rows, IGNORED, 1, True, True, True, *form)
+        arguments: tuple[Any, ...] = (*sources, *rows, 1, True, True, True, *form)
     elif name == "linear_row_loss":
         arguments = loss_arguments
     elif name == "linear_term_sums":
-        saved = ops.linear_row_statistics(*sources, *rows, IGNORED, 1, False, False, False, *form)[:2]
+        saved = ops.linear_row_statistics(*sources, *rows, 1, False, False, False, *form)[:2]
         params = [torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)]
-        arguments = (*sources, *rows[:2], *saved, params, "dsc_one_vs_rest", IGNORED, *form)
+        arguments = (*sources, *rows[:2], *saved, params, "dsc_one_vs_rest", *form)
     else:
         _, statistics, index, coefficients, *_ = ops.linear_row_loss(*loss_arguments)
         arguments = (
             *sources, *rows[:2], statistics, index, coefficients, None, [], [True, False, True], "cross_entropy",
-            IGNORED, *form,
+            *form,
         )  # fmt: skip
     torch.library.opcheck(getattr(ops, name), arguments)
 

@@ -75,14 +75,15 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def operator_arguments(case: dict[str, Any], rows: int, generator: torch.Generator) -> tuple[Any, ...]:
-    """(logits, target, weight, candidates), ignore_index, (top_k, below, mean)"""
+    """(logits, target, weight, candidates), what every loss has, (top_k, below, mean)"""
     z, target = problem(rows, 21, generator, case.get("dtype", torch.float32))
     if "stride" in case:
         z = z.new_zeros(rows, case["stride"])[:, :21].copy_(z)
     target[rows // 2] = -100
     candidates = case.get("candidates")
     tensors = (z, target, case.get("weight"), None if candidates is None else candidates[:rows])
-    return tensors, -100, (case.get("top_k", 0), case.get("below", False), case.get("mean", False))
+    common = T([0.9, 0.1 / 21, 0.01], dtype=compute_dtype(z.dtype))
+    return tensors, common, (case.get("top_k", 0), case.get("below", False), case.get("mean", False))
 
 
 def check_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
@@ -92,18 +93,18 @@ def check_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
 @needs_cpu
 @each_case
 def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
-    tensors, ignore_index, picks = operator_arguments(case[0], 5, generator)
-    statistics = (*tensors, ignore_index, *picks, "cpu")
+    tensors, common, picks = operator_arguments(case[0], 5, generator)
+    statistics = (*tensors, *picks, "cpu")
     check_operator(ops.row_statistics, statistics)
     for epilogue, params in case[1]:
-        forward = (*tensors, params, epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
+        forward = (*tensors, params, common, epilogue, True, picks[0], "cpu")
         check_operator(ops.row_loss, forward)
         loss, *saved = ops.row_loss(*forward)
         for grad_output in (torch.rand_like(loss), None, loss.new_ones(()).expand(5)):
-            backward = (tensors[1], tensors[2], *saved, grad_output, params, epilogue, ignore_index, "cpu")
+            backward = (tensors[1], tensors[2], *saved, grad_output, params, epilogue, "cpu")
             check_operator(ops.row_gradient, (tensors[0], *backward))
             check_operator(ops.row_gradient_, (tensors[0].clone(), *backward))
-            both = (*tensors[1:], params, grad_output, *forward[5:])
+            both = (*tensors[1:], params, common, grad_output, *forward[6:])
             check_operator(ops.row_loss_gradient, (tensors[0], *both))
             check_operator(ops.row_loss_gradient_, (tensors[0].clone(), *both))
     check_operator(ops.scale_, (tensors[0].clone(), T(0.5, dtype=compute_dtype(tensors[0].dtype)), "cpu"))
@@ -112,17 +113,17 @@ def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Genera
 @needs_cpu
 @each_case
 def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
-    tensors, ignore_index, picks = operator_arguments(case[0], 5, generator)
+    tensors, common, picks = operator_arguments(case[0], 5, generator)
     row_weight = torch.rand(5, generator=generator).to(compute_dtype(tensors[0].dtype))
     for epilogue, params in case[1]:
-        names = (epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
-        expected = ops.row_loss(*tensors, params, *names)
-        backward = (*tensors[1:3], *expected[1:], row_weight, params, epilogue, ignore_index, "cpu")
+        names = (epilogue, True, picks[0], "cpu")
+        expected = ops.row_loss(*tensors, params, common, *names)
+        backward = (*tensors[1:3], *expected[1:], row_weight, params, epilogue, "cpu")
         logits = tensors[0].clone()
-        found = ops.row_loss_gradient_(logits, *tensors[1:], params, row_weight, *names)
+        found = ops.row_loss_gradient_(logits, *tensors[1:], params, common, row_weight, *names)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         torch.testing.assert_close(logits, ops.row_gradient(tensors[0], *backward), rtol=0, atol=0)
-        *found, gradient = ops.row_loss_gradient(*tensors, params, row_weight, *names)
+        *found, gradient = ops.row_loss_gradient(*tensors, params, common, row_weight, *names)
         torch.testing.assert_close([*found, gradient], [*expected, logits], rtol=0, atol=0)
 
 
@@ -130,9 +131,9 @@ def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], genera
 def test_values_of_another_dtype_are_not_misread(generator: torch.Generator) -> None:
     """A kernel takes an address for what it is told."""
     z, target = problem(5, 21, generator, torch.float64)
-    names = ("cross_entropy", 0.0, "all", 0.0, -100, 0, "cpu")
+    names = ("cross_entropy", False, 0, "cpu")
     with pytest.raises(TypeError, match=r"must be torch\.float64.* got torch\.float32"):
-        ops.row_loss_gradient_(z, target, None, None, [], torch.ones(5), *names)
+        ops.row_loss_gradient_(z, target, None, None, [], None, torch.ones(5), *names)
 
 
 @needs_cpu
@@ -141,9 +142,9 @@ def test_values_of_another_dtype_are_not_misread(generator: torch.Generator) -> 
 def test_fakes_agree_with_kernels(
     case: tuple[dict[str, Any], list[Any]], rows: int, generator: torch.Generator
 ) -> None:
-    tensors, ignore_index, picks = operator_arguments(case[0], rows, generator) if rows else (None, 0, None)
+    tensors, common, picks = operator_arguments(case[0], rows, generator) if rows else (None, None, None)
     if tensors is None:
-        tensors, ignore_index, picks = operator_arguments(case[0], 1, generator)
+        tensors, common, picks = operator_arguments(case[0], 1, generator)
         tensors = tuple(x if i == 2 or x is None else x[:0] for i, x in enumerate(tensors))
 
     def agree(operator: Any, *arguments: Any) -> Any:
@@ -158,20 +159,18 @@ def test_fakes_agree_with_kernels(
             assert not (r.isnan() if r.is_floating_point() else r >= 21).any()  # memory that no kernel wrote
         return real
 
-    statistics, index = agree(ops.row_statistics, *tensors, ignore_index, *picks, "cpu")
+    statistics, index = agree(ops.row_statistics, *tensors, *picks, "cpu")
     count = picks[0] + picks[1] + (0 if tensors[3] is None else tensors[3].shape[1])
     assert statistics.shape == (ops.STATISTICS + count, rows) and index.shape == (count, rows)
     for epilogue, params in case[1]:
         params = [p[:rows] if p.dim() else p for p in params]
-        loss, *saved = agree(ops.row_loss, *tensors, params, epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
+        loss, *saved = agree(ops.row_loss, *tensors, params, common, epilogue, True, picks[0], "cpu")
         assert loss.shape == (rows,)
-        grad = agree(
-            ops.row_gradient, *tensors[:3], *saved, torch.ones_like(loss), params, epilogue, ignore_index, "cpu"
-        )
+        grad = agree(ops.row_gradient, *tensors[:3], *saved, torch.ones_like(loss), params, epilogue, "cpu")
         assert grad.is_contiguous() and grad.dtype == tensors[0].dtype
         row_weight = torch.rand_like(loss)
-        names = (epilogue, 0.1, "all", 0.01, ignore_index, picks[0], "cpu")
-        agree(ops.row_loss_gradient, *tensors, params, row_weight, *names)
+        names = (epilogue, True, picks[0], "cpu")
+        agree(ops.row_loss_gradient, *tensors, params, common, row_weight, *names)
 
 
 def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
@@ -199,10 +198,10 @@ def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
 
 @needs_cpu
 def test_gradient_in_place_is_the_gradient(generator: torch.Generator) -> None:
-    tensors, ignore_index, _ = operator_arguments({}, 5, generator)
+    tensors, common, _ = operator_arguments({}, 5, generator)
     z, target = tensors[:2]
-    loss, *saved = ops.row_loss(z, target, None, None, [], "cross_entropy", 0.1, "all", 0.0, ignore_index, 0, "cpu")
-    arguments = (target, None, *saved, torch.rand_like(loss), [], "cross_entropy", ignore_index, "cpu")
+    loss, *saved = ops.row_loss(z, target, None, None, [], common, "cross_entropy", True, 0, "cpu")
+    arguments = (target, None, *saved, torch.rand_like(loss), [], "cross_entropy", "cpu")
     expected = ops.row_gradient(z, *arguments)
     assert ops.row_gradient_(z, *arguments) is None
     assert torch.equal(z, expected)

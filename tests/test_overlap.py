@@ -426,9 +426,9 @@ def test_the_order_of_rows_does_not_matter(name, level, impl, generator):
 
 
 def _sums(z: Tensor, target: Tensor, weight: Tensor, impl: str) -> Tensor:
-    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, impl)
+    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, impl)
     params = [torch.tensor(x) for x in (0.5, 1.0, 1.0)]
-    return ops.class_sums(z, target, weight, statistics, index, params, "dsc_over_rows", -100, None, impl)
+    return ops.class_sums(z, target, weight, statistics, index, params, "dsc_over_rows", None, impl)
 
 
 @pytest.mark.parametrize("split", [0, 1, 5, 40])
@@ -556,22 +556,22 @@ def test_opcheck(weighted, dtype, generator):
     compute = compute_dtype(dtype)
     row_weight = torch.rand(5, generator=generator).to(compute) if weighted else None
     params = [torch.tensor(x, dtype=compute) for x in (0.5, 1.0, 1.0)]
-    statistics, index = ops.row_statistics(z, target, None, None, -100, 1, False, False, "cpu")
+    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, "cpu")
     for top_q in (None, torch.rand(5, generator=generator).to(compute)):
-        rows = (z, target, row_weight, statistics, index, params, "dsc_over_rows", -100, top_q, "cpu")
+        rows = (z, target, row_weight, statistics, index, params, "dsc_over_rows", top_q, "cpu")
         torch.library.opcheck(ops.class_sums, rows)
     params.append(torch.rand(5, generator=generator).to(compute))
     weight = torch.rand(21, generator=generator).to(compute)
-    terms = (z, target, weight, statistics, index, params, "dsc_over_rows", -100, "cpu")
+    terms = (z, target, weight, statistics, index, params, "dsc_over_rows", "cpu")
     torch.library.opcheck(ops.class_terms, terms)
     torch.library.opcheck(ops.term_sums, terms)
     with pytest.raises(
         ValueError,
         match="class_sums: no epilogue named 'dsc_one_vs_rest'; there are 'dsc_over_rows', 'tversky_over_rows'",
     ):
-        ops.class_sums(z, target, row_weight, statistics, index, params, "dsc_one_vs_rest", -100, None, "cpu")
+        ops.class_sums(z, target, row_weight, statistics, index, params, "dsc_one_vs_rest", None, "cpu")
     with pytest.raises(ValueError, match="term_sums: no epilogue named 'focal'"):
-        ops.term_sums(z, target, None, statistics, index, params, "focal", -100, "cpu")
+        ops.term_sums(z, target, None, statistics, index, params, "focal", "cpu")
 
 
 @pytest.mark.compile

@@ -337,15 +337,15 @@ def test_opcheck_of_products(masked, generator):
     hidden, weight = torch.randn(5, 8, generator=generator), torch.randn(21, 8, generator=generator)
     product = (hidden, weight, torch.randn(21, generator=generator), 2.0, masked)
     target = torch.tensor([3, 20, -100, 0, 7])
-    loss = (target, None, None, [], "log_sum_exp" if masked else "cross_entropy", 0.0, "all", 0.0, -100, 0)
-    torch.library.opcheck(ops.product_row_statistics, (*product, target, None, None, -100, 1, 0, 0, "triton_fused"))
+    loss = (target, None, None, [], None, "log_sum_exp" if masked else "cross_entropy", False, 0)
+    torch.library.opcheck(ops.product_row_statistics, (*product, target, None, None, 1, 0, 0, "triton_fused"))
     torch.library.opcheck(ops.product_row_loss, (*product, *loss, "triton_fused"))
     _, *saved = ops.product_row_loss(*product, *loss, "triton_fused")
-    statistics, index = ops.product_row_statistics(*product, target, None, None, -100, 1, 0, 0, "triton_fused")
+    statistics, index = ops.product_row_statistics(*product, target, None, None, 1, 0, 0, "triton_fused")
     params = [torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)]
-    terms = (target, None, statistics, index, params, "dsc_one_vs_rest", -100, "triton_fused")
+    terms = (target, None, statistics, index, params, "dsc_one_vs_rest", "triton_fused")
     torch.library.opcheck(ops.product_term_sums, (*product, *terms))
-    backward = (target, None, *saved, torch.rand(5), [], loss[4], -100, "triton_fused")
+    backward = (target, None, *saved, torch.rand(5), [], loss[5], "triton_fused")
     torch.library.opcheck(ops.product_row_gradient_, (torch.empty(5, 21), *product, *backward))
 
 
@@ -361,11 +361,12 @@ def test_compiled(generator):
 
 def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
-    forward = (z, target, None, None, [torch.tensor(0.25)], "mixed_cross_entropy", 0.1, "all", 0.01, -100, 2, "triton")
+    common = torch.tensor([0.9, 0.1 / 21, 0.01])
+    forward = (z, target, None, None, [torch.tensor(0.25)], common, "mixed_cross_entropy", True, 2, "triton")
     torch.library.opcheck(ops.row_loss, forward)
-    torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), *forward[1:5], torch.rand(5), *forward[5:]))
+    torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), *forward[1:6], torch.rand(5), *forward[6:]))
     _, *saved = ops.row_loss(*forward)
-    backward = (target, None, *saved, torch.rand(5), [torch.tensor(0.25)], "mixed_cross_entropy", -100, "triton")
+    backward = (target, None, *saved, torch.rand(5), [torch.tensor(0.25)], "mixed_cross_entropy", "triton")
     torch.library.opcheck(ops.row_gradient, (z, *backward))
     torch.library.opcheck(ops.row_gradient_, (z.clone(), *backward))
 
@@ -380,7 +381,7 @@ def test_nobody_gets_the_interpreter_without_asking():
 def test_an_unknown_epilogue_raises():
     z, target = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
-        ops.row_loss(z, target, None, None, [], "perplexity", 0.0, "all", 0.0, -100, 0, "triton")
+        ops.row_loss(z, target, None, None, [], None, "perplexity", False, 0, "triton")
 
 
 def _run(code: str, **environment: str) -> str:

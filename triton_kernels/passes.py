@@ -29,6 +29,7 @@ from .epilogues import power
 # Coefficients and statistics are laid out as fusedloss.ops says.
 _STATISTICS = tl.constexpr(6)
 _COEFFICIENTS = tl.constexpr(3)
+_IGNORED = tl.constexpr(-100)
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
@@ -42,10 +43,10 @@ def _rows(block, N, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _targets(target, rows, inside, V, ignore_index):
+def _targets(target, rows, inside):
     """Targets, and which rows are in the batch and not ignored. The others' are -1."""
     t = tl.load(target + rows, inside, other=-1)
-    live = inside & (t != ignore_index)
+    live = inside & (t != _IGNORED)
     return tl.where(live, t, -1), live
 
 
@@ -312,9 +313,7 @@ def _finish(
     coefficients,
     N,
     V,
-    main,
-    smooth,
-    z_loss,
+    common,
     EPILOGUE: tl.constexpr,
     PARAMS: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -371,9 +370,9 @@ def _finish(
         lse = m + log_sum
         values = _params(param_values, param_strides, rows, inside, PARAMS)
         target_weight = _target_weight(class_weight, target, live, V, T)
-        main = tl.full((1, 1), main, T) * target_weight
-        smooth = tl.full((1, 1), smooth, T)
-        z_term, z_slope = _z_loss(z_loss, target_weight, lse, T)
+        main = _common(common, 0, T) * target_weight
+        smooth = _common(common, 1, T)
+        z_term, z_slope = _z_loss(common, target_weight, lse, T)
         spread = smooth * total.to(T)
         same = pick_index == target
         pick_ce = tl.where(same, ce, log_sum + (m - pick_logit))
@@ -398,9 +397,18 @@ def _target_weight(class_weight, target, live, V, T: tl.constexpr):
 
 
 @triton.jit
-def _z_loss(z_loss, target_weight, lse, T: tl.constexpr):
+def _common(common, K: tl.constexpr, T: tl.constexpr):
+    """What every loss has, see fusedloss.ops."""
+    if common is None:
+        return tl.full((1, 1), 1.0 if K == 0 else 0.0, T)
+    else:
+        return tl.full((1, 1), tl.load(common + K), T)
+
+
+@triton.jit
+def _z_loss(common, target_weight, lse, T: tl.constexpr):
     """Its term and its slope by lse; with no such loss an infinite lse is no matter."""
-    z_loss = tl.full((1, 1), z_loss, T) * target_weight
+    z_loss = _common(common, 2, T) * target_weight
     return tl.where(z_loss != 0, z_loss * lse * lse, 0.0), tl.where(z_loss != 0, 2 * z_loss * lse, 0.0)
 
 
@@ -615,10 +623,7 @@ def statistics_pass(
     grad_output_stride: tl.int64,
     N: tl.int64,
     V: tl.int32,
-    ignore_index: tl.int64,
-    main: tl.float64,
-    smooth: tl.float64,
-    z_loss: tl.float64,
+    common,
     EPILOGUE: tl.constexpr,
     PARAMS: tl.constexpr,
     SOURCE: tl.constexpr,
@@ -640,7 +645,7 @@ def statistics_pass(
     """
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
-    t, live = _targets(target, rows, inside, V, ignore_index)
+    t, live = _targets(target, rows, inside)
     in_range = live & (t >= 0) & (t < V)
     target_logit = _logit(where, rows, t, in_range, SOURCE, T)
     if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
@@ -689,7 +694,7 @@ def statistics_pass(
     else:
         _finish(
             part, rows, inside, live, t, target_logit, where, class_weight, weight_sum, candidates, param_values,
-            param_strides, loss, statistics, index, coefficients, N, V, main, smooth, z_loss, EPILOGUE, PARAMS, SOURCE,
+            param_strides, loss, statistics, index, coefficients, N, V, common, EPILOGUE, PARAMS, SOURCE,
             TOP_K, BELOW, MEAN, PICKS, PICK_BLOCK, T,
         )  # fmt: skip
         if grad is not None:
@@ -718,8 +723,7 @@ def class_terms_pass(
     part_sums,
     N: tl.int64,
     V: tl.int32,
-    ignore_index: tl.int64,
-    z_loss: tl.float64,
+    common,
     TERM: tl.constexpr,
     EXPONENT: tl.constexpr,
     PARAMS: tl.constexpr,
@@ -733,7 +737,7 @@ def class_terms_pass(
     """Losses and coefficients, from statistics with the top class. SPLIT and MERGE as in the statistics pass."""
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
-    t, live = _targets(target, rows, inside, V, ignore_index)
+    t, live = _targets(target, rows, inside)
     top = tl.load(index + rows, live, other=-1)
     m = tl.load(statistics + rows, live, other=0.0)
     sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
@@ -770,7 +774,7 @@ def class_terms_pass(
     else:
         target_weight = _target_weight(class_weight, t, live, V, T)
         top_weight = _target_weight(class_weight, top, live, V, T)
-        z_term, z_slope = _z_loss(z_loss, target_weight, m + tl.log(sum_exp), T)
+        z_term, z_slope = _z_loss(common, target_weight, m + tl.log(sum_exp), T)
         target_logit = tl.load(statistics + (rows + 4 * N), live, other=0.0)
         p = tl.where(sum_exp == 0, 0.0, tl.exp(target_logit - m) * inverse)
         total, shift, at_top, at_target = _class_term(
@@ -799,7 +803,6 @@ def gradient_pass(
     grad_stride: tl.int64,
     N: tl.int64,
     V: tl.int32,
-    ignore_index: tl.int64,
     TERM: tl.constexpr,
     EXPONENT: tl.constexpr,
     PARAMS: tl.constexpr,
@@ -818,7 +821,7 @@ def gradient_pass(
         blocks = tl.cdiv(N, ROWS).to(tl.int32)
         block, column_block = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     rows, inside = _rows(block, N, ROWS)
-    t, live = _targets(target, rows, inside, V, ignore_index)
+    t, live = _targets(target, rows, inside)
     of_rows = _row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T)
     values = _params(param_values, param_strides, rows, inside, PARAMS)
     _write_gradient(
@@ -836,14 +839,13 @@ def top_rest_pass(
     top_rest,
     N: tl.int64,
     V: tl.int32,
-    ignore_index: tl.int64,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """1 - p of each row's top class. Only a p > 0.5 of a class that is not the target needs a look at the others."""
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
-    t, live = _targets(target, rows, inside, V, ignore_index)
+    t, live = _targets(target, rows, inside)
     top = tl.load(index + rows, live, other=-1)
     m = tl.load(statistics + rows, live, other=0.0)
     sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
@@ -871,7 +873,6 @@ def class_sums_pass(
     sums,
     N: tl.int64,
     V: tl.int32,
-    ignore_index: tl.int64,
     group_rows,
     OVERLAP: tl.constexpr,
     EXPONENT: tl.constexpr,
@@ -888,7 +889,7 @@ def class_sums_pass(
     for first in range(0, group_rows, ROWS):
         rows = group * group_rows + first + tl.arange(0, ROWS)[:, None]
         inside = rows < N
-        t, live = _targets(target, rows, inside, V, ignore_index)
+        t, live = _targets(target, rows, inside)
         m = tl.load(statistics + rows, live, other=0.0)
         inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
         weight = _upstream(row_weight, row_weight_stride, rows, live, T)

@@ -263,7 +263,7 @@ class Engine {
     const T* weight_limit() const { return class_weight() + rows_.classes; }
     const T* class_weight() const { return static_cast<const T*>(rows_.class_weight); }
     T weight_of(int64_t column) const { return class_weight() && column >= 0 ? class_weight()[column] : T(1); }
-    bool ignored(int64_t row) const { return rows_.target[row] == rows_.ignore_index; }
+    bool ignored(int64_t row) const { return rows_.target[row] == kIgnored; }
     int64_t chunks() const { return (rows_.classes + kChunk - 1) / kChunk; }
 
     void params_of(int64_t row, T* params) const {
@@ -554,11 +554,13 @@ class Engine {
 
     // --- epilogues ---
 
+    T common(int k) const { return common_at<T>(epilogue_.common, k); }
+
     Shared<T> shared() const {
         Shared<T> x;
-        x.main = T(epilogue_.main);
-        x.smooth = T(epilogue_.smooth);
-        x.z_loss = T(epilogue_.z_loss);
+        x.main = common(kMain);
+        x.smooth = common(kSmooth);
+        x.z_loss = common(kZLoss);
         x.weight_sum = T(rows_.weight_sum);
         return x;
     }
@@ -584,8 +586,9 @@ class Engine {
             apply_shared(s, shared(), weight, rows_.classes, g);
             *loss = g.loss;
             coefficient[kA * n] = g.a;
-            coefficient[kU * n] = T(epilogue_.smooth);
-            coefficient[kTargetGradient * n] = g.d - g.a * s.q - T(epilogue_.smooth) * weight;
+            const T smooth = common(kSmooth);
+            coefficient[kU * n] = smooth;
+            coefficient[kTargetGradient * n] = g.d - g.a * s.q - smooth * weight;
             for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = g.b[k];
         }
     }
@@ -593,7 +596,7 @@ class Engine {
     // L = w_t z_loss lse^2, to which a class term adds; returns the slope: dL/dz_j = slope p_j.
     T add_z_loss(const RowStatistics<T>& s, T* loss) const {
         const T lse = s.max + s.log_sum;
-        const T factor = T(epilogue_.z_loss) * weight_of(s.target);
+        const T factor = common(kZLoss) * weight_of(s.target);
         *loss = factor != T(0) ? factor * lse * lse : T(0);
         return factor != T(0) ? T(2) * factor * lse : T(0);
     }
@@ -790,7 +793,7 @@ class Engine {
         }
         const V p = mine * inverse;
         if constexpr (is_class_term<Functor>(ClassTerms{})) {
-            const T z_loss = T(epilogue_.z_loss);
+            const T z_loss = common(kZLoss);
             const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
             const V z_slope = z_weight * lse * T(2);
             const V top_q = top_rest * inverse, top_p = inverse;

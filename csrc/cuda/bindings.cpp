@@ -61,6 +61,7 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     add_address(job, "candidates", &Job::candidates);
     add_address(job, "class_weight", &Job::class_weight);
     add_address(job, "weight_sum", &Job::weight_sum);
+    add_address(job, "common", &Job::common);
     add_address(job, "loss", &Job::loss);
     add_address(job, "statistics", &Job::statistics);
     add_address(job, "index", &Job::index);
@@ -74,16 +75,12 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     job.def_readwrite("rows", &Job::rows)
         .def_readwrite("row_stride", &Job::row_stride)
         .def_readwrite("classes", &Job::classes)
-        .def_readwrite("ignore_index", &Job::ignore_index)
         .def_readwrite("candidate_count", &Job::candidate_count)
         .def_readwrite("top_k", &Job::top_k)
         .def_readwrite("below", &Job::below)
         .def_readwrite("mean", &Job::mean)
         .def_readwrite("epilogue", &Job::epilogue)
         .def_readwrite("class_term", &Job::class_term)
-        .def_readwrite("main", &Job::main)
-        .def_readwrite("smooth", &Job::smooth)
-        .def_readwrite("z_loss", &Job::z_loss)
         .def_readwrite("forward", &Job::forward)
         .def_readwrite("grad_row_stride", &Job::grad_row_stride)
         .def_readwrite("upstream_stride", &Job::upstream_stride)

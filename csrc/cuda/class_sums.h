@@ -35,7 +35,7 @@ template <typename S>
 FUSEDLOSS_KERNEL void top_rest_pass(const Job job) {
     using T = decltype(read(S{}));
     const int64_t row = block_index();
-    if (job.target[row] == job.ignore_index) return;
+    if (job.target[row] == kIgnored) return;
     const SummedRow<S> x(job, row);
     ClassPartial sums;
     const bool wrong = x.top != x.target && x.inverse > T(0.5);
@@ -58,7 +58,7 @@ FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
                   last = job.rows * (group + 1) / job.groups;
     double error[kSumColumns] = {}, agreement[kSumColumns] = {};
     for (int64_t row = first; row < last; ++row) {
-        if (job.target[row] == job.ignore_index) continue;
+        if (job.target[row] == kIgnored) continue;
         const SummedRow<S> x(job, row);
         T params[kMaxParams];
 #pragma unroll

@@ -18,8 +18,7 @@ struct Job {
     const void* logits;
     int64_t rows, row_stride;
     int classes;
-    const int64_t* target;  // [rows]
-    int64_t ignore_index;
+    const int64_t* target;  // [rows]; a class or kIgnored
     const int64_t* candidates;  // [rows, candidate_count] or null
     int candidate_count;
     int top_k;                 // 0, 1 or 2 largest logits
@@ -32,7 +31,7 @@ struct Job {
     bool class_term;                // which of the two
     const void* param[kMaxParams];  // T
     int64_t param_stride[kMaxParams];
-    double main, smooth, z_loss;
+    const void* common;  // T [kCommon]; null for (1, 0, 0)
 
     // The statistics pass writes these, the gradient pass alone reads them.
     bool forward;

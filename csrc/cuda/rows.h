@@ -117,7 +117,7 @@ class RowPart {
         if constexpr (class_term) {
             if (job_.sums) return term_sums();
         }
-        if (job_.target[row_] == job_.ignore_index) return ignore();
+        if (job_.target[row_] == kIgnored) return ignore();
         job_.forward ? forward() : recall();
         if (job_.grad) gradient();
     }
@@ -145,6 +145,7 @@ class RowPart {
     FUSEDLOSS_DEVICE const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
     FUSEDLOSS_DEVICE T weight_of(int column) const { return class_weight() ? class_weight()[column] : T(1); }
     FUSEDLOSS_DEVICE T weight_of_target() const { return target_ >= 0 ? weight_of(target_) : T(1); }
+    FUSEDLOSS_DEVICE T common(int k) const { return common_at<T>(job_.common, k); }
     FUSEDLOSS_DEVICE T upstream() const {
         return job_.upstream ? static_cast<const T*>(job_.upstream)[row_ * job_.upstream_stride] : T(1);
     }
@@ -389,8 +390,8 @@ class RowPart {
         g.b = at<T>(layout().b);
         for (int k = 0; k < s.picks; ++k) g.b[k] = T(0);
         run_epilogue(job_.epilogue, s, params().value, g, RowEpilogues{});
-        const T weight = weight_of_target(), smooth = T(job_.smooth);
-        const Shared<T> shared = {T(job_.main), smooth, T(job_.z_loss), T(weight_sum())};
+        const T weight = weight_of_target(), smooth = common(kSmooth);
+        const Shared<T> shared = {common(kMain), smooth, common(kZLoss), T(weight_sum())};
         apply_shared(s, shared, weight, job_.classes, g);
         put_coefficients(g.loss, g.a, smooth, g.d - g.a * s.q - smooth * weight);
         for (int k = 0; k < s.picks; ++k) put(job_.coefficients, kCoefficients + k, g.b[k]);
@@ -427,7 +428,7 @@ class RowPart {
 
     FUSEDLOSS_DEVICE void term_sums() {
         ClassPartial sums;
-        if (job_.target[row_] != job_.ignore_index) {
+        if (job_.target[row_] != kIgnored) {
             const T* const statistic = static_cast<const T*>(job_.statistics) + row_;
             const T max = statistic[kMax * job_.rows], inverse = T(1) / statistic[kSumExp * job_.rows];
             const int top = column_of(job_.index[row_]);
@@ -449,7 +450,7 @@ class RowPart {
         const T* const params = values.value;
         const T exponent = Term::exponent(params), target_weight = weight_of_target();
         // L = w_t z_loss lse^2, to which a class term adds; dL/dz_j = z_slope p_j
-        const T lse = s.max + s.log_sum, factor = T(job_.z_loss) * target_weight;
+        const T lse = s.max + s.log_sum, factor = common(kZLoss) * target_weight;
         const T z_term = factor != T(0) ? factor * lse * lse : T(0);
         const T z_slope = factor != T(0) ? T(2) * factor * lse : T(0);
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_number, raise_index_error
+from ..checks import IGNORED, check_number, raise_index_error
 from ..contracts import Epilogues
 from . import memory, passes
 from .passes import Backward, Forward
@@ -56,7 +56,6 @@ def _rows(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    ignore_index: int,
     candidates: Tensor | None = None,
     candidate_count: int = 0,
     top_k: int = 0,
@@ -71,7 +70,6 @@ def _rows(
         classes,
         logits.stride(0),
         target.data_ptr(),
-        ignore_index,
         _address(candidates),
         candidate_count,
         top_k,
@@ -87,40 +85,37 @@ def _params(params: list[Tensor]) -> list[tuple[int, int]]:
     return [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params]
 
 
-def _check_saved(target: Tensor, index: Tensor, classes: int, ignore_index: int) -> None:
+def _check_saved(target: Tensor, index: Tensor, classes: int) -> None:
     """Check those of a gradient pass, which leaves out what is negative, and would write to any other column."""
     lowest = -(2**63)
-    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, ignore_index, lowest)
+    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED, lowest)
     if bad >= 0:
-        raise_index_error("target", int(target[bad]), classes, ignore_index)
+        raise_index_error("target", int(target[bad]), classes)
     bad = _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, lowest)
     if bad >= 0:
-        raise_index_error("pick", int(index.view(-1)[bad]), classes, None)
+        raise_index_error("pick", int(index.view(-1)[bad]), classes)
 
 
-def _check_indices(target: Tensor, candidates: Tensor | None, classes: int, ignore_index: int) -> None:
-    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, ignore_index)
+def _check_indices(target: Tensor, candidates: Tensor | None, classes: int) -> None:
+    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED)
     if bad >= 0:
-        raise_index_error("target", int(target[bad]), classes, ignore_index)
+        raise_index_error("target", int(target[bad]), classes)
     if candidates is not None:
         bad = _engine.first_invalid(candidates.data_ptr(), candidates.numel(), classes, 0)
         if bad >= 0:
-            raise_index_error("candidate", int(candidates.view(-1)[bad]), classes, None)
+            raise_index_error("candidate", int(candidates.view(-1)[bad]), classes)
 
 
 def _statistics_pass(x: Forward) -> None:
     classes = x.logits.shape[1]
-    _check_indices(x.target, x.candidates, classes, x.ignore_index)
+    _check_indices(x.target, x.candidates, classes)
     candidate_count = 0 if x.candidates is None else x.candidates.shape[1]
-    settings = (x.ignore_index, x.candidates, candidate_count, x.top_k, x.below, x.mean)
-    main, smooth = x.shared.coefficients(classes)
+    settings = (x.candidates, candidate_count, x.top_k, x.below, x.mean)
     _engine.forward(
         _rows(x.logits, x.target, x.weight, *settings),
         x.epilogue or "",
         _params(x.params),
-        main,
-        smooth,
-        x.shared.z_loss,
+        _address(x.common),
         _address(x.loss),
         x.statistics.data_ptr(),
         x.index.data_ptr(),
@@ -135,9 +130,9 @@ def _new_gradient(logits: Tensor) -> Tensor:
 
 
 def _gradient_pass(x: Backward) -> None:
-    _check_saved(x.target, x.index, x.logits.shape[1], x.ignore_index)
+    _check_saved(x.target, x.index, x.logits.shape[1])
     _engine.backward(
-        _rows(x.logits, x.target, x.weight, x.ignore_index, candidate_count=x.index.shape[0]),
+        _rows(x.logits, x.target, x.weight, candidate_count=x.index.shape[0]),
         x.epilogue,
         _params(x.params),
         x.statistics.data_ptr(),
@@ -157,12 +152,11 @@ def class_sums(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
     top_q: Tensor | None,
 ) -> Tensor:
     sums = ops.new_class_sums(logits)
     _engine.class_sums(
-        _rows(logits, target, None, ignore_index),
+        _rows(logits, target, None),
         epilogue,
         _params(params),
         statistics.data_ptr(),
@@ -182,13 +176,12 @@ def class_terms(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    _check_indices(target, None, logits.shape[1], ignore_index)
-    _check_saved(target, index, logits.shape[1], ignore_index)
+    _check_indices(target, None, logits.shape[1])
+    _check_saved(target, index, logits.shape[1])
     loss, coefficients = ops.new_losses(statistics)
     _engine.class_terms(
-        _rows(logits, target, weight, ignore_index, top_k=1),
+        _rows(logits, target, weight, top_k=1),
         epilogue,
         _params(params),
         statistics.data_ptr(),
@@ -207,10 +200,9 @@ def term_sums(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
 ) -> Tensor:
     sums = ops.new_term_sums(statistics)
-    rows = _rows(logits, target, weight, ignore_index)
+    rows = _rows(logits, target, weight)
     saved = (statistics.data_ptr(), index.data_ptr())
     _engine.term_sums(rows, epilogue, _params(params), *saved, sums.data_ptr())
     return sums

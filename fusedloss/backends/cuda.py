@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import ops
 from ..checks import check_indices
 from ..contracts import Epilogues
-from ..epilogue import Shared
 from . import passes
 from .passes import Backward, Forward
 
@@ -129,13 +128,12 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _job(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> _cuda.Job:
+def _job(logits: Tensor, target: Tensor, weight: Tensor | None) -> _cuda.Job:
     job = _cuda.Job()
     job.logits = logits.data_ptr()
     job.rows, job.classes = logits.shape
     job.row_stride = logits.stride(0)
     job.target = target.data_ptr()
-    job.ignore_index = ignore_index
     job.class_weight = _address(weight)
     job.epilogue = -1
     return job
@@ -154,10 +152,8 @@ def _set_gradient(job: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None
 def _statistics_pass(x: Forward) -> None:
     classes = x.logits.shape[1]
     if x.logits.device.type == "cpu":
-        check_indices("target", x.target, classes, x.ignore_index)
-        if x.candidates is not None:
-            check_indices("candidate", x.candidates, classes, None)
-    job = _job(x.logits, x.target, x.weight, x.ignore_index)
+        check_indices(x.target, x.candidates, classes)
+    job = _job(x.logits, x.target, x.weight)
     job.forward = True
     if x.candidates is not None:
         job.candidates, job.candidate_count = x.candidates.data_ptr(), x.candidates.shape[1]
@@ -172,8 +168,7 @@ def _statistics_pass(x: Forward) -> None:
     if x.epilogue is not None:
         job.class_term = x.epilogue in EPILOGUES.classes
         _set_epilogue(job, x.epilogue, EPILOGUES.classes if job.class_term else EPILOGUES.rows, x.params)
-    job.main, job.smooth = x.shared.coefficients(classes)
-    job.z_loss = x.shared.z_loss
+    job.common = _address(x.common)
     job.loss, job.coefficients = _address(x.loss), _address(x.coefficients)
     job.statistics, job.index = x.statistics.data_ptr(), x.index.data_ptr()
     if x.grad is not None:
@@ -182,7 +177,7 @@ def _statistics_pass(x: Forward) -> None:
 
 
 def _gradient_pass(x: Backward) -> None:
-    job = _job(x.logits, x.target, x.weight, x.ignore_index)
+    job = _job(x.logits, x.target, x.weight)
     job.candidate_count = x.index.shape[0]
     if x.epilogue in EPILOGUES.classes:  # what others have of their own is in the coefficients
         job.class_term = True
@@ -212,11 +207,10 @@ def class_sums(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
     top_q: Tensor | None,
 ) -> Tensor:
     rows, classes = logits.shape
-    job = _job(logits, target, None, ignore_index)
+    job = _job(logits, target, None)
     _set_epilogue(job, epilogue, EPILOGUES.sums, params)
     job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
     job.upstream, job.upstream_stride = passes.column(row_weight)
@@ -238,12 +232,11 @@ def class_terms(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     # The statistics are computed anew: the logits are read for the terms in any case, right after.
     loss, coefficients = ops.new_losses(statistics)
     outputs = (torch.empty_like(statistics), torch.empty_like(index), loss, coefficients)
-    settings = (epilogue, Shared(), ignore_index, 1, False, False)
+    settings = (None, epilogue, 1, False, False)
     _statistics_pass(Forward(logits, target, weight, None, params, *settings, *outputs))
     return loss, coefficients
 
@@ -256,10 +249,9 @@ def term_sums(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
 ) -> Tensor:
     sums = ops.new_term_sums(statistics)
-    job = _job(logits, target, weight, ignore_index)
+    job = _job(logits, target, weight)
     job.class_term = True
     _set_epilogue(job, epilogue, EPILOGUES.classes, params)
     job.statistics, job.index, job.sums = statistics.data_ptr(), index.data_ptr(), sums.data_ptr()

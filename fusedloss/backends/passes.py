@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import ops
 from ..contracts import Epilogues
-from ..epilogue import Shared
 
 
 class Product(NamedTuple):
@@ -33,9 +32,8 @@ class Forward:
     weight: Tensor | None
     candidates: Tensor | None
     params: list[Tensor]
+    common: Tensor | None
     epilogue: str | None
-    shared: Shared
-    ignore_index: int
     top_k: int
     below: bool
     mean: bool
@@ -62,7 +60,6 @@ class Backward:
     grad_output: Tensor | None
     params: list[Tensor]
     epilogue: str
-    ignore_index: int
 
 
 def _forward(
@@ -71,17 +68,14 @@ def _forward(
     weight: Tensor | None,
     candidates: Tensor | None,
     params: list[Tensor],
+    common: Tensor | None,
     epilogue: str,
-    label_smoothing: float,
-    smoothing_over: str,
-    z_loss: float,
-    ignore_index: int,
+    mean: bool,
     top_k: int,
 ) -> Forward:
     """With new outputs; from the arguments of ``row_loss``."""
     statistics, index = _new_statistics(logits, target, candidates, top_k)
-    shared = Shared(label_smoothing, smoothing_over, z_loss)
-    settings = (epilogue, shared, ignore_index, top_k, False, label_smoothing != 0)
+    settings = (common, epilogue, top_k, False, mean)
     return Forward(
         logits, target, weight, candidates, params, *settings, statistics, index, *ops.new_losses(statistics)
     )
@@ -105,13 +99,12 @@ def _forward_operators(statistics_pass: Callable[[Forward], None]) -> tuple[Call
         target: Tensor,
         weight: Tensor | None,
         candidates: Tensor | None,
-        ignore_index: int,
         top_k: int,
         below: bool,
         mean: bool,
     ) -> tuple[Tensor, Tensor]:
         outputs = _new_statistics(logits, target, candidates, top_k, below)
-        settings = (None, Shared(), ignore_index, top_k, below, mean)
+        settings = (None, None, top_k, below, mean)
         statistics_pass(Forward(logits, target, weight, candidates, [], *settings, *outputs))
         return outputs
 
@@ -157,18 +150,19 @@ def register(
         weight: Tensor | None,
         candidates: Tensor | None,
         params: list[Tensor],
+        common: Tensor | None,
         row_weight: Tensor | None,
         epilogue: str,
         *arguments: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x = _forward(logits, target, weight, candidates, params, epilogue, *arguments)
+        x = _forward(logits, target, weight, candidates, params, common, epilogue, *arguments)
         results = _results(x)
         if one_read(x):
             x.grad, x.row_weight = grad, row_weight
             statistics_pass(x)
         else:
             statistics_pass(x)
-            saved = (*results[1:], row_weight, params, epilogue, x.ignore_index)
+            saved = (*results[1:], row_weight, params, epilogue)
             gradient_pass(Backward(grad, logits, target, weight, *saved))
         return results
 

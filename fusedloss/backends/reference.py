@@ -20,12 +20,11 @@ def row_losses(
     params: list[Tensor],
     epilogue: Epilogue,
     shared: Shared,
-    ignore_index: int,
 ) -> tuple[Tensor, Statistics]:
     """Row losses (N,) of logits (N, V), and statistics that always hold the top class."""
     picks = epilogue.picks
     picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or shared.label_smoothing != 0)
-    z, s, ignored, invalid = _statistics(logits, target, weight, candidates, picks, ignore_index)
+    z, s, ignored, invalid = _statistics(logits, target, weight, candidates, picks)
     over_classes = epilogue.over == "classes"
     if over_classes:
         terms = epilogue.of_classes(*_probabilities(z, s), params)
@@ -43,10 +42,9 @@ def class_sums(
     row_weight: Tensor | None,
     params: list[Tensor],
     function: Callable[..., tuple[Tensor, Tensor]],
-    ignore_index: int,
 ) -> tuple[Tensor, Statistics]:
     """Sums over the rows (2, V) in float64 of an overlap's error and agreement, and statistics with the top class."""
-    z, s, ignored, invalid = _statistics(logits, target, None, None, Picks(1), ignore_index)
+    z, s, ignored, invalid = _statistics(logits, target, None, None, Picks(1))
     terms = torch.stack(function(*_probabilities(z, s), *(x[:, None] if x.dim() else x for x in params)))
     if row_weight is not None:
         terms = terms * row_weight[:, None]
@@ -60,15 +58,12 @@ def _statistics(
     weight: Tensor | None,
     candidates: Tensor | None,
     picks: Picks,
-    ignore_index: int,
 ) -> tuple[Tensor, Statistics, Tensor, Tensor]:
     """Logits in the compute dtype, those of ignored rows 0; their statistics; which rows are ignored, which invalid."""
     classes = logits.shape[-1]
     if may_read(target):
-        check_indices("target", target, classes, ignore_index)
-        if candidates is not None:
-            check_indices("candidate", candidates, classes, None)
-    index, ignored, invalid = Targets.of(target, classes, ignore_index)
+        check_indices(target, candidates, classes)
+    index, ignored, invalid = Targets.of(target, classes)
     if candidates is not None:
         outside = (candidates < 0) | (candidates >= classes)
         invalid = invalid | (outside.any(-1) & ~ignored)

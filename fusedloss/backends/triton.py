@@ -154,9 +154,7 @@ def _statistics_pass(x: Forward) -> None:
     )
     source = _source(x.logits, table)
     if x.target.device.type == "cpu":
-        check_indices("target", x.target, source.classes, x.ignore_index)
-        if x.candidates is not None:
-            check_indices("candidate", x.candidates, source.classes, None)
+        check_indices(x.target, x.candidates, source.classes)
     spans = 1 if x.grad is not None else launch.spans(source.rows, source.classes, source.tile)
     row_epilogue = tables.ROW_EPILOGUES.get(x.epilogue)
     params = x.params if row_epilogue else []
@@ -181,9 +179,7 @@ def _statistics_pass(x: Forward) -> None:
         0 if x.row_weight is None else x.row_weight.stride(0),
         source.rows,
         source.classes,
-        x.ignore_index,
-        *x.shared.coefficients(source.classes),
-        x.shared.z_loss,
+        x.common,
         EPILOGUE=row_epilogue and row_epilogue.function,
         PARAMS=len(params),
         TOP_K=x.top_k,
@@ -193,8 +189,8 @@ def _statistics_pass(x: Forward) -> None:
         PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
     )
     if x.epilogue is not None and row_epilogue is None:
-        rows = (x.logits, x.target, x.weight, x.statistics, x.index, x.params, x.epilogue, x.ignore_index)
-        _class_terms_pass(*rows, x.shared.z_loss, x.loss, x.coefficients)
+        rows = (x.logits, x.target, x.weight, x.statistics, x.index, x.params, x.epilogue)
+        _class_terms_pass(*rows, x.common, x.loss, x.coefficients)
 
 
 def _class_terms_pass(
@@ -205,8 +201,7 @@ def _class_terms_pass(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
-    z_loss: float = 0.0,
+    common: Tensor | None = None,
     loss: Tensor | None = None,
     coefficients: Tensor | None = None,
 ) -> Tensor:
@@ -232,8 +227,7 @@ def _class_terms_pass(
         parts,
         source.rows,
         source.classes,
-        ignore_index,
-        z_loss,
+        common,
         merge=merge,
         **_term(epilogue),
         PARAMS=len(params),
@@ -264,7 +258,6 @@ def _gradient_pass(x: Backward) -> None:
         x.grad.stride(0),
         source.rows,
         source.classes,
-        x.ignore_index,
         **term,
         PARAMS=len(params),
         SOURCE=source.kind,
@@ -287,7 +280,6 @@ def class_sums(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
     top_q: Tensor | None,
 ) -> Tensor:
     tables, launch, kernels = _modules()
@@ -307,7 +299,6 @@ def class_sums(
             top_q,
             rows,
             classes,
-            ignore_index,
         )
     tile = launch.column_tile(classes, logits.element_size())
     groups = launch.row_groups(rows, classes, tile)
@@ -327,7 +318,6 @@ def class_sums(
         sums,
         rows,
         classes,
-        ignore_index,
         -(-rows // (groups * tile.rows)) * tile.rows,
         OVERLAP=term.overlap,
         EXPONENT=term.exponent,
@@ -344,12 +334,9 @@ def class_terms(
     index: Tensor,
     params: list[Tensor],
     epilogue: str,
-    ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     loss, coefficients = ops.new_losses(statistics)
-    _class_terms_pass(
-        logits, target, weight, statistics, index, params, epilogue, ignore_index, 0.0, loss, coefficients
-    )
+    _class_terms_pass(logits, target, weight, statistics, index, params, epilogue, None, loss, coefficients)
     return loss, coefficients
 
 
