@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import compile_cuda
+import sass
 import torch
 import triton
 from torch import Tensor
@@ -52,6 +53,7 @@ LOSSES = {
     "dsc_over_rows": (4, 1),
     "tversky_over_rows": (3, 1),
 }
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 ROWS, CLASSES, DEPTH = 4096, 32000, 1024
 ODD_CLASSES = 50257  # whose rows begin anywhere
 MANY_CLASSES = 128256  # with the widest tile where loss and gradient are made in one
@@ -106,6 +108,7 @@ class Compiled(Launch):
     wide_stores: int
     stores: int
     products: int
+    loops: list[sass.Count]
 
 
 class _Driver:
@@ -125,9 +128,9 @@ class _Driver:
 
 
 def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
-    """A loss and its gradient, or "statistics": all that there are. After a comma "few rows", "weighted" by class, "in
-    one": a chunk's loss and gradient, "candidates", "product": of hidden states, or "whole product": with bias,
-    softcap and masked targets too."""
+    """A loss and its gradient, or "statistics": all that there are. After a comma "plain": without label smoothing,
+    "few rows", "weighted" by class, "in one": a chunk's loss and gradient, "candidates", "product": of hidden states,
+    or "whole product": with bias, softcap and masked targets too."""
     of_rows = ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient")
     row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms, term_sums = (
         ops.kernel(name, "CUDA", "triton") for name in (*of_rows, "class_sums", "class_terms", "term_sums")
@@ -157,11 +160,11 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
         coefficients = torch.empty(9, rows, dtype=compute)
         row_gradient(logits, target, weight, *saved, coefficients, None, [], "")
         return
-    smooths = loss not in epilogues.CLASS_TERMS
+    smooths = not variant.startswith("plain") and loss not in epilogues.CLASS_TERMS
     common = torch.empty(3, dtype=compute) if smooths else None
     picked, top_k = (candidates, 0) if variant == "candidates" else (None, top_k)
     names = (loss, smooths, top_k)
-    if variant == "in one":
+    if variant.endswith("in one"):
         row_loss_gradient_(logits, target, weight, picked, params, common, upstream, *names)
         return
     if variant.endswith("product"):
@@ -181,7 +184,7 @@ def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
 def launches(
     target: str, loss: str, dtype: torch.dtype, classes: int, only: str = ""
 ) -> Iterator[tuple[Launch, Callable[[], Any]]]:
-    """The kernels of `run_operators` for that GPU, or one of them, each with a function that compiles it."""
+    """The kernels of `run_operators` for that GPU, or one of them, each with a function that returns its binary."""
     found: list[tuple[Launch, Callable[[], Any]]] = []
 
     def find_instead(
@@ -195,7 +198,7 @@ def launches(
         one = Launch(target, f"{kernel.fn.__name__}{role}", loss, str(dtype)[6:], classes, shown)
         if only in ("", one.kernel):
             call = partial(kernel.warmup, where, *arguments, grid=grid, **constants, **options)
-            found.append((one, lambda: _resources(call(), tile.warps)))
+            found.append((one, call))
 
     launched: Callable[..., None] = backend._run
     driver.set_active(_Driver(TARGETS[target]))  # type: ignore[arg-type]
@@ -208,26 +211,35 @@ def launches(
 
 
 def compile_for(*configuration: Any) -> list[Compiled]:
-    return [Compiled(**asdict(one), **compiled()) for one, compiled in launches(*configuration)]
+    return [Compiled(**asdict(one), **_resources(one, compiled())) for one, compiled in launches(*configuration)]
 
 
-def _resources(binary: Any, warps: int) -> dict[str, Any]:
+def _resources(one: Launch, binary: Any) -> dict[str, Any]:
     if "cubin" not in binary.asm:
         return _amd_resources(binary)
+    warps = binary.metadata.num_warps
     code = _code_resources(binary.asm["cubin"])
+    # Elsewhere other things than logits are loaded by 16 bytes, too.
+    only_logits = not re.search("product|weighted|over_rows", one.loss)
+    loops = sass.count(disassembled(binary.asm["cubin"]), ITEMSIZES[one.dtype]) if only_logits else []
     of_program = -(-code["registers"] // 8) * 8 * 32 * warps
     programs = min(REGISTERS // of_program, WARPS // warps)
-    return code | {"shared": binary.metadata.shared, "scalars": 0, "programs": programs}
+    return code | {"shared": binary.metadata.shared, "scalars": 0, "programs": programs, "loops": loops}
+
+
+@cache
+def disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output([str(CUOBJDUMP), "-res-usage", "-sass", file.name])
 
 
 @cache
 def _code_resources(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, code = (_output([str(CUOBJDUMP), option, file.name]) for option in ("-res-usage", "-sass"))
+    code = disassembled(cubin)
     return {
-        "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
+        "registers": int(re.findall(r"\bREG:(\d+)", code)[-1]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", code)),
         "loads": len(re.findall(r"\bLDG\.E", code)),
@@ -251,6 +263,7 @@ def _amd_resources(binary: Any) -> dict[str, Any]:
         "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
         "stores": len(re.findall(r"\b(?:global|buffer)_store_", code)),
         "products": len(re.findall(r"\bv_mfma_", code)),
+        "loops": [],
     }
 
 
@@ -283,6 +296,43 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_100", "cross_entropy", full, 16, "statistics_pass"
     yield "sm_100", "dsc_one_vs_rest", halves, CLASSES, "class_terms_pass"
     yield "gfx942", "dsc_over_rows", halves, CLASSES, "class_sums_pass"
+
+
+def counted() -> Iterator[tuple[Any, ...]]:
+    """What `launches` takes, of the kernels whose instructions are held to a bound."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for loss in ("cross_entropy", "mixed_cross_entropy"):
+            yield "sm_90", f"{loss}, plain", dtype, CLASSES
+        yield "sm_90", "cross_entropy, plain in one", dtype, CLASSES
+        for loss in ("dsc_one_vs_rest", "tversky_one_vs_rest"):
+            yield "sm_90", loss, dtype, CLASSES
+
+
+def print_counts(losses: list[str], listings: Path | None) -> None:
+    """The instructions of a thread for each logit in the main loops; into a folder their listings, the way marked."""
+    print(f"triton {triton.__version__}, sm_90, {CLASSES} classes. {sass.__doc__}")
+    for configuration in counted():
+        if losses and configuration[1].partition(", ")[0] not in losses:
+            continue
+        for one, compiled in launches(*configuration):
+            binary = compiled()
+            found = _resources(one, binary)
+            print(f"{one.kernel}, {one.loss}, {one.dtype}, {one.tile}: ", end="")
+            print(f"{found['registers']} registers, {found['spills']} spills, {found['programs']} programs")
+            for loop in found["loops"]:
+                print(
+                    f"  {loop.per_logit:6.2f} a logit = {loop.instructions} / {loop.logits} "
+                    f"({f'loop {loop.loop}' if loop.loop else 'the program'}), {loop.barriers} barriers, "
+                    f"{loop.shuffles} shuffles; {loop.apart} apart, {loop.around} in the loop around it, "
+                    f"{loop.once} once, {loop.tails} in other loops"
+                )
+                for turn in loop.way:
+                    print(f"         {turn}")
+            if listings is not None:
+                name = re.sub(r"\W+", "-", f"{one.kernel} {one.loss} {one.dtype} triton {triton.__version__}")
+                listings.mkdir(parents=True, exist_ok=True)
+                text = sass.marked(disassembled(binary.asm["cubin"]))
+                (listings / f"{name}.sass").write_text(text, encoding="utf-8")
 
 
 def everything() -> Iterator[tuple[Any, ...]]:
@@ -358,11 +408,16 @@ def faults(table: str) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("triton", "cuda"), help="leave the other part of the table as it is")
+    parser.add_argument("--count", nargs="*", metavar="LOSS", help="print the instructions for each logit")
+    parser.add_argument("--listings", type=Path, help="with --count: a folder for the listings, what counts is marked")
     parser.add_argument("--quick", action="store_true", help="print the figures of a few kernels as JSON")
     parser.add_argument("--check", action="store_true", help="compile nothing; say what is wrong with the Triton table")
     options = parser.parse_args(arguments)
     if backend.INTERPRETED and options.only != "cuda":
         parser.error("TRITON_INTERPRET is set, under which nothing is compiled")
+    if options.count is not None:
+        print_counts(options.count, options.listings)
+        return 0
     if options.quick:
         print(json.dumps([asdict(row) for configuration in quick() for row in compile_for(*configuration)]))
         return 0
