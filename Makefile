@@ -39,7 +39,7 @@ papers: .venv/installed ## what the losses' papers claim, on real data, up to 30
 	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done
 
 # Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
-test: .venv/installed ## run the tests
+test: .venv/installed build/triton36/installed ## run the tests
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadscope -p no:benchmark $(ARGS)
 
 # What depends on torch most: its compiler, its autograd functions, the triton that comes with it. The products of losses,
@@ -67,7 +67,7 @@ bench report:
 scale: .venv/installed ## predict the losses on many GPUs; writes a table and a plot. ARGS=--calibrate measures, too
 	$(BIN)/python bench/scale.py $(ARGS)
 
-compile-report: .venv/installed ## compile the Triton and CUDA kernels for GPUs that need not be here; writes a table
+compile-report: .venv/installed build/triton36/installed ## compile the Triton and CUDA kernels for GPUs that need not be here; writes tables
 	$(BIN)/python bench/compile_report.py $(ARGS)
 
 gpu-report: .venv/installed ## on a machine with a GPU: its tests, then its benchmarks; writes a table and the figures
@@ -134,6 +134,14 @@ $(VERSIONS)/%/installed: pyproject.toml constraints.txt | .venv/installed
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' > \
 	    "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	$(@D)/bin/python -m pip install --disable-pip-version-check --no-compile --quiet $(TORCH)
+	@touch $@
+
+# The oldest Triton that is supported, beside the installed one: kernels are compiled with both. Where pip has none, the
+# tests of it are skipped and say why; another try is made when the folder has been removed.
+build/triton36/installed: .venv/pyvenv.cfg
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet --no-deps --target $(@D) triton==3.6.0 \
+	    2> $(@D).log || { echo "No triton 3.6.0 beside the installed one; pip said:"; tail -n 1 $(@D).log; }
 	@touch $@
 
 # An environment of its own for the sanitized engine; everything else it finds in .venv, through a .pth file.

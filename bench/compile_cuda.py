@@ -20,10 +20,10 @@ from fusedloss.backends import cuda
 KERNELS = Path(__file__).parents[1] / "csrc/cuda"
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 TARGETS = ("sm_90a", "sm_80", "sm_100")
-#: Shared memory of a block and of a multiprocessor, and whether there are clusters.
-MEMORY = {"sm_90a": (227, 228, True), "sm_80": (163, 164, False), "sm_100": (227, 228, True)}
+#: Shared memory of a block and of a multiprocessor of sm_90, in bytes.
+BLOCK, MULTIPROCESSOR = 227 * 1024, 228 * 1024
 _KERNEL = re.compile(r"(row|class_sums|top_rest|scale)_pass")
-CLASSES = (1000, 32000, 50257, 128256, 151936, 262144)
+CLASSES = (1000, 32000, 128256, 262144)
 
 
 @dataclass(frozen=True)
@@ -108,43 +108,35 @@ def _cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or next((f"{f}/backends/nvidia/bin/cuobjdump" for f in folders), None)
 
 
-def markdown(kernels: Sequence[Compiled]) -> list[str]:
-    lines = [f"# What nvcc {version()} makes of the CUDA kernels", ""]
-    lines += [
-        "All row losses share one kernel, which each loss over the classes has once more. *copies* and *stores* are",
-        "those of 16 bytes, in the code of a thread; the others are of a row's ends, and of what a row has but one.",
-        "",
-    ]
-    lines += _table(
-        ("target", "kernel", "loss", "dtype", "registers", "spills", "16-byte copies", "stores"),
-        [
-            (k.target, f"{k.kernel}_pass", k.loss or "all others", k.dtype, k.registers, k.spills, k.wide_copies,
-             k.wide_stores)
-            for k in kernels
-        ],
-    )  # fmt: skip
-    lines += [
-        "How loss and gradient of a row are cut: into so many parts, each the work of a block with so much shared",
-        "memory, and so many have room on a multiprocessor. *reads* of each logit: 1 where the whole row is on chip.",
-        "",
-    ]
-    registers = {(k.target, k.dtype): k.registers for k in kernels if k.kernel == "row" and not k.loss}
-    rows = []
-    for target, dtype, classes in product(("sm_90a", "sm_80"), ("bfloat16", "float32"), CLASSES):
-        block, multiprocessor, clusters = MEMORY[target]
-        threads, parts, slots = cuda.plan(classes, DTYPES[dtype], block * 1024, clusters)
-        size = slots * (threads * cuda.ITEM_BYTES + 16) + cuda.OVERHEAD
-        of_block = -(-registers[target, dtype] // 8) * 8 * threads
-        blocks = min(65536 // of_block, multiprocessor * 1024 // (size + 1024), 2048 // threads, 32)
-        reads = 1 if slots * threads * cuda.ITEM_BYTES * parts >= classes * DTYPES[dtype] else 2
-        rows.append((target, dtype, classes, parts, threads, size, blocks, reads))
-    head = ("target", "dtype", "classes", "parts", "threads", "shared", "blocks", "reads")
-    return lines + _table(head, rows)
+def rows_of(kernels: Iterable[Compiled]) -> list[dict[str, object]]:
+    found = version()
+    return [{"nvcc": found} | asdict(kernel) for kernel in kernels]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    aligned = ["---:" if isinstance(cell, int) else "---" for cell in rows[0]]
-    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, aligned, *rows)] + [""]
+def markdown(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Of a .csv file's lines: the kernel of all row losses on sm_90a, and how `plan` cuts a row."""
+    head = ["dtype", "registers", "spills", *(f"{classes} classes" for classes in CLASSES)]
+    lines = [
+        f"CUDA C++, the kernel of all row losses, by nvcc {rows[0]['nvcc']} for sm_90a. Under a number of classes: the",
+        "parts of a row, each the work of a block, and how many blocks a multiprocessor holds.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| --- {'| ---: ' * (len(head) - 1)}|",
+    ]
+    for row in rows:
+        if (row["target"], row["kernel"], row["loss"]) == ("sm_90a", "row", ""):
+            cuts = [_cut(row["dtype"], classes, int(row["registers"])) for classes in CLASSES]
+            lines.append(f"| {' | '.join([row['dtype'], row['registers'], row['spills'], *cuts])} |")
+    return lines
+
+
+def _cut(dtype: str, classes: int, registers: int) -> str:
+    threads, parts, slots = cuda.plan(classes, DTYPES[dtype], BLOCK, True)
+    size = slots * (threads * cuda.ITEM_BYTES + 16) + cuda.OVERHEAD
+    of_block = -(-registers // 8) * 8 * threads
+    blocks = min(65536 // of_block, MULTIPROCESSOR // (size + 1024), 2048 // threads, 32)
+    twice = slots * threads * cuda.ITEM_BYTES * parts < classes * DTYPES[dtype]
+    return f"{parts}, {blocks}{', read twice' if twice else ''}"
 
 
 if __name__ == "__main__":

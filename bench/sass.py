@@ -62,7 +62,7 @@ def count(listing: str, itemsize: int) -> list[Count]:
     that stores. Nothing where no 16 bytes are loaded at a time."""
     program = _Program(listing)
     mains, tails = program.main_loops()
-    nest = [loop for loop in program.loops() if any(main.body <= loop.body for main in mains)]
+    nest = [loop for loop in program.loops() if any(inner.body <= loop.body for inner in (*mains, *tails))]
     counted = []
     for loop in mains or [program.whole]:
         way = program.shortest(loop)

@@ -1,0 +1,345 @@
+"""What Triton makes of its kernels, as they are launched, for GPUs that need not be here.
+
+The operators run on CPU tensors, whose logits are never read, with a launch that compiles instead; so the kernels get
+just the constants, types and alignments that they get on a GPU. Registers, shared memory and instructions are read from
+the binary with the cuobjdump of the triton wheel (for AMD from the assembler text).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import sass
+import torch
+import triton
+import tritons
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fusedloss import ops
+from fusedloss.backends import triton as backend
+from fusedloss.triton_kernels import epilogues, launch
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+#: Epilogues with the number of their parameters and of the top classes that they look at.
+LOSSES = {
+    "cross_entropy": (0, 0),
+    "log_sum_exp": (0, 0),
+    "focal": (1, 0),
+    "mixed_cross_entropy": (1, 2),
+    "dsc_target": (4, 0),
+    "tversky_target": (3, 0),
+    "dsc_one_vs_rest": (4, 1),
+    "tversky_one_vs_rest": (3, 1),
+    "dsc_over_rows": (4, 1),
+    "tversky_over_rows": (3, 1),
+}
+ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+ROWS, CLASSES, DEPTH = 4096, 32000, 1024
+ODD_CLASSES = 50257  # whose rows begin anywhere
+MANY_CLASSES = 128256  # with the widest tile where loss and gradient are made in one
+FEW_ROWS = 8  # which are split over programs
+REGISTERS, WARPS = 65536, 64  # of a multiprocessor, sm_80 to sm_100
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it is launched for a GPU: what a line of the table begins with."""
+
+    target: str
+    kernel: str
+    loss: str
+    dtype: str
+    classes: int
+    tile: str
+
+
+@dataclass(frozen=True)
+class Compiled(Launch):
+    """A kernel as a machine would run it."""
+
+    registers: int
+    shared: int
+    spills: int
+    scalars: int
+    programs: int | None
+    wide_loads: int
+    loads: int
+    wide_stores: int
+    stores: int
+    products: int
+    per_logit: float | None = None  # and the next: of the main loops together, see sass.Count
+    barriers: int = 0
+    shuffles: int = 0
+    apart: int = 0
+    around: int = 0
+    once: int = 0
+    tails: int = 0
+
+
+class _Driver:
+    """What a launch asks of the machine, answered for one that is not here."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # the key of its compiled kernels
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
+    """A loss and its gradient, or "statistics": all that there are. After a comma "plain": without label smoothing,
+    "few rows", "weighted" by class, "in one": a chunk's loss and gradient, "candidates", "product": of hidden states,
+    or "whole product": with bias, softcap and masked targets too."""
+    of_rows = ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient")
+    row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms, term_sums = (
+        ops.kernel(name, "CUDA", "triton") for name in (*of_rows, "class_sums", "class_terms", "term_sums")
+    )
+    loss, _, variant = loss.partition(", ")
+    rows = FEW_ROWS if variant == "few rows" else ROWS
+    params_count, top_k = LOSSES.get(loss, (0, 2))
+    logits = torch.empty(rows, classes, dtype=dtype)
+    target = torch.zeros(rows, dtype=torch.int64)
+    candidates = torch.zeros(rows, 3, dtype=torch.int64)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    scalar = torch.empty((), dtype=compute)
+    upstream = scalar.expand(rows)
+    params: list[Tensor] = [scalar] * params_count
+    of_classes = torch.ones(classes, dtype=compute)
+    weight = of_classes if variant == "weighted" else None
+    if loss.endswith("over_rows"):
+        saved = row_statistics(logits, target, None, None, top_k, False, False)
+        class_sums(logits, target, upstream, *saved, params[:-1], loss, None)
+        params[-1] = torch.empty(rows, dtype=compute)
+        coefficients = class_terms(logits, target, of_classes, *saved, params, loss)[1]
+        term_sums(logits, target, of_classes, *saved, params, loss)
+        row_gradient(logits, target, of_classes, *saved, coefficients, upstream, params, loss)
+        return
+    if loss == "statistics":
+        saved = row_statistics(logits, target, weight, candidates, top_k, True, True)
+        coefficients = torch.empty(9, rows, dtype=compute)
+        row_gradient(logits, target, weight, *saved, coefficients, None, [], "")
+        return
+    smooths = not variant.startswith("plain") and loss not in epilogues.CLASS_TERMS
+    common = torch.empty(3, dtype=compute) if smooths else None
+    picked, top_k = (candidates, 0) if variant == "candidates" else (None, top_k)
+    names = (loss, smooths, top_k)
+    if variant.endswith("in one"):
+        row_loss_gradient_(logits, target, weight, picked, params, common, upstream, *names)
+        return
+    if variant.endswith("product"):
+        bias, *form = (logits[0], 30.0, True) if variant.startswith("whole") else (None, 0.0, False)
+        product = (torch.empty(rows, DEPTH, dtype=dtype), torch.empty(classes, DEPTH, dtype=dtype), bias, *form)
+        kernels = (ops.kernel(f"product_{name}", "CUDA", "triton_fused") for name in ("row_loss", "row_gradient_"))
+        loss_of, gradient_of = kernels
+        saved = loss_of(*product, target, weight, None, params, common, *names)[1:]
+        gradient_of(logits, *product, target, weight, *saved, upstream, params, loss)
+        return
+    saved = row_loss(logits, target, weight, picked, params, common, *names)[1:]
+    if loss in epilogues.CLASS_TERMS and variant != "few rows":  # which are split in any case
+        term_sums(logits, target, weight, *saved[:2], params, loss)
+    row_gradient(logits, target, weight, *saved, upstream, params, loss)
+
+
+def launches(
+    target: str, loss: str, dtype: torch.dtype, classes: int, only: str = ""
+) -> Iterator[tuple[Launch, Callable[[], Any]]]:
+    """The kernels of `run_operators` for that GPU, or one of them, each with a function that returns its binary."""
+    found: list[tuple[Launch, Callable[[], Any]]] = []
+
+    def find_instead(
+        kernel: Any, grid: tuple[int, ...], tile: launch.Tile, where: tuple[Any, ...], *arguments: Any, **constants: Any
+    ) -> None:
+        options = backend.launch_options(kernel, tile, where, constants)
+        role = next((f", {role.lower()}" for role in ("SPLIT", "MERGE") if constants.get(role)), "")
+        shown = f"{tile.rows} × {tile.block}{f' × {tile.depth}' * bool(tile.depth)}, {tile.warps} warps"
+        if "maxnreg" in options:
+            shown += f", at most {options['maxnreg']}"
+        one = Launch(target, f"{kernel.fn.__name__}{role}", loss, str(dtype)[6:], classes, shown)
+        if only in ("", one.kernel):
+            call = partial(kernel.warmup, where, *arguments, grid=grid, **constants, **options)
+            found.append((one, call))
+
+    launched: Callable[..., None] = backend._run
+    driver.set_active(_Driver(TARGETS[target]))  # type: ignore[arg-type]
+    backend._run = find_instead
+    try:
+        run_operators(loss, dtype, classes)
+    finally:
+        backend._run = launched
+    yield from found
+
+
+def compile_for(*configuration: Any) -> list[Compiled]:
+    return [Compiled(**asdict(one), **resources(one, compiled())) for one, compiled in launches(*configuration)]
+
+
+def resources(one: Launch, binary: Any) -> dict[str, Any]:
+    if "cubin" not in binary.asm:
+        return _amd_resources(binary)
+    warps, code = binary.metadata.num_warps, _code_resources(binary.asm["cubin"])
+    of_program = -(-code["registers"] // 8) * 8 * 32 * warps
+    programs = min(REGISTERS // of_program, WARPS // warps)
+    loops = main_loops(one, binary)
+    counts: dict[str, Any] = {"per_logit": round(sum(loop.per_logit for loop in loops), 2)} if loops else {}
+    for name in ("barriers", "shuffles", "apart", "around"):
+        counts[name] = sum(getattr(loop, name) for loop in loops)
+    for name in ("once", "tails"):  # of the whole program
+        counts[name] = max((getattr(loop, name) for loop in loops), default=0)
+    return code | {"shared": binary.metadata.shared, "scalars": 0, "programs": programs} | counts
+
+
+def main_loops(one: Launch, binary: Any) -> list[sass.Count]:
+    """Nothing where other things than logits are loaded 16 bytes at a time too."""
+    if re.search("product|weighted|over_rows", one.loss):
+        return []
+    return sass.count(disassembled(binary.asm["cubin"]), ITEMSIZES[one.dtype])
+
+
+@cache
+def disassembled(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output([str(CUOBJDUMP), "-res-usage", "-sass", file.name])
+
+
+@cache
+def _code_resources(cubin: bytes) -> dict[str, int]:
+    code = disassembled(cubin)
+    return {
+        "registers": int(re.findall(r"\bREG:(\d+)", code)[-1]),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", code)),
+        "loads": len(re.findall(r"\bLDG\.E", code)),
+        "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128\b", code)),
+        "stores": len(re.findall(r"\bSTG\.E", code)),
+        "products": len(re.findall(r"\b(?:H|HG|D|UTC[HQ]?)MMA\b", code)),
+    }
+
+
+def _amd_resources(binary: Any) -> dict[str, Any]:
+    code = binary.asm["amdgcn"]
+    spills, scalars = (int(re.findall(rf"\.{kind}gpr_spill_count:\s*(\d+)", code)[-1]) for kind in "vs")
+    return {
+        "registers": int(re.findall(r"\.vgpr_count:\s*(\d+)", code)[-1]),
+        "shared": binary.metadata.shared,
+        "spills": spills,
+        "scalars": scalars,
+        "programs": None,
+        "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", code)),
+        "loads": len(re.findall(r"\b(?:global|buffer)_load_", code)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", code)),
+        "stores": len(re.findall(r"\b(?:global|buffer)_store_", code)),
+        "products": len(re.findall(r"\bv_mfma_", code)),
+    }
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def quick() -> Iterator[tuple[Any, ...]]:
+    """What `launches` takes, for the tests: what is held to a bound, one way through each pass, and of each family that
+    has spilled its worst kernel, by a family being a pass, its kind of tile, its bytes of an element and its
+    architecture. With the oldest Triton, what is held to a bound, and the worst."""
+    halves, full, wide = torch.bfloat16, torch.float32, torch.float64
+    yield from (("sm_90", "cross_entropy, plain", dtype, CLASSES) for dtype in (halves, full))
+    yield from (("sm_90", "mixed_cross_entropy, plain", dtype, CLASSES, "statistics_pass") for dtype in (halves, full))
+    yield "sm_90", "dsc_one_vs_rest", halves, CLASSES
+    yield "sm_90", "cross_entropy", halves, CLASSES, "statistics_pass"
+    yield "sm_90", "statistics, weighted", halves, CLASSES, "statistics_pass"
+    yield "sm_90", "focal, few rows", halves, CLASSES, "statistics_pass, merge"
+    for target in ("sm_80", "sm_100", "gfx942"):
+        yield target, "cross_entropy, whole product", halves, CLASSES, "statistics_pass, split"
+        yield target, "focal", halves, CLASSES, "statistics_pass"
+    yield "sm_80", "dsc_one_vs_rest", full, 256, "statistics_pass"
+    if triton.__version__ == tritons.OLDEST:
+        return
+    yield "sm_90", "focal, few rows", halves, CLASSES, "statistics_pass, split"
+    yield "sm_90", "cross_entropy, in one", halves, CLASSES
+    yield "sm_90", "dsc_one_vs_rest, product", halves, CLASSES
+    yield "gfx942", "focal", halves, CLASSES, "gradient_pass"
+    yield "sm_90", "dsc_one_vs_rest", halves, ODD_CLASSES, "statistics_pass"
+    yield "sm_90", "dsc_over_rows", full, ODD_CLASSES, "class_terms_pass"
+    yield "sm_90", "dsc_over_rows", wide, 16, "class_terms_pass"
+    yield "sm_80", "dsc_one_vs_rest", wide, ODD_CLASSES, "statistics_pass"
+    yield "sm_90", "cross_entropy, in one", wide, CLASSES
+    yield "sm_90", "dsc_one_vs_rest, product", full, CLASSES, "statistics_pass, split"
+    yield "sm_80", "cross_entropy, whole product", full, CLASSES, "gradient_pass"
+    yield "sm_80", "dsc_one_vs_rest, whole product", halves, CLASSES, "class_terms_pass, split"
+    yield "sm_80", "cross_entropy", halves, ODD_CLASSES, "statistics_pass"
+    yield "sm_80", "cross_entropy", torch.float16, CLASSES, "statistics_pass"
+    yield "sm_100", "cross_entropy", full, 16, "statistics_pass"
+    yield "sm_100", "dsc_one_vs_rest", halves, CLASSES, "class_terms_pass"
+    yield "gfx942", "dsc_over_rows", halves, CLASSES, "class_sums_pass"
+
+
+def counted() -> Iterator[tuple[Any, ...]]:
+    """What `launches` takes, of the main kernels, whose instructions are shown for each logit."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for loss in ("cross_entropy", "mixed_cross_entropy"):
+            yield "sm_90", f"{loss}, plain", dtype, CLASSES
+        yield "sm_90", "cross_entropy, plain in one", dtype, CLASSES
+        for loss in ("dsc_one_vs_rest", "tversky_one_vs_rest"):
+            yield "sm_90", loss, dtype, CLASSES
+
+
+def everything() -> Iterator[tuple[Any, ...]]:
+    """What `launches` takes. For sm_90 every tile, and with the largest every loss and variant; for the others every
+    tile of 16 and 32 bits too, of the variants those that need the most registers, and every loss of 16 bits. With the
+    oldest Triton only 16 bits and the largest tile of these others."""
+    yield from counted()
+    halves, full, wide = torch.bfloat16, torch.float32, torch.float64
+    by_tile = ("cross_entropy", "dsc_one_vs_rest", "dsc_over_rows")
+    others = [loss for loss in LOSSES if loss not in by_tile]
+    tiles = [*sorted({*launch.TILES, *launch.CLASS_TILES} - {2**31}), CLASSES, ODD_CLASSES]
+    hard = (
+        "dsc_one_vs_rest, few rows",
+        "statistics, weighted",
+        "cross_entropy, in one",
+        *(f"{loss}, whole product" for loss in ("cross_entropy", "mixed_cross_entropy", "dsc_one_vs_rest")),
+    )
+    variants = (
+        *hard,
+        "focal, few rows",
+        *(f"{loss}, weighted" for loss in ("cross_entropy", "dsc_one_vs_rest")),
+        "mixed_cross_entropy, candidates",
+        *(f"{loss}, product" for loss in LOSSES if not loss.endswith("over_rows")),
+    )
+    oldest = triton.__version__ == tritons.OLDEST
+    for target in TARGETS:
+        first = target == "sm_90"
+        if oldest and not first:
+            yield from ((target, loss, halves, CLASSES) for loss in (*by_tile, *hard))
+            continue
+        for dtype in (halves, full, wide):
+            sizes = tiles if first or dtype != wide else (CLASSES, ODD_CLASSES)
+            yield from ((target, loss, dtype, classes) for classes in sizes for loss in by_tile)
+            if first or dtype == halves:
+                yield from ((target, loss, dtype, CLASSES) for loss in others)
+            yield from ((target, loss, dtype, CLASSES) for loss in (variants if first else hard))
+            yield target, "cross_entropy, in one", dtype, MANY_CLASSES
+        for loss in (*by_tile, "mixed_cross_entropy, product", "dsc_one_vs_rest, product"):
+            yield target, loss, torch.float16, CLASSES
