@@ -167,44 +167,19 @@ class _Program:
                 stack.append((then, iter(self.after[then])))
         return done[::-1]
 
-    def _dominators(self) -> dict[int, int]:
-        """The last block that every way to a block goes through (Cooper, Harvey and Kennedy)."""
-        found = {0: 0}
-        changed = True
-        while changed:
-            changed = False
-            for block in self.order[1:]:
-                known = [other for other in self.before[block] if other in found]
-                new = known[0]
-                for other in known[1:]:
-                    while new != other:
-                        if self.rank[new] > self.rank[other]:
-                            new = found[new]
-                        else:
-                            other = found[other]
-                changed |= found.get(block) != new
-                found[block] = new
-        return found
-
     def loops(self) -> list[Loop]:
-        dominators = self._dominators()
-
-        def dominates(head: int, block: int) -> bool:
-            while self.rank[block] > self.rank[head]:
-                block = dominators[block]
-            return block == head
-
+        """By the jumps back in the order of the blocks; a compiler's loops are entered at their first block."""
         backs: dict[int, set[int]] = defaultdict(set)
         for block in self.order:
             for head in self.after[block]:
-                if self.rank[head] <= self.rank[block] and dominates(head, block):
+                if self.rank[head] <= self.rank[block]:
                     backs[head].add(block)
         found = []
         for head, latches in backs.items():
             body, todo = {head}, [*latches]
             while todo:
                 block = todo.pop()
-                if block not in body:
+                if block not in body and self.rank[block] > self.rank[head]:
                     body.add(block)
                     todo += self.before[block]
             found.append(Loop(frozenset(body), frozenset(latches)))
