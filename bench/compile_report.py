@@ -75,6 +75,7 @@ def faults(rows: list[Row]) -> list[str]:
         *(f"not in the table: {', '.join(one)}" for one in sorted(launched - listed.keys())),
         *(f"launched no more: {', '.join(one)}" for one in sorted(listed.keys() - launched)),
         *(f"spills {row['spills']}: {', '.join(one)}" for one, row in sorted(listed.items()) if _spills(row)),
+        *(f"{row['error']}: {', '.join(one)}" for one, row in sorted(listed.items()) if row["error"]),
     ]
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ class Compiled(Launch):
     around: int = 0
     once: int = 0
     tails: int = 0
+    error: str = ""  # why the compiler made nothing
+
+
+FIGURES = [
+    field.name for field in fields(Compiled) if field.default is MISSING and field.name not in Launch.__annotations__
+]
 
 
 class _Driver:
@@ -192,7 +198,15 @@ def launches(
 
 
 def compile_for(*configuration: Any) -> list[Compiled]:
-    return [Compiled(**asdict(one), **resources(one, compiled())) for one, compiled in launches(*configuration)]
+    return [_compiled(one, compiled) for one, compiled in launches(*configuration)]
+
+
+def _compiled(one: Launch, compiled: Callable[[], Any]) -> Compiled:
+    try:
+        binary = compiled()
+    except RuntimeError as error:  # a pass of the compiler's that failed: the report goes on, and names it
+        return Compiled(**asdict(one), **dict.fromkeys(FIGURES, 0), error=str(error).splitlines()[0])
+    return Compiled(**asdict(one), **resources(one, binary))
 
 
 def resources(one: Launch, binary: Any) -> dict[str, Any]:

@@ -88,6 +88,10 @@ def test_the_releases_are_those_that_are_said(everything, oldest):
     assert {row["triton"] for row in everything} == {next(iter(tritons.environments()))} != {tritons.OLDEST}
 
 
+def test_every_kernel_compiles(report):
+    assert [row for row in report["kernels"] if row["error"]] == []
+
+
 def test_no_register_is_spilled(report):
     known = tritons.KNOWN_SPILLS
     assert [row for row in report["kernels"] if row["spills"] > known.get((row["triton"], row["target"]), 0)] == []
