@@ -620,4 +620,5 @@ class RowLossSuite:
         if certain.of_probabilities:
             scale = slope.abs().amax() if impl == "reference" else slope.abs().amax(-1, keepdim=True)
         assert_as_accurate_as(loss, truth, truth, 24)
-        assert_as_accurate_as(gradient, slope, slope, 1 if dtype in HALVES else 24, scale)
+        ulps = 32 if impl.startswith("triton") else 24  # exp(z - m) is off by |z - m| / 2 ulps, up to 62 apart
+        assert_as_accurate_as(gradient, slope, slope, 1 if dtype in HALVES else ulps, scale)

@@ -180,10 +180,10 @@ def test_loss_and_gradient_in_one_launch(name, classes, generator, monkeypatch):
 
 def test_few_long_rows_are_split_and_many_are_not():
     tile = launch.Tile(1, 4096, 8)
-    assert launch.spans(1, 4 * 4096, tile) == 1
-    assert launch.spans(1, 4 * 4096 + 1, tile) == 2
-    assert launch.spans(8, 262144, tile) == 16
-    assert launch.spans(8192, 262144, tile) == 1
+    assert launch.spans(1, 4 * 4096, tile, 132) == 1
+    assert launch.spans(1, 4 * 4096 + 1, tile, 132) == 2
+    assert launch.spans(132, 262144, tile, 132) == 16
+    assert launch.spans(133, 262144, tile, 132) == 1
 
 
 # --- linear forms, torch.compile ---

@@ -10,11 +10,24 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 
 if not INTERPRETED:
-    from triton.language.extra.libdevice import expm1, log1p, pow, tanh
+    from triton.language.extra.libdevice import expm1, fast_dividef, log1p, pow, tanh
 
     @triton.jit
     def convert(x, dtype: tl.constexpr):
         return x.to(dtype)
+
+    @triton.jit
+    def reciprocal(x):
+        """To two units in the last place; of a subnormal number it may be infinite."""
+        if x.dtype == tl.float32:
+            return fast_dividef(1.0, x)
+        else:
+            return 1.0 / x
+
+    @triton.jit
+    def number(x):
+        """A maximum takes a number before a NaN."""
+        return x
 
     @triton.jit
     def multiply(x, y, sum, PRECISION: tl.constexpr):
@@ -47,9 +60,27 @@ else:
             return x.to(dtype)
 
     @triton.jit
+    def reciprocal(x):
+        return 1.0 / x
+
+    @triton.jit
+    def number(x):
+        return tl.where(x == x, x, -float("inf"))
+
+    @triton.jit
     def multiply(x, y, sum, PRECISION: tl.constexpr):
         """The interpreter would take the bits of 16-bit numbers for their values."""
         return tl.dot(x.to(sum.dtype), y.to(sum.dtype), sum, out_dtype=sum.dtype)
 
 
-__all__ = ["INTERPRETED", "convert", "expm1", "log1p", "multiply", "pow", "tanh"]
+@triton.jit
+def exp(x):
+    """e^x; of float32 as the two instructions that a device has for it. Never of a product that was rounded before the
+    maximum was taken from it: a large common offset would take the digits."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+__all__ = ["INTERPRETED", "convert", "exp", "expm1", "log1p", "multiply", "number", "pow", "reciprocal", "tanh"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import expm1, pow
+from .device import expm1, pow, reciprocal
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def dsc(p, q, weight, steep, unit, params, POSITIVE: tl.constexpr):
         return tl.where(square, rest * rest, rest), 2 * weight * p, tl.where(square, -2 * rest, -1.0) * du, 2 * du
     else:
         u = weight * p
-        du = tl.where(self_adjust != 0, steep * (q - alpha * p), weight * unit)
+        du = weight * unit - self_adjust * alpha * p * steep
         linear = 1.0 - squared
         return u * (u * squared + linear), 0.0, (u * (2 * squared) + linear) * du, 0.0
 
@@ -99,13 +99,15 @@ def tversky(p, q, weight, steep, unit, params, POSITIVE: tl.constexpr):
 
 
 @triton.jit
-def _one_vs_rest(overlap, class_weight, smooth):
+def _one_vs_rest(overlap, class_weight, smooth, POSITIVE: tl.constexpr):
     """The overlap of each class in each row for itself: its loss, and the loss's slope, times what that of E is."""
     error, agreement, error_slope, agreement_slope = overlap
     rest = agreement + smooth
-    inverse = 1.0 / (error + rest)
-    slope = (error_slope * rest - agreement_slope * error) * (inverse * inverse)
-    return class_weight * (error * inverse), class_weight * slope
+    inverse = reciprocal(error + rest)
+    slope = error_slope * rest
+    if POSITIVE:
+        slope -= agreement_slope * error
+    return class_weight * (error * inverse), class_weight * (slope * (inverse * inverse))
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def _over_rows(overlap, class_weight, agreement_weight):
 @triton.jit
 def _on_target(overlap, p, q, pick_ce, smooth):
     """The overlap of each row's target class alone."""
-    loss, h = _one_vs_rest(overlap, 1.0, smooth)
+    loss, h = _one_vs_rest(overlap, 1.0, smooth, True)
     # dL/dz_j = L'(p) p ([j == t] - p_j); where q underflows every p_j of the others is 0 too.
     return loss, tl.where(q > 0, -p * h / q, 0.0), tl.zeros_like(q), tl.zeros_like(pick_ce)
 
@@ -141,7 +143,7 @@ def tversky_target(ce, q, p, lse, pick_ce, real, other, picks, params):
 
 @triton.jit
 def dsc_one_vs_rest(p, q, weight, steep, unit, class_weight, params, POSITIVE: tl.constexpr):
-    return _one_vs_rest(dsc(p, q, weight, steep, unit, params, POSITIVE), class_weight, params[3])
+    return _one_vs_rest(dsc(p, q, weight, steep, unit, params, POSITIVE), class_weight, params[3], POSITIVE)
 
 
 @triton.jit
@@ -151,7 +153,7 @@ def dsc_over_rows(p, q, weight, steep, unit, class_weight, params, POSITIVE: tl.
 
 @triton.jit
 def tversky_one_vs_rest(p, q, weight, steep, unit, class_weight, params, POSITIVE: tl.constexpr):
-    return _one_vs_rest(tversky(p, q, weight, steep, unit, params, POSITIVE), class_weight, params[2])
+    return _one_vs_rest(tversky(p, q, weight, steep, unit, params, POSITIVE), class_weight, params[2], POSITIVE)
 
 
 @triton.jit

@@ -56,12 +56,15 @@ CLASS_TILES = {
     16: Tile(8, 16, 2),
     64: Tile(4, 64, 4),
     256: Tile(2, 256, 4),
-    2**31: Tile(1, 1024, 4),
+    2**31: Tile(1, 2048, 4),
 }
+
+#: The gradient's programs reduce nothing and repeat nothing but their beginning, which many columns share.
+GRADIENT_TILES = {most: tile if most < 2**31 else Tile(1, 4096, 4) for most, tile in TILES.items()}
 
 #: Where a program goes over its rows three times, twice for reading: few rows on the way at a time, which the second
 #: level of caches holds.
-GRADIENT_TILES = {
+IN_ONE_TILES = {
     **{most: tile for most, tile in TILES.items() if most < 2**31},
     2**16: Tile(1, 4096, 16),
     2**31: Tile(1, 8192, 32),
@@ -93,23 +96,20 @@ COLUMN_TILES = {
 #: of which most of the tests' rows have two or three, and long rows not too many.
 INTERPRETED_TILES = {2**12: Tile(8, 128, 1), 2**31: Tile(4, 2048, 1)}
 
-#: NVIDIA's compiler likes to spill a few registers for one program more on a multiprocessor. These kernels are told how
-#: many registers there are, on the architectures on which it does: by name, whether they search for the top classes,
-#: bytes of an element, columns of the tile, and whether each row begins where loads of 16 bytes can.
+#: NVIDIA's compilers like to spill a few registers for one program more on a multiprocessor. These kernels are told
+#: that there are more, on the architectures on which they do, with Triton 3.6 or 3.9: by name, whether they search for
+#: the top classes, whether they sum logits for the mean, bytes of an element, and columns of the tile.
 ROOMY = {
-    ("statistics_pass", False, 2, 2048, False): (80,),
-    ("statistics_pass", True, 2, 2048, False): (90,),
-    ("statistics_pass", True, 4, 256, True): (80,),
-    ("statistics_pass", False, 4, 16, True): (100,),
-    ("class_terms_pass", False, 2, 256, True): (100,),
-    ("class_terms_pass", False, 2, 1024, True): (100,),
-    ("class_terms_pass", False, 2, 1024, False): (100,),
-    ("class_terms_pass", False, 4, 256, True): (80,),
-    ("class_terms_pass", False, 4, 512, False): (90,),
+    ("statistics_pass", False, True, 2, 2048): (80, 90, 100),
+    ("statistics_pass", True, True, 2, 2048): (80, 90, 100),
+    ("statistics_pass", True, False, 2, 16): (80,),
+    ("class_terms_pass", False, False, 2, 32): (80,),
+    ("class_terms_pass", False, False, 2, 2048): (100,),
+    ("class_sums_pass", False, False, 2, 256): (80,),
 }
 
-#: Programs that a launch should have, a few for each multiprocessor, before rows are no longer split.
-PROGRAMS = 512
+#: Programs that a multiprocessor should have, before rows are no longer split.
+PROGRAMS = 16
 
 
 def tile(classes: int, itemsize: int, table: dict[int, Tile] = TILES) -> Tile:
@@ -139,15 +139,15 @@ def _find(table: dict[int, Tile], classes: int, itemsize: int) -> Tile:
     if itemsize == 8:
         warps = min(warps, 8)  # a thread of more has too few registers
     fewer = max(1, rows // wider)
-    return Tile(fewer, rows * block // (fewer * wider), warps)
+    return Tile(fewer, block if itemsize < 8 else rows * block // (fewer * wider), warps)
 
 
-def registers(kernel: str, searches: bool, itemsize: int, tile: Tile, aligned: bool) -> int | None:
+def registers(kernel: str, searches: bool, means: bool, itemsize: int, tile: Tile) -> int | None:
     """Of a thread at most, two programs on a multiprocessor, one of products; None: as the compiler likes."""
     if INTERPRETED:
         return None
     always = itemsize == 8 or (itemsize == 4 and tile.depth > 0)  # products of float32 are no tensor cores' work
-    found = ROOMY.get((kernel, searches, itemsize, tile.block, aligned), ())
+    found = ROOMY.get((kernel, searches, means, itemsize, tile.block), ())
     if not (always or found):
         return None
     target = triton.runtime.driver.active.get_current_target()
@@ -156,17 +156,17 @@ def registers(kernel: str, searches: bool, itemsize: int, tile: Tile, aligned: b
     return min(255, 65536 // (32 * tile.warps * (1 if tile.depth else 2)))
 
 
-def spans(rows: int, classes: int, tile: Tile) -> int:
+def spans(rows: int, classes: int, tile: Tile, multiprocessors: int) -> int:
     """Over how many programs to split each row; 1: not at all."""
     count = all_spans(classes, tile)
-    return count if tile.depth or -(-rows // tile.rows) * count <= PROGRAMS else 1
+    return count if tile.depth or -(-rows // tile.rows) * count <= PROGRAMS * multiprocessors else 1
 
 
 def all_spans(classes: int, tile: Tile) -> int:
     return -(-classes // (tile.block * tile.span))
 
 
-def row_groups(rows: int, classes: int, tile: Tile) -> int:
+def row_groups(rows: int, classes: int, tile: Tile, multiprocessors: int) -> int:
     """Over how many programs to split the rows of a sum over them, where there are few columns."""
     columns = -(-classes // tile.block)
-    return max(1, min(-(-rows // (8 * tile.rows)), PROGRAMS // columns))
+    return max(1, min(-(-rows // (8 * tile.rows)), PROGRAMS * multiprocessors // columns))

@@ -23,14 +23,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import convert, log1p, multiply, tanh
+from .device import convert, exp, log1p, multiply, number, tanh
 from .epilogues import power
+from .search import lane_columns, merge_found, search
 
 # Coefficients and statistics are laid out as fusedloss.ops says.
 _STATISTICS = tl.constexpr(6)
 _COEFFICIENTS = tl.constexpr(3)
 _IGNORED = tl.constexpr(-100)
-_NO_COLUMN = tl.constexpr(2**31 - 1)
+
+# What varies from batch to batch and moves no data by 16 bytes: kernels are not compiled anew for its values.
+_VARYING = ["N", "group_rows", "grad_output_stride", "row_weight_stride", "param_strides"]
 
 
 # --- rows and blocks ---
@@ -43,16 +46,27 @@ def _rows(block, N, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _targets(target, rows, inside):
-    """Targets, and which rows are in the batch and not ignored. The others' are -1."""
+def _targets(target, rows, inside, V):
+    """Targets as columns, -1 where they are none, and which rows are in the batch and not ignored."""
     t = tl.load(target + rows, inside, other=-1)
     live = inside & (t != _IGNORED)
-    return tl.where(live, t, -1), live
+    return tl.where(live & (t >= 0) & (t < V), t, -1).to(tl.int32), live
 
 
 @triton.jit
 def _any(condition):
     return tl.max(tl.max(condition.to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(x, 1, keep_dims=True).to(tl.float64)
+
+
+@triton.jit
+def _in_block(column, begin, BLOCK: tl.constexpr):
+    """Whether a column of any row is in the block that begins there."""
+    return _any((column >= begin) & (column < begin + BLOCK))
 
 
 @triton.jit
@@ -78,6 +92,28 @@ def _upstream(grad_output, stride, rows, live, T: tl.constexpr):
         return tl.full((1, 1), 1.0, T)
     else:
         return tl.load(grad_output + rows * stride, live, other=0.0)
+
+
+# What is kept of rows lies one below the other, N apart.
+
+
+@triton.jit
+def _load_three(values, rows, N, real, OTHER: tl.constexpr):
+    one, two = tl.load(values + rows, real, other=OTHER), tl.load(values + (rows + N), real, other=OTHER)
+    return one, two, tl.load(values + (rows + 2 * N), real, other=OTHER)
+
+
+@triton.jit
+def _store_rows(to, rows, N, inside, values):
+    for k in tl.static_range(len(values)):
+        tl.store(to + (rows + k * N), values[k], inside)
+
+
+@triton.jit
+def _store_live(to, rows, N, inside, ignored, values, neutral):
+    """Ignored rows get the neutral values."""
+    for k in tl.static_range(len(values)):
+        tl.store(to + (rows + k * N), tl.where(ignored, neutral[k], values[k]), inside)
 
 
 # --- logits ---
@@ -106,6 +142,7 @@ def _logit(where, rows, column, real, SOURCE: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def _block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr):
     """Columns (1, BLOCK), which of them exist, and their logits (ROWS, BLOCK); -inf where there is none."""
+    tl.assume(begin >= 0)  # saves 64-bit arithmetic
     columns = begin + tl.arange(0, BLOCK)[None, :]
     exists = columns < V
     if SOURCE is None:
@@ -138,9 +175,9 @@ def _after_product(z, where, columns, exists, SOURCE: tl.constexpr, T: tl.conste
 
 
 # --- the statistics of a part of a row, and how they merge ---
-# (max; sum of exp(z - max) over all but the target; sum of w (z - _offset); columns of the largest two and of the
-# largest below the target, -1 for none; the logits of the last two). Sums are in float64: a few additions for each
-# block, which keep the digits of those within it.
+# Of all columns but the target: (max; sum of exp(z - max); sum of w (z - _offset); the logits of the largest two and of
+# the largest below the target; their columns, -1 for none). Sums are in float64. The target is a part of its own,
+# without a sum.
 
 
 @triton.jit
@@ -148,7 +185,7 @@ def _nothing(ROWS: tl.constexpr, T: tl.constexpr):
     lowest = tl.full((ROWS, 1), -float("inf"), T)
     zero = tl.zeros((ROWS, 1), tl.float64)
     nowhere = tl.full((ROWS, 1), -1, tl.int32)
-    return lowest, zero, zero, nowhere, nowhere, nowhere, lowest, lowest
+    return lowest, zero, zero, lowest, lowest, lowest, nowhere, nowhere, nowhere
 
 
 @triton.jit
@@ -164,36 +201,13 @@ def _offset(target_logit):
 
 @triton.jit
 def _merge(x, y):
-    """`y` comes from columns to the right of `x`: on equal values the lower index stays."""
-    x_max, x_rest, x_mean, x_top, x_second, x_below, x_second_logit, x_below_logit = x
-    y_max, y_rest, y_mean, y_top, y_second, y_below, y_second_logit, y_below_logit = y
-    maximum = tl.maximum(x_max, y_max)
-    reference = _reference(maximum)
-    # A part without a finite logit has an empty sum (or a NaN that must pass through).
-    rest = x_rest * tl.exp(x_max - reference) + y_rest * tl.exp(y_max - reference)
-    # The largest two of both: y's largest is first, second or neither; y's second can be second only after its largest.
-    first = (y_top >= 0) & ((x_top < 0) | (y_max > x_max))
-    runner, runner_logit = tl.where(first, x_top, x_second), tl.where(first, x_max, x_second_logit)
-    other, other_logit = tl.where(first, y_second, y_top), tl.where(first, y_second_logit, y_max)
-    second = (other >= 0) & ((runner < 0) | (other_logit > runner_logit))
-    below = (y_below >= 0) & ((x_below < 0) | (y_below_logit > x_below_logit))
-    return (
-        maximum,
-        rest,
-        x_mean + y_mean,
-        tl.where(first, y_top, x_top),
-        tl.where(second, other, runner),
-        tl.where(below, y_below, x_below),
-        tl.where(second, other_logit, runner_logit),
-        tl.where(below, y_below_logit, x_below_logit),
-    )
-
-
-@triton.jit
-def _first_column(columns, here):
-    """The lowest of the columns, -1 for none."""
-    first = tl.min(tl.where(here, columns, _NO_COLUMN), 1, keep_dims=True)
-    return tl.where(first == _NO_COLUMN, -1, first)
+    x_max, x_rest, x_mean = x[:3]
+    y_max, y_rest, y_mean = y[:3]
+    higher = x_max >= y_max
+    # The lower sum counts for less. A part without a finite logit has an empty one, or a NaN that must pass through.
+    less = tl.exp(tl.where(x_max == y_max, 0.0, -tl.abs(x_max - y_max)).to(tl.float64))
+    rest = tl.fma(tl.where(higher, y_rest, x_rest), less, tl.where(higher, x_rest, y_rest))
+    return (tl.maximum(x_max, y_max), rest, x_mean + y_mean) + merge_found(x[3:], y[3:])  # noqa: RUF005
 
 
 @triton.jit
@@ -211,37 +225,55 @@ def _scan(
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The statistics of the columns from `begin` to `end`."""
-    part = _nothing(ROWS, T)
-    nowhere, lowest = part[3], part[0]
+    """The statistics of a span, the columns from `begin` to `end`.
+
+    LANE columns side by side belong to one thread, which keeps a maximum and a sum of theirs in all blocks. Nothing is
+    reduced over threads before the span ends.
+    """
+    LANE: tl.constexpr = BLOCK if SOURCE is not None else 128 // where[0].dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // LANE
+    ROWS: tl.constexpr = rows.shape[0]
+    maximum = tl.full((ROWS, LANES), -float("inf"), T)
+    rest = tl.zeros((ROWS, LANES), T)
+    mean = tl.zeros((ROWS, LANES), T)
+    at = tl.zeros((ROWS, LANES), tl.int32) + begin  # the block with the maximum
+    below, below_at = maximum, at
+    found = _nothing(ROWS, T)[3:]
+    tl.assume(begin >= 0)
     for start in range(begin, end, BLOCK):
         columns, exists, z = _block(where, rows, live, start, V, target, SOURCE, BLOCK, T)
-        number = tl.where(z == z, z, -float("inf"))  # which maximum() makes of a NaN depends on the machine
-        maximum = tl.max(number, 1, keep_dims=True)
-        e = tl.where(columns == target, 0.0, tl.exp(z - _reference(maximum)))
-        rest = tl.sum(e, 1, keep_dims=True).to(tl.float64)
-        mean = part[2] * 0
         if MEAN:
             of_columns = (z - _offset(target_logit)) * _class_weights(class_weight, columns, exists, T)
-            mean = tl.sum(tl.where(live & exists, of_columns, 0.0), 1, keep_dims=True).to(tl.float64)
-        top, second, below = nowhere, nowhere, nowhere
-        second_logit, below_logit = lowest, lowest
+            if start + BLOCK > V:
+                of_columns = tl.where(exists, of_columns, 0.0)
+            mean += tl.sum(tl.reshape(of_columns, (ROWS, LANES, LANE)), 2)
+        if _in_block(target, start, BLOCK):  # a part of its own
+            z = tl.where(columns == target, -float("inf"), z)
+        if SOURCE is not None:
+            found = search(found, columns, exists & (columns != target), z, target_logit, TOP_K, BELOW)
+        z = tl.reshape(z, (ROWS, LANES, LANE))
+        higher = tl.maximum(maximum, tl.max(number(z), 2))
         if TOP_K > 0:
-            top = _first_column(columns, exists & (number == maximum))
-        if TOP_K > 1:
-            others = exists & (columns != top)
-            second_logit = tl.max(tl.where(others, number, -float("inf")), 1, keep_dims=True)
-            second = _first_column(columns, others & (number == second_logit))
+            at = tl.where(higher > maximum, start, at)
         if BELOW:
-            lower = tl.where((z < target_logit) & (columns != target), z, -float("inf"))
-            below_logit = tl.max(lower, 1, keep_dims=True)
-            below = _first_column(columns, (lower == below_logit) & (lower > -float("inf")))
-        part = _merge(part, (maximum, rest, mean, top, second, below, second_logit, below_logit))
-    return part
+            lower = tl.max(tl.where(z < target_logit[:, :, None], z, -float("inf")), 2)
+            below_at = tl.where(lower > below, start, below_at)
+            below = tl.maximum(lower, below)
+        reference = _reference(higher)
+        rest = rest * exp(maximum - reference) + tl.sum(exp(z - reference[:, :, None]), 2)
+        maximum = higher
+    highest = tl.max(maximum, 1, keep_dims=True)
+    rest *= exp(maximum - _reference(highest))
+    if SOURCE is None and (TOP_K > 0 or BELOW):
+        columns = lane_columns(begin, maximum, at, below, below_at, TOP_K, BELOW, SPAN, BLOCK, LANE)
+        real = live & (columns >= 0) & (columns < V) & (columns != target)
+        z = _logit(where, rows, columns, real, SOURCE, T)
+        found = search(found, columns, real, z, target_logit, TOP_K, BELOW)
+    return (highest, _row_sum(rest), _row_sum(mean)) + found  # noqa: RUF005
 
 
 # --- from the statistics of whole rows to what the pass gives ---
@@ -267,14 +299,14 @@ def _picks(
     index = tl.where(live & (k < 0), 0, -1).to(tl.int64)
     logit = tl.where(live & (k < 0), tl.full((1, 1), 0.0, T), -float("inf"))
     if TOP_K > 0:
-        index = tl.where(live & (k == 0), part[3], index)
-        logit = tl.where(k == 0, part[0], logit)
+        index = tl.where(live & (k == 0), part[6], index)
+        logit = tl.where(k == 0, part[3], logit)
     if TOP_K > 1:
-        index = tl.where(live & (k == 1), part[4], index)
-        logit = tl.where(k == 1, part[6], logit)
+        index = tl.where(live & (k == 1), part[7], index)
+        logit = tl.where(k == 1, part[4], logit)
     if BELOW:
-        index = tl.where(live & (k == TOP_K), part[5], index)
-        logit = tl.where(k == TOP_K, part[7], logit)
+        index = tl.where(live & (k == TOP_K), part[8], index)
+        logit = tl.where(k == TOP_K, part[5], logit)
     if candidates is not None:
         first: tl.constexpr = TOP_K + BELOW
         given = live & (k >= first) & (k < PICKS)
@@ -284,13 +316,6 @@ def _picks(
         return index, logit, tl.max(outside.to(tl.int32), 1, keep_dims=True) == 0
     else:
         return index, logit, live
-
-
-@triton.jit
-def _store_rows(to, N, rows, inside, ignored, values, neutral):
-    """One below the other; ignored rows get the neutral ones."""
-    for k in tl.static_range(len(values)):
-        tl.store(to + (rows + k * N), tl.where(ignored, neutral[k], values[k]), inside)
 
 
 @triton.jit
@@ -352,15 +377,8 @@ def _finish(
     # nothing that is not finite, and loss and coefficients of zero.
     ignored = live == 0
     log_2 = 0.6931471805599453
-    _store_rows(
-        statistics,
-        N,
-        rows,
-        inside,
-        ignored,
-        (m, sum_exp, q, ce, target_logit, mean_ce),
-        (0.0, 2.0, 0.5, log_2, 0.0, log_2),
-    )
+    values = (m, sum_exp, q, ce, target_logit, mean_ce)
+    _store_live(statistics, rows, N, inside, ignored, values, (0.0, 2.0, 0.5, log_2, 0.0, log_2))
     k = tl.arange(0, PICK_BLOCK)[None, :]
     real = inside & (k < PICKS)
     tl.store(statistics + (rows + (k + _STATISTICS) * N), tl.where(ignored, 0.0, pick_logit), real)
@@ -384,7 +402,7 @@ def _finish(
         at_target = d - a * q - smooth * target_weight
         tl.store(loss + rows, tl.where(ignored, 0.0, of_row), inside)
         columns = (a, smooth + tl.zeros_like(a), at_target)
-        _store_rows(coefficients, N, rows, inside, ignored, columns, (0.0, 0.0, 0.0))
+        _store_live(coefficients, rows, N, inside, ignored, columns, (0.0, 0.0, 0.0))
         tl.store(coefficients + (rows + (k + _COEFFICIENTS) * N), tl.where(ignored, 0.0, main * b), real)
 
 
@@ -426,10 +444,10 @@ def _exponent(p, params, EXPONENT: tl.constexpr):
 @triton.jit
 def _series(p, x):
     """(1 - p)^x of small p; what it leaves out is less than half an ulp."""
-    sum = 1.0 - (x - 3.0) / 4.0 * p
-    sum = 1.0 - (x - 2.0) / 3.0 * p * sum
-    sum = 1.0 - (x - 1.0) / 2.0 * p * sum
-    return 1.0 - x * p * sum
+    second = x * (x - 1.0) / 2.0
+    third = second * (2.0 - x) / 3.0
+    fourth = third * (3.0 - x) / 4.0
+    return 1.0 + p * (p * (second + p * (third + p * fourth)) - x)
 
 
 @triton.jit
@@ -438,15 +456,14 @@ def _powers(p, alpha):
 
     Which of the two it is is up to each p alone, whatever stands beside it.
     """
-    large = p > (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
-    if _any(large):
+    most = (2.0**-12 if p.dtype == tl.float64 else 2.0**-6) / (1.0 + alpha)
+    weight = _series(p, alpha)
+    steep = _series(p, alpha - 1.0)
+    if _any(tl.max(number(p), 1, keep_dims=True) > most):
         q = 1.0 - p
         exact = tl.exp(alpha * tl.log(q))
-        weight = tl.where(large, exact, _series(p, alpha))
-        steep = tl.where(large, exact / q, _series(p, alpha - 1.0))
-    else:
-        weight = _series(p, alpha)
-        steep = _series(p, alpha - 1.0)
+        weight = tl.where(p > most, exact, weight)
+        steep = tl.where(p > most, exact / q, steep)
     return weight, steep
 
 
@@ -474,22 +491,28 @@ def _term_sums(
     TERM: tl.constexpr,
     EXPONENT: tl.constexpr,
     SOURCE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Of the columns from `begin` to `end`, without the target and the top class: sums of exp(z - m), loss and p g."""
-    others = tl.zeros((ROWS, 1), tl.float64)
-    loss = tl.zeros((ROWS, 1), tl.float64)
-    slope = tl.zeros((ROWS, 1), tl.float64)
+    """Of a span, the columns from `begin` to `end`, without the target and the top class: sums of exp(z - m), loss and
+    p g. Lanes as in `_scan`."""
+    LANE: tl.constexpr = BLOCK if SOURCE is not None else 128 // where[0].dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK // LANE
+    ROWS: tl.constexpr = rows.shape[0]
+    zero = tl.zeros((ROWS, LANES), T)
+    others, loss, slope = zero, zero, zero
+    tl.assume(begin >= 0)
     for start in range(begin, end, BLOCK):
         columns, exists, z = _block(where, rows, live, start, V, target, SOURCE, BLOCK, T)
-        e = tl.where((columns == target) | (columns == top), 0.0, tl.exp(z - m))  # p = 0 adds nothing
-        f, g = _negative_terms(e * inverse, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
-        others += tl.sum(e, 1, keep_dims=True).to(tl.float64)
-        loss += tl.sum(f, 1, keep_dims=True).to(tl.float64)
-        slope += tl.sum(e * inverse * g, 1, keep_dims=True).to(tl.float64)
-    return others, loss, slope
+        if _in_block(target, start, BLOCK) | _in_block(top, start, BLOCK):
+            z = tl.where((columns == target) | (columns == top), -float("inf"), z)  # p = 0 adds nothing
+        e = exp(z - m)
+        p = e * inverse
+        f, g = _negative_terms(p, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
+        others += tl.sum(tl.reshape(e, (ROWS, LANES, LANE)), 2)
+        loss += tl.sum(tl.reshape(f, (ROWS, LANES, LANE)), 2)
+        slope += tl.sum(tl.reshape(p * g, (ROWS, LANES, LANE)), 2)
+    return _row_sum(others), _row_sum(loss), _row_sum(slope)
 
 
 @triton.jit
@@ -538,9 +561,7 @@ def _row_coefficients(statistics, coefficients, grad_output, grad_output_stride,
     m = tl.load(statistics + rows, live, other=0.0)
     inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
     upstream = _upstream(grad_output, grad_output_stride, rows, live, T)
-    one = tl.load(coefficients + rows, live, other=0.0)
-    two = tl.load(coefficients + (rows + N), live, other=0.0)
-    three = tl.load(coefficients + (rows + 2 * N), live, other=0.0)
+    one, two, three = _load_three(coefficients, rows, N, live, 0.0)
     return m, inverse, upstream, one, two * upstream, three * upstream
 
 
@@ -571,37 +592,40 @@ def _write_gradient(
     """Of a block of columns."""
     m, inverse, upstream, one, two, at_target = of_rows
     columns, exists, z = _block(where, rows, live, begin, V, target, SOURCE, BLOCK, T)
-    e = tl.exp(z - m)
+    e = exp(z - m)
     if TERM is not None:
         p = e * inverse
         _, g = _negative_terms(p, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
         gradient = p * (g - one) * upstream
-        top = tl.load(index + rows, live, other=-1)
-        gradient = tl.where(columns == top, two, gradient)
-        gradient = tl.where(columns == target, at_target, gradient)
+        top = tl.load(index + rows, live, other=-1).to(tl.int32)
+        if _in_block(top, begin, BLOCK):
+            gradient = tl.where(columns == top, two, gradient)
     else:
-        gradient = e * (one * inverse * upstream)
+        gradient = e * (one * inverse * upstream)  # 0 of rows that are ignored
         if class_weight is None:
             gradient -= two
         elif _any(two != 0):
             gradient -= two * _class_weights(class_weight, columns, exists, T)
+    if _in_block(target, begin, BLOCK):
         gradient = tl.where(columns == target, at_target, gradient)
-        for k in tl.static_range(PICKS):
-            pick = tl.load(index + (rows + k * N), live, other=-1)
+    for k in tl.static_range(PICKS if TERM is None else 0):
+        pick = tl.load(index + (rows + k * N), live, other=-1).to(tl.int32)
+        if _in_block(pick, begin, BLOCK):
             b = tl.load(coefficients + (rows + (_COEFFICIENTS + k) * N), live, other=0.0) * upstream
             gradient = tl.where(columns == pick, gradient - b, gradient)
     if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
         if SOURCE.softcap > 0:
             share = z / SOURCE.softcap
             gradient *= 1.0 - share * share
-    gradient = tl.where(live, gradient, 0.0)
+    if TERM is not None or SOURCE is not None or class_weight is not None:
+        gradient = tl.where(live, gradient, 0.0)
     tl.store(grad + (rows * grad_stride + columns), convert(gradient, grad.dtype.element_ty), inside & exists)
 
 
 # --- the passes ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def statistics_pass(
     where,
     target,
@@ -645,52 +669,41 @@ def statistics_pass(
     """
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
-    t, live = _targets(target, rows, inside)
-    in_range = live & (t >= 0) & (t < V)
-    target_logit = _logit(where, rows, t, in_range, SOURCE, T)
+    t, live = _targets(target, rows, inside, V)
+    target_logit = _logit(where, rows, t, t >= 0, SOURCE, T)
     if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
         if SOURCE.masks_target:
             target_logit = tl.full(target_logit.shape, -float("inf"), T)
-    target_logit = tl.where(in_range | (live == 0), target_logit, float("nan"))
+    target_logit = tl.where((t >= 0) | (live == 0), target_logit, float("nan"))
     end = tl.where(_any(live), V, 0)  # where all are ignored there is nothing to read
 
-    part = _nothing(ROWS, T)
+    lowest, zero, _, _, _, _, nowhere, _, _ = _nothing(ROWS, T)
+    largest = tl.where(target_logit == target_logit, target_logit, -float("inf"))
+    part = (largest, zero, zero, largest, lowest, lowest, t, nowhere, nowhere)
+    if SPLIT:
+        part = _nothing(ROWS, T)
     if MERGE:
         for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
             at = rows + span * 3 * N
-            part = _merge(
-                part,
-                (
-                    tl.load(part_logits + at, inside, other=0.0),
-                    tl.load(part_sums + at, inside, other=0.0),
-                    tl.load(part_sums + (at + N), inside, other=0.0),
-                    tl.load(part_columns + at, inside, other=-1),
-                    tl.load(part_columns + (at + N), inside, other=-1),
-                    tl.load(part_columns + (at + 2 * N), inside, other=-1),
-                    tl.load(part_logits + (at + N), inside, other=0.0),
-                    tl.load(part_logits + (at + 2 * N), inside, other=0.0),
-                ),
-            )
+            rest, mean, _ = _load_three(part_sums, at, N, inside, 0.0)
+            logits = _load_three(part_logits, at, N, inside, 0.0)
+            columns = _load_three(part_columns, at, N, inside, -1)
+            part = _merge(part, (logits[0], rest, mean) + logits + columns)  # noqa: RUF005
     else:
         first = tl.program_id(1) * (SPAN * BLOCK) if SPLIT else 0
         last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
         for begin in range(first, last, SPAN * BLOCK):
             span = _scan(
                 where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, target_logit, class_weight,
-                SOURCE, TOP_K, BELOW, MEAN, ROWS, BLOCK, T,
+                SOURCE, TOP_K, BELOW, MEAN, BLOCK, SPAN, T,
             )  # fmt: skip
             part = _merge(part, span)
 
     if SPLIT:
         at = rows + tl.program_id(1) * 3 * N
-        tl.store(part_logits + at, part[0], inside)
-        tl.store(part_sums + at, part[1], inside)
-        tl.store(part_sums + (at + N), part[2], inside)
-        tl.store(part_columns + at, part[3], inside)
-        tl.store(part_columns + (at + N), part[4], inside)
-        tl.store(part_columns + (at + 2 * N), part[5], inside)
-        tl.store(part_logits + (at + N), part[6], inside)
-        tl.store(part_logits + (at + 2 * N), part[7], inside)
+        _store_rows(part_sums, at, N, inside, part[1:3])
+        _store_rows(part_logits, at, N, inside, (part[0], part[4], part[5]))
+        _store_rows(part_columns, at, N, inside, part[6:])
     else:
         _finish(
             part, rows, inside, live, t, target_logit, where, class_weight, weight_sum, candidates, param_values,
@@ -709,7 +722,7 @@ def statistics_pass(
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def class_terms_pass(
     where,
     target,
@@ -737,30 +750,30 @@ def class_terms_pass(
     """Losses and coefficients, from statistics with the top class. SPLIT and MERGE as in the statistics pass."""
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
-    t, live = _targets(target, rows, inside)
-    top = tl.load(index + rows, live, other=-1)
+    t, live = _targets(target, rows, inside, V)
+    top = tl.load(index + rows, live, other=-1).to(tl.int32)
     m = tl.load(statistics + rows, live, other=0.0)
     sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
     inverse = 1.0 / sum_exp
     values = _params(param_values, param_strides, rows, inside, PARAMS)
     end = tl.where(_any(live), V, 0)
 
-    others = tl.zeros((ROWS, 1), tl.float64)
-    of_row = tl.zeros((ROWS, 1), tl.float64)
-    slope = tl.zeros((ROWS, 1), tl.float64)
+    zero = tl.zeros((ROWS, 1), tl.float64)
+    others, of_row, slope = zero, zero, zero
     if MERGE:
         for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
             at = rows + span * 3 * N
-            others += tl.load(part_sums + at, inside, other=0.0)
-            of_row += tl.load(part_sums + (at + N), inside, other=0.0)
-            slope += tl.load(part_sums + (at + 2 * N), inside, other=0.0)
+            span_others, span_loss, span_slope = _load_three(part_sums, at, N, inside, 0.0)
+            others += span_others
+            of_row += span_loss
+            slope += span_slope
     else:
         first = tl.program_id(1) * (SPAN * BLOCK) if SPLIT else 0
         last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
         for begin in range(first, last, SPAN * BLOCK):
             span_others, span_loss, span_slope = _term_sums(
                 where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, top, m, inverse, class_weight,
-                values, TERM, EXPONENT, SOURCE, ROWS, BLOCK, T,
+                values, TERM, EXPONENT, SOURCE, BLOCK, T,
             )  # fmt: skip
             others += span_others
             of_row += span_loss
@@ -768,9 +781,7 @@ def class_terms_pass(
 
     if SPLIT:
         at = rows + tl.program_id(1) * 3 * N
-        tl.store(part_sums + at, others, inside)
-        tl.store(part_sums + (at + N), of_row, inside)
-        tl.store(part_sums + (at + 2 * N), slope, inside)
+        _store_rows(part_sums, at, N, inside, (others, of_row, slope))
     else:
         target_weight = _target_weight(class_weight, t, live, V, T)
         top_weight = _target_weight(class_weight, top, live, V, T)
@@ -782,12 +793,11 @@ def class_terms_pass(
         )  # fmt: skip
         ignored = live == 0
         tl.store(loss + rows, tl.where(ignored, 0.0, total + z_term), inside)
-        zero = tl.zeros_like(shift)
-        columns = (shift, at_top, at_target, zero)
-        _store_rows(coefficients, N, rows, inside, ignored, columns, (0.0, 0.0, 0.0, 0.0))
+        columns = (shift, at_top, at_target, tl.zeros_like(shift))
+        _store_live(coefficients, rows, N, inside, ignored, columns, (0.0, 0.0, 0.0, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def gradient_pass(
     where,
     target,
@@ -821,7 +831,7 @@ def gradient_pass(
         blocks = tl.cdiv(N, ROWS).to(tl.int32)
         block, column_block = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     rows, inside = _rows(block, N, ROWS)
-    t, live = _targets(target, rows, inside)
+    t, live = _targets(target, rows, inside, V)
     of_rows = _row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T)
     values = _params(param_values, param_strides, rows, inside, PARAMS)
     _write_gradient(
@@ -830,7 +840,7 @@ def gradient_pass(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def top_rest_pass(
     where,
     target,
@@ -845,7 +855,7 @@ def top_rest_pass(
     """1 - p of each row's top class. Only a p > 0.5 of a class that is not the target needs a look at the others."""
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
-    t, live = _targets(target, rows, inside)
+    t, live = _targets(target, rows, inside, V)
     top = tl.load(index + rows, live, other=-1)
     m = tl.load(statistics + rows, live, other=0.0)
     sum_exp = tl.load(statistics + (rows + N), live, other=1.0)
@@ -859,7 +869,7 @@ def top_rest_pass(
     tl.store(top_rest + rows, tl.where(wrong, others.to(T) / sum_exp, rest), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def class_sums_pass(
     where,
     target,
@@ -889,7 +899,7 @@ def class_sums_pass(
     for first in range(0, group_rows, ROWS):
         rows = group * group_rows + first + tl.arange(0, ROWS)[:, None]
         inside = rows < N
-        t, live = _targets(target, rows, inside)
+        t, live = _targets(target, rows, inside, V)
         m = tl.load(statistics + rows, live, other=0.0)
         inverse = 1.0 / tl.load(statistics + (rows + N), live, other=1.0)
         weight = _upstream(row_weight, row_weight_stride, rows, live, T)

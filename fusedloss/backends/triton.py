@@ -57,6 +57,12 @@ def has_epilogue(name: str) -> bool:
     return name in tables.ROW_EPILOGUES or name in tables.CLASS_TERMS
 
 
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter has none, and few rows to split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 32
+
+
 class _Source(NamedTuple):
     """Logits as the kernels take them."""
 
@@ -65,6 +71,12 @@ class _Source(NamedTuple):
     rows: int
     classes: int
     tile: Any
+
+    @property
+    def spans(self) -> int:
+        """Over how many programs to split each row."""
+        multiprocessors = _multiprocessors(self.where[0].device)
+        return _modules()[1].spans(self.rows, self.classes, self.tile, multiprocessors)
 
 
 def _source(logits: Tensor | Product, table: str) -> _Source:
@@ -76,7 +88,7 @@ def _source(logits: Tensor | Product, table: str) -> _Source:
         tile = launch.tile(classes, logits.element_size(), tiles)
         return _Source((logits, logits.stride(0)), None, rows, classes, tile)
     hidden, weight, bias, softcap, mask_target = logits
-    tile = launch.product_tile(len(hidden), hidden.element_size(), table != "TILES")
+    tile = launch.product_tile(len(hidden), hidden.element_size(), table == "CLASS_TILES")
     where = (hidden, *hidden.stride(), weight, *weight.stride(), hidden.shape[1])
     kind = launch.Product(tile.depth, _precision(hidden), softcap, mask_target)
     return _Source(where if bias is None else (*where, bias), kind, len(hidden), len(weight), tile)
@@ -110,8 +122,8 @@ def launch_options(kernel: Any, tile: Any, where: tuple[Any, ...], constants: di
     if tile.stages:
         options["num_stages"] = tile.stages
     searches = constants.get("TOP_K", 0) > 0
-    itemsize, aligned = where[0].element_size(), where[1] % 16 == 0
-    registers = _modules()[1].registers(kernel.__name__, searches, itemsize, tile, aligned)
+    itemsize = where[0].element_size()
+    registers = _modules()[1].registers(kernel.__name__, searches, constants.get("MEAN", False), itemsize, tile)
     return options if registers is None else options | {"maxnreg": registers}
 
 
@@ -143,19 +155,15 @@ def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
 
 
 def _statistics_pass(x: Forward) -> None:
-    tables, launch, kernels = _modules()
+    tables, _, kernels = _modules()
     heavy = x.top_k > 0 or x.below
     table = (
-        "GRADIENT_TILES"
-        if x.grad is not None
-        else "CLASS_TILES"
-        if heavy and isinstance(x.logits, Product)
-        else "TILES"
+        "IN_ONE_TILES" if x.grad is not None else "CLASS_TILES" if heavy and isinstance(x.logits, Product) else "TILES"
     )
     source = _source(x.logits, table)
     if x.target.device.type == "cpu":
         check_indices(x.target, x.candidates, source.classes)
-    spans = 1 if x.grad is not None else launch.spans(source.rows, source.classes, source.tile)
+    spans = 1 if x.grad is not None else source.spans
     row_epilogue = tables.ROW_EPILOGUES.get(x.epilogue)
     params = x.params if row_epilogue else []
     picks = len(x.index)
@@ -211,7 +219,7 @@ def _class_terms_pass(
     merge = loss is not None
     spans = launch.all_spans(source.classes, source.tile)
     if merge:
-        spans = launch.spans(source.rows, source.classes, source.tile)
+        spans = source.spans
     parts = statistics.new_empty((spans if spans > 1 or not merge else 0, 3, source.rows), dtype=torch.float64)
     _run_split(
         kernels.class_terms_pass,
@@ -238,7 +246,7 @@ def _class_terms_pass(
 def _gradient_pass(x: Backward) -> None:
     kernels = _modules()[2]
     term = _term(x.epilogue)
-    source = _source(x.logits, "TILES" if term["TERM"] is None else "CLASS_TILES")
+    source = _source(x.logits, "GRADIENT_TILES" if term["TERM"] is None else "CLASS_TILES")
     tile = source.tile
     params = [] if term["TERM"] is None else x.params  # those of a row epilogue are in the coefficients
     _run(
@@ -267,9 +275,9 @@ def _gradient_pass(x: Backward) -> None:
 
 def _one_read(x: Forward) -> bool:
     """Where programs have whole rows."""
-    tables, launch, _ = _modules()
+    tables = _modules()[0]
     source = _source(x.logits, "TILES")
-    return x.epilogue in tables.ROW_EPILOGUES and launch.spans(source.rows, source.classes, source.tile) == 1
+    return x.epilogue in tables.ROW_EPILOGUES and source.spans == 1
 
 
 def class_sums(
@@ -301,7 +309,7 @@ def class_sums(
             classes,
         )
     tile = launch.column_tile(classes, logits.element_size())
-    groups = launch.row_groups(rows, classes, tile)
+    groups = launch.row_groups(rows, classes, tile, _multiprocessors(logits.device))
     sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
     _run(
         kernels.class_sums_pass,
