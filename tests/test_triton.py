@@ -178,6 +178,27 @@ def test_loss_and_gradient_in_one_launch(name, classes, generator, monkeypatch):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("classes", [1, 2, BLOCK - 1, SPAN, SPAN + BLOCK + 5])
+def test_the_largest_logits(classes, generator, monkeypatch):
+    """Of the lanes of threads, the blocks and the spans: the lower class where many logits are the same, or -inf."""
+    z = torch.randint(-3, 3, (64, classes), generator=generator).to(torch.bfloat16)
+    z[:8] += 9.0 * (torch.rand(8, classes, generator=generator) < 0.01)
+    z[8:16] = -torch.inf
+    z[torch.arange(8, 16), torch.randint(classes, (8,), generator=generator)] = 1.0
+    z[16:24, : classes // 2] = -torch.inf
+    z[24:32, classes // 2 + 1 :] = -torch.inf
+    target = torch.randint(classes, (64,), generator=generator)
+    of_target = z.gather(1, target[:, None])
+    expected = torch.sort(z, dim=1, descending=True, stable=True).indices[:, :2]
+    expected = torch.nn.functional.pad(expected, (0, 2 - expected.shape[1]), value=-1)
+    lower = torch.where(z < of_target, z, -torch.inf).float()
+    below = torch.where(lower.amax(1) == -torch.inf, -1, lower.argmax(1))
+    for programs in (2**30, 0):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        _, index = ops.row_statistics(z, target, None, None, 2, True, False, "triton")
+        assert torch.equal(index, torch.stack([*expected.unbind(1), below]))
+
+
 def test_few_long_rows_are_split_and_many_are_not():
     tile = launch.Tile(1, 4096, 8)
     assert launch.spans(1, 4 * 4096, tile, 132) == 1

@@ -1,6 +1,7 @@
 """The Triton kernels compiled for GPUs that are not here: what the compiler makes of them is held to what they need."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -143,6 +144,25 @@ def test_two_programs_or_more_share_a_multiprocessor(compiled):
 def test_products_are_the_tensor_cores_work(products):
     assert {row["target"] for row in products} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert [row for row in products if (row["products"] == 0) != ("merge" in row["kernel"])] == []
+
+
+def test_a_batch_of_another_size_takes_the_same_kernels():
+    """Of a run of other lengths none is compiled anew."""
+    script = """
+import sys
+sys.path.insert(0, "bench")
+import compile_triton as report
+import torch
+
+found = []
+for report.ROWS in (4096, 4097):
+    found.append([compiled() for _, compiled in report.launches("sm_90", "cross_entropy", torch.bfloat16, 32000)])
+assert len(found[0]) == 2 and all(x is y for x, y in zip(*found)), found
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command, root = [sys.executable, "-c", script], Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 class TestTheOldestRelease:
