@@ -2,7 +2,8 @@ targets: str
 stages: int
 item_bytes: int
 max_threads: int
-sum_columns: int
+max_candidates: int
+sum_bytes: int
 
 class Job:
     logits: int

@@ -196,6 +196,96 @@ def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, mon
         assert one[-1].isfinite().all()
 
 
+#: Each dtype, in one part and in two, on chip and too wide for it.
+CUT = [
+    (torch.bfloat16, 1, True),
+    (torch.bfloat16, 2, False),
+    (torch.float32, 1, False),
+    (torch.float64, 2, True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "parts", "on_chip"), CUT, ids=str)
+@pytest.mark.parametrize("epilogue", ["cross_entropy", "dsc_one_vs_rest"])
+def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, generator, monkeypatch):
+    """Rows and their gradients begin at every distance from a multiple of 16 bytes, and from each other's."""
+    monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
+    size = dtype.itemsize
+    rows = pack = 16 // size
+    tiles = cuda.STAGES + 1  # of each warp, and a few columns
+    classes = parts * tiles * THREADS * cuda.ITEM_BYTES // size + 3
+    z, target = logits_and_targets(rows, classes, generator, dtype)
+    weight, row_weight = (torch.rand(n, generator=generator).to(compute_dtype(dtype)) for n in (classes, rows))
+    count, top_k = EPILOGUES[epilogue]
+    params = [torch.full((), 0.5, dtype=row_weight.dtype) for _ in range(count)]
+    smoothing = 0.0 if epilogue in cuda.EPILOGUES.classes else 0.1
+    common = torch.tensor([1 - smoothing, smoothing / classes, 0.01], dtype=row_weight.dtype)
+    names = (epilogue, smoothing != 0, top_k, "cuda")
+
+    def laid_out(offset: int, stride: int) -> Tensor:
+        return torch.empty(rows * stride + pack, dtype=dtype)[offset:].as_strided((rows, classes), (stride, 1)).copy_(z)
+
+    logits = laid_out(0, classes + 16 - 3)
+    assert logits.stride(0) % pack == 0
+    right = [*ops.row_loss_gradient_(logits, target, weight, None, params, common, row_weight, *names), logits]
+    for offset in range(pack):
+        logits = laid_out(offset, classes)
+        of_one_read = ops.row_loss_gradient(logits, target, weight, None, params, common, row_weight, *names)
+        saved = ops.row_loss(logits, target, weight, None, params, common, *names)
+        gradient = ops.row_gradient(logits, target, weight, *saved[1:], row_weight, params, epilogue, "cuda")
+        in_place = ops.row_loss_gradient_(logits, target, weight, None, params, common, row_weight, *names)
+        for found in (of_one_read, (*saved, gradient), (*in_place, logits)):
+            assert [torch.equal(x, y) for x, y in zip(found, right, strict=True)] == [True] * 5, offset
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_class_sums_of_many_rows(dtype, generator, monkeypatch):
+    """Of more rows than a block reads the numbers of at a time, anywhere between multiples of 16 bytes."""
+    monkeypatch.setattr(cuda, "_SUM_BLOCKS", 1)
+    rows, classes = 270, 37
+    z, target = logits_and_targets(rows, classes, generator, dtype)
+    target[::5] = -100
+    one = torch.ones((), dtype=compute_dtype(dtype))
+    sums = []
+    for stride in (40, classes):
+        logits = torch.empty(rows, stride, dtype=dtype)[:, :classes].copy_(z)
+        for impl in ("cuda", "cpu"):
+            statistics, index = ops.row_statistics(logits, target, None, None, 1, False, False, impl)
+            arguments = (statistics, index, [one, one, one], "dsc_over_rows", None, impl)
+            sums.append(ops.class_sums(logits, target, None, *arguments))
+    assert torch.equal(sums[0], sums[2])
+    rtol = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(sums[0], sums[1], rtol=rtol, atol=rtol * 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_the_lowest_number_is_a_logit(dtype):
+    """It is also what the maximum of no logits begins with."""
+    low, nothing = torch.finfo(dtype).min, -torch.inf
+    z = torch.tensor([[low, low, low], [nothing, low, nothing], [low, nothing, 1.0]], dtype=dtype)
+    target = torch.tensor([1, 1, 0])
+    found, right = (
+        with_gradient(
+            lambda x, i=impl: fl.cross_entropy(x, target, reduction="none", impl=i), z, torch.ones(3, dtype=dtype)
+        )
+        for impl in ("cuda", "cpu")
+    )
+    torch.testing.assert_close(found, right)
+    assert not found[1][1].any()
+
+
+def test_candidates_of_one_class_share_a_column(generator):
+    """More of them than threads of a warp, most of them twice, some of them the target."""
+    z, target = logits_and_targets(3, 300, generator, torch.float64)
+    candidates = torch.randint(40, (3, cuda.MAX_CANDIDATES), generator=generator)
+    candidates[:, 5] = candidates[:, 63] = target
+    results = [
+        with_gradient(lambda x, i=impl: fl.mixed_cross_entropy(x, target, alpha=0.5, candidates=candidates, impl=i), z)
+        for impl in ("cuda", "reference")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-15)
+
+
 def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     """On chip, a second look costs no read: the launch has room for all tiles, and for few where it looks but once."""
     jobs = []
@@ -416,7 +506,7 @@ def test_plans(itemsize, limits):
         threads, parts, slots = PLAN(classes, itemsize, *limits)
         assert threads % 32 == 0 and 32 <= threads <= cuda.MAX_THREADS
         assert parts in ((1, 2, 4, 8) if limits[1] else (1,))
-        assert slots * (threads * cuda.ITEM_BYTES + 16) + cuda.OVERHEAD <= limits[0]
+        assert slots * (threads * cuda.ITEM_BYTES + threads // 2) + cuda.OVERHEAD <= limits[0]
         if classes * itemsize <= (parts if limits[1] else 1) * 150 * 1024:
             assert slots * threads * cuda.ITEM_BYTES * parts >= classes * itemsize  # on chip
         else:
@@ -429,13 +519,13 @@ def test_large_vocabularies_stay_on_chip_where_there_are_clusters():
 
 
 def test_sizes_are_those_of_the_kernels():
-    sizes = (cuda.MAX_THREADS, cuda.ITEM_BYTES, cuda.STAGES, cuda.SUM_COLUMNS)
-    assert sizes == (cuda._cuda.max_threads, cuda._cuda.item_bytes, cuda._cuda.stages, cuda._cuda.sum_columns)
+    names = ("MAX_THREADS", "ITEM_BYTES", "STAGES", "SUM_BYTES", "MAX_CANDIDATES")
+    assert [getattr(cuda, name) for name in names] == [getattr(cuda._cuda, name.lower()) for name in names]
     for itemsize, dtype in ((2, 2), (4, 1), (8, 0)):
         threads, _, slots = PLAN(128256, itemsize, *H100)
         job = cuda._cuda.Job()
         job.threads, job.slots, job.candidate_count, job.top_k, job.below = threads, slots, cuda.MAX_CANDIDATES, 2, True
-        beside = cuda._cuda.shared_bytes(job, dtype) - slots * (threads * cuda.ITEM_BYTES + 16)
+        beside = cuda._cuda.shared_bytes(job, dtype) - slots * (threads * cuda.ITEM_BYTES + threads // 2)
         assert 0 < beside <= cuda.OVERHEAD
 
 
@@ -452,6 +542,24 @@ def test_what_it_does_not_take_is_refused(generator):
         cuda._run(cuda._cuda.Job(), z[:1].expand(2**30, 300), on_chip=False)
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
         ops.row_loss(z, target, None, None, [], None, "perplexity", False, 0, "cuda")
+
+
+def test_launches(tmp_path):
+    """Attributes are set once for each kernel and device, and an error is that of the call that it came of."""
+    program = tmp_path / "launches"
+    folders = ("-I", str(ROOT / "tests/cuda/runtime"), "-I", str(ROOT / "csrc"))
+    source = str(ROOT / "tests/cuda/launches.cpp")
+    subprocess.run(
+        [str(compiler()), "-std=c++17", "-Wall", "-Wextra", *folders, source, "-o", str(program)], check=True
+    )
+    assert subprocess.run([str(program)], capture_output=True, text=True, check=True).stdout.splitlines() == [
+        "0",
+        "shared memory of a CUDA kernel: invalid value",
+        "4 3 of 1000 and 100",
+        "launch of a CUDA kernel, or work that was launched before: invalid value",
+        "a CUDA call before the launch of a kernel: illegal address",
+        "6",
+    ]
 
 
 # --- linear forms, torch.compile ---

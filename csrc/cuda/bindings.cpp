@@ -109,5 +109,6 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     module.attr("stages") = kStages;
     module.attr("item_bytes") = kItemBytes;
     module.attr("max_threads") = kMaxThreads;
-    module.attr("sum_columns") = kSumThreads * kSumColumns;
+    module.attr("max_candidates") = kMaxCandidates;
+    module.attr("sum_bytes") = kSumThreads * 16;
 }

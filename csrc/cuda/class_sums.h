@@ -37,62 +37,167 @@ FUSEDLOSS_KERNEL void top_rest_pass(const Job job) {
     const int64_t row = block_index();
     if (job.target[row] == kIgnored) return;
     const SummedRow<S> x(job, row);
-    ClassPartial sums;
+    double rest = 0;
     const bool wrong = x.top != x.target && x.inverse > T(0.5);
     for (int i = thread_index(); wrong && i < job.classes; i += kWarp) {
-        if (i != x.top) sums.rest += fast_exp(read(x.z[i]) - x.max);
+        if (i != x.top) rest += fast_exp(read(x.z[i]) - x.max);
     }
-    sums = merge_warp(sums);
+    rest = sum_of_warp(rest);
     if (thread_index() > 0) return;
-    static_cast<T*>(job.top_rest)[row] = wrong               ? T(sums.rest) * x.inverse
+    static_cast<T*>(job.top_rest)[row] = wrong               ? T(rest) * x.inverse
                                          : x.top == x.target ? SummedRow<S>::statistic(job, kQ, row)
                                                              : T(1) - x.inverse;
 }
 
-// A block adds up its columns of the rows of a group.
+// What the threads of a block need of a row, which one of them has read for all.
+template <typename T>
+struct RowNumbers {
+    T max, inverse, exponent, weight, top_q, params[kMaxParams];
+    int target, top;
+    int phase;  // of the row in memory; negative: the row is ignored
+};
+
+// A block adds up its columns of the rows of a group. A thread has a pack of them, of which it copies the next rows to
+// shared memory while it looks at one.
 template <typename S, typename Term>
-FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
+class ColumnSums {
     using T = decltype(read(S{}));
-    const int begin = static_cast<int>(block_index()) * kSumThreads * kSumColumns + thread_index();
-    const int64_t group = block_row(), first = job.rows * group / job.groups,
-                  last = job.rows * (group + 1) / job.groups;
-    double error[kSumColumns] = {}, agreement[kSumColumns] = {};
-    for (int64_t row = first; row < last; ++row) {
-        if (job.target[row] == kIgnored) continue;
-        const SummedRow<S> x(job, row);
-        T params[kMaxParams];
+    static constexpr int pack = Pack<S>::size;
+
+   public:
+    static constexpr int columns = kSumThreads * pack;  // of a block
+    // The packs of a thread in each row on its way: two, where the row does not begin at a multiple of 16 bytes.
+    static constexpr int bytes = kSumThreads * (static_cast<int>(sizeof(RowNumbers<T>)) + kSumStages * 32);
+
+    FUSEDLOSS_DEVICE explicit ColumnSums(const Job& job)
+        : job_(job),
+          numbers_(reinterpret_cast<RowNumbers<T>*>(shared_memory() + kSumThreads * kSumStages * 32)),
+          begin_(static_cast<int>(block_index()) * columns + thread_index() * pack) {}
+
+    FUSEDLOSS_DEVICE void run() {
+        const int64_t group = block_row(), last = job_.rows * (group + 1) / job_.groups;
+        for (int64_t row = job_.rows * group / job_.groups; row < last; row += kSumThreads) {
+            block_sync();  // nobody looks at those before any more
+            if (row + thread_index() < last) numbers_[thread_index()] = numbers(row + thread_index());
+            block_sync();
+            const int count = last - row < kSumThreads ? static_cast<int>(last - row) : kSumThreads;
+            int slot = 0, next = 0;
+#pragma unroll 1
+            for (int i = 1 - kSumStages; i < count; ++i) {
+                const int ahead = i + kSumStages - 1;
+                if (ahead < count && numbers_[ahead].phase >= 0) load(row + ahead, next);
+                commit_copies();
+                next = after(next);
+                if (i < 0) continue;
+                wait_copies<kSumStages - 1>();
+                if (numbers_[i].phase >= 0) add(numbers_[i], slot);
+                slot = after(slot);
+            }
+        }
+        double* const sums = job_.sums + group * 2 * job_.classes;
+#pragma unroll
+        for (int k = 0; k < pack; ++k) {
+            if (begin_ + k >= job_.classes) continue;
+            sums[begin_ + k] = error_[k];
+            sums[job_.classes + begin_ + k] = agreement_[k];
+        }
+    }
+
+   private:
+    static FUSEDLOSS_DEVICE int after(int slot) { return slot + 1 < kSumStages ? slot + 1 : 0; }
+    static FUSEDLOSS_DEVICE S* in(int slot) {
+        return reinterpret_cast<S*>(shared_memory() + (slot * kSumThreads + thread_index()) * 32);
+    }
+
+    FUSEDLOSS_DEVICE RowNumbers<T> numbers(int64_t row) const {
+        RowNumbers<T> x;
+        x.phase = -1;
+        if (job_.target[row] == kIgnored) return x;
+        const SummedRow<S> of(job_, row);
+        x.max = of.max;
+        x.inverse = of.inverse;
+        x.target = of.target;
+        x.top = of.top;
+        x.phase = static_cast<int>(reinterpret_cast<uintptr_t>(of.z) % 16 / sizeof(S));
 #pragma unroll
         for (int k = 0; k < kMaxParams; ++k) {
-            params[k] = job.param[k] ? static_cast<const T*>(job.param[k])[row * job.param_stride[k]] : T(0);
+            x.params[k] = job_.param[k] ? static_cast<const T*>(job_.param[k])[row * job_.param_stride[k]] : T(0);
         }
-        const T exponent = Term::exponent(params), top_q = static_cast<const T*>(job.top_q)[row];
-        const T weight = job.upstream ? static_cast<const T*>(job.upstream)[row * job.upstream_stride] : T(1);
-#pragma unroll
-        for (int k = 0; k < kSumColumns; ++k) {
-            const int i = begin + k * kSumThreads;
-            if (i >= job.classes) continue;
-            const T p = i == x.top ? x.inverse : fast_exp(read(x.z[i]) - x.max) * x.inverse;
-            const T q = i == x.top ? top_q : T(1) - p;
-            T slope;
-            if (i == x.target) {
-                const Overlap<T> overlap = Term::Math::positive(p, q, power_pair(q, exponent), params);
-                error[k] += double(weight * overlap.error);
-                agreement[k] += double(weight * overlap.agreement);
-            } else if (i == x.top) {
-                error[k] += double(weight * Term::negative(p, q, Power<T>{power(q, exponent), T(0)}, params, slope));
+        x.exponent = Term::exponent(x.params);
+        x.top_q = static_cast<const T*>(job_.top_q)[row];
+        x.weight = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+        return x;
+    }
+
+    FUSEDLOSS_DEVICE void load(int64_t row, int slot) const {
+        const S* const z = static_cast<const S*>(job_.logits) + row * job_.row_stride;
+        const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(z) % 16 / sizeof(S)), first = begin_ - phase;
+        const int packs = phase == 0 ? pack : 2 * pack;
+        if (first >= 0 && first + packs <= job_.classes) {
+            copy_16_bytes(in(slot), z + first);
+            if (phase != 0) copy_16_bytes(in(slot) + pack, z + first + pack);
+            return;
+        }
+#pragma unroll 1
+        for (int k = 0; k < pack; ++k) {
+            S* const to = in(slot) + phase + k;
+            if (begin_ + k < job_.classes) {
+                *to = z[begin_ + k];
             } else {
-                error[k] += double(weight * negative_term<Term>(p, exponent, params, slope));
+                write(to, -kInfinity<T>);
             }
         }
     }
-    double* const sums = job.sums + group * 2 * job.classes;
+
+    FUSEDLOSS_DEVICE void add(const RowNumbers<T>& x, int slot) {
+        const S* const z = in(slot) + x.phase;
+        Pack<S> logits(z, x.phase);
+        const int target = x.target - begin_, top = x.top - begin_;
+        if (static_cast<unsigned>(target) < pack || static_cast<unsigned>(top) < pack) {
 #pragma unroll
-    for (int k = 0; k < kSumColumns; ++k) {
-        const int i = begin + k * kSumThreads;
-        if (i >= job.classes) continue;
-        sums[i] = error[k];
-        sums[job.classes + i] = agreement[k];
+            for (int k = 0; k < pack; ++k) {
+                if (k == target || k == top) write(&logits.item[k], -kInfinity<T>);  // which adds nothing
+            }
+            if (target != top) single_out(x, z, target, top);
+            single_out(x, z, top, top);
+        }
+#pragma unroll
+        for (int k = 0; k < pack; ++k) {
+            const T p = fast_exp(read(logits.item[k]) - x.max) * x.inverse;
+            T slope;
+            error_[k] += double(x.weight * negative_term<Term>(p, x.exponent, x.params, slope));
+        }
     }
+
+    // Adds the target or the top class, if it is among the columns.
+    FUSEDLOSS_DEVICE void single_out(const RowNumbers<T>& x, const S* z, int column, int top) {
+        if (static_cast<unsigned>(column) >= pack) return;
+        const bool is_top = column == top;
+        const T p = is_top ? x.inverse : fast_exp(read(z[column]) - x.max) * x.inverse, q = is_top ? x.top_q : T(1) - p;
+        T error, agreement = 0, slope;
+        if (begin_ + column == x.target) {
+            const Overlap<T> overlap = Term::Math::positive(p, q, power_pair(q, x.exponent), x.params);
+            error = overlap.error;
+            agreement = overlap.agreement;
+        } else {
+            error = Term::negative(p, q, Power<T>{power(q, x.exponent), T(0)}, x.params, slope);
+        }
+#pragma unroll
+        for (int k = 0; k < pack; ++k) {
+            error_[k] += k == column ? double(x.weight * error) : 0;
+            agreement_[k] += k == column ? double(x.weight * agreement) : 0;
+        }
+    }
+
+    const Job& job_;
+    RowNumbers<T>* const numbers_;
+    const int begin_;
+    double error_[pack] = {}, agreement_[pack] = {};
+};
+
+template <typename S, typename Term>
+FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
+    ColumnSums<S, Term>(job).run();
 }
 
 // job.epilogue is the term's number among SummedTerms.
@@ -107,9 +212,9 @@ void sum(Job job) {
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;
             if constexpr (!std::is_void_v<Term>) {
-                constexpr int columns = kSumThreads * kSumColumns;
-                launch(class_sums_pass<S, Term>, (job.classes + columns - 1) / columns, job.groups, 1, kSumThreads, 0,
-                       job.stream, job);
+                using Sums = ColumnSums<S, Term>;
+                launch(class_sums_pass<S, Term>, (job.classes + Sums::columns - 1) / Sums::columns, job.groups, 1,
+                       kSumThreads, Sums::bytes, job.stream, job);
             }
         },
         SummedTerms{});

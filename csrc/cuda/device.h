@@ -10,8 +10,11 @@
 #else
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
@@ -38,6 +41,7 @@ FUSEDLOSS_DEVICE char* shared_memory() {
     return memory;
 }
 FUSEDLOSS_DEVICE void block_sync() { __syncthreads(); }
+FUSEDLOSS_DEVICE void warp_sync() { __syncwarp(); }
 
 // A value of any type from the thread of the warp whose number differs by these bits.
 template <typename X>
@@ -79,14 +83,42 @@ FUSEDLOSS_DEVICE void wait_copies() {
     __pipeline_wait_prior(Pending);
 }
 
+// A number that the compiler keeps, where it would compute it again and again to save a register.
+FUSEDLOSS_DEVICE int kept(int x) {
+    asm("" : "+r"(x));
+    return x;
+}
+
+// Where in shared memory something is: as good as a pointer, and a single register.
+FUSEDLOSS_DEVICE int shared_address(const void* shared) { return static_cast<int>(__cvta_generic_to_shared(shared)); }
+FUSEDLOSS_DEVICE void* shared_pointer(int address) { return __cvta_shared_to_generic(address); }
+
+// The low word of two, shifted by fewer bits than a word has.
+FUSEDLOSS_DEVICE uint32_t shift_right(uint32_t low, uint32_t high, int bits) {
+    return __funnelshift_r(low, high, bits);
+}
+
 FUSEDLOSS_DEVICE float read(float x) { return x; }
 FUSEDLOSS_DEVICE double read(double x) { return x; }
-FUSEDLOSS_DEVICE float read(bfloat16 x) { return __bfloat162float(x); }
+FUSEDLOSS_DEVICE float read(bfloat16 x) { return __uint_as_float(uint32_t(__bfloat16_as_ushort(x)) << 16); }
 FUSEDLOSS_DEVICE float read(float16 x) { return __half2float(x); }
 FUSEDLOSS_DEVICE void write(float* to, float x) { *to = x; }
 FUSEDLOSS_DEVICE void write(double* to, double x) { *to = x; }
 FUSEDLOSS_DEVICE void write(bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 FUSEDLOSS_DEVICE void write(float16* to, float x) { *to = __float2half_rn(x); }
+
+// Both at once, where they are the halves of a word.
+template <typename S, typename T>
+FUSEDLOSS_DEVICE void write_two(S* to, T x, T y) {
+    write(to, x);
+    write(to + 1, y);
+}
+FUSEDLOSS_DEVICE void write_two(bfloat16* to, float x, float y) {
+    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+}
+FUSEDLOSS_DEVICE void write_two(float16* to, float x, float y) {
+    *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
+}
 
 // For x <= 0; off by |x| / 2 units in the last place, as the rounding of x is. Results below the normal numbers are 0.
 FUSEDLOSS_DEVICE float fast_exp(float x) {
@@ -105,16 +137,36 @@ namespace cuda {
 
 using Stream = cudaStream_t;
 
+// The error that is thrown is no longer there for the next call to find.
 inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Lets a kernel have all shared memory that a block can, and a multiprocessor give its blocks all that it has, once on
+// each device: a launch with less must not take it from another thread's.
+inline void allow_shared_memory(const void* kernel) {
+    static std::mutex mutex;
+    static std::set<std::pair<const void*, int> > allowed;
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "the current CUDA device");
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (allowed.count({kernel, device})) return;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "limits of a CUDA device");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+          "shared memory of a CUDA kernel");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "shared memory of a CUDA kernel");
+    allowed.insert({kernel, device});
 }
 
 // Starts `columns` x `rows` blocks, which each `cluster` beside each other can look into one another's memory.
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t columns, int64_t rows, int cluster, int threads, int64_t shared_bytes,
             Stream stream, const Argument& argument) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "shared memory of a CUDA kernel");
+    check(cudaPeekAtLastError(), "a CUDA call before the launch of a kernel");
+    if (shared_bytes > 0) allow_shared_memory(reinterpret_cast<const void*>(kernel));
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(columns), static_cast<unsigned>(rows));
     config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -125,8 +177,7 @@ void launch(void (*kernel)(Argument), int64_t columns, int64_t rows, int cluster
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     config.attrs = &attribute;
     config.numAttrs = cluster > 1 ? 1 : 0;
-    check(cudaLaunchKernelEx(&config, kernel, argument), "launch of a CUDA kernel");
-    check(cudaGetLastError(), "launch of a CUDA kernel");
+    check(cudaLaunchKernelEx(&config, kernel, argument), "launch of a CUDA kernel, or work that was launched before");
 }
 
 // What a device has: bytes of shared memory for a block, and whether blocks form clusters.

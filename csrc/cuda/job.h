@@ -10,15 +10,16 @@ namespace cuda {
 constexpr int kMaxThreads = 256;
 constexpr int kStages = 6;      // tiles on their way from memory, and the one that is looked at
 constexpr int kItemBytes = 32;  // of a tile for each thread
+constexpr int kMaxCandidates = 64;
 constexpr int kSumThreads = 128;
-constexpr int kSumColumns = 4;  // of a thread in the sums over the rows
+constexpr int kSumStages = 6;  // rows on their way in the sums over them, and the one that is looked at
 
 // `T` below is float, or double when the logits are that; statistics and coefficients are laid out as engine.h says.
 struct Job {
     const void* logits;
     int64_t rows, row_stride;
     int classes;
-    const int64_t* target;  // [rows]; a class or kIgnored
+    const int64_t* target;      // [rows]; a class or kIgnored
     const int64_t* candidates;  // [rows, candidate_count] or null
     int candidate_count;
     int top_k;                 // 0, 1 or 2 largest logits

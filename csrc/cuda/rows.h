@@ -6,11 +6,14 @@
 //
 // or, of a class term, the sums alone that the second look takes.
 //
-// A row is the work of `parts` blocks of a cluster, whose statistics merge through distributed shared memory. It passes
-// through shared memory in tiles; where there are slots for all tiles of a part, the later looks find them there.
+// A row is the work of `parts` blocks of a cluster, whose statistics merge through distributed shared memory. Each warp
+// has tiles of the row, of which each thread copies 32 bytes to shared memory and looks at what it copied. So the warps
+// of a block wait for nobody until their parts merge. Where there are slots for all tiles, the later looks find them
+// there.
 //
-// Which thread looks at which column, and so the order of every sum, depends on the sizes alone: not on the row's
-// address, nor on what else the launch does.
+// Rows that do not begin at a multiple of 16 bytes are copied as they lie, a little beside the columns that the thread
+// looks at: so which thread looks at which column, and the order of every sum, depends on the sizes alone. The threads
+// of a warp then wait for each other.
 #pragma once
 
 #include "job.h"
@@ -21,16 +24,23 @@ namespace cuda {
 
 // 16 bytes of logits.
 template <typename S>
-struct alignas(16) Pack {
+union alignas(16) Pack {
     static constexpr int size = 16 / sizeof(S);
     S item[size];
-};
+    uint32_t word[4];
+    FUSEDLOSS_DEVICE Pack() {}
 
-// A column whose gradient is not the formula's.
-template <typename T>
-struct Exception {
-    int column;
-    T value;
+    // Those in shared memory, so many elements from a multiple of 16 bytes.
+    FUSEDLOSS_DEVICE Pack(const S* z, int beside) {
+        if (beside % size == 0) {
+            *this = *reinterpret_cast<const Pack*>(z);
+            return;
+        }
+        const int bytes = beside * static_cast<int>(sizeof(S)) % 4;
+        const uint32_t* const words = reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(z) - bytes);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) word[k] = shift_right(words[k], words[k + 1], 8 * bytes);
+    }
 };
 
 // What the gradient of a row is made of.
@@ -38,28 +48,18 @@ template <typename T>
 struct Settled {
     RowStatistics<T> s;
     T one, two, at_target;  // the coefficients
-    int top, exceptions;
+    int top;
 };
 
-// A block's shared memory: where in it, in bytes, is what.
-struct Layout {
-    int slot, records, class_records, settled, logit, b, column, exceptions, size;
-
-    template <typename T>
-    static FUSEDLOSS_HD Layout of(int threads, int slots, int picks) {
-        const int warps = threads / kWarp;
-        Layout x;
-        x.slot = threads * kItemBytes + 16;
-        x.records = x.slot * slots;
-        x.class_records = x.records + warps * int(sizeof(Partial<T>));
-        x.settled = x.class_records + warps * int(sizeof(ClassPartial));
-        x.column = x.settled + int(sizeof(Settled<T>) + 15) / 16 * 16;
-        x.exceptions = x.column + picks * int(sizeof(int64_t));
-        x.logit = x.exceptions + (picks + 2) * int(sizeof(Exception<T>));
-        x.b = x.logit + picks * int(sizeof(T));
-        x.size = x.b + picks * int(sizeof(T));
-        return x;
-    }
+// What a block's threads tell each other in shared memory; the slots for tiles follow.
+template <typename T>
+struct alignas(16) Board {
+    static constexpr int warps = kMaxThreads / kWarp, picks = kMaxCandidates + 3;
+    Partial<T> partial[warps];
+    ClassPartial of_classes[warps];
+    Settled<T> settled;
+    int64_t column[picks];
+    T logit[picks], b[picks];
 };
 
 // Runs the row epilogue of that number.
@@ -91,26 +91,41 @@ FUSEDLOSS_DEVICE T negative_term(T p, T exponent, const T* params, T& g) {
 }
 
 // A block's part of a row. Term: of a loss over the classes, or void.
-template <typename S, typename Term>
+template <typename S, typename Term, int Asked>
 class RowPart {
     using T = decltype(read(S{}));
     static constexpr bool class_term = !std::is_void_v<Term>;
-    static constexpr int items = kItemBytes / sizeof(S), pack = Pack<S>::size;
+    static constexpr int pack = Pack<S>::size, stride = kWarp * pack;              // of a thread's packs in a tile
+    static constexpr int slot_bytes = kWarp * kItemBytes + 16;                     // of a tile
+    static constexpr int items = kItemBytes / sizeof(S), columns = kWarp * items;  // of a thread, of a tile
 
    public:
     FUSEDLOSS_DEVICE explicit RowPart(const Job& job)
         : job_(job),
-          memory_(shared_memory()),
+          board_(*reinterpret_cast<Board<T>*>(shared_memory())),
           thread_(thread_index()),
           threads_(job.threads),
-          rank_(static_cast<int>(block_index() % job.parts)),
-          row_(static_cast<int>(block_index() / job.parts)),
-          target_(column_of(job.target[row_])) {
-        const int packs = (job.classes + pack - 1) / pack;
-        const int64_t columns = int64_t((packs + job.parts - 1) / job.parts) * pack;
-        begin_ = at_most(rank_ * columns);
-        end_ = at_most((rank_ + 1) * columns);
-        tiles_ = (end_ - begin_ + threads_ * items - 1) / (threads_ * items);
+          warp_(thread_ / kWarp),
+          lane_(thread_ % kWarp),
+          rank_(job.parts > 1 ? static_cast<unsigned>(block_index()) % job.parts : 0),
+          row_(job.parts > 1 ? static_cast<unsigned>(block_index()) / job.parts : static_cast<int>(block_index())),
+          target_(column_of(job.target[row_])),
+          logits_(static_cast<const S*>(job.logits) + row_ * job.row_stride),
+          phase_(kept(phase(logits_))),
+          shared_(phase_ != 0 || (job.grad && phase(grad()) != 0)),
+          between_(kept(threads_ * items)),
+          round_(kept(threads_ / kWarp * slot_bytes)),
+          slots_(kept(job.slots * round_)),
+          slots_end_(kept(shared_address(&board_ + 1) + slots_)),
+          own_slot_(kept(shared_address(&board_ + 1) + warp_ * slot_bytes + lane_ * 16)),
+          begin_(0),
+          end_(job.classes) {
+        if (job.parts > 1) {
+            const int packs = (job.classes + pack - 1) / pack;
+            const int64_t size = int64_t((packs + job.parts - 1) / job.parts) * pack;
+            begin_ = at_most(rank_ * size);
+            end_ = at_most((rank_ + 1) * size);
+        }
     }
 
     FUSEDLOSS_DEVICE void run() {
@@ -140,7 +155,6 @@ class RowPart {
         }
         return x;
     }
-    FUSEDLOSS_DEVICE const S* logits() const { return static_cast<const S*>(job_.logits) + row_ * job_.row_stride; }
     FUSEDLOSS_DEVICE S* grad() const { return static_cast<S*>(job_.grad) + row_ * job_.grad_row_stride; }
     FUSEDLOSS_DEVICE const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
     FUSEDLOSS_DEVICE T weight_of(int column) const { return class_weight() ? class_weight()[column] : T(1); }
@@ -149,12 +163,6 @@ class RowPart {
     FUSEDLOSS_DEVICE T upstream() const {
         return job_.upstream ? static_cast<const T*>(job_.upstream)[row_ * job_.upstream_stride] : T(1);
     }
-    FUSEDLOSS_DEVICE Layout layout() const { return Layout::of<T>(job_.threads, job_.slots, job_.picks()); }
-    template <typename X>
-    FUSEDLOSS_DEVICE X* at(int offset) const {
-        return reinterpret_cast<X*>(memory_ + offset);
-    }
-    FUSEDLOSS_DEVICE Settled<T>& settled() const { return *at<Settled<T>>(layout().settled); }
     FUSEDLOSS_DEVICE void sync() const { job_.parts > 1 ? cluster_sync() : block_sync(); }
 
     // Puts an output of the row, which all parts know.
@@ -165,9 +173,10 @@ class RowPart {
 
     // --- tiles ---
 
+    // Columns of a warp, from this one on.
     struct Tile {
-        int from, count;
-        S* z;  // in shared memory, as far from a multiple of 16 bytes as the row in memory is
+        int from;
+        const S* z;  // the thread's first, in shared memory as far from a multiple of 16 bytes as the row in memory is
     };
 
     // Elements from the last multiple of 16 bytes.
@@ -175,113 +184,155 @@ class RowPart {
         return static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16 / sizeof(S));
     }
 
-    FUSEDLOSS_DEVICE Tile tile(int i) const {
-        const int from = begin_ + i * threads_ * items, rest = end_ - from;
-        const int count = rest < threads_ * items ? rest : threads_ * items;
-        const int slot = i < job_.slots ? i : i % job_.slots;
-        return {from, count, at<S>(layout().slot * slot) + phase(logits() + from)};
-    }
+    FUSEDLOSS_DEVICE int first_tile() const { return begin_ + warp_ * columns; }
 
-    // body(first, whole) for the packs of the columns that a thread moves, as they lie in that memory; `first` may be
-    // before the first column.
-    template <typename Body>
-    FUSEDLOSS_DEVICE void over_packs(const S* memory, int count, const Body& body) const {
-        for (int first = thread_ * pack - phase(memory); first < count; first += threads_ * pack) {
-            body(first, first >= 0 && first + pack <= count);
+    // Where in shared memory a thread's first pack is in the next slot, round and round.
+    FUSEDLOSS_DEVICE int after(int slot) const {
+        slot += round_;
+        return slot < slots_end_ ? slot : slot - slots_;
+    }
+    static FUSEDLOSS_DEVICE S* in(int slot) { return static_cast<S*>(shared_pointer(slot)); }
+
+    // Starts the copies of a tile by the packs that it lies in, of which the columns of other parts are left out.
+    FUSEDLOSS_DEVICE void load(int from, int slot) const {
+        const int before = from - phase_, packs = shared_ ? columns + pack : columns;
+        if (before >= begin_ && before <= end_ - packs) {
+            const S* const source = logits_ + (before + lane_ * pack);
+#pragma unroll
+            for (int i = 0; i < columns; i += stride) copy_16_bytes(in(slot) + i, source + i);
+            if (shared_ && lane_ == 0) copy_16_bytes(in(slot) + columns, source + columns);
+        } else if (from < end_) {
+            load_end(before, packs, slot);
+        }
+    }
+    FUSEDLOSS_DEVICE void load_end(int before, int packs, int slot) const {
+#pragma unroll 1
+        for (int i = 0; lane_ * pack + i < packs; i += stride) {
+            S* const to = in(slot) + i;
+            const int first = before + lane_ * pack + i;
+            if (first >= begin_ && first + pack <= end_) {
+                copy_16_bytes(to, logits_ + first);
+                continue;
+            }
+#pragma unroll 1
+            for (int k = 0; k < pack; ++k) {
+                if (first + k >= begin_ && first + k < end_) {
+                    to[k] = logits_[first + k];
+                } else {
+                    write(to + k, -kInfinity<T>);  // so that nobody who looks at it has to mind where the row ends
+                }
+            }
         }
     }
 
-    FUSEDLOSS_DEVICE void load(int i) const {
-        const Tile to = tile(i);
-        const S* const from = logits() + to.from;
-        over_packs(from, to.count, [&](int first, bool whole) {
-            if (whole) return copy_16_bytes(to.z + first, from + first);
-            for (int k = first < 0 ? 0 : first; k < first + pack && k < to.count; ++k) to.z[k] = from[k];
-        });
-        // So that nobody who looks at the tile has to mind where the row ends.
-        for (int k = to.count + thread_; k < threads_ * items; k += threads_) write(to.z + k, -kInfinity<T>);
-    }
-
-    // A logit that is accounted for elsewhere; for the thread that will look at it.
-    FUSEDLOSS_DEVICE void leave_out(const Tile& tile, int column) const {
-        const int i = column - tile.from;
-        if (i >= 0 && i < tile.count && i % threads_ == thread_) write(tile.z + i, -kInfinity<T>);
-    }
-
-    // body(tile) for each, as they come from memory.
-    template <typename Body>
-    FUSEDLOSS_DEVICE void over_tiles(const Body& body) const {
-        for (int i = 0; i < kStages - 1; ++i) {
-            if (i < tiles_) load(i);
+    // The tiles on their way while the first is looked at.
+    FUSEDLOSS_DEVICE void load_first() const {
+        int from = first_tile(), slot = own_slot_;
+#pragma unroll 1
+        for (int i = 0; i < kStages - 1; ++i, from += between_, slot = after(slot)) {
+            load(from, slot);
             commit_copies();
         }
-        for (int i = 0; i < tiles_; ++i) {
-            wait_copies<kStages - 2>();
-            block_sync();  // all have it, and nobody looks at the one before any more
-            if (i + kStages - 1 < tiles_) load(i + kStages - 1);
-            commit_copies();
-            body(tile(i));
+    }
+
+    // body(tile) for each. `loads`: the first are on their way, the others are not.
+    template <typename Body>
+    FUSEDLOSS_DEVICE void over_tiles(bool loads, const Body& body) const {
+        int slot = own_slot_, next = own_slot_ + (kStages - 2) * round_;
+#pragma unroll 1
+        for (int from = first_tile(); from < end_; from += between_, slot = after(slot)) {
+            if (loads) {
+                wait_copies<kStages - 2>();
+                if (shared_) warp_sync();  // all have it, and nobody looks at the one before any more
+                load(from + (kStages - 1) * between_, next = after(next));
+                commit_copies();
+            }
+            body(Tile{from, in(slot) + phase_});
         }
     }
 
-    // The same once more.
+    // The same once more, behind a barrier.
     template <typename Body>
     FUSEDLOSS_DEVICE void over_tiles_again(const Body& body) const {
-        if (!job_.forward || tiles_ > job_.slots) return over_tiles(body);
-        for (int i = 0; i < tiles_; ++i) body(tile(i));
+        const bool loads = !job_.forward || end_ - begin_ > job_.slots * between_;
+        if (loads) load_first();
+        over_tiles(loads, body);
     }
 
     // The parts of all threads, merged; known to the first warp.
     template <typename Part>
     FUSEDLOSS_DEVICE Part gather(Part part, Part* records) const {
-        part = merge_warp(part);
-        const int warps = threads_ / kWarp, lane = thread_ % kWarp;
-        if (lane == 0) records[thread_ / kWarp] = part;
+        part = merge_warp<Asked>(part);
+        if (lane_ == 0) records[warp_] = part;
         sync();
-        if (thread_ >= kWarp) return part;
+        if (warp_ > 0) return part;
+        const int warps = threads_ / kWarp;
         Part all;
-        for (int i = lane; i < warps * job_.parts; i += kWarp) {
-            Part* const record = records + i % warps;
-            merge(all, job_.parts > 1 ? *cluster_peer(record, i / warps) : *record);
+        if (lane_ < warps) all = records[lane_];
+        if (job_.parts > 1) {
+            all = Part();
+            for (int i = lane_; i < warps * job_.parts; i += kWarp) {
+                merge<Asked>(all, *cluster_peer(records + i % warps, i / warps));
+            }
         }
-        return merge_warp(all);
+        return merge_warp<Asked>(all);
     }
 
     // --- forward ---
 
     FUSEDLOSS_DEVICE void forward() {
-        const T target_logit = target_ >= 0 ? read(logits()[target_]) : kNaN<T>;
+        load_first();
+        const T target_logit = target_ >= 0 ? read(logits_[target_]) : kNaN<T>;
         // Some logit, so that a common offset takes no digits from the sum.
-        const T first = job_.mean ? read(logits()[0]) : T(0);
+        const T first = asked_mean() ? read(logits_[0]) : T(0);
         const T reference = first - first == T(0) ? first : T(0);
         Partial<T> part;
-        over_tiles([&](const Tile& tile) { scan(tile, target_logit, reference, part); });
-        part = gather(part, at<Partial<T>>(layout().records));
+        if (job_.candidate_count > 0) read_candidates(part);
+        over_tiles(true, [&](const Tile& tile) { scan(tile, target_logit, reference, part); });
+        part = gather(part, board_.partial);
         if (thread_ == 0) {
-            merge(part, of_target(target_logit, reference));
+            merge<Asked>(part, of_target(target_logit, reference));
             find_statistics(part, target_logit, reference);
         }
         if constexpr (class_term) {
             block_sync();
-            const Settled<T>& x = settled();
+            const Settled<T>& x = board_.settled;
             const T max = x.s.max, inverse = T(1) / x.s.sum_exp;
             const int top = x.top;
             ClassPartial sums;
             const Params params = this->params();
             over_tiles_again([&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
-            sums = gather(sums, at<ClassPartial>(layout().class_records));
+            sums = gather(sums, board_.of_classes);
             if (thread_ == 0) finish_class_term(sums);
         } else if (thread_ == 0 && job_.epilogue >= 0) {
             finish();
         }
-        if (thread_ == 0 && job_.grad) list_exceptions();
         sync();  // nobody looks at this row's logits or this block's memory any more
+    }
+
+    FUSEDLOSS_DEVICE bool asked_mean() const { return (Asked & kMean) && job_.mean; }
+    FUSEDLOSS_DEVICE bool asked_below() const { return (Asked & kBelow) && job_.below; }
+
+    FUSEDLOSS_DEVICE void pick(int k, T logit, int64_t index) {
+        put(job_.statistics, kStatistics + k, board_.logit[k] = logit);
+        put(job_.index, k, board_.column[k] = index);
+    }
+
+    // Each by a thread of its own, since a row waits for none of them.
+    FUSEDLOSS_DEVICE void read_candidates(Partial<T>& part) {
+        const int first = job_.picks() - job_.candidate_count;
+        for (int k = thread_; k < job_.candidate_count; k += threads_) {
+            const int64_t index = job_.candidates[int64_t(row_) * job_.candidate_count + k];
+            const int column = column_of(index);
+            if (column < 0) part.rest = kNaN<double>;
+            pick(first + k, column < 0 ? -kInfinity<T> : read(logits_[column]), index);
+        }
     }
 
     // The target is no part of `rest`, and so of no thread's columns.
     FUSEDLOSS_DEVICE Partial<T> of_target(T logit, T reference) const {
         Partial<T> part;
-        if (job_.mean) part.mean = (logit - reference) * weight_of_target();
+        if (asked_mean()) part.mean = (logit - reference) * weight_of_target();
         if (logit == logit) {
             part.max = logit;
             part.top = {logit, target_};
@@ -290,89 +341,81 @@ class RowPart {
     }
 
     FUSEDLOSS_DEVICE void scan(const Tile& tile, T target_logit, T reference, Partial<T>& part) const {
-        leave_out(tile, target_);
-        T z[items], max = -kInfinity<T>;
+        const auto column = [&](int k) { return tile.from + lane_ * pack + k / pack * stride + k % pack; };
+        T z[items];
 #pragma unroll
-        for (int k = 0; k < items; ++k) {
-            z[k] = read(tile.z[thread_ + k * threads_]);
-            max = larger(max, z[k]);
-        }
-        if (max > part.max) {
-            part.rest *= std::exp(part.max - max);
-            part.max = max;
-        }
-        const T base = finite_max(part.max);
-        T rest = 0, mean = 0;
+        for (int i = 0; i < items; i += pack) {
+            const Pack<S> x(tile.z + i / pack * stride, phase_);
 #pragma unroll
-        for (int k = 0; k < items; ++k) rest += fast_exp(z[k] - base);
-        part.rest += rest;
-        if (job_.mean) {
+            for (int k = 0; k < pack; ++k) z[i + k] = read(x.item[k]);
+        }
+        if (static_cast<unsigned>(target_ - tile.from) < columns) {
+#pragma unroll
+            for (int k = 0; k < items; ++k) z[k] = column(k) == target_ ? -kInfinity<T> : z[k];
+        }
+        T max = z[0];
+#pragma unroll
+        for (int k = 1; k < items; ++k) max = larger(max, z[k]);
+        const T before = part.max, base = part.max = larger(before, max);
+        T rest = fast_exp(z[0] - base);
+#pragma unroll
+        for (int k = 1; k < items; ++k) rest += fast_exp(z[k] - base);
+        part.rest = part.rest * double(fast_exp(before - base)) + double(rest);
+        if (asked_mean()) {
+            T mean = 0;
 #pragma unroll
             for (int k = 0; k < items; ++k) {
-                const int i = thread_ + k * threads_;
-                if (i < tile.count && tile.from + i != target_) mean += (z[k] - reference) * weight_of(tile.from + i);
+                const int i = column(k);
+                if (i < end_ && i != target_) mean += (z[k] - reference) * weight_of(i);
             }
             part.mean += mean;
         }
-        if (job_.top_k > 0 && part.worth_a_look(max, job_.top_k)) {
+        if ((Asked & kTop) && job_.top_k > 0 && part.worth_a_look(max, job_.top_k)) {
 #pragma unroll
             for (int k = 0; k < items; ++k) {
-                const int i = thread_ + k * threads_;
-                if (i < tile.count && tile.from + i != target_ && z[k] == z[k])
-                    insert(part.top, part.second, Best<T>{z[k], tile.from + i});
+                const int i = column(k);
+                if (i < end_ && i != target_ && z[k] == z[k]) insert(part.top, part.second, Best<T>{z[k], i});
             }
         }
-        if (job_.below) {
+        if (asked_below()) {
 #pragma unroll
             for (int k = 0; k < items; ++k) {
-                if (z[k] < target_logit && z[k] > part.below.value) {
-                    part.below = {z[k], tile.from + thread_ + k * threads_};
-                }
+                if (z[k] < target_logit && z[k] > part.below.value) part.below = {z[k], column(k)};
             }
         }
     }
 
     FUSEDLOSS_DEVICE void find_statistics(const Partial<T>& part, T target_logit, T reference) {
-        Settled<T>& x = settled();
+        Settled<T>& x = board_.settled;
         RowStatistics<T>& s = x.s;
-        T* const logit = at<T>(layout().logit);
-        int64_t* const column = at<int64_t>(layout().column);
-        int k = 0;
-        const auto pick = [&](T value, int64_t index) {
-            put(job_.statistics, kStatistics + k, logit[k] = value);
-            put(job_.index, k, column[k] = index);
-            ++k;
-        };
-        // A row of NaN alone has no largest logit; its loss is NaN, and any index will do.
-        x.top = part.top.column < 0 ? 0 : part.top.column;
-        if (job_.top_k > 0) pick(part.top.value, x.top);
-        if (job_.top_k > 1) pick(part.second.value, part.second.column);
-        if (job_.below) pick(part.below.value, part.below.column);
-        for (int c = 0; c < job_.candidate_count; ++c) {
-            const int64_t index = job_.candidates[int64_t(row_) * job_.candidate_count + c];
-            const int column = column_of(index);
-            if (column < 0) target_logit = kNaN<T>;
-            pick(column < 0 ? -kInfinity<T> : read(logits()[column]), index);
+        if constexpr (Asked & (kTop | kBelow)) {
+            int k = 0;
+            // A row of NaN alone has no largest logit; its loss is NaN, and any index will do.
+            x.top = part.top.column < 0 ? 0 : part.top.column;
+            if (job_.top_k > 0) pick(k++, part.top.value, x.top);
+            if (job_.top_k > 1) pick(k++, part.second.value, part.second.column);
+            if (asked_below()) pick(k++, part.below.value, part.below.column);
         }
         s.target = target_;
-        s.picks = k;
-        s.pick_logit = logit;
-        s.pick_index = column;
+        s.picks = job_.picks();
+        s.pick_logit = board_.logit;
+        s.pick_index = board_.column;
 
-        s.max = finite_max(part.max);
+        s.max = part.max;
         const T rest = T(part.rest), mine = std::exp(target_logit - s.max);
         s.sum_exp = rest + mine;
+        if (s.sum_exp == T(0)) s.max = T(0);  // no finite logit at all
         s.log_sum = std::log(s.sum_exp);
         s.q = rest / s.sum_exp;
         s.p = mine / s.sum_exp;
         s.ce = rest < mine ? std::log1p(rest / mine) : (s.max - target_logit) + s.log_sum;
-        if (s.sum_exp == T(0)) {  // no finite logit at all
+        if (s.sum_exp == T(0)) {
             s.q = T(1);
             s.p = T(0);
             s.ce = kInfinity<T>;
         }
         s.mean_ce = T(0);
-        if (job_.mean) {
+        if (asked_mean()) {
             const double sum_ce = weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
             s.mean_ce = T(sum_ce / double(job_.classes));
         }
@@ -384,10 +427,10 @@ class RowPart {
     FUSEDLOSS_DEVICE double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.classes); }
 
     FUSEDLOSS_DEVICE void finish() {
-        Settled<T>& x = settled();
+        Settled<T>& x = board_.settled;
         const RowStatistics<T>& s = x.s;
         RowGradient<T> g;
-        g.b = at<T>(layout().b);
+        g.b = board_.b;
         for (int k = 0; k < s.picks; ++k) g.b[k] = T(0);
         run_epilogue(job_.epilogue, s, params().value, g, RowEpilogues{});
         const T weight = weight_of_target(), smooth = common(kSmooth);
@@ -398,7 +441,7 @@ class RowPart {
     }
 
     FUSEDLOSS_DEVICE void put_coefficients(T loss, T one, T two, T at_target) {
-        Settled<T>& x = settled();
+        Settled<T>& x = board_.settled;
         put(job_.loss, 0, loss);
         put(job_.coefficients, 0, x.one = one);
         put(job_.coefficients, 1, x.two = two);
@@ -408,18 +451,21 @@ class RowPart {
     // Of the columns that are neither the target nor the top class, which are singled out.
     FUSEDLOSS_DEVICE void sweep(const Tile& tile, T max, T inverse, int top, const T* params,
                                 ClassPartial& sums) const {
-        leave_out(tile, target_);
-        leave_out(tile, top);
         const T exponent = Term::exponent(params);
         T rest = 0, loss = 0, slope = 0;
-#pragma unroll 4
-        for (int i = thread_; i < tile.count; i += threads_) {
-            const T e = fast_exp(read(tile.z[i]) - max), p = e * inverse, weight = weight_of(tile.from + i);
-            T g;
-            const T f = negative_term<Term>(p, exponent, params, g);
-            rest += e;
-            loss += f * weight;
-            slope += p * (g * weight);
+#pragma unroll 1
+        for (int j = 0; j < columns; j += stride) {
+#pragma unroll(sizeof(T) == 8 ? 1 : 4)
+            for (int k = 0; k < pack; ++k) {
+                const int i = tile.from + lane_ * pack + j + k;
+                if (i >= end_ || i == target_ || i == top) continue;
+                const T e = fast_exp(read(tile.z[j + k]) - max), p = e * inverse, weight = weight_of(i);
+                T g;
+                const T f = negative_term<Term>(p, exponent, params, g);
+                rest += e;
+                loss += f * weight;
+                slope += p * (g * weight);
+            }
         }
         sums.rest += rest;
         sums.loss += loss;
@@ -433,8 +479,9 @@ class RowPart {
             const T max = statistic[kMax * job_.rows], inverse = T(1) / statistic[kSumExp * job_.rows];
             const int top = column_of(job_.index[row_]);
             const Params params = this->params();
-            over_tiles([&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
-            sums = gather(sums, at<ClassPartial>(layout().class_records));
+            load_first();
+            over_tiles(true, [&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            sums = gather(sums, board_.of_classes);
         }
         if (thread_ == 0) {
             put(job_.sums, 0, sums.loss);
@@ -444,7 +491,7 @@ class RowPart {
     }
 
     FUSEDLOSS_DEVICE void finish_class_term(const ClassPartial& sums) {
-        Settled<T>& x = settled();
+        Settled<T>& x = board_.settled;
         const RowStatistics<T>& s = x.s;
         const Params values = this->params();
         const T* const params = values.value;
@@ -493,7 +540,7 @@ class RowPart {
             const int64_t n = job_.rows;
             const T* const statistic = static_cast<const T*>(job_.statistics) + row_;
             const T* const coefficient = static_cast<const T*>(job_.coefficients) + row_;
-            Settled<T>& x = settled();
+            Settled<T>& x = board_.settled;
             x.s.max = statistic[kMax * n];
             x.s.sum_exp = statistic[kSumExp * n];
             x.s.picks = job_.picks();
@@ -501,44 +548,19 @@ class RowPart {
             x.two = coefficient[n];
             x.at_target = coefficient[2 * n];
             x.top = class_term ? column_of(job_.index[row_]) : -1;
-            for (int k = 0; !class_term && k < x.s.picks; ++k) {
-                at<T>(layout().logit)[k] = statistic[(kStatistics + k) * n];
-                at<T>(layout().b)[k] = coefficient[(kCoefficients + k) * n];
-                at<int64_t>(layout().column)[k] = job_.index[k * n + row_];
+        }
+        if constexpr (!class_term) {
+            for (int k = thread_; k < job_.picks(); k += threads_) {
+                board_.logit[k] = static_cast<const T*>(job_.statistics)[(kStatistics + k) * job_.rows + row_];
+                board_.b[k] = static_cast<const T*>(job_.coefficients)[(kCoefficients + k) * job_.rows + row_];
+                board_.column[k] = job_.index[k * job_.rows + row_];
             }
-            list_exceptions();
         }
         block_sync();
     }
 
-    FUSEDLOSS_DEVICE void list_exceptions() {
-        Settled<T>& x = settled();
-        const T scale = upstream();
-        Exception<T>* const exceptions = at<Exception<T>>(layout().exceptions);
-        int count = 0;
-        exceptions[count++] = {target_, x.at_target * scale};
-        if constexpr (class_term) {
-            exceptions[count++] = {x.top, x.two * scale};
-        } else {
-            const T a = x.one / x.s.sum_exp * scale, u = x.two * scale;
-            for (int k = 0; k < x.s.picks; ++k) {
-                const int column = column_of(at<int64_t>(layout().column)[k]);
-                const T b = at<T>(layout().b)[k] * scale;
-                if (column < 0 || b == T(0)) continue;
-                int i = 0;
-                while (i < count && exceptions[i].column != column) ++i;
-                if (i == count) {
-                    const T p = a * std::exp(at<T>(layout().logit)[k] - x.s.max);
-                    exceptions[count++] = {column, u == T(0) ? p : p - u * weight_of(column)};
-                }
-                exceptions[i].value -= b;
-            }
-        }
-        x.exceptions = count;
-    }
-
     FUSEDLOSS_DEVICE void gradient() const {
-        const Settled<T>& x = settled();
+        const Settled<T>& x = board_.settled;
         const T max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
         if constexpr (class_term) {
             const Params params = this->params();
@@ -558,39 +580,71 @@ class RowPart {
             }
         }
         block_sync();
-        const Exception<T>* const exceptions = at<Exception<T>>(layout().exceptions);
-        for (int k = thread_; k < x.exceptions; k += threads_) {
-            const int column = exceptions[k].column;
-            if (column >= begin_ && column < end_) write(grad() + column, exceptions[k].value);
-        }
+        for (int k = thread_ - 1; k < x.s.picks; k += threads_) except(k);
     }
 
-    // grad = formula(logit, column)
+    // The gradient of the target (-1), or of a pick, whose column is one of few for which it is not the formula.
+    FUSEDLOSS_DEVICE void except(int k) const {
+        const Settled<T>& x = board_.settled;
+        const int column = k < 0 ? target_ : class_term ? x.top : column_of(board_.column[k]);
+        if (column < begin_ || column >= end_) return;
+        const T scale = upstream();
+        T value = (k < 0 ? x.at_target : x.two) * scale;
+        if constexpr (!class_term) {
+            const auto share = [&](int i) { return board_.column[i] == column ? board_.b[i] * scale : T(0); };
+            if (k >= 0) {
+                if (column == target_ || share(k) == T(0)) return;
+                for (int i = 0; i < k; ++i) {
+                    if (share(i) != T(0)) return;  // the first of equal picks accounts for all
+                }
+                const T p = x.one / x.s.sum_exp * scale * std::exp(board_.logit[k] - x.s.max);
+                value = value == T(0) ? p : p - value * weight_of(column);
+            }
+            for (int i = k < 0 ? 0 : k; i < x.s.picks; ++i) value -= share(i);
+        }
+        write(grad() + column, value);
+    }
+
+    // grad = formula(logit, column), by the packs of the gradient, which may lie otherwise than those of the logits: a
+    // warp has those from the first that its tile's copies hold.
     template <typename Formula>
     FUSEDLOSS_DEVICE void write_rows(const Formula& formula) const {
+        S* const row = grad();
+        const int shift = kept((phase(row) > phase_ ? pack : 0) - phase(row)), edge = shift == 0 ? 0 : pack;
         over_tiles_again([&](const Tile& tile) {
-            S* const to = grad() + tile.from;
-            const bool together = phase(to) == phase(tile.z);
-            over_packs(to, tile.count, [&](int first, bool whole) {
-                if (whole) {
-                    Pack<S> x;
-                    if (together) {
-                        x = *reinterpret_cast<const Pack<S>*>(tile.z + first);
-                    } else {
+            S* const to = row + (tile.from + shift + lane_ * pack);
+            const S* const z = tile.z + shift;
+            const auto move = [&](int j) {
+                Pack<S> x(z + j, phase_ + shift);
+                T value[pack];
 #pragma unroll
-                        for (int k = 0; k < pack; ++k) x.item[k] = tile.z[first + k];
-                    }
-#pragma unroll
-                    for (int k = 0; k < pack; ++k) {
-                        write(&x.item[k], formula(read(x.item[k]), tile.from + first + k));
-                    }
-                    *reinterpret_cast<Pack<S>*>(to + first) = x;
-                } else {
-                    for (int k = first < 0 ? 0 : first; k < first + pack && k < tile.count; ++k) {
-                        write(to + k, formula(read(tile.z[k]), tile.from + k));
-                    }
+                for (int k = 0; k < pack; ++k) {
+                    value[k] = formula(read(x.item[k]), tile.from + shift + lane_ * pack + j + k);
                 }
-            });
+#pragma unroll
+                for (int k = 0; k < pack; k += 2) write_two(&x.item[k], value[k], value[k + 1]);
+                *reinterpret_cast<Pack<S>*>(to + j) = x;
+            };
+            if (!class_term && tile.from >= begin_ + edge && tile.from <= end_ - columns - edge) {
+#pragma unroll
+                for (int j = 0; j < columns; j += stride) move(j);
+                return;
+            }
+            const int rest = end_ - tile.from,
+                      last = rest <= columns || rest < columns + shift ? rest : columns + shift;
+            const int begin = (tile.from > begin_ ? shift : 0) - shift - lane_ * pack,
+                      end = last - shift - lane_ * pack;
+#pragma unroll 1
+            for (int j = begin + lane_ * pack < 0 ? -pack : 0; j < end; j += stride) {
+                if (j >= begin && j + pack <= end) {
+                    move(j);
+                    continue;
+                }
+#pragma unroll 1
+                for (int k = j < begin ? begin : j; k < j + pack && k < end; ++k) {
+                    write(to + k, formula(read(z[k]), tile.from + shift + lane_ * pack + k));
+                }
+            }
         });
     }
 
@@ -614,31 +668,37 @@ class RowPart {
         S* const to = grad() + begin_;
         S zero;
         write(&zero, T(0));
-        over_packs(to, end_ - begin_, [&](int first, bool whole) {
-            if (whole) {
+        const int count = end_ - begin_;
+        for (int i = thread_ * pack - phase(to); i < count; i += threads_ * pack) {
+            if (i >= 0 && i + pack <= count) {
                 Pack<S> x;
 #pragma unroll
                 for (int k = 0; k < pack; ++k) x.item[k] = zero;
-                *reinterpret_cast<Pack<S>*>(to + first) = x;
+                *reinterpret_cast<Pack<S>*>(to + i) = x;
             } else {
-                for (int k = first < 0 ? 0 : first; k < first + pack && begin_ + k < end_; ++k) to[k] = zero;
+                for (int k = i < 0 ? 0 : i; k < i + pack && k < count; ++k) to[k] = zero;
             }
-        });
+        }
     }
 
     const Job& job_;
-    char* const memory_;
-    const int thread_, threads_, rank_;
-    const int row_;
+    Board<T>& board_;
+    const int thread_, threads_, warp_, lane_;
+    const int rank_, row_;
     const int target_;  // -1 where it is out of range
-    int begin_, end_, tiles_;
+    const S* const logits_;
+    const int phase_;
+    const bool shared_;               // whether a thread looks at columns that another of its warp copied
+    const int between_;               // columns from a warp's tile to its next
+    const int round_, slots_;         // bytes of a round of the warps, and of all slots
+    const int slots_end_, own_slot_;  // in shared memory: where they end, and the thread's first
+    int begin_, end_;
 };
 
 // Three blocks share a multiprocessor, if registers for them do not have to be spilled.
-template <typename S, typename Term>
-FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 || !std::is_void_v<Term> ? 2 : 3)
-    row_pass(const Job job) {
-    RowPart<S, Term>(job).run();
+template <typename S, typename Term, int Asked>
+FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 ? 2 : 3) row_pass(const Job job) {
+    RowPart<S, Term, Asked>(job).run();
 }
 
 // Calls visit with a null pointer to the class term of that number, of void for -1.
@@ -651,19 +711,28 @@ void with_term(int number, const Visit& visit, FunctorList<Terms...>) {
 
 template <typename S>
 int shared_bytes(const Job& job) {
-    return Layout::of<decltype(read(S{}))>(job.threads, job.slots, job.picks()).size;
+    return static_cast<int>(sizeof(Board<decltype(read(S{}))>)) +
+           job.slots * (job.threads * kItemBytes + job.threads / kWarp * 16);
 }
 
 template <typename S>
 void run(const Job& job) {
-    const int bytes = shared_bytes<S>(job);
+    const auto start = [&](auto kernel) {
+        // The gradient alone needs nothing of the other parts.
+        const int cluster = job.forward || job.sums ? job.parts : 1;
+        launch(kernel, job.rows * job.parts, 1, cluster, job.threads, shared_bytes<S>(job), job.stream, job);
+    };
     with_term(
         job.class_term ? job.epilogue : -1,
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;
-            // The gradient alone needs nothing of the other parts.
-            const int cluster = job.forward || job.sums ? job.parts : 1;
-            launch(row_pass<S, Term>, job.rows * job.parts, 1, cluster, job.threads, bytes, job.stream, job);
+            if constexpr (!std::is_void_v<Term>) {
+                start(row_pass<S, Term, kTop>);
+            } else if (job.top_k > 0 || job.below || job.mean) {
+                start(row_pass<S, void, kEverything>);
+            } else {
+                start(row_pass<S, void, 0>);
+            }
         },
         ClassTerms{});
 }

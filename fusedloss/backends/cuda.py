@@ -36,11 +36,11 @@ EPILOGUES = Epilogues.of(_cuda)
 #: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
 RUNS_ON = "cuda"
 
-#: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, columns of
-#: a block that sums over the rows.
-MAX_THREADS, ITEM_BYTES, STAGES, SUM_COLUMNS = 256, 32, 6, 512
+#: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, bytes of a
+#: row for a block that sums over the rows.
+MAX_THREADS, ITEM_BYTES, STAGES, SUM_BYTES = 256, 32, 6, 2048
 
-#: What a pick costs in shared memory is little, and the gradient looks at each; so are candidates limited.
+#: Candidates have room in shared memory, as many as csrc/cuda/job.h says.
 MAX_CANDIDATES = 64
 MAX_CLASSES = 2**30
 
@@ -98,7 +98,7 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
     packs = -(-classes * itemsize // 16)
     for parts, room in (*((parts, min(COMFORT, shared_bytes)) for parts in choices), (choices[-1], shared_bytes)):
         slots = -(-packs // (parts * tile // 16))
-        if slots * (tile + 16) + OVERHEAD <= room:
+        if slots * (tile + threads // 2) + OVERHEAD <= room:
             return Plan(threads, parts, slots)
     return Plan(threads, choices[-1], STAGES)
 
@@ -215,7 +215,7 @@ def class_sums(
     job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
     job.upstream, job.upstream_stride = passes.column(row_weight)
     top_rest = statistics.new_empty(rows)
-    job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes // SUM_COLUMNS)))
+    job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes * logits.element_size() // SUM_BYTES)))
     sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)
     job.top_q, job.top_rest, job.sums = _address(top_q), top_rest.data_ptr(), sums.data_ptr()
     if rows == 0:

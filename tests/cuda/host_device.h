@@ -138,6 +138,7 @@ inline int64_t block_index() { return host::fiber->block->index; }
 inline int64_t block_row() { return host::fiber->block->row; }
 inline char* shared_memory() { return host::fiber->block->shared(); }
 inline void block_sync() { host::wait(host::fiber->block->barrier); }
+inline void warp_sync() { host::wait(host::fiber->block->warps[host::fiber->thread / 32].barrier); }
 inline void cluster_sync() { host::wait(host::cluster->barrier); }
 
 template <typename X>
@@ -177,6 +178,15 @@ void wait_copies() {
     }
 }
 
+inline int kept(int x) { return x; }
+inline int shared_address(const void* shared) {
+    return static_cast<int>(static_cast<const char*>(shared) - shared_memory());
+}
+inline void* shared_pointer(int address) { return shared_memory() + address; }
+inline uint32_t shift_right(uint32_t low, uint32_t high, int bits) {
+    return static_cast<uint32_t>((uint64_t(high) << 32 | low) >> bits);
+}
+
 inline float read(float x) { return x; }
 inline double read(double x) { return x; }
 inline float read(float16 x) { return x; }
@@ -194,6 +204,12 @@ inline void write(bfloat16* to, float x) {
     std::memcpy(&bits, &x, 4);
     bits = x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
     to->bits = uint16_t(bits >> 16);
+}
+
+template <typename S, typename T>
+void write_two(S* to, T x, T y) {
+    write(to, x);
+    write(to + 1, y);
 }
 
 inline float fast_exp(float x) { return std::exp(x); }
