@@ -14,7 +14,7 @@ from pathlib import Path
 import scale_model as model
 from scale_model import H100, Machine, Parts, Work, linear_form
 
-from fusedloss.linear import DEFAULT_BUDGET
+from fusedloss.chunking import DEFAULT_BUDGET
 from fusedloss.ops import STATISTICS
 
 OUTPUT = Path(__file__).parent / "results" / "scale"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fusedloss.linear import DEFAULT_BUDGET
+from fusedloss.chunking import DEFAULT_BUDGET
 from fusedloss.ops import STATISTICS
 
 

@@ -63,9 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         memory.add_argument(f"--{size}", type=_positive, required=True, help=of)
     memory.add_argument("--dtype", choices=[_name(d) for d in DTYPES], default="float32")
     memory.add_argument(
-        "--budget", type=_positive, metavar="BYTES", help="of a chunk, default FUSEDLOSS_LINEAR_BUDGET or 128 MiB"
+        "--budget", type=_positive, metavar="BYTES", help="of a chunk, default FUSEDLOSS_LINEAR_BUDGET or the device's"
     )
-    memory.set_defaults(run=lambda a: _memory(a.rows, a.features, a.classes, getattr(torch, a.dtype), a.budget))
+    memory.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="whose rule for chunks to follow")
+    memory.set_defaults(
+        run=lambda a: _memory(a.rows, a.features, a.classes, getattr(torch, a.dtype), a.budget, a.device)
+    )
 
     return parser
 
@@ -229,9 +232,9 @@ def _bench_row(example: Example, contest: timing.Contest) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def _memory(rows: int, features: int, classes: int, dtype: torch.dtype, budget: int | None) -> int:
+def _memory(rows: int, features: int, classes: int, dtype: torch.dtype, budget: int | None, device: str) -> int:
     try:
-        f = footprint(rows, features, classes, dtype, budget)
+        f = footprint(rows, features, classes, dtype, budget, device)
     except ValueError as error:
         raise _UsageError(str(error)) from None
     chunk = f"a chunk of logits, 1 of {f.chunks} with up to {f.chunk_rows} rows"

@@ -226,7 +226,7 @@ class _LinearSum(torch.autograd.Function):
         saved = ctx.saved_tensors
         *sources, target, weight, candidates, row_weight = saved[:7]
         gradients, params = saved[7:10], list(saved[10:])
-        form, epilogue, shared, _, needed, _ = ctx.settings
+        form, epilogue, shared, _, needed, impl = ctx.settings
         if torch.is_grad_enabled():
 
             def total(z: Tensor) -> tuple[Tensor]:
@@ -234,9 +234,8 @@ class _LinearSum(torch.autograd.Function):
                 return (weighted_sum(rows, row_weight),)
 
             return *_dense_gradients(sources, form, target, needed, total, [grad_output]), *nothing
-        last = not (_graph_is_kept() or transforms.active(grad_output))
         scaled = (
-            _scaled(gradient, grad_output, source.dtype, last) if need else None
+            scaled_once(gradient, grad_output, impl, source.dtype) if need else None
             for need, gradient, source in zip(needed, gradients, sources, strict=True)
         )
         return *scaled, *nothing
@@ -309,20 +308,19 @@ def _graph_is_kept() -> bool:
     return True if asked is None or torch.compiler.is_compiling() else bool(asked())
 
 
-def scaled_once(gradient: Tensor, factor: Tensor, impl: str) -> Tensor:
-    """A saved gradient of logits, in place where nobody will look at it again."""
+def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a saved gradient times a factor, in place where nobody will look at it again; in a dtype if told."""
+    dtype = dtype or gradient.dtype
     if transforms.active(factor):
-        return (gradient * factor).to(gradient.dtype)
-    if _graph_is_kept():
+        return (gradient.to(factor.dtype) * factor).to(dtype)
+    kept = _graph_is_kept()
+    if dtype != gradient.dtype and gradient.device.type != "cpu" and not torch.compiler.is_compiling():
+        # One launch. On a CPU it would take memory of the wider dtype.
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    if kept:
         gradient = gradient.clone()
     ops.scale_(gradient, factor, impl)
-    return gradient
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
-    """In place where nobody will look at the saved gradient again: the weight's is as large as the weight."""
-    scaled = gradient.mul_(factor) if last else gradient * factor
-    return scaled.to(dtype)
+    return gradient.to(dtype)
 
 
 def gradients(

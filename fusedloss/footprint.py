@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import linear, ops
+from . import chunking, ops
 from .checks import DTYPES, check_int, compute_dtype
 
 
@@ -30,7 +30,7 @@ class Footprint(NamedTuple):
     chunk: int
     """The logits of a chunk."""
     weight_sum: int
-    """The weight's gradient while the linear form adds it up."""
+    """The weight's gradient while the linear form adds it up: float32 at least, but for a bfloat16 one of one chunk."""
     hidden_sum: int
     """The hidden states' gradient until it is handed over, float32 for float16, which has not the range."""
     row: int
@@ -43,13 +43,21 @@ class Footprint(NamedTuple):
     """Peak of the linear form where nothing requires a gradient."""
 
 
-def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget: int | None = None) -> Footprint:
+def footprint(
+    rows: int,
+    features: int,
+    classes: int,
+    dtype: torch.dtype,
+    budget: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Footprint:
     """The memory of a loss of hidden states (rows, features) over so many classes, by the linear form's own rule.
 
     Args:
         rows, features, classes: N, D and V, at least 1.
         dtype: of hidden states and weight.
-        budget: bytes that a chunk of logits may take; None takes FUSEDLOSS_LINEAR_BUDGET or else 128 MiB.
+        budget: bytes that a chunk of logits may take; None takes FUSEDLOSS_LINEAR_BUDGET or else the device's rule.
+        device: where the tensors would be. It need not be there: "cuda" tells of an NVIDIA GPU's rule anywhere.
 
     Raises TypeError and ValueError for sizes, a dtype or a budget that the linear forms do not take.
 
@@ -63,14 +71,20 @@ def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     size = dtype.itemsize
-    budget = linear.checked_budget(budget, classes * size)
-    chunks, chunk_rows = linear.chunk_rows(rows, classes * size, budget)
+    budget = chunking.checked_budget(budget, classes * size)
     hidden, weight, logits = rows * features * size, classes * features * size, rows * classes * size
+
+    def chunk_of(gradient: bool) -> tuple[int, int]:
+        most = budget or chunking.default_budget(torch.device(device), dtype, logits, classes * features, gradient)
+        return chunking.chunk_rows(rows, classes * size, most)
+
+    chunks, chunk_rows = chunk_of(gradient=True)
     chunk = chunk_rows * classes * size
-    weight_sum = classes * features * compute_dtype(dtype).itemsize
-    hidden_sum = rows * features * ops.hidden_gradient_dtype(dtype).itemsize
+    handed_over = ops.gradient_dtype(dtype)
+    weight_sum = classes * features * (handed_over if chunks == 1 else compute_dtype(dtype)).itemsize
+    hidden_sum = rows * features * handed_over.itemsize
     # In the dtype of what they are gradients of.
-    handed_over = (weight if weight_sum != weight else 0) + (hidden if hidden_sum != hidden else 0)
+    copies = (weight if weight_sum != weight else 0) + (hidden if hidden_sum != hidden else 0)
     return Footprint(
         hidden=hidden,
         weight=weight,
@@ -82,6 +96,6 @@ def footprint(rows: int, features: int, classes: int, dtype: torch.dtype, budget
         hidden_sum=hidden_sum,
         row=2 * logits + hidden + weight,
         row_in_place=logits + hidden + weight,
-        linear=hidden_sum + weight_sum + max(chunk, handed_over),
-        evaluation=chunk,
+        linear=hidden_sum + weight_sum + max(chunk, copies),
+        evaluation=chunk_of(gradient=False)[1] * classes * size,
     )

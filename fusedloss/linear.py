@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, ops, vocabulary
-from .checks import IGNORED, check_dtype, check_int, check_number, compute_dtype, has_autocast
+from . import backends, chunking, ops, vocabulary
+from .checks import IGNORED, check_dtype, check_number, compute_dtype, has_autocast
 from .epilogue import is_class_term
 from .fsdp import check_whole
 from .projection import Form, Projection
 from .statistics import Picks, statistics_with_top
 
-#: Bytes of a chunk of logits where neither the argument nor FUSEDLOSS_LINEAR_BUDGET says otherwise.
-DEFAULT_BUDGET = 128 * 2**20
-
 #: Classes of a block of the weight's gradient in half precision: the product that is added to its sum stays small.
 WEIGHT_BLOCK = 4096
+
+#: The gradients that passes which make none are to give.
+_NONE = (False, False, False)
 
 #: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
 PRODUCT_BLOCK = 1024
@@ -148,32 +147,12 @@ def project(
         check_number("softcap", softcap, 0, above=True)
         if not math.isfinite(softcap):
             raise ValueError(f"softcap must be finite, got {softcap!r}")
-    budget = checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
+    budget = chunking.checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
     if row_parts > 1:
         drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
         drop_ignored = hidden.device.type == "cpu"
     return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
-
-
-def checked_budget(budget: int | None, row: int) -> int:
-    """The budget, which must hold the `row` bytes of one row's logits."""
-    checked, variable = _budget(budget), os.environ.get("FUSEDLOSS_LINEAR_BUDGET")
-    if checked < row:
-        source = " (FUSEDLOSS_LINEAR_BUDGET)" if budget is None and variable else ""
-        raise ValueError(f"budget of {checked} bytes{source} is too small for one row of logits, {row} bytes")
-    return checked
-
-
-def _budget(budget: int | None) -> int:
-    if budget is None:
-        text = os.environ.get("FUSEDLOSS_LINEAR_BUDGET")
-        if not text:
-            return DEFAULT_BUDGET
-        if not text.isdecimal():
-            raise ValueError(f"FUSEDLOSS_LINEAR_BUDGET must be a number of bytes, got {text!r}")
-        return int(text)
-    return check_int("budget", budget)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
@@ -182,12 +161,6 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
-
-
-def chunk_rows(rows: int, row: int, budget: int) -> tuple[int, int]:
-    """How many chunks there are for so many rows of `row` bytes, and how many rows each has."""
-    count = max(1, -(-rows // max(1, budget // row)))
-    return count, -(-rows // count)
 
 
 class _RowGradients(NamedTuple):
@@ -206,23 +179,25 @@ def _units(
     A gradient that is made with the loss comes before the loss scale, and has small token weights, class weights or
     focal factors in it already: in float16 it would underflow.
     """
-    a, u, at_target, *b = coefficients.abs().unbind()
-    largest_weight: Any = 1 if weight is None else weight.abs().amax()
+    bounds = coefficients.clone() if upstream is None else coefficients * upstream
+    largest_weight = None if weight is None else weight.abs().amax()
     if is_class_term(epilogue):
         # Beside the target and the top class p df/dp is below 64 times the class weight, for all that float32 can hold.
-        bound = 64 * largest_weight + a + u + at_target
+        terms = bounds.new_full((), 64) if largest_weight is None else 64 * largest_weight
+        terms = terms if upstream is None else terms * upstream.abs()
+        bound = torch.linalg.vector_norm(bounds[: ops.COEFFICIENTS], 1, dim=0).add_(terms)
     else:
-        p = torch.minimum(statistics[ops.Q], 1 / statistics[ops.SUM_EXP])  # the most that another class can have
-        bound = torch.maximum(at_target, sum(b, a * p + u * largest_weight))
-    if upstream is not None:
-        bound = bound * upstream.abs()
-    # The bound over its unit lies between 2^15 and 65280. A row that is not finite must not decide for the others.
-    bound = (bound * (1 + 2**-8)).nan_to_num(1, 1).clamp(min=2.0**-64)
-    return _power_of_two(bound) * 2.0**-15
+        bounds[ops.A].mul_(statistics[ops.Q])  # the most that the probability of another class can be
+        if largest_weight is not None:
+            bounds[ops.U].mul_(largest_weight)
+        bound = torch.linalg.vector_norm(bounds, 1, dim=0)
+    # The bound over its unit lies between 2^14 and 2^15. A row that is not finite must not decide for the others.
+    unit = _power_of_two(bound.mul_(2.0**-14).clamp_(min=2.0**-78))
+    return unit.nan_to_num_(posinf=2.0**-14)
 
 
 def _power_of_two(x: Tensor) -> Tensor:
-    """Round positive float32 numbers down to powers of two."""
+    """Round positive float32 numbers down to powers of two, and what is not finite to infinity."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
@@ -237,20 +212,21 @@ class _Chunks:
         target: Tensor,
         form: Form,
         valid: int,
-        gradient: bool,
+        needed: Sequence[bool],
         impl: str,
     ):
         self.hidden, self.weight, self.bias, self.target = hidden, weight, bias, target
-        self.form, self.valid, self._impl = form, valid, impl
+        self.form, self.valid, self.impl = form, valid, impl
         self._has_units = hidden.dtype == torch.float16
         rows, classes = target.shape[0], weight.shape[0]
-        copies = self._copies(gradient)
+        copies = self._copies(any(needed))
         row = classes * hidden.element_size() * copies
+        budget = form.budget or chunking.default_budget(
+            hidden.device, hidden.dtype, rows * row, weight.numel(), gradient=needed[1]
+        )
         if form.most_rows:
             row, budget = 1, form.most_rows
-        else:
-            budget = form.budget
-        self.count, self.rows = chunk_rows(rows, row, budget) if row else (1, rows)
+        self.count, self.rows = chunking.chunk_rows(rows, row, budget) if row else (1, rows)
         self._buffers = [backends.new_buffer(hidden, (self.rows, classes)) for _ in range(copies)]
         self._fetched: slice | None = None
         self._rows = hidden.new_empty((self.rows if form.row_parts > 1 else 0, hidden.shape[1]))
@@ -258,6 +234,10 @@ class _Chunks:
     def _copies(self, gradient: bool) -> int:
         """How many tensors as large as a chunk's logits there are."""
         return 2 if gradient and self.form.softcap else 1
+
+    def free(self) -> None:
+        """Give the memory of the logits back."""
+        self._buffers.clear()
 
     def __iter__(self) -> Iterator[slice]:
         rows = self.target.shape[0]
@@ -276,15 +256,15 @@ class _Chunks:
         logits = self._logits(rows)
 
         def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
-            return ops.row_statistics(logits, *arguments, self._impl)
+            return ops.row_statistics(logits, *arguments, self.impl)
 
         return statistics_with_top(statistics_of, self.target[rows], *arguments)
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
-        return ops.row_loss(self._logits(rows), self.target[rows], *arguments, self._impl)
+        return ops.row_loss(self._logits(rows), self.target[rows], *arguments, self.impl)
 
     def term_sums(self, rows: slice, *arguments: Any) -> Tensor:
-        return ops.term_sums(self._logits(rows), self.target[rows], *arguments, self._impl)
+        return ops.term_sums(self._logits(rows), self.target[rows], *arguments, self.impl)
 
     def loss_and_gradient(
         self,
@@ -298,7 +278,7 @@ class _Chunks:
         mean: bool,
         top_k: int,
     ) -> tuple[tuple[Tensor, ...], _RowGradients]:
-        logits, settings = self._logits(rows), (epilogue, mean, top_k, self._impl)
+        logits, settings = self._logits(rows), (epilogue, mean, top_k, self.impl)
         tensors = (self.target[rows], weight, candidates, params, common)
         if not self._has_units:
             result = ops.row_loss_gradient_(logits, *tensors, row_weight, *settings)
@@ -329,7 +309,7 @@ class _Chunks:
             unit = _units(weight, statistics, coefficients, upstream, epilogue)
             upstream = 1 / unit if upstream is None else upstream / unit
         saved = (self.target[rows], weight, statistics, index, coefficients, upstream, params)
-        self._write_gradient(memory, rows, *saved, epilogue, self._impl)
+        self._write_gradient(memory, rows, *saved, epilogue, self.impl)
         return _RowGradients(self._before_softcap(memory), unit)
 
     def _write_gradient(self, memory: Tensor, rows: slice, *arguments: Any) -> None:
@@ -370,15 +350,15 @@ class _ProductChunks(_Chunks):
         product = self._product(rows)
 
         def statistics_of(*arguments: Any) -> tuple[Tensor, Tensor]:
-            return ops.product_row_statistics(*product, *arguments, self._impl)
+            return ops.product_row_statistics(*product, *arguments, self.impl)
 
         return statistics_with_top(statistics_of, self.target[rows], *arguments)
 
     def loss(self, rows: slice, *arguments: Any) -> tuple[Tensor, ...]:
-        return ops.product_row_loss(*self._product(rows), self.target[rows], *arguments, self._impl)
+        return ops.product_row_loss(*self._product(rows), self.target[rows], *arguments, self.impl)
 
     def term_sums(self, rows: slice, *arguments: Any) -> Tensor:
-        return ops.product_term_sums(*self._product(rows), self.target[rows], *arguments, self._impl)
+        return ops.product_term_sums(*self._product(rows), self.target[rows], *arguments, self.impl)
 
     def loss_and_gradient(
         self,
@@ -414,15 +394,16 @@ def _kind(impl: str) -> type[_Chunks]:
 class _Gradients:
     """Gradients of hidden states, weight and bias, by chunks; (0,) where not needed; sums are in float32 at least."""
 
-    def __init__(self, chunks: _Chunks, needed: list[bool]):
-        self._chunks = chunks
+    def __init__(self, chunks: _Chunks, needed: Sequence[bool]):
+        self._chunks, self._needed = chunks, needed
         hidden, weight = chunks.hidden, chunks.weight
-        dtype = compute_dtype(weight.dtype)
-        self._needed = needed
-        hidden_dtype = ops.hidden_gradient_dtype(hidden.dtype)
-        self.hidden = backends.new_buffer(hidden, hidden.shape if needed[0] else (0,), hidden_dtype)
-        self.weight = backends.new_buffer(weight, weight.shape if needed[1] else (0,), dtype)
-        self.bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=dtype)
+        self._dtype, dtype = ops.gradient_dtype(weight.dtype), compute_dtype(weight.dtype)
+        self._hidden = backends.new_buffer(hidden, hidden.shape if needed[0] else (0,), self._dtype)
+        # Of one chunk the product is the gradient, and needs no sum.
+        weight_dtype = self._dtype if chunks.count == 1 else dtype
+        self._weight = backends.new_buffer(weight, weight.shape if needed[1] else (0,), weight_dtype)
+        self._bias = weight.new_zeros(weight.shape[0] if needed[2] else 0, dtype=dtype)
+        self._scaled = [_ScaledSum(x, chunks.impl) for x in (self._weight, self._bias[:, None])]
         self._pending: Any = None
 
     def add(self, rows: slice, gradient: _RowGradients) -> None:
@@ -430,94 +411,125 @@ class _Gradients:
         first = rows.start == 0
         parts: list[Any] = []
         if self._needed[0] and chunks.form.row_parts == 1:
-            self._write_hidden(self.hidden[rows], gradient)
+            self._write_hidden(self._hidden[rows], gradient)
             self._sum_over_ranks(rows)
         elif self._needed[0]:
-            part = self.hidden.new_empty(len(gradient.values), self.hidden.shape[1])
+            part = self._hidden.new_empty(len(gradient.values), self._hidden.shape[1])
             self._write_hidden(part, gradient)
-            parts = vocabulary.send_rows(part, rows, self.hidden, chunks.form.group)
+            parts = vocabulary.send_rows(part, rows, self._hidden, chunks.form.group)
         if gradient.unit is not None:
+            of_weight, of_bias = self._scaled
             unit = gradient.unit[:, None]
             if self._needed[1]:
-                _add_product(self.weight, gradient.values, chunks.rows_of_hidden(rows) * unit, first)
+                of_weight.add(gradient.values, chunks.rows_of_hidden(rows) * unit)
             if self._needed[2]:
-                _add_product(self.bias[:, None], gradient.values, unit, first)
+                of_bias.add(gradient.values, unit)
         else:
             if self._needed[1]:
-                self._add_weight(gradient.values, chunks.rows_of_hidden(rows), first)
+                self._add_weight(gradient.values.t(), chunks.rows_of_hidden(rows), first)
             if self._needed[2]:
-                self.bias.add_(gradient.values.sum(0, dtype=self.bias.dtype))
+                self._bias.add_(gradient.values.sum(0, dtype=self._bias.dtype))
         for arrive in parts:
             arrive()
 
     def add_nothing(self, rows: slice) -> None:
         """Take rows that have no gradient."""
         if self._needed[0]:
-            self.hidden[rows] = 0
+            self._hidden[rows] = 0
             self._sum_over_ranks(rows)
         if self._needed[1] and rows.start == 0:
-            self.weight.zero_()
+            self._weight.zero_()
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients as the operators hand them over, when all rows are through."""
+        self._chunks.free()  # which makes room for the weight's gradient beside its sum
+        for total in self._scaled:
+            total.finish()
+        if self._pending is not None:
+            self._pending.wait()
+        return self._hidden, self._weight.to(self._dtype), self._bias.to(self._dtype)
 
     def _write_hidden(self, out: Tensor, gradient: _RowGradients) -> None:
-        if gradient.unit is None:
-            torch.mm(gradient.values, self._chunks.weight, out=out)
-        else:
-            _float16_product(gradient.values, self._chunks.weight, out)
+        _product(gradient.values, self._chunks.weight, out)
+        if gradient.unit is not None:
             out.mul_(gradient.unit[:, None])
 
     def _sum_over_ranks(self, rows: slice) -> None:
         """With the last rows, while the weight's product goes on."""
-        if self._chunks.form.group and rows.stop == len(self.hidden):
-            self._pending = vocabulary.sum_in_place(self.hidden, self._chunks.form.group)
-
-    def wait(self) -> None:
-        if self._pending is not None:
-            self._pending.wait()
+        if self._chunks.form.group and rows.stop == len(self._hidden):
+            self._pending = vocabulary.sum_in_place(self._hidden, self._chunks.form.group)
 
     def _add_weight(self, gradient: Tensor, hidden: Tensor, first: bool) -> None:
-        if self.weight.dtype == gradient.dtype:
-            if first:
-                torch.mm(gradient.t(), hidden, out=self.weight)
-            else:
-                self.weight.addmm_(gradient.t(), hidden)
+        if self._weight.dtype == gradient.dtype or chunking.sums_in_float32(gradient.device):
+            _product(gradient, hidden, self._weight, add=not first)
             return
-        # The product comes rounded to bfloat16. Where many are to be summed, a second one gives what was lost.
-        for begin in range(0, len(self.weight), WEIGHT_BLOCK):
-            part, total = gradient[:, begin : begin + WEIGHT_BLOCK].t(), self.weight[begin : begin + WEIGHT_BLOCK]
+        # The product comes rounded to bfloat16, and a second one gives what was lost.
+        for begin in range(0, len(self._weight), WEIGHT_BLOCK):
+            part, total = gradient[begin : begin + WEIGHT_BLOCK], self._weight[begin : begin + WEIGHT_BLOCK]
             product = torch.mm(part, hidden)
             if first:
                 total.copy_(product)
             else:
                 total.add_(product)
-            if self._chunks.count > 1:
-                total.add_(torch.addmm(product, part, hidden, beta=-1))
+            total.add_(torch.addmm(product, part, hidden, beta=-1))
 
 
-def _add_product(total: Tensor, gradient: Tensor, factor: Tensor, first: bool) -> None:
-    """Add gradient^T factor to `total`, or write it there; of float16 (n, V) and float32 (n, K)."""
-    # The largest number of the factor goes to the top of float16's range, so that small ones keep their digits.
-    largest = factor.abs().amax() if factor.numel() else factor.new_ones(())
-    unit = _power_of_two(largest.clamp(min=2.0**-100)) * 2.0**-14
-    factor = (factor / unit).half()
-    for begin in range(0, len(total), WEIGHT_BLOCK):
-        block = slice(begin, begin + WEIGHT_BLOCK)
-        product = total[block] if first else torch.empty_like(total[block])
-        _float16_product(gradient[:, block].t(), factor, product)
-        product.mul_(unit)
-        if not first:
-            total[block].add_(product)
+class _ScaledSum:
+    """A sum over chunks of float16 gradients (n, V), transposed, times float32 factors (n, K).
+
+    The products are those of float16, so that the largest factor goes to the top of its range, where small ones keep
+    their digits. What it was divided by grows with the factors, and the sum shrinks; at last it is multiplied by it.
+    """
+
+    def __init__(self, total: Tensor, impl: str):
+        self._total, self._impl = total, impl
+        self._unit: Tensor | None = None
+
+    def add(self, gradient: Tensor, factor: Tensor) -> None:
+        before = self._unit
+        largest = torch.linalg.vector_norm(factor, torch.inf) if factor.numel() else factor.new_ones(())
+        unit = _power_of_two((largest * 2.0**-14).clamp_(min=2.0**-114 if before is None else before))
+        self._unit = unit  # a power of two, so that nothing is rounded by it
+        if before is not None:
+            ops.scale_(self._total, before / unit, self._impl)
+        scaled = torch.div(factor, unit, out=torch.empty_like(factor, dtype=gradient.dtype))
+        _product(gradient.t(), scaled, self._total, add=before is not None)
+
+    def finish(self) -> None:
+        if self._unit is not None:
+            ops.scale_(self._total, self._unit, self._impl)
 
 
-def _float16_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write the product of float16 matrices in float32, since float16 has not the range for it."""
-    if out.device.type != "cpu" and torch.version.hip is None:
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write the product of two matrices, or add it to what is there; of half precision perhaps into float32."""
+    if out.dtype == a.dtype:
+        if add:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif chunking.sums_in_float32(out.device):
+        _float32_product(a, b, out, add)
+    else:
+        _blocked_product(a, b, out, add)
+
+
+def _float32_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """On a GPU that has such products: one launch, and nothing is rounded on the way."""
+    if add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-        return
-    # PyTorch promises such a product on CUDA alone. On most CPUs that of float16 is far slower than that of float32.
-    out.zero_()
-    for begin in range(0, len(b), PRODUCT_BLOCK):
-        block = slice(begin, begin + PRODUCT_BLOCK)
-        out.addmm_(a[:, block].float(), b[block].float())
+
+
+def _blocked_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """Elsewhere. On most CPUs products of float16 are far slower than those of float32."""
+    if not add:
+        out.zero_()
+    for top in range(0, len(a), WEIGHT_BLOCK):
+        some = slice(top, top + WEIGHT_BLOCK)
+        for begin in range(0, len(b), PRODUCT_BLOCK):
+            block = slice(begin, begin + PRODUCT_BLOCK)
+            out[some].addmm_(a[some, block].float(), b[block].float())
 
 
 def _order(target: Tensor, drop_ignored: bool) -> tuple[Tensor | None, int]:
@@ -577,7 +589,7 @@ def linear_row_statistics(
     order, valid = _order(target, drop_ignored)
     hidden, target, candidates = _take(order, hidden, target, candidates)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
-    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, _NONE, impl)
     picks = Picks(top_k, below, mean)
     parts = [chunks.statistics(rows, weight, _optional_part(rows, candidates), picks, of_top) for rows in chunks]
     statistics, index, top_q = (torch.cat(columns, -1) for columns in zip(*parts, strict=True))
@@ -612,7 +624,7 @@ def linear_row_loss(
     order, valid = _order(target, drop_ignored)
     hidden, target, candidates, row_weight, *params = _take(order, hidden, target, candidates, row_weight, *params)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
-    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=any(needed), impl=impl)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, needed, impl)
     gradients = _Gradients(chunks, needed)
     parts = []
     for rows in chunks:
@@ -624,14 +636,16 @@ def linear_row_loss(
                 gradients.add(rows, gradient)
             else:
                 gradients.add_nothing(rows)
+            del gradient  # in the chunk's memory
         else:
             result = chunks.loss(rows, *tensors, epilogue, mean, top_k)
         parts.append(result)
-    columns = [torch.cat(column, -1) for column in zip(*parts, strict=True)]
+    columns = parts[0] if len(parts) == 1 else [torch.cat(column, -1) for column in zip(*parts, strict=True)]
     (loss,) = _put_back(order, 0, columns[0])
     statistics, index, coefficients = _put_back(order, 1, *columns[1:])
-    (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)
-    return loss, statistics, index, coefficients, grad_hidden, gradients.weight, gradients.bias
+    grad_hidden, grad_weight, grad_bias = gradients.finish()
+    (grad_hidden,) = _put_back(order if needed[0] else None, 0, grad_hidden)
+    return loss, statistics, index, coefficients, grad_hidden, grad_weight, grad_bias
 
 
 def linear_term_sums(
@@ -657,7 +671,7 @@ def linear_term_sums(
     hidden, target, *params = _take(order, hidden, target, *params)
     statistics, index = _take_columns(order, statistics, index)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
-    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=False, impl=impl)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, _NONE, impl)
     parts = []
     for rows in chunks:
         saved = (x[:, rows].contiguous() for x in (statistics, index))
@@ -693,7 +707,7 @@ def linear_gradient(
     statistics, index, coefficients = _take_columns(order, statistics, index, coefficients)
     form = Form(softcap, budget, drop_ignored, mask_target, group, row_parts, most_rows)
     valid = valid if len(linear_weight) else 0  # a rank without classes adds nothing to the sums of others
-    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, gradient=True, impl=impl)
+    chunks = _kind(impl)(hidden, linear_weight, linear_bias, target, form, valid, needed, impl)
     gradients = _Gradients(chunks, needed)
     for rows in chunks:
         if rows.start >= valid:
@@ -701,11 +715,11 @@ def linear_gradient(
             continue
         saved = (x[:, rows].contiguous() for x in (statistics, index, coefficients))
         upstream = _optional_part(rows, grad_output)
-        gradient = chunks.gradient(rows, weight, *saved, upstream, _part(rows, params), epilogue)
-        gradients.add(rows, gradient)
-    gradients.wait()
-    (grad_hidden,) = _put_back(order if needed[0] else None, 0, gradients.hidden)
-    return grad_hidden, gradients.weight, gradients.bias
+        arguments = (*saved, upstream, _part(rows, params), epilogue)
+        gradients.add(rows, chunks.gradient(rows, weight, *arguments))
+    grad_hidden, grad_weight, grad_bias = gradients.finish()
+    (grad_hidden,) = _put_back(order if needed[0] else None, 0, grad_hidden)
+    return grad_hidden, grad_weight, grad_bias
 
 
 ops.register_for_every_device(

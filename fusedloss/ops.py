@@ -224,8 +224,8 @@ def new_losses(statistics: Tensor) -> tuple[Tensor, Tensor]:
     return statistics.new_empty(rows), statistics.new_empty((size - STATISTICS + COEFFICIENTS, rows))
 
 
-def hidden_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the hidden states' gradient from the operators: before the loss scale float16 has not the range."""
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gradients from the linear operators: before the loss scale is known float16 has not the range."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -371,9 +371,9 @@ def _(hidden, linear_weight, needed, **_):  # type: ignore[no-untyped-def]
 def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     whole = (hidden.shape, linear_weight.shape, linear_weight.shape[:1])
     shapes = [shape if need else (0,) for shape, need in zip(whole, needed, strict=True)]
-    dtype = compute_dtype(linear_weight.dtype)
+    dtype = gradient_dtype(hidden.dtype)
     return (
-        hidden.new_empty(shapes[0], dtype=hidden_gradient_dtype(hidden.dtype)),
+        hidden.new_empty(shapes[0], dtype=dtype),
         linear_weight.new_empty(shapes[1], dtype=dtype),
         linear_weight.new_empty(shapes[2], dtype=dtype),
     )

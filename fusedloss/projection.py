@@ -15,7 +15,7 @@ class Form(NamedTuple):
     softcap: float
     """z = softcap * tanh(z / softcap); 0 for none."""
     budget: int
-    """Bytes of a chunk of logits, and of what is kept beside them."""
+    """Bytes of a chunk of logits, and of what is kept beside them; 0 for as many as the device's rule says."""
     drop_ignored: bool
     """Leave ignored rows out of the products. Counting them is a host read."""
     mask_target: bool = False

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import ops, parallel, transforms
+from . import chunking, ops, parallel, transforms
 from .checks import IGNORED, check_int, is_dtensor
 from .projection import Form, Projection
 from .statistics import Picks, of_target
@@ -315,8 +315,13 @@ def form_for(shards: VocabularyShards, projection: Projection) -> Form:
     form = projection.form._replace(group=shards.name)
     if form.row_parts == 1:
         return form
-    row = max(shards.sizes) * projection.hidden.element_size() * (2 if form.softcap else 1)
-    return form._replace(most_rows=max(1, form.budget // row))
+    most, hidden = max(shards.sizes), projection.hidden
+    row = most * hidden.element_size() * (2 if form.softcap else 1)
+    # The ranks must agree on the chunks, and no rank knows whether the weight of another is frozen.
+    budget = form.budget or chunking.default_budget(
+        hidden.device, hidden.dtype, projection.shape[:-1].numel() * row, most * hidden.shape[-1], gradient=True
+    )
+    return form._replace(most_rows=max(1, budget // row))
 
 
 def rows_here(

@@ -429,11 +429,12 @@ def assert_as_accurate_as(
 
 
 def assert_rows_as_accurate_as(got: Tensor, theirs: Tensor, true: Tensor, ulps: float = 4) -> None:
-    """Each row of a float16 gradient (N, D), or (N,), errs at most twice as much as theirs, and a few ulps."""
-    assert theirs.dtype == torch.float16 and theirs.isfinite().all()
+    """Each row of a gradient (N, D), or (N,), of half precision errs at most twice as much as theirs, and a few ulps."""
+    assert theirs.dtype in (torch.float16, torch.bfloat16) and theirs.isfinite().all()
+    info = torch.finfo(theirs.dtype)
     got, theirs, true = (x.double().reshape(len(x), -1) for x in (got, theirs, true))
     # The last rounding: of normal numbers, and of the subnormal ones.
-    rounding = true.norm(dim=-1) * 2.0**-11 + 2.0**-25
+    rounding = (true.norm(dim=-1) + info.tiny) * info.eps / 2
     allowed = 2 * (theirs - true).norm(dim=-1) + ulps * rounding
     error = (got - true).norm(dim=-1)
     row = int((error - allowed).argmax())

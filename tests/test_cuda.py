@@ -580,7 +580,7 @@ def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
 
 @pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
 def test_small_factors_in_float16(name, generator):
-    test_linear.check_float16(name, generator, "cuda")
+    test_linear.check_small_factors(name, generator, "cuda")
 
 
 def test_compiled(generator, kernel_calls):

@@ -35,7 +35,7 @@ def test_chunks_are_those_of_the_driver(
     hidden, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(classes, features, dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
     form = Form(0.0, budget, drop_ignored=False)
-    chunks = linear._Chunks(hidden, weight, None, target, form, rows, gradient=True, impl="reference")
+    chunks = linear._Chunks(hidden, weight, None, target, form, rows, [True] * 3, impl="reference")
     gradients = linear._Gradients(chunks, [True, True, False])
     f = footprint(rows, features, classes, dtype, budget)
     assert (f.chunks, f.chunk_rows) == (chunks.count, chunks.rows)
@@ -94,7 +94,7 @@ def test_peaks_are_those_measured() -> None:
 
 def test_the_default_budget_is_that_of_the_linear_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSEDLOSS_LINEAR_BUDGET", raising=False)
-    assert footprint(4096, 512, 131072, torch.bfloat16).chunk == linear.DEFAULT_BUDGET
+    assert footprint(4096, 512, 131072, torch.bfloat16).chunk == chunking.DEFAULT_BUDGET
     monkeypatch.setenv("FUSEDLOSS_LINEAR_BUDGET", str(2**20))
     assert footprint(4096, 512, 131072, torch.bfloat16).chunk_rows == 4
 

@@ -132,7 +132,7 @@ def test_small_factors_in_float16(name, impl, generator):
     reason = backends.unavailable(impl, torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)
-    test_linear.check_float16(name, generator, impl, device="cuda")
+    test_linear.check_small_factors(name, generator, impl, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

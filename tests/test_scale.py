@@ -99,7 +99,7 @@ def test_chunks_are_those_of_the_linear_forms(rows: int, budget: int, dtype: tor
     form = Form(0.0, budget, False)
     chunks = linear._Chunks(
         torch.zeros(rows, 3, dtype=dtype), torch.zeros(100, 3, dtype=dtype), None,
-        torch.zeros(rows, dtype=torch.int64), form, rows, gradient=True, impl="reference",
+        torch.zeros(rows, dtype=torch.int64), form, rows, [True] * 3, impl="reference",
     )  # fmt: skip
     work = model.Work(rows, 3, 200, ranks=2, size=dtype.itemsize, budget=budget)
     assert work.chunks == (chunks.count, chunks.rows)

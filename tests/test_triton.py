@@ -228,7 +228,7 @@ def test_linear_forms(reduction, budget, generator, kernel_calls):
 @pytest.mark.parametrize("impl", ["triton", "triton_fused"])
 @pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
 def test_small_factors_in_float16(name, impl, generator):
-    test_linear.check_float16(name, generator, impl)
+    test_linear.check_small_factors(name, generator, impl)
 
 
 # --- products: logits that are made on the chip ---

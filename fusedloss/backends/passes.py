@@ -203,8 +203,9 @@ def register_products(
     statistics_pass: Callable[[Forward], None],
     gradient_pass: Callable[[Backward], None],
     term_sums: Callable[..., Tensor],
+    scale_: Callable[[Tensor, Tensor], None],
 ) -> None:
-    """Registers the operators of products."""
+    """Registers the operators of products, and that which scales their gradients."""
 
     def of_product(operator: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: operator(Product(*arguments[:5]), *arguments[5:])
@@ -221,4 +222,5 @@ def register_products(
         product_row_loss=row_loss,
         product_row_gradient_=gradient_,
         product_term_sums=of_product(term_sums),
+        scale_=scale_,
     )

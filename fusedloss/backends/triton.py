@@ -104,17 +104,20 @@ def _run(
     kernel: Any, grid: tuple[int, ...], tile: Any, where: tuple[Any, ...], *arguments: Any, **constants: Any
 ) -> None:
     """Launches a kernel on the device of the logits."""
-    if 0 in grid:
-        return
-    constants |= launch_options(kernel, tile, where, constants)
+    if 0 not in grid:
+        constants |= launch_options(kernel, tile, where, constants)
+        _launch(kernel, grid, where[0].device, where, *arguments, **constants)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
     if INTERPRETED:
         import numpy
 
         with numpy.errstate(all="ignore"):
-            kernel[grid](where, *arguments, **constants)
+            kernel[grid](*arguments, **constants)
     else:
-        with torch.cuda.device(where[0].device):
-            kernel[grid](where, *arguments, **constants)
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
 
 
 def launch_options(kernel: Any, tile: Any, where: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
@@ -352,6 +355,18 @@ def term_sums(*arguments: Any) -> Tensor:
     return _class_terms_pass(*arguments)[:, 1:].sum(0)
 
 
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """The kernel reads the factor, and leaves the gradient alone where that is 1."""
+    from ..triton_kernels import scale
+
+    if not gradient.is_contiguous():
+        raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
+    programs = min(scale.PROGRAMS, -(-gradient.numel() // scale.BLOCK))
+    if programs:
+        arguments = (gradient, factor, gradient.numel())
+        _launch(scale.scale_pass, (programs,), gradient.device, *arguments, BLOCK=scale.BLOCK, num_warps=4)
+
+
 _DEVICE = "CPU" if INTERPRETED else "CUDA"
 passes.register(
     _DEVICE,
@@ -363,5 +378,6 @@ passes.register(
     class_sums=class_sums,
     class_terms=class_terms,
     term_sums=term_sums,
+    scale_=scale_,
 )
-passes.register_products(_DEVICE, "triton_fused", epilogues, _statistics_pass, _gradient_pass, term_sums)
+passes.register_products(_DEVICE, "triton_fused", epilogues, _statistics_pass, _gradient_pass, term_sums, scale_)

@@ -1,0 +1,58 @@
+"""How many rows of logits a linear form makes at a time: as many as a budget of bytes allows."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .checks import check_int
+
+#: Bytes of a chunk of logits where nothing else says how many: the argument, FUSEDLOSS_LINEAR_BUDGET or a GPU's rule.
+DEFAULT_BUDGET = 128 * 2**20
+
+
+def checked_budget(budget: int | None, row: int) -> int:
+    """Return the bytes that were asked for, which must hold the `row` bytes of one row's logits; 0 if none were."""
+    source = ""
+    if budget is None:
+        text = os.environ.get("FUSEDLOSS_LINEAR_BUDGET")
+        if not text:
+            return 0
+        if not text.isdecimal():
+            raise ValueError(f"FUSEDLOSS_LINEAR_BUDGET must be a number of bytes, got {text!r}")
+        budget, source = int(text), " (FUSEDLOSS_LINEAR_BUDGET)"
+    budget = check_int("budget", budget)
+    if budget < row:
+        raise ValueError(f"budget of {budget} bytes{source} is too small for one row of logits, {row} bytes")
+    return budget
+
+
+def sums_in_float32(device: torch.device) -> bool:
+    """Tell whether PyTorch adds products of half-precision matrices to float32 there: on NVIDIA's GPUs alone."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def default_budget(device: torch.device, dtype: torch.dtype, logits: int, weight: int, gradient: bool) -> int:
+    """Return the bytes of a chunk where none were asked for.
+
+    On a GPU each chunk but the last has the sum of the weight's gradient read and written, which costs as much as it is
+    large. What is needed at a time, beside gradients in their own dtypes, stays below the 4 bytes an element that a sum
+    in float32 takes anyway, and 128 MiB.
+
+    Args:
+        logits: bytes of all logits, with what is kept beside them.
+        weight: elements of the weight.
+        gradient: whether the weight's gradient is needed.
+    """
+    if not gradient or not sums_in_float32(device):
+        return DEFAULT_BUDGET
+    # One chunk has no sum; but before the loss scale is known, the gradient of a float16 weight is float32.
+    room = (2 if dtype == torch.float16 else 4) * weight
+    return max(DEFAULT_BUDGET, logits if logits <= room else weight)
+
+
+def chunk_rows(rows: int, row: int, budget: int) -> tuple[int, int]:
+    """How many chunks there are for so many rows of `row` bytes, and how many rows each has."""
+    count = max(1, -(-rows // max(1, budget // row)))
+    return count, -(-rows // count)

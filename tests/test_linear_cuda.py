@@ -1,0 +1,259 @@
+"""The linear forms on CUDA, without a GPU: products, launches and memory are counted, and what they compute is held to
+float64 by products on the CPU in the place of CUDA's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_linear
+import torch
+from no_gpu import NoGpu
+from torch import Tensor
+
+import fusedloss as fl
+from fusedloss import backends, chunking, linear, ops
+from fusedloss.footprint import footprint
+
+MIB = 2**20
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device is taken for CUDA, and the operators are transparent to what counts."""
+    monkeypatch.setattr(chunking, "sums_in_float32", lambda device: True)
+    for name in ("linear_row_statistics", "linear_row_loss", "linear_gradient"):
+        monkeypatch.setattr(ops, name, getattr(linear, name))
+
+
+def step(
+    rows: int, features: int, classes: int, dtype: torch.dtype, bias: bool = False, **options: Any
+) -> tuple[NoGpu, tuple[Tensor, ...]]:
+    """Counts a training step of the linear cross-entropy."""
+    shapes = [(rows, features), (classes, features)] + [(classes,)] * bias
+    sources = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+    target = torch.empty(rows, dtype=torch.int64, device="meta")
+    options |= {"linear_bias": sources[2]} if bias else {}
+    with NoGpu(*sources, target) as gpu:
+        loss = fl.linear_cross_entropy(sources[0], sources[1], target, impl="triton", **options)
+        gradients = torch.autograd.grad(loss.sum(), sources)
+    return gpu, gradients
+
+
+@pytest.fixture
+def counting(on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meta tensors run Triton's operators."""
+    monkeypatch.setattr(backends, "resolve", lambda *arguments, **options: "triton")
+
+
+HALF = (torch.bfloat16, torch.float16)
+each_half = pytest.mark.parametrize("dtype", HALF, ids=str)
+#: Rows, features, classes, and the chunks of bfloat16 and float16.
+SHAPES = {
+    "one chunk": (4096, 4096, 128256, 1, 1),
+    "few rows": (1024, 4096, 128256, 1, 1),
+    "many chunks": (16384, 4096, 128256, 8, 8),
+    "as many as one chunk of bfloat16 may have": (8192, 4096, 128256, 1, 4),
+    "more by one": (8193, 4096, 128256, 5, 5),
+    "a small layer": (4096, 512, 32000, 2, 2),
+    "of one chunk": (2048, 64, 32000, 1, 1),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+# --- counted ---
+
+
+@each_half
+@each_shape
+def test_three_products(shape: tuple[int, ...], dtype: torch.dtype, counting: None) -> None:
+    rows, features, classes, *chunks = shape
+    gpu, _ = step(rows, features, classes, dtype)
+    count = chunks[HALF.index(dtype)]
+    assert len(gpu.products) == 3 * count
+    assert sum(m * n * k for m, n, k in gpu.products) == 3 * rows * features * classes
+    assert max(size for product in gpu.products for size in product) == max(classes, features)  # no blocks of classes
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(4096, 1), (16384, 8)])
+def test_launches_in_bfloat16(rows: int, chunks: int, counting: None) -> None:
+    """Of the loss, its divisor and its reduction too."""
+    sizes = (rows, 4096, 128256, torch.bfloat16)
+    plain, with_bias, weighted = (
+        step(*sizes, **options)[0]
+        for options in ({}, {"bias": True}, {"token_weight": torch.empty(rows, device="meta")})
+    )
+    for gpu in (plain, with_bias, weighted):
+        launches = gpu.launches.total()
+        assert launches <= (40 if chunks == 1 else 16 * chunks), gpu.launches
+    assert plain.launches.total() <= 14 + 6 * chunks, plain.launches
+    assert with_bias.launches.total() - plain.launches.total() <= 3 + 2 * chunks
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(4096, 1), (16384, 8)])
+def test_launches_in_float16(rows: int, chunks: int, counting: None) -> None:
+    """Powers of two for the rows and for the sum take small launches of their own."""
+    gpu, _ = step(rows, 4096, 128256, torch.float16)
+    assert gpu.launches.total() <= 14 + 24 * chunks, gpu.launches
+    assert gpu.launches.total() <= 40 or chunks > 1
+
+
+@each_half
+@pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
+def test_only_what_requires_grad_is_multiplied(needs: str, dtype: torch.dtype, counting: None) -> None:
+    shapes = {"hidden": (4096, 512), "weight": (32000, 512), "bias": (32000,)}
+    sources = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    sources[needs].requires_grad_()
+    target = torch.empty(4096, dtype=torch.int64, device="meta")
+    with NoGpu() as gpu:
+        hidden, weight, bias = sources.values()
+        fl.linear_cross_entropy(hidden, weight, target, linear_bias=bias).backward()
+    extra = {"hidden": 1, "weight": 1, "bias": int(dtype == torch.float16)}[needs]
+    assert len(gpu.products) == 2 * (1 + extra)
+    assert sources[needs].grad.dtype == dtype
+
+
+@each_half
+def test_the_backward_scales_in_one_launch(dtype: torch.dtype, counting: None) -> None:
+    sources = [torch.empty(n, 512, dtype=dtype, device="meta", requires_grad=True) for n in (1024, 32000)]
+    loss = fl.linear_cross_entropy(*sources, torch.empty(1024, dtype=torch.int64, device="meta"), reduction="sum")
+    with NoGpu() as gpu:
+        gradients = torch.autograd.grad(loss, sources, torch.empty((), device="meta"))
+    scaling = "fusedloss::scale_" if dtype == torch.bfloat16 else "aten::mul.out"
+    assert gpu.launches == {scaling: 2}
+    assert [x.dtype for x in gradients] == [dtype, dtype]
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@each_shape
+def test_peak_memory(shape: tuple[int, ...], dtype: torch.dtype, counting: None) -> None:
+    """Gradients and at most the 4 bytes an element of a float32 sum, and 256 MiB; of what footprint() tells."""
+    rows, features, classes = shape[:3]
+    gpu, gradients = step(rows, features, classes, dtype)
+    told = footprint(rows, features, classes, dtype, device="cuda")
+    assert told.chunks == len(gpu.products) // 3
+    handed_over = sum(x.nbytes for x in gradients)
+    wider = 4 * rows * features if dtype == torch.float16 else 0  # of the hidden states, until it is scaled
+    assert gpu.peak <= handed_over + 4 * classes * features + 256 * MIB + wider
+    # Beside what is told there are numbers for each row and class, and float16's hidden states times their rows' units.
+    more = 6 * told.chunk_rows * features if dtype == torch.float16 else 0
+    assert told.linear <= gpu.peak <= told.linear + more + 128 * rows + 16 * classes
+
+
+@each_shape
+def test_peak_memory_without_gradients(shape: tuple[int, ...], counting: None) -> None:
+    rows, features, classes = shape[:3]
+    sources = [torch.empty(n, features, dtype=torch.bfloat16, device="meta") for n in (rows, classes)]
+    with NoGpu(*sources) as gpu:
+        fl.linear_cross_entropy(*sources, torch.empty(rows, dtype=torch.int64, device="meta"))
+    told = footprint(rows, features, classes, torch.bfloat16, device="cuda").evaluation
+    assert told <= gpu.peak <= told + 128 * rows and told <= 128 * MIB
+
+
+def test_what_a_user_asks_for_is_the_budget(counting: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = (4096, 4096, 128256, torch.bfloat16)
+    assert len(step(*sizes, budget=256 * MIB)[0].products) == 3 * 4
+    assert footprint(*sizes, budget=256 * MIB, device="cuda").chunks == 4
+    monkeypatch.setenv("FUSEDLOSS_LINEAR_BUDGET", str(512 * MIB))
+    assert len(step(*sizes)[0].products) == 3 * 2
+    assert footprint(*sizes, device="cuda").chunks == 2
+
+
+def test_the_rule_is_that_of_nvidias_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chunking.sums_in_float32(torch.device("cuda", 3)) == (torch.version.hip is None)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for device in ("cuda", "cpu", "meta", "xpu"):
+        assert not chunking.sums_in_float32(torch.device(device))
+        assert footprint(4096, 4096, 128256, torch.bfloat16, device=device).chunk <= 128 * MIB
+
+
+# --- computed ---
+
+
+def _float32_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """What CUDA computes, by the same rules."""
+    assert a.dtype == b.dtype and a.dtype in HALF and out.dtype == torch.float32 and out.is_contiguous()
+    product = a.float() @ b.float()
+    assert out.shape == product.shape
+    out.copy_(out + product if add else product)
+
+
+@pytest.fixture
+def multiplied(on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """CUDA's way on a CPU; whether each of its products was added to others."""
+    added: list[bool] = []
+
+    def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+        added.append(add)
+        _float32_product(a, b, out, add)
+
+    monkeypatch.setattr(linear, "_float32_product", product)
+    return added
+
+
+@each_half
+@pytest.mark.parametrize("chunk", [13, 1000])
+@pytest.mark.parametrize("name", ["token_weight and softcap", "class weights", "dsc one-vs-rest", "none"])
+def test_factors_of_any_size(
+    name: str, chunk: int, dtype: torch.dtype, generator: torch.Generator, multiplied: list[bool]
+) -> None:
+    """From 2^-20 to 1: each row of the gradients of hidden states, weight and bias, beside those of the row form."""
+    test_linear.check_small_factors(name, generator, chunk=chunk, dtype=dtype)
+    valid = test_linear.ROWS - len(range(0, test_linear.ROWS, 9))  # on a CPU ignored rows are dropped
+    added = [False] + [True] * (-(-valid // min(chunk, test_linear.ROWS)) - 1)
+    if dtype == torch.bfloat16:  # the bias needs no product, and one chunk no sum
+        assert multiplied == added[: len(added) if len(added) > 1 else 0]
+    else:
+        assert multiplied == [x for add in added for x in (False, add, add)]
+
+
+@each_half
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("chunk", "softcap"), [(30, 3.0), (1000, None)])
+def test_as_accurate_as_pytorch(
+    chunk: int,
+    softcap: float | None,
+    reduction: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    multiplied: list[bool],
+) -> None:
+    data = test_linear.Data.make(generator, dtype, rows=200)
+    test_linear.check_accuracy("cross_entropy", data, reduction, generator, chunk=chunk, softcap=softcap)
+    assert len(multiplied) > 0 or (dtype == torch.bfloat16 and chunk == 1000)
+
+
+@each_half
+def test_many_chunks_lose_nothing(dtype: torch.dtype, generator: torch.Generator, multiplied: list[bool]) -> None:
+    test_linear.test_weight_gradient_over_many_chunks(dtype, generator)
+    assert multiplied.count(True) == 63
+
+
+@each_half
+@pytest.mark.parametrize("chunk", [13, 1000])
+def test_a_second_backward(chunk: int, dtype: torch.dtype, generator: torch.Generator, multiplied: list[bool]) -> None:
+    """Trap: a saved gradient that is scaled in place is wrong the second time."""
+    data = test_linear.Data.make(generator, dtype)
+    budget = test_linear.budget_for(chunk, data.sources)
+    loss = test_linear.run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=-1, budget=budget)
+    first = torch.autograd.grad(loss * 4, data.sources, retain_graph=True)
+    second = torch.autograd.grad(loss, data.sources, retain_graph=True)
+    third = torch.autograd.grad(loss * 4, data.sources)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(a, 4 * b, rtol=2**-9, atol=2.0**-20)
+
+
+def test_a_factor_that_is_no_power_of_two_is_not_rounded(generator: torch.Generator) -> None:
+    """Trap: a 0-d factor takes the gradient's dtype on the way, and all of the gradient is off by as much."""
+    data = test_linear.Data.make(generator, torch.bfloat16)
+    options: dict[str, Any] = {"reduction": "sum", "ignore_index": -1}
+    loss = test_linear.run_linear(fl.linear_cross_entropy, data.sources, data.target, **options)
+    for kept in (True, False):
+        factor = torch.tensor(1 / 3)
+        whole = torch.autograd.grad(loss, data.sources, retain_graph=True)
+        third = torch.autograd.grad(loss, data.sources, factor, retain_graph=kept)
+        for a, b in zip(whole, third, strict=True):
+            assert torch.equal(b, (a.float() * factor).bfloat16())
