@@ -20,7 +20,7 @@ from fusedloss.ops import STATISTICS
 OUTPUT = Path(__file__).parent / "results" / "scale"
 MEASURED = "## Measured"
 
-#: The default budget is one for CPUs: see the table of budgets.
+#: See the table of budgets.
 BUDGET = 2**31
 WORKLOADS = {
     "NMT, D = 1024, V = 131072": Work(16384, 1024, 131072, budget=BUDGET),
@@ -45,11 +45,10 @@ A rank of R holds V / R columns of the logits, or rows of the output layer's wei
 are those of the loss and the output layer, forward and backward, in bfloat16 and with budget={budget} MiB.
 
 - *products*: 2 N D V / R operations each, three of them; a fourth where R > 1, as the backward makes the logits once
-  more. At least the time that reading and writing their operands takes. In half precision and more than one chunk, the
-  weight's product is made twice.
+  more. At least the time that reading and writing their operands takes.
 - *passes*: three times the bytes of the logits (read for the statistics, read and written for the gradient), and the
   statistics of all ranks.
-- *sums*: each chunk's part of the weight's gradient is added in float32; the sum becomes bfloat16.
+- *sums*: of more than one chunk, each one's part of the weight's gradient is added in float32; the sum becomes bfloat16.
 - *statistics*: one all-gather of {statistics} + K floats a row. *hidden*: the all-reduce of the gradient (N, D), as far
   as the last product of the weight's gradient does not hide it.
 - Collectives are rings, inside the nodes and between them; a step of a ring takes latency + bytes / bandwidth. Trees
@@ -58,8 +57,8 @@ are those of the loss and the output layer, forward and backward, in bfloat16 an
 - *sequence*: the total where a rank has N / R of the hidden states, which are gathered chunk by chunk, forward and
   backward, and whose gradient is reduced chunk by chunk, each beside the work on the next chunk. *by chunks*: the total
   if the all-gather were one for each chunk, after which three products would do.
-- *sent*: MiB that a rank sends. Memory is a rank's, MiB: the weight, its gradient (float32, and bfloat16 to hand over),
-  a chunk of logits, hidden states and their gradient.
+- *sent*: MiB that a rank sends. Memory is a rank's, MiB: the weight, its gradient (of more than one chunk in float32, and
+  in bfloat16 to hand over), a chunk of logits, hidden states and their gradient.
 
 | of a GPU | | from |
 | --- | ---: | --- |
@@ -86,7 +85,7 @@ BUDGET_TEXT = """\
 ## What a small budget costs
 
 Total in milliseconds by the budget, MiB, N = {rows}. A chunk's part of the weight's gradient is as large as the weight,
-however few its rows. {default} MiB is the default.
+however few its rows. {default} MiB is the default on a CPU; a GPU has chunks as large as the weight.
 """
 
 MANY = """\

@@ -121,13 +121,13 @@ def traffic(work: Work) -> dict[str, int]:
 
 
 def memory(work: Work) -> dict[str, int]:
-    """Bytes of a rank. The weight's gradient is summed in float32 and handed over in the weight's dtype."""
-    layer, (_, rows) = work.shard * work.features, work.chunks
+    """Bytes of a rank. Over chunks the weight's gradient is summed in float32, and handed over in the weight's dtype."""
+    layer, (count, rows) = work.shard * work.features, work.chunks
     own = -(-work.rows // work.ranks) if work.sequence else work.rows
     gathered = 2 * rows * work.features * work.size if work.sequence else 0
     return {
         "weight": layer * work.size,
-        "gradient": layer * (4 if work.size == 4 else 4 + work.size),
+        "gradient": layer * (4 if work.size == 4 else work.size + 4 * (count > 1)),
         "logits": rows * work.shard * work.size,
         "hidden": 2 * own * work.features * work.size + gathered,
         "statistics": work.ranks * work.told if work.ranks > 1 else 0,
@@ -163,13 +163,13 @@ def linear_form(work: Work, machine: Machine, overlap: bool = True) -> Parts:
     logits = _product(machine, rows, shard, features, size)
     by_hidden = _product(machine, rows, features, shard, size)
     half, again = size < 4, work.ranks > 1 and not work.by_chunks
-    lost = half and count > 1  # the weight's product is made twice: once more for what rounding lost
-    by_weight = (1 + lost) * _product(machine, shard, features, rows, size)
+    by_weight = _product(machine, shard, features, rows, size)
     products = count * ((1 + again) * logits + by_hidden + by_weight)
-    # Bytes for each element of the weight: a chunk's product and what it lost added, and the sum handed over.
-    add = (8 + size + lost * (8 + 2 * size)) if half else 4
-    handed = (4 + size) * half + 8 * (not again)
-    sums = (count * add - 4 + handed) * shard * features / machine.copy
+    # Bytes for each element of the weight, where there is a sum: it is read for each chunk but the first, written wider
+    # than the product would be, and handed over. A factor of 1 in the backward costs nothing.
+    add = (4 + 2 * half) * (count > 1)
+    handed = (4 + size) * half - 4
+    sums = (count * add + handed * (count > 1)) * shard * features / machine.copy
     parts = _rows(work, machine)._replace(products=products, sums=sums)
     forward = logits + parts.passes / 3 / count
     backward = (products + sums + parts.passes) / count - forward

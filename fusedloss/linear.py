@@ -47,7 +47,7 @@ Args:
     linear_bias: (V,) or None.
     softcap: cap c > 0 of the logits, z = c tanh(z / c); None for none.
     budget: bytes that a chunk of logits may take (with softcap, and its slope); None takes FUSEDLOSS_LINEAR_BUDGET or
-        else 128 MiB.
+        else 128 MiB, and where an NVIDIA GPU sums the gradient of a weight (V, D) up to 4 V D bytes.
     drop_ignored: leave ignored rows out of the products. Their number is read by the host, so that None does it on a
         CPU only.
     sequence_parallel: with a group, whose ranks then have an equal part of the hidden states each, (S / R, *, D), one

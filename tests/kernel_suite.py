@@ -3,11 +3,11 @@
 import mmap
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from row_suite import Case, Problem, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
+from row_suite import DTYPES, Case, Problem, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
 from test_traps import _far_apart_rows
 from torch import Tensor
 
@@ -29,6 +29,14 @@ IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
     "focal, learnt": partial(fl.focal_loss, gamma=torch.tensor(2.0, requires_grad=True)),
     "mixed, learnt": partial(fl.mixed_cross_entropy, alpha=torch.tensor(0.5, requires_grad=True)),
     "tversky, learnt": partial(fl.tversky_loss, alpha=torch.tensor(0.5, requires_grad=True)),
+}
+
+
+#: Signalling NaN, which arithmetic makes quiet: a look leaves a trace.
+SIGNALLING = {
+    torch.float64: (torch.int64, 0x7FF0000000000001),
+    torch.float32: (torch.int32, 0x7F800001),
+    torch.bfloat16: (torch.int16, 0x7F81),
 }
 
 
@@ -92,6 +100,8 @@ class KernelSuite:
     EVERY_CASE: ClassVar[dict[str, Case]]
     #: Rows and classes for sums over the rows: in one group of rows and in several, in one block of columns and in two.
     SUMS: ClassVar[list[tuple[int, int]]]
+    #: The module and the name of how many programs scale a gradient at the most.
+    SCALE_PROGRAMS: ClassVar[tuple[Any, str]]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "summed" in metafunc.fixturenames:
@@ -101,6 +111,33 @@ class KernelSuite:
     def unchecked(self, impl, monkeypatch) -> None:
         """As on a GPU, where nobody looks at the targets beforehand."""
         monkeypatch.setattr(getattr(backends, impl), "check_indices", lambda *arguments: None)
+
+    # --- a gradient times a factor ---
+
+    @pytest.mark.parametrize("dtype", SIGNALLING, ids=str)
+    def test_a_factor_of_one_leaves_the_gradient_alone(self, dtype, impl):
+        kind, bits = SIGNALLING[dtype]
+        untouched = torch.full((100,), bits, dtype=kind)
+        for factor, alone in ((1.0, True), (0.5, False)):
+            gradient = untouched.clone()
+            ops.scale_(gradient.view(dtype), torch.tensor(factor, dtype=compute_dtype(dtype)), impl)
+            assert torch.equal(gradient, untouched) == alone
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("programs", [1, None])
+    def test_scaling(self, programs, dtype, impl, generator, monkeypatch):
+        """In vectors and a rest, in several rounds of the programs, and where no vector is aligned."""
+        if programs:
+            monkeypatch.setattr(*self.SCALE_PROGRAMS, programs)
+        factor = torch.tensor(-0.3, dtype=compute_dtype(dtype))
+        for count, offset in ((0, 0), (1, 0), (5, 0), (256 * 8, 0), (5003, 0), (5003, 1)):
+            memory = torch.randn(count + 2, generator=generator, dtype=torch.float64).to(dtype)
+            right = memory.clone()
+            right[offset : offset + count] = (right[offset : offset + count].to(factor.dtype) * factor).to(dtype)
+            ops.scale_(memory[offset : offset + count], factor, impl)
+            assert torch.equal(memory, right)
+        with pytest.raises(ValueError, match=r"must be contiguous, got strides \(2,\)"):
+            ops.scale_(memory[::2], factor, impl)
 
     # --- what is out of range ---
 

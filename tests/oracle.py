@@ -429,7 +429,7 @@ def assert_as_accurate_as(
 
 
 def assert_rows_as_accurate_as(got: Tensor, theirs: Tensor, true: Tensor, ulps: float = 4) -> None:
-    """Each row of a gradient (N, D), or (N,), of half precision errs at most twice as much as theirs, and a few ulps."""
+    """Each row of a half-precision gradient (N, D), or (N,), errs at most twice as much as theirs, and a few ulps."""
     assert theirs.dtype in (torch.float16, torch.bfloat16) and theirs.isfinite().all()
     info = torch.finfo(theirs.dtype)
     got, theirs, true = (x.double().reshape(len(x), -1) for x in (got, theirs, true))

@@ -114,6 +114,7 @@ class TestRowLoss(RowLossSuite):
 class TestKernels(KernelSuite):
     EVERY_CASE = CASES
     SUMS: ClassVar = [(5, 9), (200, 9), (20, 600)]
+    SCALE_PROGRAMS: ClassVar = (cuda, "_SCALE_BLOCKS")
 
 
 LARGE = [name for name, case in CASES.items() if case.large]  # every loss
@@ -458,40 +459,6 @@ def test_a_saved_gradient_does_not_hide_a_change_of_the_logits(generator):
     logits.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-#: Signalling NaN, which arithmetic makes quiet: a look leaves a trace.
-SIGNALLING = {
-    torch.float64: (torch.int64, 0x7FF0000000000001),
-    torch.float32: (torch.int32, 0x7F800001),
-    torch.bfloat16: (torch.int16, 0x7F81),
-}
-
-
-@pytest.mark.parametrize("dtype", SIGNALLING, ids=str)
-def test_a_factor_of_one_leaves_the_gradient_alone(dtype):
-    kind, bits = SIGNALLING[dtype]
-    untouched = torch.full((100,), bits, dtype=kind)
-    for factor, alone in ((1.0, True), (0.5, False)):
-        gradient = untouched.clone()
-        ops.scale_(gradient.view(dtype), torch.tensor(factor, dtype=compute_dtype(dtype)), "cuda")
-        assert torch.equal(gradient, untouched) == alone
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocks", [1, cuda._SCALE_BLOCKS])
-def test_scaling(blocks, dtype, generator, monkeypatch):
-    """In vectors and a rest, in several rounds of the blocks, and where no vector is aligned."""
-    monkeypatch.setattr(cuda, "_SCALE_BLOCKS", blocks)
-    factor = torch.tensor(-0.3, dtype=compute_dtype(dtype))
-    for count, offset in ((0, 0), (1, 0), (5, 0), (256 * 8, 0), (5003, 0), (5003, 1)):
-        memory = torch.randn(count + 2, generator=generator, dtype=torch.float64).to(dtype)
-        right = memory.clone()
-        right[offset : offset + count] = (right[offset : offset + count].to(factor.dtype) * factor).to(dtype)
-        ops.scale_(memory[offset : offset + count], factor, "cuda")
-        assert torch.equal(memory, right)
-    with pytest.raises(ValueError, match=r"must be contiguous, got strides \(2,\)"):
-        ops.scale_(memory[::2], factor, "cuda")
 
 
 # --- how rows are cut ---

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fusedloss as fl
-from fusedloss import linear
+from fusedloss import chunking, linear
 from fusedloss.footprint import footprint
 from fusedloss.projection import Form
 
@@ -40,7 +40,7 @@ def test_chunks_are_those_of_the_driver(
     f = footprint(rows, features, classes, dtype, budget)
     assert (f.chunks, f.chunk_rows) == (chunks.count, chunks.rows)
     assert f.chunk == sum(buffer.nbytes for buffer in chunks._buffers) <= budget
-    assert f.hidden_sum == gradients.hidden.nbytes and f.weight_sum == gradients.weight.nbytes
+    assert f.hidden_sum == gradients._hidden.nbytes and f.weight_sum == gradients._weight.nbytes
     assert f.hidden == hidden.nbytes
     assert f.logits == (hidden @ weight.t()).nbytes and f.weight == weight.nbytes
 

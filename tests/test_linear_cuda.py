@@ -1,7 +1,6 @@
 """The linear forms on CUDA, without a GPU: products, launches and memory are counted, and what they compute is held to
 float64 by products on the CPU in the place of CUDA's."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest

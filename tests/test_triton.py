@@ -30,7 +30,7 @@ from fusedloss.backends import cpu, triton
 if backends.unavailable("triton", torch.device("cpu")) is not None:
     pytest.skip(f"triton: {backends.unavailable('triton', torch.device('cpu'))}", allow_module_level=True)
 
-from fusedloss.triton_kernels import launch
+from fusedloss.triton_kernels import launch, scale
 
 BLOCK, SPAN = launch.tile(300, 4).block, launch.SPAN * launch.tile(300, 4).block
 
@@ -78,6 +78,7 @@ class TestRowLoss(RowLossSuite):
 class TestKernels(KernelSuite):
     EVERY_CASE = CASES
     SUMS: ClassVar = [(5, 9), (70, 9), (20, BLOCK + 1)]
+    SCALE_PROGRAMS: ClassVar = (scale, "PROGRAMS")
 
 
 @pytest.mark.parametrize("shape", [(3, 8193), (1, 50257)], ids=str)

@@ -364,7 +364,8 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     programs = min(scale.PROGRAMS, -(-gradient.numel() // scale.BLOCK))
     if programs:
         arguments = (gradient, factor, gradient.numel())
-        _launch(scale.scale_pass, (programs,), gradient.device, *arguments, BLOCK=scale.BLOCK, num_warps=4)
+        options = {"BLOCK": scale.BLOCK, "num_warps": 4, "enable_fp_fusion": True}
+        _launch(scale.scale_pass, (programs,), gradient.device, *arguments, **options)
 
 
 _DEVICE = "CPU" if INTERPRETED else "CUDA"
