@@ -48,7 +48,8 @@ are those of the loss and the output layer, forward and backward, in bfloat16 an
   more. At least the time that reading and writing their operands takes.
 - *passes*: three times the bytes of the logits (read for the statistics, read and written for the gradient), and the
   statistics of all ranks.
-- *sums*: of more than one chunk, each one's part of the weight's gradient is added in float32; the sum becomes bfloat16.
+- *sums*: where there are several chunks, their parts of the weight's gradient are added in float32, and the sum becomes
+  bfloat16.
 - *statistics*: one all-gather of {statistics} + K floats a row. *hidden*: the all-reduce of the gradient (N, D), as far
   as the last product of the weight's gradient does not hide it.
 - Collectives are rings, inside the nodes and between them; a step of a ring takes latency + bytes / bandwidth. Trees
@@ -57,8 +58,8 @@ are those of the loss and the output layer, forward and backward, in bfloat16 an
 - *sequence*: the total where a rank has N / R of the hidden states, which are gathered chunk by chunk, forward and
   backward, and whose gradient is reduced chunk by chunk, each beside the work on the next chunk. *by chunks*: the total
   if the all-gather were one for each chunk, after which three products would do.
-- *sent*: MiB that a rank sends. Memory is a rank's, MiB: the weight, its gradient (of more than one chunk in float32, and
-  in bfloat16 to hand over), a chunk of logits, hidden states and their gradient.
+- *sent*: MiB that a rank sends. Memory is a rank's, MiB: the weight, its gradient (of several chunks in float32, and in
+  bfloat16 to hand over), a chunk of logits, hidden states and their gradient.
 
 | of a GPU | | from |
 | --- | ---: | --- |

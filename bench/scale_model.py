@@ -27,6 +27,7 @@ class Machine(NamedTuple):
     inner: Link
     outer: Link
     node: int  # ranks that have the inner link between them
+    sums: bool = True  # adds products of half precision in float32; else of many chunks the weight's is made twice
 
 
 #: From NVIDIA's data sheets (NVLink 4: 900 GB/s both ways; ConnectX-7: 400 Gb/s a GPU), published benchmarks (copy,
@@ -121,7 +122,7 @@ def traffic(work: Work) -> dict[str, int]:
 
 
 def memory(work: Work) -> dict[str, int]:
-    """Bytes of a rank. Over chunks the weight's gradient is summed in float32, and handed over in the weight's dtype."""
+    """Bytes of a rank. Of several chunks the weight's gradient is summed in float32, and handed over in its dtype."""
     layer, (count, rows) = work.shard * work.features, work.chunks
     own = -(-work.rows // work.ranks) if work.sequence else work.rows
     gathered = 2 * rows * work.features * work.size if work.sequence else 0
@@ -163,11 +164,12 @@ def linear_form(work: Work, machine: Machine, overlap: bool = True) -> Parts:
     logits = _product(machine, rows, shard, features, size)
     by_hidden = _product(machine, rows, features, shard, size)
     half, again = size < 4, work.ranks > 1 and not work.by_chunks
-    by_weight = _product(machine, shard, features, rows, size)
+    lost = half and count > 1 and not machine.sums
+    by_weight = (1 + lost) * _product(machine, shard, features, rows, size)
     products = count * ((1 + again) * logits + by_hidden + by_weight)
     # Bytes for each element of the weight, where there is a sum: it is read for each chunk but the first, written wider
     # than the product would be, and handed over. A factor of 1 in the backward costs nothing.
-    add = (4 + 2 * half) * (count > 1)
+    add = (4 + 2 * half) * (count > 1) + lost * (8 + 2 * size)
     handed = (4 + size) * half - 4
     sums = (count * add + handed * (count > 1)) * shard * features / machine.copy
     parts = _rows(work, machine)._replace(products=products, sums=sums)

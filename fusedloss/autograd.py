@@ -311,13 +311,13 @@ def _graph_is_kept() -> bool:
 def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype | None = None) -> Tensor:
     """Return a saved gradient times a factor, in place where nobody will look at it again; in a dtype if told."""
     dtype = dtype or gradient.dtype
-    if transforms.active(factor):
+    if transforms.active(factor) or torch.compiler.is_compiling():
+        # A 0-d factor would be rounded to the gradient's dtype.
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    kept = _graph_is_kept()
-    if dtype != gradient.dtype and gradient.device.type != "cpu" and not torch.compiler.is_compiling():
+    if dtype != gradient.dtype and gradient.device.type != "cpu":
         # One launch. On a CPU it would take memory of the wider dtype.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
-    if kept:
+    if _graph_is_kept():
         gradient = gradient.clone()
     ops.scale_(gradient, factor, impl)
     return gradient.to(dtype)

@@ -589,7 +589,10 @@ def test_compiles_once_for_any_rows_and_alpha(reduction: str, generator: torch.G
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("masked", "dtype"), [(False, torch.float32), (True, torch.float32), (False, torch.float16)])
+@pytest.mark.parametrize(
+    ("masked", "dtype"),
+    [(False, torch.float32), (True, torch.float32), (False, torch.float16), (False, torch.bfloat16)],
+)
 @pytest.mark.parametrize("name", ["linear_row_statistics", "linear_row_loss", "linear_term_sums", "linear_gradient"])
 def test_opcheck(name: str, masked: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
     data = Data.make(generator, dtype)

@@ -1,6 +1,7 @@
 """The linear forms on CUDA, without a GPU: products, launches and memory are counted, and what they compute is held to
 float64 by products on the CPU in the place of CUDA's."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from no_gpu import NoGpu
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, chunking, linear, ops
+from fusedloss import backends, chunking, linear, ops, vocabulary
 from fusedloss.footprint import footprint
 
 MIB = 2**20
@@ -166,6 +167,21 @@ def test_the_rule_is_that_of_nvidias_gpus(monkeypatch: pytest.MonkeyPatch) -> No
     for device in ("cuda", "cpu", "meta", "xpu"):
         assert not chunking.sums_in_float32(torch.device(device))
         assert footprint(4096, 4096, 128256, torch.bfloat16, device=device).chunk <= 128 * MIB
+
+
+def test_ranks_agree_on_the_chunks_of_a_sequence(on_cuda: None) -> None:
+    """By the rank with the most classes, whether or not a weight is frozen; of a budget that is given, by that."""
+    shards: Any = SimpleNamespace(name="group", sizes=(60000, 68256))
+    found = set()
+    for classes, frozen in ((60000, False), (68256, False), (68256, True)):
+        hidden = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(classes, 4096, dtype=torch.bfloat16, device="meta", requires_grad=not frozen)
+        forms = [
+            vocabulary.form_for(shards, linear.project(hidden, weight, None, None, budget, None, row_parts=4))
+            for budget in (None, 64 * MIB)
+        ]
+        found.add(tuple(form.most_rows for form in forms))
+    assert found == {(68256 * 4096 // (68256 * 2), 64 * MIB // (68256 * 2))}
 
 
 # --- computed ---

@@ -144,20 +144,22 @@ def test_twice_the_ranks_hold_at_most_as_much(work: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "products"),
     [
-        ({"ranks": 1}, 3),
-        ({"ranks": 4}, 4),
-        ({"ranks": 4, "by_chunks": True}, 3),
-        ({"ranks": 1, "budget": 2**16}, 3),
-        ({"ranks": 1, "budget": 2**16, "size": 2}, 3),
-        ({"ranks": 4, "budget": 2**16, "size": 2}, 4),
+        ({"ranks": 1}, (3, 3)),
+        ({"ranks": 4}, (4, 4)),
+        ({"ranks": 4, "by_chunks": True}, (3, 3)),
+        ({"ranks": 1, "budget": 2**16}, (3, 3)),
+        ({"ranks": 1, "budget": 2**16, "size": 2}, (3, 4)),
+        ({"ranks": 4, "budget": 2**16, "size": 2}, (4, 5)),
     ],
 )
-def test_how_many_products_there_are(changes: dict[str, Any], products: int) -> None:
+def test_how_many_products_there_are(changes: dict[str, Any], products: tuple[int, int]) -> None:
+    """Where half precision is summed in float32, and where it is not."""
     work = model.Work(4096, 64, 8192, size=4, budget=2**40)._replace(**changes)
     one = 2 * 4096 * 64 * 8192 / work.ranks
-    parts = model.linear_form(work, COUNTING)
-    assert parts.products == pytest.approx(products * one)
-    assert parts.total == pytest.approx(parts.products)
+    for sums, count in zip((True, False), products, strict=True):
+        parts = model.linear_form(work, COUNTING._replace(sums=sums))
+        assert parts.products == pytest.approx(count * one)
+        assert parts.total == pytest.approx(parts.products)
 
 
 def test_passes_are_three_times_the_bytes() -> None:
