@@ -13,12 +13,18 @@ BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc 
 CXX_SOURCES := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SANITIZED := build/sanitize
 VERSIONS := build/versions
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile ops transforms flex supcon linear nn triton)) \
+    -k "not (TestRowLoss or TestKernels or gradcheck or accurate or small_factors or every_size or peak_memory or not_stored)"
 # ON builds the CUDA kernels or fails, OFF leaves them out; AUTO builds them where there are an NVIDIA GPU and nvcc.
 CUDA ?= AUTO
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)
+# Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope -p no:benchmark
+# The tests start a hundred processes that import torch, which takes three times as long where each compiles its modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot papers test test-versions fuzz bench report scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot papers test test-all test-versions fuzz bench report scale compile-report gpu-report lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -38,18 +44,19 @@ demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE again
 papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
 	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done
 
-# Two at a time, whose threads must not spin while they wait; pytest-benchmark wants to be alone and has no part in it.
 test: .venv/installed build/triton36/installed ## run the tests
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadscope -p no:benchmark $(ARGS)
+	$(PYTEST) -m "not exhaustive" $(ARGS)
 
-# What depends on torch most: its compiler, its autograd functions, the triton that comes with it. The products of losses,
-# shapes and options are left to `make test`.
+test-all: .venv/installed build/triton36/installed ## run them on all products of losses, shapes, dtypes and options
+	$(PYTEST) $(ARGS)
+
+# What depends on torch most: its compiler, its autograd functions, the triton that comes with it. Digits, shapes and memory
+# are left to `make test`.
 test-versions: $(VERSIONS)/oldest/installed $(VERSIONS)/newest/installed ## run a part of the tests on the oldest torch and on the newest
 	@for torch in oldest newest; do \
 	    $(VERSIONS)/$$torch/bin/python -c 'import torch; print("torch", torch.__version__)' && \
-	    OMP_WAIT_POLICY=passive $(VERSIONS)/$$torch/bin/python -m pytest -n 2 --dist loadscope -p no:benchmark -q \
-	        -k "not TestRowLoss" $(addprefix tests/test_,$(addsuffix .py,compile ops flex supcon linear nn triton)) \
-	        $(ARGS) || exit 1; \
+	    $(subst $(BIN),$(VERSIONS)/$$torch/bin,$(PYTEST)) -q \
+	        -m "not exhaustive" $(VERSION_TESTS) $(ARGS) || exit 1; \
 	done
 
 fuzz: .venv/installed ## draw losses, arguments and logits at random, half an hour: CASES=100000, ARGS="-k levels"

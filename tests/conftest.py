@@ -15,6 +15,7 @@ import torch
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import covering
 import interpreted
 
 from fusedloss import backends, ops
@@ -48,8 +49,10 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"triton: interpreted, {'in every shared test' if config.getoption('triton') else 'in test_triton.py alone'}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The interpreter is slow: what test_triton.py leaves out is for those who ask."""
+    covering.mark(items)
     if config.getoption("triton"):
         return
 

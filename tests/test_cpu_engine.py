@@ -533,6 +533,7 @@ def _run_between_guards(dtype: torch.dtype, classes: int, at_end: bool) -> None:
 
 
 @needs_guards
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("at_end", [False, True])
 def test_nothing_outside_of_the_rows_is_touched(dtype: torch.dtype, at_end: bool, instruction_set: str) -> None:

@@ -96,6 +96,7 @@ def compiled_impl() -> str:
     return "cuda"
 
 
+@pytest.mark.covering(2, test_one_class_takes_all=1)
 class TestRowLoss(RowLossSuite):
     """All of the suite, on one case for each way through the kernels."""
 
@@ -105,12 +106,17 @@ class TestRowLoss(RowLossSuite):
         CASES["dsc one-vs-rest"],
         CASES["flex dual focal"],
     ]
-    CERTAIN: ClassVar = [case for suite in SUITES.values() for case in suite.CERTAIN]
+    CERTAIN: ClassVar = [
+        case if i % 4 == 0 else pytest.param(case, marks=pytest.mark.exhaustive)  # the engine's epilogues, as they are
+        for suite in SUITES.values()
+        for i, case in enumerate(suite.CERTAIN)
+    ]
 
     test_gradcheck = None
     test_long_rows = None
 
 
+@pytest.mark.covering(2)
 class TestKernels(KernelSuite):
     EVERY_CASE = CASES
     SUMS: ClassVar = [(5, 9), (200, 9), (20, 600)]
@@ -120,8 +126,16 @@ class TestKernels(KernelSuite):
 LARGE = [name for name, case in CASES.items() if case.large]  # every loss
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        # Each one-vs-rest loss is a kernel of its own in every dtype; the others share one, and take turns.
+        pytest.param(name, dtype, marks=() if "one-vs-rest" in name or i % 4 == j else pytest.mark.exhaustive)
+        for i, name in enumerate(LARGE)
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
 def test_every_loss(name, dtype, generator, monkeypatch):
     """In clusters of 1, 2 and 4, of two reads and of one, where the gradient takes the logits' place."""
     case = CASES[name]
@@ -180,6 +194,7 @@ def _one_read_and_two(
     return [(*first, one), (*second, two)]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("on_chip", [True, False], ids=["on chip", "too wide"])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
 @pytest.mark.parametrize("epilogue", EPILOGUES)

@@ -148,6 +148,7 @@ def test_leading_dimensions_and_stride_0_upstream(name: str, drop_ignored: bool,
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 @each_loss
 def test_gradcheck(name: str, reduction: str, generator: torch.Generator) -> None:

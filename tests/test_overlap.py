@@ -273,6 +273,7 @@ def test_second_derivative(name, level, impl, generator):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("shape", [(), (6,)], ids=["0-d", "of each row"])
 @each_level
 @each_of_few
@@ -541,6 +542,7 @@ def test_instruction_sets_agree(name, dtype, generator):
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("loss", ["dsc", "tversky"])
 @pytest.mark.parametrize("shape", [(4, 3), (40, 64), (5, 2049), (3, 20001)], ids=str)
 def test_parts_of_the_classes(shape, loss, dtype, generator):

@@ -239,6 +239,11 @@ properties = settings(
 )
 
 
+def fit(classes: int, impl: str) -> int:
+    """Some blocks of the interpreted Triton kernels, which take seconds for long rows."""
+    return 2 + classes % 600 if impl == "triton" else classes
+
+
 def draw(rows: int, classes: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     z, target = logits_and_targets(rows, classes, generator, dtype)
@@ -248,6 +253,7 @@ def draw(rows: int, classes: int, seed: int, dtype: torch.dtype = torch.float64)
 @properties
 @given(losses, impls, row_counts, class_counts, seeds)
 def test_permuting_classes_permutes_gradients(loss, impl, rows, classes, seed):
+    classes = fit(classes, impl)
     z, target, upstream = draw(rows, classes, seed)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
     weight = class_weights(classes, torch.Generator().manual_seed(seed))
@@ -263,6 +269,7 @@ def test_permuting_classes_permutes_gradients(loss, impl, rows, classes, seed):
 @given(losses, impls, row_counts, class_counts, seeds, st.floats(-1000, 1000))
 def test_adding_a_constant_to_a_row_changes_nothing(loss, impl, rows, classes, seed, constant):
     assume(loss != "cross-entropy")  # its z-loss is of the normaliser, to which it adds
+    classes = fit(classes, impl)
     z, target, upstream = draw(rows, classes, seed)
     run = [
         with_gradient(lambda x: LOSSES[loss](x, target, reduction="none", impl=impl), moved, upstream)
@@ -291,6 +298,7 @@ def test_splitting_a_row_over_threads_gives_the_same_bits(loss, rows, classes, s
 @given(losses, compiled_impls, st.integers(2, 6), class_counts, seeds, st.sampled_from(DTYPES))
 def test_rows_are_independent(loss, impl, rows, classes, seed, dtype):
     """A row gives the same bits alone, among others and in another place."""
+    classes = fit(classes, impl)
     z, target, upstream = draw(rows, classes, seed, dtype)
     chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[: 1 + seed % rows]
 
@@ -307,6 +315,7 @@ def test_rows_are_independent(loss, impl, rows, classes, seed, dtype):
 def test_a_masked_class_is_a_class_less(loss, impl, rows, classes, seed):
     """-inf logits, at the edges or between, leave the loss of the classes that remain."""
     assume(classes > 3 and loss not in ("cross-entropy", "focal"))  # smoothing counts the classes
+    classes = fit(classes, impl)
     z, target, upstream = draw(rows, classes, seed)
     masked = torch.rand(classes, generator=torch.Generator().manual_seed(seed)) < (seed % 10) / 10
     masked[target] = False
