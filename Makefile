@@ -77,7 +77,7 @@ scale: .venv/installed ## predict the losses on many GPUs; writes a table and a 
 compile-report: .venv/installed build/triton36/installed ## compile the Triton and CUDA kernels for GPUs that need not be here; writes tables
 	$(BIN)/python bench/compile_report.py $(ARGS)
 
-gpu-report: .venv/installed ## on a machine with a GPU: its tests, then its benchmarks; writes a table and the figures
+gpu-report: .venv/installed ## on a machine with a GPU, 8 minutes: what is right and how fast; ARGS=--rehearse needs none
 	$(BIN)/python bench/gpu_report.py $(ARGS)
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format

@@ -33,8 +33,8 @@ class Timing(NamedTuple):
 
 
 #: What a GPU runs by default, by compute capability and dtype: "cuda" where that took less time than "triton" in the
-#: timing of as many classes, or up to twice as many; "triton" where there is none, as on every GPU so far. The section
-#: "Timings" of `make gpu-report` has the lines to put here, with the GPU's name beside them.
+#: timing of as many classes, or up to twice as many; "triton" where there is none, as on every GPU so far. The part
+#: "rows" of `make gpu-report` has the lines to put here, with the GPU's name beside them.
 TIMINGS: dict[tuple[int, int, torch.dtype], tuple[Timing, ...]] = {}
 
 
