@@ -171,8 +171,8 @@ def markdown(rows: Sequence[dict[str, str]]) -> list[str]:
     lines = [
         f"CUDA C++, the kernel of row losses without picks or a mean, by nvcc {rows[0]['nvcc']} for sm_90a. *scan* and",
         "*gradient*: instructions for each logit of an aligned row in the loop that copies and scans its tiles, and in",
-        "the loop that writes its gradient. Under a number of classes: the parts of a row, each the work of a block, and",
-        "how many blocks a multiprocessor holds.",
+        "the loop that writes its gradient. Under a number of classes: the parts of a row, each the work of a block,",
+        "and how many blocks a multiprocessor holds.",
         "",
         f"| {' | '.join(head)} |",
         f"| --- {'| ---: ' * (len(head) - 1)}|",

@@ -137,8 +137,8 @@ PYBIND11_MODULE(_engine, module) {
 
     py::class_<Rows>(module, "Rows")
         .def(py::init([](int dtype, Address logits, int64_t rows, int64_t classes, int64_t row_stride, Address target,
-                         Address candidates, int candidate_count, int top_k, bool below,
-                         bool mean, Address class_weight, double weight_sum, int threads) {
+                         Address candidates, int candidate_count, int top_k, bool below, bool mean,
+                         Address class_weight, double weight_sum, int threads) {
             return Rows{static_cast<DType>(dtype),
                         at<void>(logits),
                         rows,
@@ -155,13 +155,14 @@ PYBIND11_MODULE(_engine, module) {
                         threads_after_fork() ? threads_after_fork() : threads};
         }));
 
-    module.def("forward", [](const Rows& rows, const std::string& name,
-                             const std::vector<std::pair<Address, int64_t>>& params, Address common, Address loss, Address statistics, Address index, Address coefficients) {
-        const Epilogue epilogue = make_epilogue(name, params, common);
-        const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
-        py::gil_scoped_release release;
-        current->forward(rows, epilogue, out);
-    });
+    module.def("forward",
+               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
+                  Address common, Address loss, Address statistics, Address index, Address coefficients) {
+                   const Epilogue epilogue = make_epilogue(name, params, common);
+                   const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
+                   py::gil_scoped_release release;
+                   current->forward(rows, epilogue, out);
+               });
     module.def("backward",
                [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
                   Address statistics, Address index, Address coefficients, Address grad_output,

@@ -27,7 +27,7 @@ struct Rows {
     DType dtype;
     const void* logits;
     int64_t rows, classes, row_stride;
-    const int64_t* target;  // [rows]; a class or kIgnored
+    const int64_t* target;      // [rows]; a class or kIgnored
     const int64_t* candidates;  // [rows, candidate_count] or null
     int candidate_count;
     int top_k;                 // 0, 1 or 2 largest logits

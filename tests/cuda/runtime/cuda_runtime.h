@@ -5,10 +5,7 @@
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorIllegalAddress };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrClusterLaunch };
-enum cudaFuncAttribute {
-    cudaFuncAttributeMaxDynamicSharedMemorySize,
-    cudaFuncAttributePreferredSharedMemoryCarveout
-};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 
