@@ -64,6 +64,15 @@ def _row_sum(x):
 
 
 @triton.jit
+def _lanes(x, LANE: tl.constexpr, APART: tl.constexpr):
+    """A block (ROWS, BLOCK) as (ROWS, LANE, LANES), of which a thread has all that is of a lane."""
+    if APART:
+        return tl.reshape(x, (x.shape[0], LANE, x.shape[1] // LANE))
+    else:
+        return tl.permute(tl.reshape(x, (x.shape[0], x.shape[1] // LANE, LANE)), (0, 2, 1))
+
+
+@triton.jit
 def _in_block(column, begin, BLOCK: tl.constexpr):
     """Whether a column of any row is in the block that begins there."""
     return _any((column >= begin) & (column < begin + BLOCK))
@@ -227,12 +236,13 @@ def _scan(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
+    APART: tl.constexpr,
     T: tl.constexpr,
 ):
     """The statistics of a span, the columns from `begin` to `end`.
 
-    LANE columns side by side belong to one thread, which keeps a maximum and a sum of theirs in all blocks. Nothing is
-    reduced over threads before the span ends.
+    A lane is LANE columns of each block that a thread loads: side by side, or APART where rows begin anywhere. A thread
+    keeps a maximum and a sum of its lanes. Nothing is reduced over threads before the span ends.
     """
     LANE: tl.constexpr = BLOCK if SOURCE is not None else 128 // where[0].dtype.element_ty.primitive_bitwidth
     LANES: tl.constexpr = BLOCK // LANE
@@ -250,21 +260,21 @@ def _scan(
             of_columns = (z - _offset(target_logit)) * _class_weights(class_weight, columns, exists, T)
             if start + BLOCK > V:
                 of_columns = tl.where(exists, of_columns, 0.0)
-            mean += tl.sum(tl.reshape(of_columns, (ROWS, LANES, LANE)), 2)
+            mean += tl.sum(_lanes(of_columns, LANE, APART), 1)
         if _in_block(target, start, BLOCK):  # a part of its own
             z = tl.where(columns == target, -float("inf"), z)
         if SOURCE is not None:
             found = search(found, columns, exists & (columns != target), z, target_logit, TOP_K, BELOW)
-        z = tl.reshape(z, (ROWS, LANES, LANE))
-        higher = tl.maximum(maximum, tl.max(number(z), 2))
+        z = _lanes(z, LANE, APART)
+        higher = tl.maximum(maximum, tl.max(number(z), 1))
         if TOP_K > 0:
             at = tl.where(higher > maximum, start, at)
         if BELOW:
-            lower = tl.max(tl.where(z < target_logit[:, :, None], z, -float("inf")), 2)
+            lower = tl.max(tl.where(z < target_logit[:, :, None], z, -float("inf")), 1)
             below_at = tl.where(lower > below, start, below_at)
             below = tl.maximum(lower, below)
         reference = _reference(higher)
-        rest = rest * exp(maximum - reference) + tl.sum(exp(z - reference[:, :, None]), 2)
+        rest = rest * exp(maximum - reference) + tl.sum(exp(z - reference[:, None, :]), 1)
         maximum = higher
     highest = tl.max(maximum, 1, keep_dims=True)
     rest *= exp(maximum - _reference(highest))
@@ -492,6 +502,7 @@ def _term_sums(
     EXPONENT: tl.constexpr,
     SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    APART: tl.constexpr,
     T: tl.constexpr,
 ):
     """Of a span, the columns from `begin` to `end`, without the target and the top class: sums of exp(z - m), loss and
@@ -509,9 +520,9 @@ def _term_sums(
         e = exp(z - m)
         p = e * inverse
         f, g = _negative_terms(p, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
-        others += tl.sum(tl.reshape(e, (ROWS, LANES, LANE)), 2)
-        loss += tl.sum(tl.reshape(f, (ROWS, LANES, LANE)), 2)
-        slope += tl.sum(tl.reshape(p * g, (ROWS, LANES, LANE)), 2)
+        others += tl.sum(_lanes(e, LANE, APART), 1)
+        loss += tl.sum(_lanes(f, LANE, APART), 1)
+        slope += tl.sum(_lanes(p * g, LANE, APART), 1)
     return _row_sum(others), _row_sum(loss), _row_sum(slope)
 
 
@@ -661,6 +672,7 @@ def statistics_pass(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """SPLIT: grid (row blocks, spans), stores the statistics of a span of the rows. MERGE: takes them up from there.
 
@@ -695,7 +707,7 @@ def statistics_pass(
         for begin in range(first, last, SPAN * BLOCK):
             span = _scan(
                 where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, target_logit, class_weight,
-                SOURCE, TOP_K, BELOW, MEAN, BLOCK, SPAN, T,
+                SOURCE, TOP_K, BELOW, MEAN, BLOCK, SPAN, APART and TOP_K + BELOW == 0, T,
             )  # fmt: skip
             part = _merge(part, span)
 
@@ -746,6 +758,7 @@ def class_terms_pass(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
+    APART: tl.constexpr,
 ):
     """Losses and coefficients, from statistics with the top class. SPLIT and MERGE as in the statistics pass."""
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
@@ -773,7 +786,7 @@ def class_terms_pass(
         for begin in range(first, last, SPAN * BLOCK):
             span_others, span_loss, span_slope = _term_sums(
                 where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, top, m, inverse, class_weight,
-                values, TERM, EXPONENT, SOURCE, BLOCK, T,
+                values, TERM, EXPONENT, SOURCE, BLOCK, APART, T,
             )  # fmt: skip
             others += span_others
             of_row += span_loss

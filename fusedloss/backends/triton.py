@@ -133,7 +133,8 @@ def launch_options(kernel: Any, tile: Any, where: tuple[Any, ...], constants: di
 def _run_split(kernel: Any, spans: int, source: _Source, *arguments: Any, merge: bool = True, **constants: Any) -> None:
     """Over several programs for each of the rows, whose results another launch merges if asked to; or over one."""
     tile, merging = source.tile, source.tile._replace(rows=min(source.tile.rows, 32), warps=min(source.tile.warps, 4))
-    constants |= {"SOURCE": source.kind, "SPAN": tile.span}
+    apart = source.kind is None and source.classes % 16 > 0  # no loads of 16 bytes then
+    constants |= {"SOURCE": source.kind, "SPAN": tile.span, "APART": apart}
     row_blocks, merged_blocks = (-(-source.rows // t.rows) for t in (tile, merging))
     if spans > 1 or not merge:
         _run(kernel, (row_blocks, spans), tile, source.where, *arguments, **constants, SPLIT=True, MERGE=False)
