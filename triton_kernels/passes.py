@@ -689,11 +689,10 @@ def statistics_pass(
     target_logit = tl.where((t >= 0) | (live == 0), target_logit, float("nan"))
     end = tl.where(_any(live), V, 0)  # where all are ignored there is nothing to read
 
-    lowest, zero, _, _, _, _, nowhere, _, _ = _nothing(ROWS, T)
-    largest = tl.where(target_logit == target_logit, target_logit, -float("inf"))
-    part = (largest, zero, zero, largest, lowest, lowest, t, nowhere, nowhere)
-    if SPLIT:
-        part = _nothing(ROWS, T)
+    part = _nothing(ROWS, T)
+    if not SPLIT:  # begins with the target alone
+        largest = tl.where(target_logit == target_logit, target_logit, -float("inf"))
+        part = (largest, part[1], part[2], largest, part[4], part[5], t, part[7], part[8])
     if MERGE:
         for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
             at = rows + span * 3 * N
