@@ -10,8 +10,17 @@ from pathlib import Path
 #: What the oldest torch of the range brings. The Makefile puts it into the folder.
 OLDEST = "3.6.0"
 FOLDER = Path(__file__).parents[1] / "build/triton36"
-#: The most spills of a kernel that are known, by release and target. There are none elsewhere.
-KNOWN_SPILLS = {(OLDEST, "sm_90"): 15, (OLDEST, "sm_80"): 6, (OLDEST, "gfx942"): 414}
+#: The most spills of a kernel that are known, by release and target: all but one are of class terms, whose arithmetic
+#: takes more registers than a thread has where few programs should share a multiprocessor. There are none elsewhere.
+KNOWN_SPILLS = {
+    ("3.9.0", "sm_80"): 2,
+    ("3.9.0", "sm_100"): 6,
+    (OLDEST, "sm_90"): 14,
+    (OLDEST, "sm_80"): 12,
+    (OLDEST, "sm_100"): 2,
+}
+#: Kernels at which a compiler itself fails, by release, target, name and loss.
+KNOWN_FAILURES = {(OLDEST, "sm_100", "gradient_pass", "dsc_one_vs_rest, whole product")}
 
 
 def environments() -> dict[str, dict[str, str]]:

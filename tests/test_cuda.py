@@ -557,7 +557,7 @@ def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
         loss = fl.linear_focal_loss(hidden, weight, target, budget=budget, impl=impl)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    assert kernel_calls == {("row_loss_gradient_", "cuda"): 3 if budget else 1}
+    assert kernel_calls == {("row_loss_gradient_", "cuda"): 3 if budget else 1, ("scale_", "cuda"): 2}
 
 
 @pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)

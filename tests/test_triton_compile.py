@@ -21,15 +21,15 @@ ROOT = Path(__file__).parents[1]
 #: Of the main loop of a kernel for sm_90 with 32000 classes, by either Triton: the most instructions for each logit,
 #: barriers and shuffles. A gradient has no such loop, and the whole program is counted.
 BOUNDS = {
-    ("statistics_pass", "cross_entropy, plain", "bfloat16"): (22.2, 6, 14),
-    ("statistics_pass", "cross_entropy, plain", "float32"): (24.5, 6, 14),
-    ("gradient_pass", "cross_entropy, plain", "bfloat16"): (27.3, 0, 0),
-    ("gradient_pass", "cross_entropy, plain", "float32"): (34.7, 0, 0),
-    ("statistics_pass", "mixed_cross_entropy, plain", "bfloat16"): (38.6, 15, 27),
-    ("statistics_pass", "mixed_cross_entropy, plain", "float32"): (48.2, 15, 27),
+    ("statistics_pass", "cross_entropy, plain", "bfloat16"): (10, 0, 0),
+    ("statistics_pass", "cross_entropy, plain", "float32"): (11, 0, 0),
+    ("gradient_pass", "cross_entropy, plain", "bfloat16"): (14, 0, 0),
+    ("gradient_pass", "cross_entropy, plain", "float32"): (14, 0, 0),
+    ("statistics_pass", "mixed_cross_entropy, plain", "bfloat16"): (16, 0, 0),
+    ("statistics_pass", "mixed_cross_entropy, plain", "float32"): (16, 0, 0),
 }
 #: Of statistics, class terms and gradient of one-vs-rest dice together, in bfloat16.
-DICE_BOUND = 193.4
+DICE_BOUND = 120
 
 
 def compile_report(environment: dict[str, str]) -> dict[str, Any]:
@@ -91,7 +91,10 @@ def test_the_releases_are_those_that_are_said(everything, oldest):
 
 
 def test_every_kernel_compiles(report):
-    assert [row for row in report["kernels"] if row["error"]] == []
+    failed = {
+        tuple(row[name] for name in ("triton", "target", "kernel", "loss")) for row in report["kernels"] if row["error"]
+    }
+    assert failed <= tritons.KNOWN_FAILURES
 
 
 def test_no_register_is_spilled(report):
