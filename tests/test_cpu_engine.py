@@ -278,10 +278,10 @@ torch.set_num_threads(2)
 logits, target = torch.zeros(ROWS, CLASSES), torch.zeros(ROWS, dtype=torch.int64)
 
 def forward(picks, outputs, candidates, threads=2):
-    rows = _engine.Rows(1, logits.data_ptr(), ROWS, CLASSES, CLASSES, target.data_ptr(), -100,
+    rows = _engine.Rows(1, logits.data_ptr(), ROWS, CLASSES, CLASSES, target.data_ptr(),
                         candidates.data_ptr(), picks, 0, False, False, 0, 0.0, threads)
     loss, statistics, index, coefficients = (x.data_ptr() for x in outputs)
-    _engine.forward(rows, "cross_entropy", [], 1.0, 0.0, 0.0, loss, statistics, index, coefficients)
+    _engine.forward(rows, "cross_entropy", [], 0, loss, statistics, index, coefficients)
 
 def tensors(picks):
     sizes = (1, 6 + picks, picks, 3 + picks)
