@@ -30,7 +30,7 @@ class Footprint(NamedTuple):
     chunk: int
     """The logits of a chunk."""
     weight_sum: int
-    """The weight's gradient while the linear form adds it up: float32 at least, but for a bfloat16 one of one chunk."""
+    """The sum of the weight's gradient, float32 at least. With one bfloat16 chunk it is bfloat16."""
     hidden_sum: int
     """The hidden states' gradient until it is handed over, float32 for float16, which has not the range."""
     row: int
