@@ -10,8 +10,8 @@ from pathlib import Path
 #: What the oldest torch of the range brings. The Makefile puts it into the folder.
 OLDEST = "3.6.0"
 FOLDER = Path(__file__).parents[1] / "build/triton36"
-#: The most spills of a kernel that are known, by release and target: all but one are of class terms, whose arithmetic
-#: takes more registers than a thread has where few programs should share a multiprocessor. There are none elsewhere.
+#: The most spills of a kernel that are known, by release and target. Most are of class terms, which keep many values of
+#: each logit in registers; bench/results/compile.csv names every kernel. There are none elsewhere.
 KNOWN_SPILLS = {
     ("3.9.0", "sm_80"): 2,
     ("3.9.0", "sm_100"): 6,
