@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -53,15 +53,20 @@ def _rows(part: Part, impl: str) -> None:
         patch.object(selfcheck, "ready", lambda: [impl]),
         patch.object(selfcheck, "_device", lambda name: torch.device("cpu") if name == "reference" else part.device),
     ):
-        for i, example in enumerate(EXAMPLES):
-            # A rehearsal takes the dtypes in turn.
-            for dtype in DTYPES[i % 4 :][:1] if part.rehearse else DTYPES:
-                what = f"{example} {impl} {str(dtype)[6:]}"
-                if part.late(what):
-                    continue
-                with part.attempt(what):
-                    found = [selfcheck._errors(example, p._replace(logits=p.logits.to(dtype)))[impl] for p in problems]
-                    _row(part, what, [pair for pairs in found for pair in pairs])
+        for example, dtype in _in_each_dtype(part, EXAMPLES):
+            what = f"{example} {impl} {str(dtype)[6:]}"
+            if part.late(what):
+                continue
+            with part.attempt(what):
+                found = [selfcheck._errors(example, p._replace(logits=p.logits.to(dtype)))[impl] for p in problems]
+                _row(part, what, [pair for pairs in found for pair in pairs])
+
+
+def _in_each_dtype(part: Part, examples: Iterable[Example]) -> Iterator[tuple[Example, torch.dtype]]:
+    """Yield every example with every dtype; a rehearsal takes the dtypes in turn."""
+    for i, example in enumerate(examples):
+        for dtype in DTYPES[i % 4 :][:1] if part.rehearse else DTYPES:
+            yield example, dtype
 
 
 def _row(part: Part, what: str, errors: list[tuple[selfcheck.Error, selfcheck.Error]]) -> None:
@@ -87,16 +92,15 @@ def _linear(part: Part, impl: str) -> None:
     # Losses over the rows, and functions over the classes, have no linear form on kernels.
     some = [e for e in EXAMPLES if not e.over_rows and e.arguments.get("over") != "classes"]
     examples = [e for e in some if hasattr(fl, f"linear_{e.loss.__name__}")]
-    for i, example in enumerate(examples):
-        for dtype in DTYPES[i % 4 :][:1] if part.rehearse else DTYPES:
-            what = f"linear {example} {impl} {str(dtype)[6:]}"
-            if part.late(what):
-                continue
-            with part.attempt(what):
-                own = [x.to(dtype) for x in sources]
-                expected = _linear_step(example, [x.double() for x in own], target, "reference")
-                found = _linear_step(example, [x.to(part.device) for x in own], target.to(part.device), impl)
-                _require(part, what, found, expected, LINEAR_ALLOWED[dtype])
+    for example, dtype in _in_each_dtype(part, examples):
+        what = f"linear {example} {impl} {str(dtype)[6:]}"
+        if part.late(what):
+            continue
+        with part.attempt(what):
+            own = [x.to(dtype) for x in sources]
+            expected = _linear_step(example, [x.double() for x in own], target, "reference")
+            found = _linear_step(example, [x.to(part.device) for x in own], target.to(part.device), impl)
+            _require(part, what, found, expected, LINEAR_ALLOWED[dtype])
 
 
 def _linear_step(example: Example, sources: list[Tensor], target: Tensor, impl: str) -> tuple[Tensor, ...]:
