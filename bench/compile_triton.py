@@ -24,8 +24,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedloss import ops
 from fusedloss.backends import triton as backend
+from fusedloss.engine import operators as ops
 from fusedloss.triton_kernels import epilogues, launch
 
 TARGETS = {

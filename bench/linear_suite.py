@@ -22,8 +22,8 @@ from memory import peak_memory
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import timing
-from fusedloss.examples import EXAMPLES, Example
+from fusedloss.losses._registry import EXAMPLES, Example
+from fusedloss.tools import timing
 
 Shape = tuple[int, int, int]  # rows, features, classes
 Loss = Callable[..., Tensor]  # of hidden states (N, D) and weight (V, D), or of whatever is differentiated

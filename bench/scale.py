@@ -14,8 +14,8 @@ from pathlib import Path
 import scale_model as model
 from scale_model import H100, Machine, Parts, Work, linear_form
 
-from fusedloss.chunking import DEFAULT_BUDGET
-from fusedloss.ops import STATISTICS
+from fusedloss.engine.budgets import DEFAULT_BUDGET
+from fusedloss.engine.operators import STATISTICS
 
 OUTPUT = Path(__file__).parent / "results" / "scale"
 MEASURED = "## Measured"

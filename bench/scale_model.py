@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fusedloss.chunking import DEFAULT_BUDGET
-from fusedloss.ops import STATISTICS
+from fusedloss.engine.budgets import DEFAULT_BUDGET
+from fusedloss.engine.operators import STATISTICS
 
 
 class Link(NamedTuple):

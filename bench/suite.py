@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from memory import peak_memory
 
-from fusedloss import timing
-from fusedloss.examples import EXAMPLES, Example
+from fusedloss.losses._registry import EXAMPLES, Example
+from fusedloss.tools import timing
 
 MAIN = (1024, 32768)
 

@@ -19,7 +19,7 @@ from memory import peak_memory
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import timing
+from fusedloss.tools import timing
 
 Loss = Callable[[Tensor], Tensor]  # of features (N, D)
 

@@ -4,17 +4,17 @@ from importlib.metadata import version as _version
 
 from . import nn as nn  # not in __all__: `import *` must not take the place of torch's
 from .backends.cpu import set_threads_after_fork
-from .calibration import CalibrationBins, calibration_bins, calibration_error
-from .counts import normalizer
+from .definition.statistics import RowStats, Statistics
+from .distributed.normalizer import normalizer
+from .distributed.vocabulary import VocabularyShards
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
+from .losses.supcon import supcon_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
-from .statistics import RowStats, Statistics
-from .supcon import supcon_loss
-from .vocabulary import VocabularyShards
+from .metrics.calibration import CalibrationBins, calibration_bins, calibration_error
 
 __version__ = _version("fusedloss")
 

@@ -13,11 +13,12 @@ import torch
 
 import fusedloss
 
-from . import backends, selfcheck, timing
+from . import backends
 from .backends import cuda
 from .checks import DTYPES
-from .examples import EXAMPLES, Example
-from .footprint import footprint
+from .losses._registry import EXAMPLES, Example
+from .tools import selfcheck, timing
+from .tools.footprint import footprint
 
 #: Spread of the copies' times (third quartile over first) from which on the machine counts as busy.
 BUSY = 1.3

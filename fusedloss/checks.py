@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import transforms
-from .projection import Projection
+
+if TYPE_CHECKING:
+    from .definition.projection import Projection
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -132,8 +134,8 @@ def check_readable(name: str, value: Tensor) -> None:
         )
 
 
-def check_logits(input: object, target: object) -> None:
-    if not isinstance(input, Tensor | Projection):
+def check_logits(input: Any, target: object) -> None:
+    if not isinstance(input, Tensor) and not hasattr(input, "hidden"):  # of a Projection
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")

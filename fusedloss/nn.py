@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from . import backends, fsdp
+from . import backends
 from .checks import check_choice, check_int, check_number, is_dtensor
-from .linear import project
+from .distributed import fsdp
+from .distributed.vocabulary import local_projection
+from .engine.options import RowOptions
+from .engine.project import project
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
+from .losses.supcon import supcon_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
-from .row import RowOptions
-from .supcon import supcon_loss
-from .vocabulary import local_projection
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

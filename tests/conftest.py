@@ -18,7 +18,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 import covering
 import interpreted
 
-from fusedloss import backends, ops
+from fusedloss import backends
+from fusedloss.engine import operators as ops
 
 pytest.register_assert_rewrite("oracle", "row_suite", "kernel_suite")
 

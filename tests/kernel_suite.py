@@ -12,7 +12,8 @@ from test_traps import _far_apart_rows
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
+from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
 WAYS = ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import timing
-from fusedloss.examples import EXAMPLES, Example
+from fusedloss.losses._registry import EXAMPLES, Example
+from fusedloss.tools import timing
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"

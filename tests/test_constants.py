@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fusedloss as fl
-from fusedloss import constants
+from fusedloss.engine import constants
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
+from fusedloss.engine import operators as ops
 
 ROWS, CLASSES, FEATURES = 5, 21, 4
 

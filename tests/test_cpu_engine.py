@@ -22,8 +22,9 @@ from row_losses import INPLACE, LOSSES, computed, each_inplace_loss
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
 from fusedloss.checks import compute_dtype
+from fusedloss.engine import operators as ops
 
 if backends.unavailable("cpu") is not None:
     pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)

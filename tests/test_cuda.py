@@ -30,9 +30,10 @@ from row_suite import DTYPES, Problem, RowLossSuite, compute_dtype, logits_and_t
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
 from fusedloss.backends import cpu, cuda
-from fusedloss.contracts import Epilogues
+from fusedloss.engine import operators as ops
+from fusedloss.engine.contracts import Epilogues
 
 if compiler() is None:
     pytest.skip("there is no C++ compiler to build the kernels for the host with", allow_module_level=True)

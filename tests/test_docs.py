@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 import fusedloss as fl
 from fusedloss import __main__ as command
-from fusedloss import row
-from fusedloss.statistics import OPTIONAL
+from fusedloss.definition.statistics import OPTIONAL
+from fusedloss.engine import dispatch as row
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"

@@ -9,7 +9,7 @@ from row_suite import Case, RowLossSuite, class_weights, logits_and_targets, wit
 from torch.nn.functional import one_hot
 
 import fusedloss as fl
-from fusedloss import class_terms
+from fusedloss.engine import class_terms
 
 # --- losses as a user writes them ---
 
@@ -331,7 +331,7 @@ def test_ignored_rows_hold_harmless_values(impl, generator):
 MISSING = [
     (field, f"statistics=\\('{statistic}',\\)")
     for statistic in ("top", "second", "below", "mean")
-    for field in fl.statistics.OPTIONAL[statistic]
+    for field in fl.definition.statistics.OPTIONAL[statistic]
 ] + [(field, "candidates=") for field in ("candidate_logit", "candidate_ce")]
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import fusedloss as fl
-from fusedloss import chunking, linear
-from fusedloss.footprint import footprint
-from fusedloss.projection import Form
+from fusedloss.definition.projection import Form
+from fusedloss.engine import budgets as chunking
+from fusedloss.engine import chunks as linear
+from fusedloss.tools.footprint import footprint
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -48,7 +49,7 @@ def test_chunks_are_those_of_the_driver(
 _PEAKS = """
 import json, sys
 import torch, fusedloss as fl
-from fusedloss.footprint import footprint
+from fusedloss.tools.footprint import footprint
 from memory import peak_memory
 rows, features, classes, budget = 512, 128, 131072, 96 * 2**20
 target = torch.randint(classes, (rows,))

@@ -35,7 +35,8 @@ from row_suite import (
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, supcon
+from fusedloss import backends
+from fusedloss.losses import supcon
 
 READY = [name for name in ("reference", "cpu") if backends.unavailable(name) is None]
 needs_triton = pytest.mark.skipif(

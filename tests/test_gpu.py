@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.footprint import footprint
+from fusedloss.tools.footprint import footprint
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU that torch can use", allow_module_level=True)

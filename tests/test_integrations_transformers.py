@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
-from fusedloss import linear, ops
+from fusedloss.engine import chunks as linear
+from fusedloss.engine import operators as ops
 
 transformers = pytest.importorskip("transformers", reason="the integration needs the extra [transformers]")
 from fusedloss.integrations import transformers as integration  # noqa: E402

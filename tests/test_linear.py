@@ -19,8 +19,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
-from fusedloss import linear, ops
-from fusedloss.projection import Form
+from fusedloss.definition.projection import Form
+from fusedloss.engine import chunks as linear
+from fusedloss.engine import operators as ops
 
 ROWS, FEATURES, CLASSES = 37, 19, 131
 IGNORED = -1

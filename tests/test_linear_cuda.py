@@ -11,8 +11,12 @@ from no_gpu import NoGpu
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, chunking, linear, ops, vocabulary
-from fusedloss.footprint import footprint
+from fusedloss import backends
+from fusedloss.distributed import vocabulary
+from fusedloss.engine import budgets as chunking
+from fusedloss.engine import chunks as linear
+from fusedloss.engine import operators as ops
+from fusedloss.tools.footprint import footprint
 
 MIB = 2**20
 

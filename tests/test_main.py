@@ -12,9 +12,10 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import __main__ as command
-from fusedloss import backends, selfcheck
+from fusedloss import backends
 from fusedloss.backends import cuda
-from fusedloss.examples import EXAMPLES, Example
+from fusedloss.losses._registry import EXAMPLES, Example
+from fusedloss.tools import selfcheck
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.backends import memory
+from fusedloss.backends import buffer_pool as memory
 
 if backends.unavailable("cpu") is not None:
     pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
 from fusedloss.checks import compute_dtype
+from fusedloss.engine import operators as ops
 
 needs_cpu = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
 

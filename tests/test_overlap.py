@@ -29,7 +29,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
+from fusedloss.engine import operators as ops
 
 LEVELS = ["class", "set"]
 IGNORED = 1

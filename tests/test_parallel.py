@@ -15,7 +15,7 @@ from oracle import supervised_contrastive
 from torch import Tensor, nn
 
 import fusedloss as fl
-from fusedloss import supcon
+from fusedloss.losses import supcon
 
 FEATURES = 6
 

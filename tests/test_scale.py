@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedloss import linear
-from fusedloss.projection import Form
+from fusedloss.definition.projection import Form
+from fusedloss.engine import chunks as linear
 
 BENCH = Path(__file__).parents[1] / "bench"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.statistics import OPTIONAL
+from fusedloss.definition.statistics import OPTIONAL
 
 
 def test_fresh_memory_is_poisoned():

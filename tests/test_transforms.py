@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fusedloss as fl
-from fusedloss.examples import EXAMPLES, Example
+from fusedloss.losses._registry import EXAMPLES, Example
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 

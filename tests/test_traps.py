@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
 from fusedloss import _engine, backends
-from fusedloss.backends import cpu, memory
+from fusedloss.backends import buffer_pool as memory
+from fusedloss.backends import cpu
 
 #: Columns that the compiled passes take at a time, and those of one partial statistic.
 BLOCK, CHUNK = 2048, 8192

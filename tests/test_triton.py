@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fusedloss as fl
-from fusedloss import backends, ops
+from fusedloss import backends
 from fusedloss.backends import cpu, triton
+from fusedloss.engine import operators as ops
 
 if backends.unavailable("triton", torch.device("cpu")) is not None:
     pytest.skip(f"triton: {backends.unavailable('triton', torch.device('cpu'))}", allow_module_level=True)

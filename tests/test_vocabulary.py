@@ -22,7 +22,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.testing import assert_close
 
 import fusedloss as fl
-from fusedloss import class_terms
+from fusedloss.engine import class_terms
 
 ROWS, FEATURES, IGNORED = 13, 5, 3  # the ignored index is a class, as a padding index is
 

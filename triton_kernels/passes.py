@@ -27,7 +27,7 @@ from .device import convert, exp, log1p, multiply, number, tanh
 from .epilogues import power
 from .search import lane_columns, merge_found, search
 
-# Coefficients and statistics are laid out as fusedloss.ops says.
+# Coefficients and statistics are laid out as fusedloss.engine.operators says.
 _STATISTICS = tl.constexpr(6)
 _COEFFICIENTS = tl.constexpr(3)
 _IGNORED = tl.constexpr(-100)
@@ -426,7 +426,7 @@ def _target_weight(class_weight, target, live, V, T: tl.constexpr):
 
 @triton.jit
 def _common(common, K: tl.constexpr, T: tl.constexpr):
-    """What every loss has, see fusedloss.ops."""
+    """What every loss has, see fusedloss.engine.operators."""
     if common is None:
         return tl.full((1, 1), 1.0 if K == 0 else 0.0, T)
     else:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends, selfcheck
-from fusedloss.examples import EXAMPLES, Example
+from fusedloss import backends
+from fusedloss.losses._registry import EXAMPLES, Example
+from fusedloss.tools import selfcheck
 
 from .part import Part
 

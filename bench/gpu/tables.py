@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.timing import distance
+from fusedloss.tools.timing import distance
 
 from .part import Part
 from .timing import Clock

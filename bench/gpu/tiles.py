@@ -13,7 +13,7 @@ from torch import Tensor
 import fusedloss as fl
 from fusedloss import backends
 from fusedloss.backends import triton as backend
-from fusedloss.timing import distance
+from fusedloss.tools.timing import distance
 
 from .part import Part
 from .tables import FULL, HALF, ROW_CASES, Rows

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from . import cpu, cuda, memory, triton
+from . import buffer_pool as memory
+from . import cpu, cuda, triton
 
 #: Implementations by name: what each runs on, and why it is not ready (None when it is).
 IMPLS = ("reference", "cpu", "triton", "cuda")

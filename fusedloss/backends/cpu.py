@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checks import IGNORED, check_number, raise_index_error
-from ..contracts import Epilogues
-from . import memory, passes
+from ..engine import operators as ops
+from ..engine.contracts import Epilogues
+from . import buffer_pool as memory
+from . import passes
 from .passes import Backward, Forward
 
 try:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checks import check_indices
-from ..contracts import Epilogues
+from ..engine import operators as ops
+from ..engine.contracts import Epilogues
 from . import passes
 from .passes import Backward, Forward
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..contracts import Epilogues
+from ..engine import operators as ops
+from ..engine.contracts import Epilogues
 
 
 class Product(NamedTuple):

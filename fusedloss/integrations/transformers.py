@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fusedloss
-from fusedloss import fsdp
+
+from ..distributed import fsdp
 
 try:
     from transformers import PreTrainedModel

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_logits, check_parameter
-from ..epilogue import Overlap, power
-from ..examples import example
-from ..linear import linear_form
-from ..overlap import WITHOUT, overlap_loss, probabilities
-from ..row import RowOptions, row_form
+from ..definition.epilogue import Overlap, power
+from ..engine.options import RowOptions
+from ._linear import linear_form
+from ._options import row_form
+from ._overlap import WITHOUT, overlap_loss, probabilities
+from ._registry import example
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_logits
-from ..epilogue import Epilogue
-from ..examples import example
-from ..linear import linear_form
-from ..row import RowOptions, row_form, row_loss
-from ..statistics import OPTIONAL, Statistics
+from ..definition.epilogue import Epilogue
+from ..definition.statistics import OPTIONAL, Statistics
+from ..engine.dispatch import row_loss
+from ..engine.options import RowOptions
+from ._linear import linear_form
+from ._options import row_form
+from ._registry import example
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

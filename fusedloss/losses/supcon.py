@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import parallel, transforms
-from .autograd import differentiable
-from .checks import (
+from .. import transforms
+from ..checks import (
     DTYPES,
     IGNORED,
     INDEX_DTYPES,
@@ -28,11 +27,13 @@ from .checks import (
     has_autocast,
     may_read,
 )
-from .constants import parameter
-from .epilogue import Epilogue
-from .projection import Form, Projection
-from .row import row_loss
-from .statistics import Statistics
+from ..definition.epilogue import Epilogue
+from ..definition.projection import Form, Projection
+from ..definition.statistics import Statistics
+from ..distributed import batch as parallel
+from ..engine.constants import parameter
+from ..engine.dispatch import row_loss
+from ..engine.functions import differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
-from .examples import Example
+from ..checks import compute_dtype
+from ..losses._registry import Example
 
 #: The least memory traffic of a row loss (read, read and write the gradient) over that of a copy (read and write).
 FLOOR = 1.5

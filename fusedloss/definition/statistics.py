@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
-from .checks import IGNORED
+from ..checks import IGNORED
+from ..engine import operators as ops
 
 #: Statistics that are computed on request, and the fields that each gives.
 OPTIONAL = {

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .checks import DTYPES, compute_dtype
-from .examples import EXAMPLES, Example
+from .. import backends
+from ..checks import DTYPES, compute_dtype
+from ..losses._registry import EXAMPLES, Example
 
 #: What an error may have beyond twice that of the formula in PyTorch, in units of the last place.
 ULPS = 8

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .checks import check_int
+from ..checks import check_int
 
 #: Bytes of a chunk of logits where nothing else says how many: the argument, FUSEDLOSS_LINEAR_BUDGET or a GPU's rule.
 DEFAULT_BUDGET = 128 * 2**20

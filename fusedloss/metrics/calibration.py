@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_choice, check_index_dtype, check_int, check_local
-from .statistics import RowStats
+from ..checks import check_choice, check_index_dtype, check_int, check_local
+from ..definition.statistics import RowStats
 
 
 class CalibrationBins(NamedTuple):

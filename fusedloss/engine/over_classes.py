@@ -1,4 +1,4 @@
-"""The autograd functions of losses over the classes that no operator has whole: see :mod:`~fusedloss.class_terms`.
+"""The autograd functions of losses over the classes that no operator has whole: see :mod:`~fusedloss.engine.class_terms`.
 
 Of a group, whose ranks have some of the classes each, the sums of the terms take a collective after that of the
 statistics; those of p_k d_k come with them, and the gradient needs nothing more of the others. In one process a sum
@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, backends, ops, transforms
-from .autograd import Source
-from .backends import reference
-from .checks import compute_dtype
+from .. import backends, transforms
+from ..checks import compute_dtype
+from ..definition import reference
+from ..definition.epilogue import Epilogue, Overlap, Shared
+from ..definition.statistics import Picks, Statistics, Targets
+from ..distributed.vocabulary import VocabularyShards, differentiated_once
+from . import functions as autograd
+from . import operators as ops
 from .class_terms import LOSS, OTHERS, PARAMS, TOP, Coefficients, CompiledTerms, Rows, Terms, Wanted, vjp
-from .epilogue import Epilogue, Overlap, Shared
-from .statistics import Picks, Statistics, Targets
-from .vocabulary import VocabularyShards, differentiated_once
+from .functions import Source
 
 
 def row_losses(

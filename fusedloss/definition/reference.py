@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_indices, compute_dtype, may_read
-from ..epilogue import Epilogue, Shared
-from ..statistics import Picks, Statistics, Targets, assemble, dense_columns
+from .epilogue import Epilogue, Shared
+from .statistics import Picks, Statistics, Targets, assemble, dense_columns
 
 
 def row_losses(

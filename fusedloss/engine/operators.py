@@ -43,7 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import compute_dtype
+from ..checks import compute_dtype
 from .contracts import COEFFICIENTS as COEFFICIENTS
 from .contracts import STATISTICS as STATISTICS
 from .contracts import Contract, Epilogues

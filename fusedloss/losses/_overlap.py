@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import autograd, over_classes
-from .autograd import Source
-from .backends import reference
-from .checks import check_choice, check_number, compute_dtype
-from .constants import parameter
-from .epilogue import Overlap
-from .projection import Projection
-from .row import (
+from ..checks import check_choice, check_number, compute_dtype
+from ..definition import reference
+from ..definition.epilogue import Overlap
+from ..definition.projection import Projection
+from ..definition.statistics import Picks
+from ..engine import functions as autograd
+from ..engine import over_classes
+from ..engine.constants import parameter
+from ..engine.dispatch import (
     Problem,
-    RowOptions,
     dense_row_stats,
     has_compiled,
     in_chunks,
@@ -34,7 +34,8 @@ from .row import (
     row_stats,
     shaped_stats,
 )
-from .statistics import Picks
+from ..engine.functions import Source
+from ..engine.options import RowOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

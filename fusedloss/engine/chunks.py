@@ -7,21 +7,20 @@ give way to the next one's.
 
 from __future__ import annotations
 
-import inspect
-import math
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, chunking, ops, vocabulary
-from .checks import IGNORED, check_dtype, check_number, compute_dtype, has_autocast
-from .epilogue import is_class_term
-from .fsdp import check_whole
-from .projection import Form, Projection
-from .statistics import Picks, statistics_with_top
+from .. import backends
+from ..checks import IGNORED, compute_dtype
+from ..definition.epilogue import is_class_term
+from ..definition.projection import Form
+from ..definition.statistics import Picks, statistics_with_top
+from ..distributed import vocabulary
+from . import budgets as chunking
+from . import operators as ops
 
 #: Classes of a block of the weight's gradient in half precision: the product that is added to its sum stays small.
 WEIGHT_BLOCK = 4096
@@ -31,136 +30,6 @@ _NONE = (False, False, False)
 
 #: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
 PRODUCT_BLOCK = 1024
-
-_DOC = """{summary}
-
-The linear form of :func:`~fusedloss.{row}`: the same loss of the logits ``input @ linear_weight.T + linear_bias``,
-which are made a chunk at a time and never stored. "mean" and "sum" make the gradients together with the loss (three
-matrix products in all); "none", flex losses and parameters that require grad make the logits once more for them (four).
-The weight's gradient is summed in float32 at least. Gradients are computed only for what requires them.
-
-Args:
-    input: hidden states (*, D) of float64, float32, bfloat16 or float16. Under autocast it, the weight and the bias
-        are cast as by torch.nn.functional.linear.
-    linear_weight: (V, D), such as the weight of the output layer, tied or not.
-    target: (*) class indices of any integer dtype.
-    linear_bias: (V,) or None.
-    softcap: cap c > 0 of the logits, z = c tanh(z / c); None for none.
-    budget: bytes that a chunk of logits may take (with softcap, and its slope); None takes FUSEDLOSS_LINEAR_BUDGET or
-        else 128 MiB, and where an NVIDIA GPU sums the gradient of a weight (V, D) up to 4 V D bytes.
-    drop_ignored: leave ignored rows out of the products. Their number is read by the host, so that None does it on a
-        CPU only.
-    sequence_parallel: with a group, whose ranks then have an equal part of the hidden states each, (S / R, *, D), one
-        after the other along the first dimension; the target is that of all of them, (S, *). They are gathered chunk by
-        chunk, and their gradient is sent back likewise: no rank ever has all of them, but where a loss over the classes
-        runs in PyTorch.
-    {arguments}: as below. An `impl` of these alone is "triton_fused": on a GPU, kernels make the logits wherever they
-        look at them and store none; only gradients are chunks of `budget` bytes, and gradients of "mean" and "sum" take
-        four products too.
-
-Returns and raises as the row form, and ValueError for sizes, dtypes or devices that do not fit together and for a
-budget too small for the logits of one row.
-
-The row form, :func:`~fusedloss.{row}`:
-
-{document}
-"""
-
-
-def linear_form(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The form over hidden states of a loss over logits."""
-
-    def linear(
-        input: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        *arguments: Any,
-        linear_bias: Tensor | None = None,
-        softcap: float | None = None,
-        budget: int | None = None,
-        drop_ignored: bool | None = None,
-        sequence_parallel: bool = False,
-        **options: Any,
-    ) -> Any:
-        input, linear_weight, linear_bias, group, sequence_parallel = vocabulary.local_projection(
-            input, linear_weight, linear_bias, options.get("group"), sequence_parallel
-        )
-        if group is not None:
-            options["group"] = group
-        parts = vocabulary.row_parts(sequence_parallel, group)
-        projection = project(input, linear_weight, linear_bias, softcap, budget, drop_ignored, parts)
-        return loss(projection, target, *arguments, **options)
-
-    shared = inspect.signature(linear).parameters
-    own = list(inspect.signature(loss).parameters.values())
-    positional = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
-    keyword = [p for p in own if p.kind is p.KEYWORD_ONLY and p.name != "inplace_backward"]
-    form = [p for p in shared.values() if p.kind is p.KEYWORD_ONLY]
-    sources = [shared[name] for name in ("input", "linear_weight")]
-    linear.__signature__ = inspect.Signature([*sources, *positional[1:], *form, *keyword])  # type: ignore[attr-defined]
-    linear.__name__ = f"linear_{loss.__name__}"
-    linear.__qualname__ = linear.__name__
-    linear.__module__ = loss.__module__
-    linear.__doc__ = _DOC.format(
-        summary=inspect.getdoc(loss).splitlines()[0].replace("of logits", "of hidden states"),  # type: ignore[union-attr]
-        row=loss.__name__,
-        arguments=", ".join(p.name for p in (*positional[2:], *keyword)),
-        document=textwrap.indent(inspect.getdoc(loss) or "", "    "),
-    )
-    return linear
-
-
-def project(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    budget: int | None,
-    drop_ignored: bool | None,
-    row_parts: int = 1,
-) -> Projection:
-    """Checks what makes the logits and casts it under autocast."""
-    for name, value in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias)):
-        if value is None and name == "linear_bias":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        check_dtype(name, value)  # of a quantized weight, whose numbers autocast would take for its values
-    check_whole(weight)
-    if hidden.dim() < 1 or weight.dim() != 2:
-        raise ValueError(
-            f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input has D = {hidden.shape[-1]} features, but linear_weight {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_bias must be ({weight.shape[0]},), one a class, got shape {tuple(bias.shape)}")
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    for name, value in (("linear_weight", weight), ("linear_bias", bias)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, but input on {hidden.device}")
-        if value.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {value.dtype}, but input {hidden.dtype}")
-    if softcap is not None:
-        check_number("softcap", softcap, 0, above=True)
-        if not math.isfinite(softcap):
-            raise ValueError(f"softcap must be finite, got {softcap!r}")
-    budget = chunking.checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
-    if row_parts > 1:
-        drop_ignored = False  # whose rows they are matters
-    if drop_ignored is None:
-        drop_ignored = hidden.device.type == "cpu"
-    return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
-
-
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not has_autocast(device) or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
 class _RowGradients(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import DTYPES, compute_dtype
+from ..checks import DTYPES, compute_dtype
 
 STATISTICS = 6
 COEFFICIENTS = 3

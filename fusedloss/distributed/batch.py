@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import transforms
+from .. import transforms
 
 
 def check_group(group: object) -> None:

@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, ops, transforms
-from .checks import IGNORED, compute_dtype
-from .projection import Form, dense_logits
-from .vocabulary import VocabularyShards, columns
+from .. import transforms
+from ..checks import IGNORED, compute_dtype
+from ..definition.projection import Form, dense_logits
+from ..distributed.vocabulary import VocabularyShards, columns
+from . import functions as autograd
+from . import operators as ops
 
 #: Bytes of probabilities that class terms in PyTorch hold at a time.
 DENSE_BYTES = 2 * 2**20

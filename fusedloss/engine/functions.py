@@ -1,6 +1,6 @@
 """The autograd functions over the operators. Thin: an operator forward, an operator backward.
 
-Their source is logits in hand, or a :class:`~fusedloss.projection.Projection`: hidden states, weight and bias. A
+Their source is logits in hand, or a :class:`~fusedloss.definition.projection.Projection`: hidden states, weight and bias. A
 backward that is itself to be differentiated (create_graph=True) goes through the dense reference instead.
 """
 
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, transforms, vocabulary
-from .backends import reference
-from .checks import IGNORED, compute_dtype
-from .epilogue import Epilogue, Overlap, Shared
-from .projection import Form, Projection, dense_logits
-from .statistics import Columns, Picks, Targets, dense_columns, statistics_with_top
-from .vocabulary import VocabularyShards
+from .. import transforms
+from ..checks import IGNORED, compute_dtype
+from ..definition import reference
+from ..definition.epilogue import Epilogue, Overlap, Shared
+from ..definition.projection import Form, Projection, dense_logits
+from ..definition.statistics import Columns, Picks, Targets, dense_columns, statistics_with_top
+from ..distributed import vocabulary
+from ..distributed.vocabulary import VocabularyShards
+from . import operators as ops
 
 Source = Tensor | Projection
 

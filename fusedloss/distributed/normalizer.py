@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import (
+from ..checks import (
     IGNORED,
     check_index_dtype,
     check_indices,
@@ -20,7 +20,7 @@ from .checks import (
     may_read,
     normalized_targets,
 )
-from .parallel import check_group
+from .batch import check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -21,10 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import chunking, ops, parallel, transforms
-from .checks import IGNORED, check_int, is_dtensor
-from .projection import Form, Projection
-from .statistics import Picks, of_target
+from .. import transforms
+from ..checks import IGNORED, check_int, is_dtensor
+from ..definition.projection import Form, Projection
+from ..definition.statistics import Picks, of_target
+from ..engine import budgets as chunking
+from ..engine import operators as ops
+from . import batch as parallel
 
 
 @dataclass(frozen=True)

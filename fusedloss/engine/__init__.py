@@ -1,0 +1,1 @@
+"""One call: checked arguments become rows, operators and autograd functions run on them."""

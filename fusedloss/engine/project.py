@@ -1,0 +1,67 @@
+"""Checks of what a linear form makes its logits from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_dtype, check_number, has_autocast
+from ..definition.projection import Form, Projection
+from ..distributed.fsdp import check_whole
+from . import budgets
+
+
+def project(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    budget: int | None,
+    drop_ignored: bool | None,
+    row_parts: int = 1,
+) -> Projection:
+    """Checks what makes the logits and casts it under autocast."""
+    for name, value in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias)):
+        if value is None and name == "linear_bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        check_dtype(name, value)  # of a quantized weight, whose numbers autocast would take for its values
+    check_whole(weight)
+    if hidden.dim() < 1 or weight.dim() != 2:
+        raise ValueError(
+            f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"input has D = {hidden.shape[-1]} features, but linear_weight {weight.shape[1]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_bias must be ({weight.shape[0]},), one a class, got shape {tuple(bias.shape)}")
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    for name, value in (("linear_weight", weight), ("linear_bias", bias)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, but input on {hidden.device}")
+        if value.dtype != hidden.dtype:
+            raise ValueError(f"{name} is {value.dtype}, but input {hidden.dtype}")
+    if softcap is not None:
+        check_number("softcap", softcap, 0, above=True)
+        if not math.isfinite(softcap):
+            raise ValueError(f"softcap must be finite, got {softcap!r}")
+    budget = budgets.checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
+    if row_parts > 1:
+        drop_ignored = False  # whose rows they are matters
+    if drop_ignored is None:
+        drop_ignored = hidden.device.type == "cpu"
+    return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
+
+
+def _autocast(*tensors: Tensor | None) -> list[Any]:
+    device = tensors[0].device.type  # type: ignore[union-attr]
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]

@@ -1,0 +1,1 @@
+"""What `python -m fusedloss` runs: checks, timings, memory figures."""
