@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from . import backends
 from .checks import check_choice, check_int, check_number, is_dtensor
 from .distributed import fsdp
-from .distributed.vocabulary import local_projection
+from .distributed.dtensor import local_projection
 from .engine.options import RowOptions
 from .engine.project import project
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy

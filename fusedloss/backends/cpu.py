@@ -1,4 +1,4 @@
-"""The C++ engine's kernels for the operators: they allocate the outputs and hand over addresses."""
+"""The C++ engine: addresses, sizes and strides of a job's tensors are handed over."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from ..checks import IGNORED, check_number, raise_index_error
-from ..engine import operators as ops
-from ..engine.contracts import Epilogues
-from . import buffer_pool as memory
-from . import passes
-from .passes import Backward, Forward
+from ..definition.rows import Job
+from . import buffer_pool
+from .base import Backend, Epilogues, column
 
 try:
     from .. import _engine
@@ -18,14 +16,7 @@ except ImportError as error:
     _engine = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
 
-EPILOGUES = Epilogues.of(_engine)
-
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def unavailable() -> str | None:
-    """Why the engine cannot run; None if it can."""
-    return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
 
 
 def set_threads_after_fork(threads: int) -> None:
@@ -53,28 +44,27 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None = None,
-    candidate_count: int = 0,
-    top_k: int = 0,
-    below: bool = False,
-    mean: bool = False,
-) -> _engine.Rows:
-    rows, classes = logits.shape
+def _params(params: list[Tensor]) -> list[tuple[int, int]]:
+    return [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params]
+
+
+def _rows(job: Job, picks: int = 0, searches: bool = False) -> _engine.Rows:
+    """`searches`: for a statistics pass, which finds the picks. Elsewhere all of them are like candidates."""
+    rows, spec = job.rows, job.spec
+    logits, weight = rows.logits, rows.class_weight
+    count, classes = logits.shape
+    mean = searches and spec.mean
     return _engine.Rows(
         _DTYPE_CODES[logits.dtype],
         logits.data_ptr(),
-        rows,
+        count,
         classes,
         logits.stride(0),
-        target.data_ptr(),
-        _address(candidates),
-        candidate_count,
-        top_k,
-        below,
+        rows.target.data_ptr(),
+        _address(rows.candidates) if searches else 0,
+        picks,
+        spec.top_k if searches else 0,
+        searches and spec.below,
         mean,
         _address(weight),
         float(weight.sum(dtype=torch.float64)) if mean and weight is not None else float(classes),
@@ -82,142 +72,87 @@ def _rows(
     )
 
 
-def _params(params: list[Tensor]) -> list[tuple[int, int]]:
-    return [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params]
-
-
-def _check_saved(target: Tensor, index: Tensor, classes: int) -> None:
+def _check_saved(job: Job) -> None:
     """Check those of a gradient pass, which leaves out what is negative, and would write to any other column."""
-    lowest = -(2**63)
-    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED, lowest)
+    lowest, classes = -(2**63), job.rows.logits.shape[1]
+    _check("target", job.rows.target, classes, IGNORED, lowest)
+    _check("pick", job.index, classes, -1, lowest)
+
+
+def _check(name: str, index: Tensor, classes: int, ignored: int, lowest: int = 0) -> None:
+    bad = _engine.first_invalid(index.data_ptr(), index.numel(), classes, ignored, lowest)
     if bad >= 0:
-        raise_index_error("target", int(target[bad]), classes)
-    bad = _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, lowest)
-    if bad >= 0:
-        raise_index_error("pick", int(index.view(-1)[bad]), classes)
+        raise_index_error(name, int(index.view(-1)[bad]), classes)
 
 
-def _check_indices(target: Tensor, candidates: Tensor | None, classes: int) -> None:
-    bad = _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED)
-    if bad >= 0:
-        raise_index_error("target", int(target[bad]), classes)
-    if candidates is not None:
-        bad = _engine.first_invalid(candidates.data_ptr(), candidates.numel(), classes, 0)
-        if bad >= 0:
-            raise_index_error("candidate", int(candidates.view(-1)[bad]), classes)
+class Cpu(Backend):
+    name = "cpu"
+    epilogues = Epilogues.of(_engine)
 
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        if device is not None and device.type != self.runs_on:
+            return f"it runs on CPU tensors, but the input is on {device}"
+        return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
 
-def _statistics_pass(x: Forward) -> None:
-    classes = x.logits.shape[1]
-    _check_indices(x.target, x.candidates, classes)
-    candidate_count = 0 if x.candidates is None else x.candidates.shape[1]
-    settings = (x.candidates, candidate_count, x.top_k, x.below, x.mean)
-    _engine.forward(
-        _rows(x.logits, x.target, x.weight, *settings),
-        x.epilogue or "",
-        _params(x.params),
-        _address(x.common),
-        _address(x.loss),
-        x.statistics.data_ptr(),
-        x.index.data_ptr(),
-        _address(x.coefficients),
-    )
+    def forward(self, job: Job) -> None:
+        rows, classes = job.rows, job.rows.logits.shape[1]
+        _check("target", rows.target, classes, IGNORED)
+        count = 0
+        if rows.candidates is not None:
+            _check("candidate", rows.candidates, classes, 0)
+            count = rows.candidates.shape[1]
+        _engine.forward(
+            _rows(job, count, searches=True),
+            job.spec.epilogue,
+            _params(rows.params),
+            _address(rows.scalars),
+            _address(job.loss),
+            job.statistics.data_ptr(),
+            job.index.data_ptr(),
+            _address(job.coefficients),
+        )
 
+    def backward(self, job: Job) -> None:
+        assert job.coefficients is not None and job.grad is not None
+        _check_saved(job)
+        _engine.backward(
+            _rows(job, job.index.shape[0]),
+            job.spec.epilogue,
+            _params(job.rows.params),
+            job.statistics.data_ptr(),
+            job.index.data_ptr(),
+            job.coefficients.data_ptr(),
+            *column(job.upstream),
+            job.grad.data_ptr(),
+            job.grad.stride(0),
+        )
 
-def _new_gradient(logits: Tensor) -> Tensor:
-    grad = memory.empty(logits.shape, logits.dtype)
-    advise_huge_pages(grad)
-    return grad
+    def sums(self, job: Job) -> Tensor:
+        rows, spec = job.rows, job.spec
+        arguments = (_rows(job), spec.epilogue, _params(rows.params), job.statistics.data_ptr(), job.index.data_ptr())
+        count = rows.classes if spec.over_rows else len(rows.target)
+        sums = rows.logits.new_empty((2, count), dtype=torch.float64)
+        if spec.over_rows:
+            _engine.class_sums(*arguments, *column(job.upstream), _address(job.top_q), sums.data_ptr())
+        else:
+            _engine.term_sums(*arguments, sums.data_ptr())
+        return sums
 
+    def terms(self, job: Job) -> None:
+        assert job.loss is not None and job.coefficients is not None
+        _check("target", job.rows.target, job.rows.classes, IGNORED)
+        _check_saved(job)
+        _engine.class_terms(
+            _rows(job, job.index.shape[0]),
+            job.spec.epilogue,
+            _params(job.rows.params),
+            job.statistics.data_ptr(),
+            job.index.data_ptr(),
+            job.loss.data_ptr(),
+            job.coefficients.data_ptr(),
+        )
 
-def _gradient_pass(x: Backward) -> None:
-    _check_saved(x.target, x.index, x.logits.shape[1])
-    _engine.backward(
-        _rows(x.logits, x.target, x.weight, candidate_count=x.index.shape[0]),
-        x.epilogue,
-        _params(x.params),
-        x.statistics.data_ptr(),
-        x.index.data_ptr(),
-        x.coefficients.data_ptr(),
-        *passes.column(x.grad_output),
-        x.grad.data_ptr(),
-        x.grad.stride(0),
-    )
-
-
-def class_sums(
-    logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-    top_q: Tensor | None,
-) -> Tensor:
-    sums = ops.new_class_sums(logits)
-    _engine.class_sums(
-        _rows(logits, target, None),
-        epilogue,
-        _params(params),
-        statistics.data_ptr(),
-        index.data_ptr(),
-        *passes.column(row_weight),
-        _address(top_q),
-        sums.data_ptr(),
-    )
-    return sums
-
-
-def class_terms(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-) -> tuple[Tensor, Tensor]:
-    _check_indices(target, None, logits.shape[1])
-    _check_saved(target, index, logits.shape[1])
-    loss, coefficients = ops.new_losses(statistics)
-    _engine.class_terms(
-        _rows(logits, target, weight, top_k=1),
-        epilogue,
-        _params(params),
-        statistics.data_ptr(),
-        index.data_ptr(),
-        loss.data_ptr(),
-        coefficients.data_ptr(),
-    )
-    return loss, coefficients
-
-
-def term_sums(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-) -> Tensor:
-    sums = ops.new_term_sums(statistics)
-    rows = _rows(logits, target, weight)
-    saved = (statistics.data_ptr(), index.data_ptr())
-    _engine.term_sums(rows, epilogue, _params(params), *saved, sums.data_ptr())
-    return sums
-
-
-if _engine:
-    passes.register(
-        "CPU",
-        "cpu",
-        lambda: EPILOGUES,
-        _statistics_pass,
-        _gradient_pass,
-        _new_gradient,
-        class_sums=class_sums,
-        class_terms=class_terms,
-        term_sums=term_sums,
-    )
+    def new_gradient(self, logits: Tensor) -> Tensor:
+        gradient = buffer_pool.empty(logits.shape, logits.dtype)
+        advise_huge_pages(gradient)
+        return gradient

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_indices
-from ..engine import operators as ops
-from ..engine.contracts import Epilogues
-from . import passes
-from .passes import Backward, Forward
+from ..definition.rows import Job
+from .base import Backend, Epilogues, column
 
 try:
     from .. import _cuda
@@ -29,12 +27,6 @@ except ImportError as error:
 
 #: What they were built with, and for.
 TARGETS: str | None = _cuda.targets if _cuda else None
-
-#: In the order in which the kernels number them.
-EPILOGUES = Epilogues.of(_cuda)
-
-#: The type of device whose memory the kernels read. Tests have a build of them for the CPU.
-RUNS_ON = "cuda"
 
 #: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, bytes of a
 #: row for a block that sums over the rows.
@@ -56,21 +48,6 @@ _SUM_BLOCKS = 512
 _SCALE_BLOCKS = 1024
 
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def unavailable(device: torch.device | None = None) -> str | None:
-    """Why the kernels cannot run, here or for tensors on `device`; None if they can."""
-    if _cuda is None:
-        return _MISSING
-    if device is not None and device.type != RUNS_ON:
-        return f"it runs on GPU tensors, but the input is on {device}"
-    if RUNS_ON == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
-        return "there is no NVIDIA GPU that torch can use"
-    return None
-
-
-def has_epilogue(name: str) -> bool:
-    return name in EPILOGUES.rows or name in EPILOGUES.classes
 
 
 @cache
@@ -103,177 +80,159 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
     return Plan(threads, choices[-1], STAGES)
 
 
-def _run(job: _cuda.Job, logits: Tensor, on_chip: bool) -> None:
-    """`on_chip`: whether the kernel looks at the logits more than once."""
-    rows, classes = logits.shape
-    if rows == 0:
-        return
-    if classes > MAX_CLASSES:
-        raise ValueError(f"impl='cuda' takes at most {MAX_CLASSES} classes, got {classes}; use impl='reference'")
-    threads, parts, slots = plan(classes, logits.element_size(), *_limits(logits.device.index or 0))
-    if rows * parts >= 2**31:
-        raise ValueError(f"impl='cuda' takes fewer than {2**31 // parts} rows of {classes} classes, got {rows}")
-    job.threads, job.parts, job.slots = threads, parts, slots if on_chip else min(slots, STAGES)
-    _launch(_cuda.run, job, logits)
-
-
-def _launch(function: Callable[[_cuda.Job, int], None], job: _cuda.Job, logits: Tensor) -> None:
-    """On the stream that is current where the logits are."""
-    with torch.cuda.device(logits.device) if RUNS_ON == "cuda" else contextlib.nullcontext():
-        job.stream = torch.cuda.current_stream().cuda_stream if RUNS_ON == "cuda" else 0
-        function(job, _DTYPE_CODES[logits.dtype])
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _job(logits: Tensor, target: Tensor, weight: Tensor | None) -> _cuda.Job:
-    job = _cuda.Job()
-    job.logits = logits.data_ptr()
-    job.rows, job.classes = logits.shape
-    job.row_stride = logits.stride(0)
-    job.target = target.data_ptr()
-    job.class_weight = _address(weight)
-    job.epilogue = -1
-    return job
+class Cuda(Backend):
+    name = "cuda"
+    runs_on = "cuda"  # tests have a build of the kernels for the CPU
+    one_read = True
+
+    def __init__(self) -> None:
+        self._epilogues = Epilogues.of(_cuda)
+
+    @property
+    def epilogues(self) -> Epilogues:
+        """In the order in which the kernels number them."""
+        return self._epilogues
+
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        if _cuda is None:
+            return _MISSING
+        if device is not None and device.type != self.runs_on:
+            return f"it runs on GPU tensors, but the input is on {device}"
+        if self.runs_on == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
+            return "there is no NVIDIA GPU that torch can use"
+        return None
+
+    def forward(self, job: Job) -> None:
+        self._forward(job)
+
+    def with_gradient(self, job: Job) -> None:
+        self._forward(job)
+
+    def _forward(self, job: Job) -> None:
+        rows, spec = job.rows, job.spec
+        if rows.target.device.type == "cpu":
+            check_indices(rows.target, rows.candidates, rows.classes)
+        launch = self._launch_of(job)
+        launch.forward = True
+        if rows.candidates is not None:
+            launch.candidates, launch.candidate_count = rows.candidates.data_ptr(), rows.candidates.shape[1]
+            if launch.candidate_count > MAX_CANDIDATES:
+                raise ValueError(
+                    f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got "
+                    f"{launch.candidate_count}; use another implementation"
+                )
+        launch.top_k, launch.below, launch.mean = spec.top_k, spec.below, spec.mean
+        weight = rows.class_weight
+        weight_sum = weight.sum(dtype=torch.float64) if spec.mean and weight is not None else None
+        launch.weight_sum = _address(weight_sum)
+        if spec.epilogue:
+            launch.class_term = spec.epilogue in self.epilogues.classes
+            names = self.epilogues.classes if launch.class_term else self.epilogues.rows
+            _set_epilogue(launch, spec.epilogue, names, rows.params)
+        launch.common = _address(rows.scalars)
+        launch.loss, launch.coefficients = _address(job.loss), _address(job.coefficients)
+        if job.grad is not None:
+            _set_gradient(launch, job.grad, job.upstream)
+        self._run(launch, rows.logits, on_chip=job.grad is not None or launch.class_term)
+
+    def backward(self, job: Job) -> None:
+        assert job.grad is not None
+        launch = self._launch_of(job)
+        launch.candidate_count = job.index.shape[0]
+        if job.spec.epilogue in self.epilogues.classes:  # what others have of their own is in the coefficients
+            launch.class_term = True
+            _set_epilogue(launch, job.spec.epilogue, self.epilogues.classes, job.rows.params)
+        launch.coefficients = _address(job.coefficients)
+        _set_gradient(launch, job.grad, job.upstream)
+        self._run(launch, job.rows.logits, on_chip=False)
+
+    def sums(self, job: Job) -> Tensor:
+        return self._class_sums(job) if job.spec.over_rows else self._term_sums(job)
+
+    def _class_sums(self, job: Job) -> Tensor:
+        logits = job.rows.logits
+        rows, classes = logits.shape
+        launch = self._launch_of(job)
+        launch.class_weight = 0
+        _set_epilogue(launch, job.spec.epilogue, self.epilogues.sums, job.rows.params)
+        launch.upstream, launch.upstream_stride = column(job.upstream)
+        top_rest = job.statistics.new_empty(rows)
+        launch.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes * logits.element_size() // SUM_BYTES)))
+        sums = logits.new_empty((launch.groups, 2, classes), dtype=torch.float64)
+        launch.top_q, launch.top_rest, launch.sums = _address(job.top_q), top_rest.data_ptr(), sums.data_ptr()
+        if rows == 0:
+            return sums[0].zero_()
+        self._launch(_cuda.sum, launch, logits)
+        return sums.sum(0) if launch.groups > 1 else sums[0]
+
+    def _term_sums(self, job: Job) -> Tensor:
+        logits = job.rows.logits
+        sums = logits.new_empty((2, logits.shape[0]), dtype=torch.float64)
+        launch = self._launch_of(job)
+        launch.class_term = True
+        _set_epilogue(launch, job.spec.epilogue, self.epilogues.classes, job.rows.params)
+        launch.sums = sums.data_ptr()
+        self._run(launch, logits, on_chip=False)
+        return sums
+
+    def terms(self, job: Job) -> None:
+        # The statistics are computed anew: the logits are read for the terms in any case, right after.
+        spec = job.spec._replace(top_k=1, below=False, mean=False)
+        outputs = (torch.empty_like(job.statistics), torch.empty_like(job.index), job.loss, job.coefficients)
+        self._forward(Job(job.rows._replace(scalars=None), spec, *outputs))
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """The kernel reads the factor, and leaves the gradient alone where that is 1."""
+        if not gradient.is_contiguous():
+            raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
+        launch = _cuda.Job()
+        launch.grad, launch.rows, launch.upstream = gradient.data_ptr(), gradient.numel(), factor.data_ptr()
+        launch.groups = min(_SCALE_BLOCKS, -(-launch.rows * gradient.element_size() // (MAX_THREADS * 16)))
+        if launch.rows:
+            self._launch(_cuda.scale, launch, gradient)
+
+    def _launch_of(self, job: Job) -> _cuda.Job:
+        logits = job.rows.logits
+        launch = _cuda.Job()
+        launch.logits = logits.data_ptr()
+        launch.rows, launch.classes = logits.shape
+        launch.row_stride = logits.stride(0)
+        launch.target = job.rows.target.data_ptr()
+        launch.class_weight = _address(job.rows.class_weight)
+        launch.statistics, launch.index = job.statistics.data_ptr(), job.index.data_ptr()
+        launch.epilogue = -1
+        return launch
+
+    def _run(self, launch: _cuda.Job, logits: Tensor, on_chip: bool) -> None:
+        """`on_chip`: whether the kernel looks at the logits more than once."""
+        rows, classes = logits.shape
+        if rows == 0:
+            return
+        if classes > MAX_CLASSES:
+            raise ValueError(f"impl='cuda' takes at most {MAX_CLASSES} classes, got {classes}; use impl='reference'")
+        threads, parts, slots = plan(classes, logits.element_size(), *_limits(logits.device.index or 0))
+        if rows * parts >= 2**31:
+            raise ValueError(f"impl='cuda' takes fewer than {2**31 // parts} rows of {classes} classes, got {rows}")
+        launch.threads, launch.parts, launch.slots = threads, parts, slots if on_chip else min(slots, STAGES)
+        self._launch(_cuda.run, launch, logits)
+
+    def _launch(self, function: Callable[[_cuda.Job, int], None], launch: _cuda.Job, logits: Tensor) -> None:
+        """On the stream that is current where the logits are."""
+        on_gpu = self.runs_on == "cuda"
+        with torch.cuda.device(logits.device) if on_gpu else contextlib.nullcontext():
+            launch.stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
+            function(launch, _DTYPE_CODES[logits.dtype])
 
 
-def _set_epilogue(job: _cuda.Job, epilogue: str, names: Iterable[str], params: list[Tensor]) -> None:
-    job.epilogue = list(names).index(epilogue)
-    job.set_params([(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params])
+def _set_epilogue(launch: _cuda.Job, epilogue: str, names: Iterable[str], params: list[Tensor]) -> None:
+    launch.epilogue = list(names).index(epilogue)
+    launch.set_params([(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params])
 
 
-def _set_gradient(job: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None:
-    job.grad, job.grad_row_stride = grad.data_ptr(), grad.stride(0)
-    job.upstream, job.upstream_stride = passes.column(upstream)
-
-
-def _statistics_pass(x: Forward) -> None:
-    classes = x.logits.shape[1]
-    if x.logits.device.type == "cpu":
-        check_indices(x.target, x.candidates, classes)
-    job = _job(x.logits, x.target, x.weight)
-    job.forward = True
-    if x.candidates is not None:
-        job.candidates, job.candidate_count = x.candidates.data_ptr(), x.candidates.shape[1]
-        if job.candidate_count > MAX_CANDIDATES:
-            raise ValueError(
-                f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {job.candidate_count}; "
-                "use another implementation"
-            )
-    job.top_k, job.below, job.mean = x.top_k, x.below, x.mean
-    weight_sum = x.weight.sum(dtype=torch.float64) if x.mean and x.weight is not None else None
-    job.weight_sum = _address(weight_sum)
-    if x.epilogue is not None:
-        job.class_term = x.epilogue in EPILOGUES.classes
-        _set_epilogue(job, x.epilogue, EPILOGUES.classes if job.class_term else EPILOGUES.rows, x.params)
-    job.common = _address(x.common)
-    job.loss, job.coefficients = _address(x.loss), _address(x.coefficients)
-    job.statistics, job.index = x.statistics.data_ptr(), x.index.data_ptr()
-    if x.grad is not None:
-        _set_gradient(job, x.grad, x.row_weight)
-    _run(job, x.logits, on_chip=x.grad is not None or job.class_term)
-
-
-def _gradient_pass(x: Backward) -> None:
-    job = _job(x.logits, x.target, x.weight)
-    job.candidate_count = x.index.shape[0]
-    if x.epilogue in EPILOGUES.classes:  # what others have of their own is in the coefficients
-        job.class_term = True
-        _set_epilogue(job, x.epilogue, EPILOGUES.classes, x.params)
-    job.statistics, job.index = x.statistics.data_ptr(), x.index.data_ptr()
-    job.coefficients = x.coefficients.data_ptr()
-    _set_gradient(job, x.grad, x.grad_output)
-    _run(job, x.logits, on_chip=False)
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """The kernel reads the factor, and leaves the gradient alone where that is 1."""
-    if not gradient.is_contiguous():
-        raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
-    job = _cuda.Job()
-    job.grad, job.rows, job.upstream = gradient.data_ptr(), gradient.numel(), factor.data_ptr()
-    job.groups = min(_SCALE_BLOCKS, -(-job.rows * gradient.element_size() // (MAX_THREADS * 16)))
-    if job.rows:
-        _launch(_cuda.scale, job, gradient)
-
-
-def class_sums(
-    logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-    top_q: Tensor | None,
-) -> Tensor:
-    rows, classes = logits.shape
-    job = _job(logits, target, None)
-    _set_epilogue(job, epilogue, EPILOGUES.sums, params)
-    job.statistics, job.index = statistics.data_ptr(), index.data_ptr()
-    job.upstream, job.upstream_stride = passes.column(row_weight)
-    top_rest = statistics.new_empty(rows)
-    job.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes * logits.element_size() // SUM_BYTES)))
-    sums = logits.new_empty((job.groups, 2, classes), dtype=torch.float64)
-    job.top_q, job.top_rest, job.sums = _address(top_q), top_rest.data_ptr(), sums.data_ptr()
-    if rows == 0:
-        return sums[0].zero_()
-    _launch(_cuda.sum, job, logits)
-    return sums.sum(0) if job.groups > 1 else sums[0]
-
-
-def class_terms(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-) -> tuple[Tensor, Tensor]:
-    # The statistics are computed anew: the logits are read for the terms in any case, right after.
-    loss, coefficients = ops.new_losses(statistics)
-    outputs = (torch.empty_like(statistics), torch.empty_like(index), loss, coefficients)
-    settings = (None, epilogue, 1, False, False)
-    _statistics_pass(Forward(logits, target, weight, None, params, *settings, *outputs))
-    return loss, coefficients
-
-
-def term_sums(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-) -> Tensor:
-    sums = ops.new_term_sums(statistics)
-    job = _job(logits, target, weight)
-    job.class_term = True
-    _set_epilogue(job, epilogue, EPILOGUES.classes, params)
-    job.statistics, job.index, job.sums = statistics.data_ptr(), index.data_ptr(), sums.data_ptr()
-    _run(job, logits, on_chip=False)
-    return sums
-
-
-def register(device: str) -> None:
-    """Under a dispatch key."""
-    passes.register(
-        device,
-        "cuda",
-        lambda: EPILOGUES,
-        _statistics_pass,
-        _gradient_pass,
-        one_read=lambda x: True,
-        scale_=scale_,
-        class_sums=class_sums,
-        class_terms=class_terms,
-        term_sums=term_sums,
-    )
-
-
-if _cuda:
-    register("CUDA")
+def _set_gradient(launch: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None:
+    launch.grad, launch.grad_row_stride = grad.data_ptr(), grad.stride(0)
+    launch.upstream, launch.upstream_stride = column(upstream)

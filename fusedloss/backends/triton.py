@@ -1,4 +1,4 @@
-"""The Triton kernels for the operators: they allocate the outputs and launch. Triton is imported by the first."""
+"""The Triton kernels: how a job is cut into programs. Triton is imported by the first."""
 
 from __future__ import annotations
 
@@ -10,32 +10,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_indices
-from ..engine import operators as ops
-from ..engine.contracts import Epilogues
-from . import passes
-from .passes import Backward, Forward, Product
+from ..definition.rows import Job
+from .base import Backend, Epilogues
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-#: The type of device whose tensors the kernels take.
-RUNS_ON = "cpu" if INTERPRETED else "cuda"
-
-
-def unavailable(device: torch.device | None = None) -> str | None:
-    """Why the kernels cannot run, here or for tensors on `device`; None if they can."""
-    if device is not None and device.type != RUNS_ON:
-        kind = "CPU tensors while TRITON_INTERPRET is set" if INTERPRETED else "GPU tensors"
-        return f"it runs on {kind}, but the input is on {device}"
-    if device is None and not INTERPRETED and not torch.cuda.is_available():
-        return "there is no GPU that torch can use"
-    try:
-        _modules()
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-            return "triton is not installed"
-        return f"its kernels did not load ({type(error).__name__}: {error})"
-    return None
 
 
 def _modules() -> tuple[Any, Any, Any]:
@@ -45,16 +24,11 @@ def _modules() -> tuple[Any, Any, Any]:
 
 
 @cache
-def epilogues() -> Epilogues:
+def _epilogues() -> Epilogues:
     tables = _modules()[0]
     classes = {name: x.params for name, x in tables.CLASS_TERMS.items()}
     sums = {name: classes[name] - 1 for name in tables.SUMMED_TERMS}
     return Epilogues({name: x.params for name, x in tables.ROW_EPILOGUES.items()}, classes, sums)
-
-
-def has_epilogue(name: str) -> bool:
-    tables = _modules()[0]  # and not the cached tables: torch.compile warns of a cache in what it traces
-    return name in tables.ROW_EPILOGUES or name in tables.CLASS_TERMS
 
 
 @cache
@@ -79,19 +53,20 @@ class _Source(NamedTuple):
         return _modules()[1].spans(self.rows, self.classes, self.tile, multiprocessors)
 
 
-def _source(logits: Tensor | Product, table: str) -> _Source:
+def _source(job: Job, table: str) -> _Source:
     """With the tile from a table of launch.py."""
-    launch = _modules()[1]
+    launch, rows, form = _modules()[1], job.rows, job.spec.form
     tiles = getattr(launch, table)
-    if isinstance(logits, Tensor):
-        rows, classes = logits.shape
-        tile = launch.tile(classes, logits.element_size(), tiles)
-        return _Source((logits, logits.stride(0)), None, rows, classes, tile)
-    hidden, weight, bias, softcap, mask_target = logits
-    tile = launch.product_tile(len(hidden), hidden.element_size(), table == "CLASS_TILES")
-    where = (hidden, *hidden.stride(), weight, *weight.stride(), hidden.shape[1])
-    kind = launch.Product(tile.depth, _precision(hidden), softcap, mask_target)
-    return _Source(where if bias is None else (*where, bias), kind, len(hidden), len(weight), tile)
+    first = rows.hidden[0]
+    if not rows.is_linear:
+        count, classes = first.shape
+        tile = launch.tile(classes, first.element_size(), tiles)
+        return _Source((first, first.stride(0)), None, count, classes, tile)
+    (weight,), bias = rows.weight, rows.bias
+    tile = launch.product_tile(len(first), first.element_size(), table == "CLASS_TILES")
+    where = (first, *first.stride(), weight, *weight.stride(), first.shape[1])
+    kind = launch.Product(tile.depth, _precision(first), form.softcap, form.mask_target)
+    return _Source(where if bias is None else (*where, bias), kind, len(first), len(weight), tile)
 
 
 def _precision(hidden: Tensor) -> str:
@@ -158,160 +133,172 @@ def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     return tuple(params), tuple(p.stride(0) if p.dim() else 0 for p in params)
 
 
-def _statistics_pass(x: Forward) -> None:
-    tables, _, kernels = _modules()
-    heavy = x.top_k > 0 or x.below
-    table = (
-        "IN_ONE_TILES" if x.grad is not None else "CLASS_TILES" if heavy and isinstance(x.logits, Product) else "TILES"
-    )
-    source = _source(x.logits, table)
-    if x.target.device.type == "cpu":
-        check_indices(x.target, x.candidates, source.classes)
-    spans = 1 if x.grad is not None else source.spans
-    row_epilogue = tables.ROW_EPILOGUES.get(x.epilogue)
-    params = x.params if row_epilogue else []
-    picks = len(x.index)
-    _run_split(
-        kernels.statistics_pass,
-        spans,
-        source,
-        x.target,
-        x.weight,
-        x.weight.sum(dtype=torch.float64) if x.mean and x.weight is not None else None,
-        x.candidates,
-        *_params(params),
-        x.loss,
-        x.statistics,
-        x.index,
-        x.coefficients,
-        *_parts(x.statistics, spans, source.rows, torch.float64, x.statistics.dtype, torch.int32),
-        x.grad,
-        0 if x.grad is None else x.grad.stride(0),
-        x.row_weight,
-        0 if x.row_weight is None else x.row_weight.stride(0),
-        source.rows,
-        source.classes,
-        x.common,
-        EPILOGUE=row_epilogue and row_epilogue.function,
-        PARAMS=len(params),
-        TOP_K=x.top_k,
-        BELOW=x.below,
-        MEAN=x.mean,
-        PICKS=picks,
-        PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
-    )
-    if x.epilogue is not None and row_epilogue is None:
-        rows = (x.logits, x.target, x.weight, x.statistics, x.index, x.params, x.epilogue)
-        _class_terms_pass(*rows, x.common, x.loss, x.coefficients)
+class Triton(Backend):
+    """Of logits in hand; or, with `makes_logits`, of logits that the kernels make wherever they look at them."""
+
+    runs_on = "cpu" if INTERPRETED else "cuda"
+
+    def __init__(self, name: str, makes_logits: bool) -> None:
+        self.name, self.makes_logits = name, makes_logits
+
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        if device is not None and device.type != self.runs_on:
+            kind = "CPU tensors while TRITON_INTERPRET is set" if INTERPRETED else "GPU tensors"
+            return f"it runs on {kind}, but the input is on {device}"
+        if device is None and not INTERPRETED and not torch.cuda.is_available():
+            return "there is no GPU that torch can use"
+        try:
+            _modules()
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+                return "triton is not installed"
+            return f"its kernels did not load ({type(error).__name__}: {error})"
+        return None
+
+    @property
+    def epilogues(self) -> Epilogues:
+        # torch.compile warns of a cache in what it traces.
+        return _epilogues.__wrapped__() if torch.compiler.is_compiling() else _epilogues()
+
+    def forward(self, job: Job) -> None:
+        tables, _, kernels = _modules()
+        rows, spec = job.rows, job.spec
+        heavy = rows.is_linear and (spec.top_k > 0 or spec.below)
+        source = _source(job, "IN_ONE_TILES" if job.grad is not None else "CLASS_TILES" if heavy else "TILES")
+        if rows.target.device.type == "cpu":
+            check_indices(rows.target, rows.candidates, source.classes)
+        spans = 1 if job.grad is not None else source.spans
+        row_epilogue = tables.ROW_EPILOGUES.get(spec.epilogue)
+        params = rows.params if row_epilogue else []
+        weight, picks = rows.class_weight, len(job.index)
+        _run_split(
+            kernels.statistics_pass,
+            spans,
+            source,
+            rows.target,
+            weight,
+            weight.sum(dtype=torch.float64) if spec.mean and weight is not None else None,
+            rows.candidates,
+            *_params(params),
+            job.loss,
+            job.statistics,
+            job.index,
+            job.coefficients,
+            *_parts(job.statistics, spans, source.rows, torch.float64, job.statistics.dtype, torch.int32),
+            job.grad,
+            0 if job.grad is None else job.grad.stride(0),
+            job.upstream,
+            0 if job.upstream is None else job.upstream.stride(0),
+            source.rows,
+            source.classes,
+            rows.scalars,
+            EPILOGUE=row_epilogue and row_epilogue.function,
+            PARAMS=len(params),
+            TOP_K=spec.top_k,
+            BELOW=spec.below,
+            MEAN=spec.mean,
+            PICKS=picks,
+            PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
+        )
+        if spec.epilogue and row_epilogue is None:
+            _class_terms_pass(job)
+
+    def with_gradient(self, job: Job) -> None:
+        """Of one read where programs have whole rows."""
+        if job.spec.epilogue in _modules()[0].ROW_EPILOGUES and _source(job, "TILES").spans == 1:
+            self.forward(job)
+        else:
+            super().with_gradient(job)
+
+    def backward(self, job: Job) -> None:
+        assert job.grad is not None
+        rows, kernels, term = job.rows, _modules()[2], _term(job.spec.epilogue)
+        source = _source(job, "GRADIENT_TILES" if term["TERM"] is None else "CLASS_TILES")
+        tile = source.tile
+        params = [] if term["TERM"] is None else rows.params  # those of a row epilogue are in the coefficients
+        _run(
+            kernels.gradient_pass,
+            (-(-source.rows // tile.rows) * -(-source.classes // tile.block),),
+            tile,
+            source.where,
+            rows.target,
+            rows.class_weight,
+            job.statistics,
+            job.index,
+            job.coefficients,
+            job.upstream,
+            0 if job.upstream is None else job.upstream.stride(0),
+            *_params(params),
+            job.grad,
+            job.grad.stride(0),
+            source.rows,
+            source.classes,
+            **term,
+            PARAMS=len(params),
+            SOURCE=source.kind,
+            PICKS=len(job.index),
+        )
+
+    def sums(self, job: Job) -> Tensor:
+        return _class_sums(job) if job.spec.over_rows else _class_terms_pass(job)[:, 1:].sum(0)
+
+    def terms(self, job: Job) -> None:
+        _class_terms_pass(job)
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """The kernel reads the factor, and leaves the gradient alone where that is 1."""
+        from ..triton_kernels import scale
+
+        if not gradient.is_contiguous():
+            raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
+        programs = min(scale.PROGRAMS, -(-gradient.numel() // scale.BLOCK))
+        if programs:
+            arguments = (gradient, factor, gradient.numel())
+            options = {"BLOCK": scale.BLOCK, "num_warps": 4, "enable_fp_fusion": True}
+            _launch(scale.scale_pass, (programs,), gradient.device, *arguments, **options)
 
 
-def _class_terms_pass(
-    logits: Tensor | Product,
-    target: Tensor,
-    weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-    common: Tensor | None = None,
-    loss: Tensor | None = None,
-    coefficients: Tensor | None = None,
-) -> Tensor:
+def _class_terms_pass(job: Job) -> Tensor:
     """Writes losses and coefficients; without them gives the sums of the rows' spans (S, 3, N)."""
     _, launch, kernels = _modules()
-    source = _source(logits, "CLASS_TILES")
-    merge = loss is not None
-    spans = launch.all_spans(source.classes, source.tile)
-    if merge:
-        spans = source.spans
-    parts = statistics.new_empty((spans if spans > 1 or not merge else 0, 3, source.rows), dtype=torch.float64)
+    rows, source = job.rows, _source(job, "CLASS_TILES")
+    merge = job.loss is not None
+    spans = source.spans if merge else launch.all_spans(source.classes, source.tile)
+    shape = (spans if spans > 1 or not merge else 0, 3, source.rows)
+    parts = job.statistics.new_empty(shape, dtype=torch.float64)
     _run_split(
         kernels.class_terms_pass,
         spans,
         source,
-        target,
-        weight,
-        *_params(params),
-        statistics,
-        index,
-        loss,
-        coefficients,
+        rows.target,
+        rows.class_weight,
+        *_params(rows.params),
+        job.statistics,
+        job.index,
+        job.loss,
+        job.coefficients,
         parts,
         source.rows,
         source.classes,
-        common,
+        rows.scalars,
         merge=merge,
-        **_term(epilogue),
-        PARAMS=len(params),
+        **_term(job.spec.epilogue),
+        PARAMS=len(rows.params),
     )
     return parts
 
 
-def _gradient_pass(x: Backward) -> None:
-    kernels = _modules()[2]
-    term = _term(x.epilogue)
-    source = _source(x.logits, "GRADIENT_TILES" if term["TERM"] is None else "CLASS_TILES")
-    tile = source.tile
-    params = [] if term["TERM"] is None else x.params  # those of a row epilogue are in the coefficients
-    _run(
-        kernels.gradient_pass,
-        (-(-source.rows // tile.rows) * -(-source.classes // tile.block),),
-        tile,
-        source.where,
-        x.target,
-        x.weight,
-        x.statistics,
-        x.index,
-        x.coefficients,
-        x.grad_output,
-        0 if x.grad_output is None else x.grad_output.stride(0),
-        *_params(params),
-        x.grad,
-        x.grad.stride(0),
-        source.rows,
-        source.classes,
-        **term,
-        PARAMS=len(params),
-        SOURCE=source.kind,
-        PICKS=len(x.index),
-    )
-
-
-def _one_read(x: Forward) -> bool:
-    """Where programs have whole rows."""
-    tables = _modules()[0]
-    source = _source(x.logits, "TILES")
-    return x.epilogue in tables.ROW_EPILOGUES and source.spans == 1
-
-
-def class_sums(
-    logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-    top_q: Tensor | None,
-) -> Tensor:
+def _class_sums(job: Job) -> Tensor:
     tables, launch, kernels = _modules()
+    logits, target, top_q = job.rows.logits, job.rows.target, job.top_q
     rows, classes = logits.shape
-    term = tables.CLASS_TERMS[epilogue]
+    term = tables.CLASS_TERMS[job.spec.epilogue]
+    where = (logits, logits.stride(0))
     if top_q is None:
         tile = launch.tile(classes, logits.element_size(), launch.CLASS_TILES)
-        top_q = statistics.new_empty(rows)
-        _run(
-            kernels.top_rest_pass,
-            (-(-rows // tile.rows),),
-            tile,
-            (logits, logits.stride(0)),
-            target,
-            statistics,
-            index,
-            top_q,
-            rows,
-            classes,
-        )
+        top_q = job.statistics.new_empty(rows)
+        arguments = (target, job.statistics, job.index, top_q, rows, classes)
+        _run(kernels.top_rest_pass, (-(-rows // tile.rows),), tile, where, *arguments)
     tile = launch.column_tile(classes, logits.element_size())
     groups = launch.row_groups(rows, classes, tile, _multiprocessors(logits.device))
     sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
@@ -319,67 +306,20 @@ def class_sums(
         kernels.class_sums_pass,
         (-(-classes // tile.block), groups),
         tile,
-        (logits, logits.stride(0)),
+        where,
         target,
-        row_weight,
-        0 if row_weight is None else row_weight.stride(0),
-        statistics,
-        index,
+        job.upstream,
+        0 if job.upstream is None else job.upstream.stride(0),
+        job.statistics,
+        job.index,
         top_q,
-        *_params(params),
+        *_params(job.rows.params),
         sums,
         rows,
         classes,
         -(-rows // (groups * tile.rows)) * tile.rows,
         OVERLAP=term.overlap,
         EXPONENT=term.exponent,
-        PARAMS=len(params),
+        PARAMS=len(job.rows.params),
     )
     return sums.sum(0) if groups > 1 else sums[0]
-
-
-def class_terms(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    statistics: Tensor,
-    index: Tensor,
-    params: list[Tensor],
-    epilogue: str,
-) -> tuple[Tensor, Tensor]:
-    loss, coefficients = ops.new_losses(statistics)
-    _class_terms_pass(logits, target, weight, statistics, index, params, epilogue, None, loss, coefficients)
-    return loss, coefficients
-
-
-def term_sums(*arguments: Any) -> Tensor:
-    return _class_terms_pass(*arguments)[:, 1:].sum(0)
-
-
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """The kernel reads the factor, and leaves the gradient alone where that is 1."""
-    from ..triton_kernels import scale
-
-    if not gradient.is_contiguous():
-        raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
-    programs = min(scale.PROGRAMS, -(-gradient.numel() // scale.BLOCK))
-    if programs:
-        arguments = (gradient, factor, gradient.numel())
-        options = {"BLOCK": scale.BLOCK, "num_warps": 4, "enable_fp_fusion": True}
-        _launch(scale.scale_pass, (programs,), gradient.device, *arguments, **options)
-
-
-_DEVICE = "CPU" if INTERPRETED else "CUDA"
-passes.register(
-    _DEVICE,
-    "triton",
-    epilogues,
-    _statistics_pass,
-    _gradient_pass,
-    one_read=_one_read,
-    class_sums=class_sums,
-    class_terms=class_terms,
-    term_sums=term_sums,
-    scale_=scale_,
-)
-passes.register_products(_DEVICE, "triton_fused", epilogues, _statistics_pass, _gradient_pass, term_sums, scale_)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -81,51 +81,18 @@ class Overlap:
         return torch.where(total == 0, 0, error / torch.where(total == 0, 1, total))
 
 
-def is_class_term(name: str) -> bool:
-    """Tell whether the compiled epilogue of that name is a term of each class: see :class:`Overlap`."""
-    return name.endswith(("_one_vs_rest", "_over_rows"))
-
-
-class Shared(NamedTuple):
-    """The terms that every loss shares: label smoothing and z-loss."""
-
-    label_smoothing: float = 0.0
-    smoothing_over: str = "all"
-    z_loss: float = 0.0
-
-    @property
-    def smooths(self) -> bool:
-        """Whether the loss has a term of the mean of -log p_j."""
-        return self.label_smoothing != 0
-
-    def numbers(self, classes: int) -> tuple[float, ...]:
-        """(main, smooth, z_loss) as the passes take them, nothing for (1, 0, 0)."""
-        if self.label_smoothing == 0 and self.z_loss == 0:
-            return ()
-        return (*self.coefficients(classes), self.z_loss)
-
-    def coefficients(self, classes: int) -> tuple[float, float]:
-        """(main, smooth) of L = main * loss + smooth * sum_j -log p_j."""
-        eps = self.label_smoothing
-        if self.smoothing_over == "all":
-            return 1.0 - eps, eps / classes
-        if classes == 1:
-            return 1.0, 0.0
-        return 1.0 - eps - eps / (classes - 1), eps / (classes - 1)
-
-    def apply(self, base: Tensor, s: Statistics, weight: Tensor | None, classes: int, weighted: bool) -> Tensor:
-        """The rows' whole losses; `weighted`: the base already holds the class weights."""
-        main, smooth = self.coefficients(classes)
-        loss = base if main == 1.0 else main * base
-        row_weight = None if weight is None else weight[s.target]
-        if row_weight is not None and not weighted:
-            loss = row_weight * loss
-        if self.z_loss:
-            z_term = self.z_loss * s.lse.square()
-            loss = loss + (z_term if row_weight is None else row_weight * z_term)
-        if smooth:
-            loss = loss + smooth * classes * s.mean_ce
-        return loss
+def common_factors(
+    label_smoothing: float, smoothing_over: str, z_loss: float, classes: int
+) -> tuple[float, float, float] | tuple[()]:
+    """(main, smooth, z_loss) of main * loss + smooth * sum_j w_j (-log p_j) + z_loss * lse^2, nothing for (1, 0, 0)."""
+    eps = label_smoothing
+    if eps == 0:
+        return () if z_loss == 0 else (1.0, 0.0, z_loss)
+    if smoothing_over == "all":
+        return 1.0 - eps, eps / classes, z_loss
+    if classes == 1:
+        return 1.0, 0.0, z_loss
+    return 1.0 - eps - eps / (classes - 1), eps / (classes - 1), z_loss
 
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Logits before they are made: hidden states, the weight and bias that project them, and how."""
 
-from __future__ import annotations
-
+# Annotations are evaluated here: a Form's are read, see fusedloss.definition.rows.
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,20 +12,20 @@ from torch import Tensor
 class Form(NamedTuple):
     """How the logits of a projection are made."""
 
-    softcap: float
+    softcap: float = 0.0
     """z = softcap * tanh(z / softcap); 0 for none."""
-    budget: int
+    budget: int = 0
     """Bytes of a chunk of logits, and of what is kept beside them; 0 for as many as the device's rule says."""
-    drop_ignored: bool
+    drop_ignored: bool = False
     """Leave ignored rows out of the products. Counting them is a host read."""
     mask_target: bool = False
     """Take the target's logit for -inf: a row is compared with all but itself."""
+    row_parts: int = 1
+    """Over how many ranks of the group the rows of the hidden states are divided too, evenly."""
+    most_classes: int = 0
+    """The most classes that a rank has, where the ranks must agree on the chunks; 0: nobody else counts."""
     group: str = ""
     """Name of the process group over whose ranks the classes are divided, which sum the hidden states' gradient."""
-    row_parts: int = 1
-    """Over how many of its ranks the rows of the hidden states are divided too, evenly."""
-    most_rows: int = 0
-    """Rows of a chunk where the ranks must agree on them; 0: by the budget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,19 +53,22 @@ class Projection:
     def dim(self) -> int:
         return self.hidden.dim()
 
-    def flatten(self) -> Projection:
+    def flatten(self) -> "Projection":
         """With hidden states (N, D)."""
         return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
 
-    def logits(self, target: Tensor | None = None) -> Tensor:
-        """All of them, differentiable: the definition."""
-        return dense_logits(self.hidden, self.weight, self.bias, self.form, target)
+    def logits(self) -> Tensor:
+        """All of them, differentiable."""
+        return dense_logits([self.hidden], [self.weight], self.bias, self.form, None)
 
 
 def dense_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form, target: Tensor | None = None
+    hidden: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None, form: Form, target: Tensor | None
 ) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    """The logits of hidden states, by their definition."""
+    logits = torch.nn.functional.linear(hidden[0], weight[0], bias)
+    for h, w in zip(hidden[1:], weight[1:], strict=True):
+        logits = logits + torch.nn.functional.linear(h, w)
     if form.softcap != 0:
         logits = (logits / form.softcap).tanh() * form.softcap
     if form.mask_target:

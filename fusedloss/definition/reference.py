@@ -8,58 +8,68 @@ import torch
 from torch import Tensor
 
 from ..checks import check_indices, compute_dtype, may_read
-from .epilogue import Epilogue, Shared
+from .epilogue import Epilogue
+from .projection import Form, dense_logits
+from .rows import Rows, Spec
 from .statistics import Picks, Statistics, Targets, assemble, dense_columns
 
 
-def row_losses(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    params: list[Tensor],
-    epilogue: Epilogue,
-    shared: Shared,
-) -> tuple[Tensor, Statistics]:
-    """Row losses (N,) of logits (N, V), and statistics that always hold the top class."""
+def logits_of(rows: Rows, form: Form) -> Tensor:
+    """All logits, differentiable: those in hand, or by their definition."""
+    if not rows.is_linear:
+        return rows.logits
+    return dense_logits(rows.hidden, rows.weight, rows.bias, form, rows.target)
+
+
+def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Statistics]:
+    """Row losses (N,), and statistics that always hold the top class."""
     picks = epilogue.picks
-    picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or shared.label_smoothing != 0)
-    z, s, ignored, invalid = _statistics(logits, target, weight, candidates, picks)
+    picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or spec.smooths)
+    z, s, ignored, invalid = _statistics(rows, spec.form, picks)
     over_classes = epilogue.over == "classes"
     if over_classes:
-        terms = epilogue.of_classes(*_probabilities(z, s), params)
-        base = (terms if weight is None else terms * weight).sum(-1)
+        terms = epilogue.of_classes(*_probabilities(z, s), rows.params)
+        base = (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1)
     else:
-        base = epilogue.of_rows(s, params)
-    loss = shared.apply(base, s, weight, logits.shape[-1], weighted=over_classes)
+        base = epilogue.of_rows(s, rows.params)
+    loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=over_classes)
     loss = loss.masked_fill(ignored, 0)
     return loss.masked_fill(invalid, torch.nan), s
 
 
+def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, classes: int, weighted: bool) -> Tensor:
+    """The rows' whole losses, main * base + smooth * sum_j w_j (-log p_j) + z_loss * lse^2.
+
+    `classes`: of all ranks. `weighted`: the base already holds the class weights.
+    """
+    row_weight = None if rows.class_weight is None else rows.class_weight[s.target]
+    loss = base if row_weight is None or weighted else row_weight * base
+    if rows.scalars is None:
+        return loss
+    main, smooth, z_loss = rows.scalars
+    loss = main * loss
+    if spec.z_loss:
+        z_term = z_loss * s.lse.square()
+        loss = loss + (z_term if row_weight is None else row_weight * z_term)
+    return loss + smooth * classes * s.mean_ce if spec.smooths else loss
+
+
 def class_sums(
-    logits: Tensor,
-    target: Tensor,
-    row_weight: Tensor | None,
-    params: list[Tensor],
-    function: Callable[..., tuple[Tensor, Tensor]],
+    rows: Rows, row_weight: Tensor | None, function: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Statistics]:
     """Sums over the rows (2, V) in float64 of an overlap's error and agreement, and statistics with the top class."""
-    z, s, ignored, invalid = _statistics(logits, target, None, None, Picks(1))
-    terms = torch.stack(function(*_probabilities(z, s), *(x[:, None] if x.dim() else x for x in params)))
+    z, s, ignored, invalid = _statistics(rows._replace(class_weight=None, candidates=None), Form(), Picks(1))
+    columns = (x[:, None] if x.dim() else x for x in rows.params)
+    terms = torch.stack(function(*_probabilities(z, s), *columns))
     if row_weight is not None:
         terms = terms * row_weight[:, None]
     terms = terms.masked_fill(ignored[:, None], 0).masked_fill(invalid[:, None], torch.nan)
     return terms.sum(1, dtype=torch.float64), s
 
 
-def _statistics(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    picks: Picks,
-) -> tuple[Tensor, Statistics, Tensor, Tensor]:
+def _statistics(rows: Rows, form: Form, picks: Picks) -> tuple[Tensor, Statistics, Tensor, Tensor]:
     """Logits in the compute dtype, those of ignored rows 0; their statistics; which rows are ignored, which invalid."""
+    logits, target, weight, candidates = logits_of(rows, form), rows.target, rows.class_weight, rows.candidates
     classes = logits.shape[-1]
     if may_read(target):
         check_indices(target, candidates, classes)

@@ -1,14 +1,23 @@
-"""The statistics of a row of logits: all that a loss needs to know of it, and their dense PyTorch definition."""
+"""The statistics of a row of logits: all that a loss needs to know of it, and their dense PyTorch definition.
+
+Backends write them as ``statistics`` (6 + K, N): max, sum_exp (of exp(z - max)), q, ce, target logit, mean_ce and the
+logits of the K picks; ``index`` (K, N) are the picks' classes, -1 for none. K counts the top_k largest, then `below`,
+then the candidates. ``coefficients`` (3 + K, N) are what a gradient pass needs:
+dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the target given as it is.
+"""
 
 # Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import IGNORED
-from ..engine import operators as ops
+from ..checks import IGNORED, compute_dtype
+
+MAX, SUM_EXP, Q, CE, TARGET_LOGIT, MEAN_CE = range(6)
+STATISTICS = 6
+A, U, TARGET_GRADIENT = range(3)
+COEFFICIENTS = 3
 
 #: Statistics that are computed on request, and the fields that each gives.
 OPTIONAL = {
@@ -161,20 +170,17 @@ def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weig
     return Statistics(**fields)
 
 
-def statistics_with_top(
-    statistics_of: Callable[..., tuple[Tensor, Tensor]],
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    picks: Picks,
-    of_top: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A statistics pass and, if asked for, 1 - p of the top class by another one, for which that is the target."""
-    statistics, index = statistics_of(target, weight, candidates, *picks)
-    if not of_top:
-        return statistics, index, statistics.new_empty(0)
-    top = index[0].masked_fill(index[0] < 0, IGNORED)
-    return statistics, index, statistics_of(top, None, None, *Picks())[0][ops.Q].clone()
+def new_statistics(like: Tensor, target: Tensor, picks: int, more: int = 0) -> tuple[Tensor, Tensor]:
+    """Statistics, with so many rows more, and pick indices to be written, for logits or what makes them."""
+    rows = target.shape[0]
+    statistics = like.new_empty((STATISTICS + picks + more, rows), dtype=compute_dtype(like.dtype))
+    return statistics, target.new_empty((picks, rows))
+
+
+def new_losses(statistics: Tensor, picks: int) -> tuple[Tensor, Tensor]:
+    """Losses and coefficients to be written, beside such statistics."""
+    rows = statistics.shape[1]
+    return statistics.new_empty(rows), statistics.new_empty((COEFFICIENTS + picks, rows))
 
 
 def dense_columns(

@@ -11,23 +11,29 @@ class for it, which is put right around it; the others take -1 for a class that 
 from __future__ import annotations
 
 import os
-import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import transforms
-from ..checks import IGNORED, check_int, is_dtensor
-from ..definition.projection import Form, Projection
-from ..definition.statistics import Picks, of_target
-from ..engine import budgets as chunking
-from ..engine import operators as ops
-from . import batch as parallel
+from ..checks import IGNORED, check_int
+from ..definition.rows import Rows, Source
+from ..definition.statistics import (
+    MAX,
+    MEAN_CE,
+    STATISTICS,
+    SUM_EXP,
+    TARGET_LOGIT,
+    Picks,
+    Q,
+    new_statistics,
+    of_target,
+)
+from . import batch, collectives
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,19 @@ class VocabularyShards:
     sizes: tuple[int, ...]
 
     def __init__(self, group: Any, sizes: Sequence[int]) -> None:
-        parallel.check_group(group)
+        batch.check_group(group)
         sizes = tuple(check_int("each of sizes", size, 0) for size in sizes)
         if len(sizes) != group.size() or not any(sizes):
             raise ValueError(f"sizes must be of the {group.size()} ranks of the group, one class at least, got {sizes}")
-        object.__setattr__(self, "name", _name(group))
+        object.__setattr__(self, "name", collectives.name_of(group))
         object.__setattr__(self, "rank", group.rank())
         object.__setattr__(self, "sizes", sizes)
 
     @classmethod
     def gather(cls, group: Any, classes: int, device: torch.device | str = "cpu") -> VocabularyShards:
         """From the number of classes on this rank, told by each. `device`: one on which the group communicates."""
-        parallel.check_group(group)
-        return cls(group, parallel.meet(group, classes, torch.device(device), {}).rows)
+        batch.check_group(group)
+        return cls(group, batch.meet(group, classes, torch.device(device), {}).rows)
 
     @property
     def classes(self) -> int:
@@ -85,7 +91,7 @@ class VocabularyShards:
 
     def gather_parts(self, part: Tensor) -> Tensor:
         """(R, ...): what each rank has. Not differentiable."""
-        return ops.gather(part.contiguous(), len(self.sizes), self.name)
+        return collectives.gather(part.contiguous(), len(self.sizes), self.name)
 
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, in their order: the same bits on all of them. Not differentiable."""
@@ -98,172 +104,7 @@ def columns(index: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
     return torch.where(here, index - first, -1), here
 
 
-# Not the groups themselves: one that outlives destroy_process_group takes the process down with it at its end.
-_groups: dict[str, weakref.ref[Any]] = {}
-
-
-def _name(group: Any) -> str:
-    """The name of a group, which it shares with no group that was destroyed, as torch.distributed's names are."""
-    number = 1
-    while True:
-        name = group.group_name if number == 1 else f"{group.group_name}#{number}"
-        if _groups.setdefault(name, weakref.ref(group))() is group:
-            return str(name)
-        number += 1
-
-
-def group_named(name: str) -> Any:
-    group = _groups[name]() if name in _groups else None
-    if group is None:
-        raise ValueError(f"group {name!r} is a process group that was destroyed")
-    return group
-
-
-def gather(part: Tensor, ranks: int, group: str) -> Tensor:
-    parts = part.new_empty((ranks, *part.shape))
-    dist.all_gather(list(parts.unbind()), part, group=group_named(group))
-    return parts
-
-
-def sum_over_ranks(part: Tensor, group: str) -> Tensor:
-    total = part.clone()
-    dist.all_reduce(total, group=group_named(group))
-    return total
-
-
-ops.register_for_every_device(gather=gather, sum_over_ranks=sum_over_ranks)
-
-
-def sum_in_place(x: Tensor, group: str) -> Any:
-    """Over the ranks; what to wait for."""
-    return dist.all_reduce(x, group=group_named(group), async_op=True)
-
-
-def row_parts(sequence_parallel: object, group: Any) -> int:
-    """Over how many ranks the rows of the hidden states are divided."""
-    if not isinstance(sequence_parallel, bool):
-        raise TypeError(f"sequence_parallel must be a bool, got {sequence_parallel!r}")
-    if not sequence_parallel:
-        return 1
-    if group is None:
-        raise ValueError("sequence_parallel=True is for the ranks of a group, but group is None")
-    if not isinstance(group, VocabularyShards):
-        parallel.check_group(group)
-        return group.size()
-    if not all(group.sizes):
-        raise ValueError(f"sequence_parallel=True needs a class on each rank, but their numbers are {group.sizes}")
-    return len(group.sizes)
-
-
-def _owners(rows: slice, part: int) -> Iterator[tuple[int, slice, slice]]:
-    """The ranks that have some of these rows, `part` being on each: which of `rows`, and which of theirs."""
-    for rank in range(rows.start // part, -(-rows.stop // part)):
-        begin, end = max(rows.start, rank * part), min(rows.stop, (rank + 1) * part)
-        yield rank, slice(begin - rows.start, end - rows.start), slice(begin - rank * part, end - rank * part)
-
-
-def fetch_rows(own: Tensor, rows: slice, buffer: Tensor, group: str) -> Tensor:
-    """Rows of which each rank has an equal part, into the buffer, which then begins with them."""
-    ranks, pending = group_named(group), []
-    for rank, where, which in _owners(rows, len(own)):
-        if rank == ranks.rank():
-            buffer[where] = own[which]
-        pending.append(dist.broadcast(buffer[where], group_src=rank, group=ranks, async_op=True))
-    for work in pending:
-        work.wait()
-    return buffer
-
-
-def send_rows(gradient: Tensor, rows: slice, own: Tensor, group: str) -> list[Callable[[], None]]:
-    """The sum over the ranks of such rows, to those that have them; what to call for it to have arrived in `own`."""
-    ranks = group_named(group)
-
-    def send(rank: int, where: slice, which: slice) -> Callable[[], None]:
-        work = dist.reduce(gradient[where], group_dst=rank, group=ranks, async_op=True)
-
-        def arrive() -> None:
-            work.wait()
-            if rank == ranks.rank():
-                own[which] = gradient[where]
-
-        return arrive
-
-    return [send(*owner) for owner in _owners(rows, len(own))]
-
-
-def local_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyShards | None]:
-    """What this rank has of a DTensor whose dimension `dim` is the classes, and how they are divided, None if not."""
-    transforms.refuse("a DTensor")
-    where = f"{name} is a DTensor with placements {tuple(x.placements)}"
-    divided = [axis for axis, placement in enumerate(x.placements) if not placement.is_replicate()]
-    if not divided:
-        return x.to_local(grad_placements=x.placements), None
-    placement = x.placements[divided[0]]
-    # A subclass of Shard lays the parts out in another order.
-    if len(divided) > 1 or type(placement).__name__ != "Shard" or placement.dim != dim % x.dim():
-        raise ValueError(
-            f"{where}; the losses take replicated ones, and those that one dimension of the mesh shards on the classes"
-        )
-    group = x.device_mesh.get_group(divided[0])
-    size, ranks = x.shape[dim], group.size()
-    most = -(-size // ranks)
-    sizes = [max(0, min(most, size - rank * most)) for rank in range(ranks)]
-    return x.to_local(grad_placements=x.placements), VocabularyShards(group, sizes)
-
-
-def local_rows(target: Any) -> Tensor:
-    """The target, which every rank must have whole."""
-    if not is_dtensor(target):
-        return target
-    if not all(placement.is_replicate() for placement in target.placements):
-        raise ValueError(f"target is a DTensor with placements {tuple(target.placements)}; it must be replicated")
-    return target.to_local()
-
-
-def local_projection(
-    hidden: Any, weight: Any, bias: Any, group: Any, sequence_parallel: Any
-) -> tuple[Any, Any, Any, Any, Any]:
-    """Of DTensors, what this rank has, with the group that they say. Others pass through."""
-    if not any(map(is_dtensor, (hidden, weight, bias))):
-        return hidden, weight, bias, group, sequence_parallel
-    if not is_dtensor(weight) or not is_dtensor(hidden) or (bias is not None and not is_dtensor(bias)):
-        kinds = ", ".join(
-            f"{name} a {type(x).__name__}"
-            for name, x in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias))
-        )
-        raise ValueError(
-            f"input, linear_weight and linear_bias must all be DTensors or all be tensors of this rank, got {kinds}. "
-            "A weight that FSDP has sharded is whole within the forward of its unit alone: use a Linear* module of "
-            "fusedloss.nn there, or one whose layer is a unit itself. A weight that is sharded on the classes goes "
-            "with an input that is replicated on the same mesh, or pass to_local() of both and group="
-        )
-    if group is not None:
-        raise ValueError(f"group is for tensors of this rank, and DTensors name their own, got {group!r}")
-    mesh = weight.device_mesh
-    if hidden.device_mesh != mesh or (bias is not None and bias.device_mesh != mesh):
-        raise ValueError("input, linear_weight and linear_bias must be DTensors on the same mesh")
-    placements = hidden.placements
-    weight, shards = local_part("linear_weight", weight, 0)
-    if bias is not None:
-        bias, bias_shards = local_part("linear_bias", bias, 0)
-        if bias_shards != shards:
-            raise ValueError("linear_bias must be placed as linear_weight is")
-    by_rows = [placement.is_shard(0) for placement in placements]
-    if shards is not None and any(by_rows):
-        if mesh.get_group(by_rows.index(True)).group_name != shards.name:
-            raise ValueError("input is sharded over another dimension of the mesh than linear_weight")
-        sequence_parallel = True
-    if not all(p.is_replicate() or rows for p, rows in zip(placements, by_rows, strict=True)) or (
-        any(by_rows) and (shards is None or sum(by_rows) > 1 or len(hidden) % len(shards.sizes))
-    ):
-        raise ValueError(
-            f"input is a DTensor with placements {tuple(placements)}; it must be replicated, or sharded evenly on its "
-            "first dimension where linear_weight is sharded on the classes"
-        )
-    return hidden.to_local(grad_placements=placements), weight, bias, shards, sequence_parallel
-
-
-def shards_of(group: object, input: Tensor | Projection) -> VocabularyShards | None:
+def shards_of(group: object, input: Source) -> VocabularyShards | None:
     """What a loss was given for `group`, checked against the classes that this rank has."""
     classes = input.shape[-1]
     if group is None:
@@ -286,7 +127,7 @@ def shards_of(group: object, input: Tensor | Projection) -> VocabularyShards | N
 def check_ranks(
     shards: VocabularyShards,
     name: str,
-    input: Tensor | Projection,
+    input: Source,
     target: Tensor,
     params: Sequence[object],
     options: Mapping[str, Any],
@@ -311,31 +152,17 @@ def check_ranks(
     own = ("group", "inplace_backward", "impl", "return_stats")
     same |= {option: told(value) for option, value in options.items() if option not in own}
     same["the checksum of the targets"] = zlib.crc32(target.cpu().contiguous().numpy().tobytes())
-    parallel.meet(group_named(shards.name), shards.sizes[shards.rank], input.device, same)
+    batch.meet(collectives.group_named(shards.name), shards.sizes[shards.rank], input.device, same)
 
 
-def form_for(shards: VocabularyShards, projection: Projection) -> Form:
-    form = projection.form._replace(group=shards.name)
-    if form.row_parts == 1:
-        return form
-    most, hidden = max(shards.sizes), projection.hidden
-    row = most * hidden.element_size() * (2 if form.softcap else 1)
-    # The ranks must agree on the chunks, and no rank knows whether the weight of another is frozen.
-    budget = form.budget or chunking.default_budget(
-        hidden.device, hidden.dtype, projection.shape[:-1].numel() * row, most * hidden.shape[-1], gradient=True
-    )
-    return form._replace(most_rows=max(1, budget // row))
-
-
-def rows_here(
-    shards: VocabularyShards, target: Tensor, weight: Tensor | None, candidates: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What the passes get on this rank."""
-    column, here = shards.here(target)
-    column = torch.where(here, column, 0).masked_fill(target == IGNORED, IGNORED)
+def rows_here(shards: VocabularyShards, rows: Rows) -> Rows:
+    """What the passes get on this rank, of rows whose targets, class weights and candidates are of all classes."""
+    column, here = shards.here(rows.target)
+    column = torch.where(here, column, 0).masked_fill(rows.target == IGNORED, IGNORED)
+    candidates = rows.candidates
     if candidates is not None:
         candidates = shards.here(candidates)[0].clamp(min=0)
-    return column, shards.weight(weight), candidates
+    return rows._replace(target=column, class_weight=shards.weight(rows.class_weight), candidates=candidates)
 
 
 def differentiated_once(*gradients: Tensor | None) -> None:
@@ -350,28 +177,22 @@ def differentiated_once(*gradients: Tensor | None) -> None:
 
 def nothing_here(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
     """Statistics and indices of rows without a class."""
-    statistics, index = ops.new_statistics(logits, target, picks)
+    statistics, index = new_statistics(logits, target, picks)
     statistics.zero_()
-    statistics[ops.MAX] = -torch.inf
-    statistics[ops.STATISTICS :] = -torch.inf
+    statistics[MAX] = -torch.inf
+    statistics[STATISTICS:] = -torch.inf
     return statistics, index.fill_(-1)
 
 
 def merge(
-    shards: VocabularyShards,
-    statistics: Tensor,
-    index: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    candidates: Tensor | None,
-    picks: Picks,
-    top_q: Tensor | None = None,
+    shards: VocabularyShards, rows: Rows, statistics: Tensor, index: Tensor, picks: Picks, top_q: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Statistics and pick indices of whole rows from those of this rank's classes. One collective.
 
-    `picks` and what precedes it are of all ranks; `statistics` and `index` may have fewer of the largest logits where
-    this rank has fewer classes. `top_q`: 1 - p of the top class, by the classes here and then by all.
+    `rows` and `picks` are of all ranks; `statistics` and `index` may have fewer of the largest logits where this rank
+    has fewer classes. `top_q`: 1 - p of the top class, by the classes here and then by all.
     """
+    target, weight, candidates = rows.target, rows.class_weight, rows.candidates
     own = shards.own.start
     top_k = picks.top_k
     has = min(top_k, shards.sizes[shards.rank])
@@ -379,21 +200,21 @@ def merge(
     integer = torch.int64 if statistics.dtype == torch.float64 else torch.int32
     split = (5, top_k, top_k, index.shape[0] - has, int(top_q is not None))
     parts = statistics.new_zeros((sum(split), statistics.shape[1]))
-    parts[0] = statistics[ops.MAX].masked_fill(statistics[ops.SUM_EXP] == 0, -torch.inf)  # no finite logit here
-    parts[1] = statistics[ops.SUM_EXP]
-    parts[2] = statistics[ops.SUM_EXP] * torch.where(here, statistics[ops.Q], 1)
-    parts[3] = statistics[ops.TARGET_LOGIT].masked_fill(~here, -torch.inf)
+    parts[0] = statistics[MAX].masked_fill(statistics[SUM_EXP] == 0, -torch.inf)  # no finite logit here
+    parts[1] = statistics[SUM_EXP]
+    parts[2] = statistics[SUM_EXP] * torch.where(here, statistics[Q], 1)
+    parts[3] = statistics[TARGET_LOGIT].masked_fill(~here, -torch.inf)
     if picks.mean:
-        parts[4] = statistics[ops.MEAN_CE] * shards.sizes[shards.rank]
+        parts[4] = statistics[MEAN_CE] * shards.sizes[shards.rank]
     _, top, top_index, candidate, but_top = parts.split(split)
-    top.fill_(-torch.inf)[:has] = statistics[ops.STATISTICS :][:has]
+    top.fill_(-torch.inf)[:has] = statistics[STATISTICS:][:has]
     numbers = torch.full_like(top_index, -1, dtype=integer)
     numbers[:has] = torch.where(index[:has] < 0, -1, index[:has] + own)
     top_index.copy_(numbers.view(statistics.dtype))
     if candidates is not None:
-        candidate.copy_(statistics[ops.STATISTICS :][has:].masked_fill(~shards.here(candidates.t())[1], -torch.inf))
+        candidate.copy_(statistics[STATISTICS:][has:].masked_fill(~shards.here(candidates.t())[1], -torch.inf))
     if top_q is not None:
-        but_top.copy_(statistics[ops.SUM_EXP] * top_q)
+        but_top.copy_(statistics[SUM_EXP] * top_q)
 
     fixed, top, top_index, candidate, but_top = shards.gather_parts(parts).split(split, 1)
     m, sums, rest, target_logits, mean = fixed.unbind(1)

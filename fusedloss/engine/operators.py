@@ -1,379 +1,309 @@
-"""Every operator of the package: its schema and what it does to shapes and dtypes (the fakes).
+"""The operators: schemas, checks of their arguments, what they do to shapes and dtypes (the fakes), and their kernels.
 
-``row_statistics``  the statistics pass alone, for a loss that is PyTorch code
-``row_loss``        the statistics pass and a compiled epilogue: losses, and the coefficients of their gradient
-``row_loss_gradient``    the same, and the gradient of their ``row_weight``-weighted sum as a new tensor;
-                    ``row_loss_gradient_`` in the logits' own memory
-``row_gradient``    the gradient pass into a new tensor; ``row_gradient_`` into the logits' own memory
-``scale_``          a gradient times a 0-d factor, which the host does not read
-``class_sums``      the sums over the rows of each class's error and agreement, (2, V) in float64, from statistics with
-                    the top class. ``top_q``: its 1 - p, where the logits are not those of all classes
-``class_terms``     losses and coefficients of the rows, as of ``row_loss``, from the same statistics. With dL/d error
-                    for weight and dL/d agreement of the row's target for a last parameter, their gradient is that of
-                    a loss L of those sums
-``term_sums``       from the same statistics, the sums over the classes of each row's terms f and of p df/dp, (2, N) in
-                    float64, without the target and the top class
-``product_row_...`` the row operators of logits that a kernel makes and never stores; ``product_row_gradient_`` writes
-                    the gradient by the products, before the softcap
-``gather``          what each rank of a process group, by its name, has of a tensor, (R, ...)
+``forward``    statistics and pick indices and, with an epilogue, losses, the coefficients of their gradient, and the
+               gradients of their ``row_weight``-weighted sum that the spec asks for
+``backward``   the gradients by what makes the logits, times ``upstream``; ``backward_`` that of logits in hand, in
+               their own memory
+``sums``       the sums of a class term, from statistics with the top class: over the rows, (2, V), or over the classes,
+               (2, N), as the spec says
+``terms``      losses and coefficients of the rows, from the same statistics: with dL/d error as class weights and
+               dL/d agreement of the row's target as the last parameter, their gradient is that of a loss L of the sums
+               over the rows
+``scale_``     a gradient times a 0-d factor, which the host does not read
+``gather``     what each rank of a process group, by its name, has of a tensor, (R, ...)
 ``sum_over_ranks``  the sum of what they have
-``linear_...``      the same of hidden states and a weight, (N, D) and (V, D), whose logits are made a chunk at a time:
-                    ``linear_row_loss`` also gives the gradients of its ``row_weight``-weighted sum by hidden states,
-                    weight and bias, as ``needed`` asks; ``linear_gradient`` those for other upstream gradients, from
-                    logits made once more. ``of_top``: of ``linear_row_statistics``, also 1 - p of the top class
 
-Targets are classes, or IGNORED. `params` are the epilogue's parameters, 0-d or (N,). `common` (3,) holds what every
-loss has: the factors of its own term, of the smoothing term sum_j w_j (-log p_j) and of the z-loss lse^2; without it
-these are (1, 0, 0). `mean`: whether there is a smoothing term.
-
-Tensors of rows lie one after the other: ``statistics`` (6 + K, N) holds max, sum_exp (of exp(z - max)), q, ce,
-target logit, mean_ce and the logits of the K picks; ``index`` (K, N) the picks' classes, -1 for none; ``coefficients``
-(3 + K, N) what the gradient pass needs: dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the
-target given as it is. K counts the top_k largest, then `below`, then the candidates.
-
-Backends register kernels of the row operators with :func:`register`; PyTorch's dispatcher picks the device, ``impl``
-the backend there. The linear operators are made of row operators and need none.
+Their arguments begin with the :class:`~fusedloss.definition.rows.Rows`, one tensor or list of tensors each, and end
+with an encoded :class:`~fusedloss.definition.rows.Spec`, which names the backend. Rows of logits in hand and of hidden
+states take the same operators. Layouts are told in :mod:`fusedloss.definition.statistics`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import compute_dtype
-from .contracts import COEFFICIENTS as COEFFICIENTS
-from .contracts import STATISTICS as STATISTICS
-from .contracts import Contract, Epilogues
-
-MAX, SUM_EXP, Q, CE, TARGET_LOGIT, MEAN_CE = range(STATISTICS)
-A, U, TARGET_GRADIENT = range(COEFFICIENTS)
+from ..backends import BACKENDS
+from ..backends.base import Backend
+from ..checks import DTYPES, compute_dtype
+from ..definition.rows import SCHEMA, Job, Rows, Spec
+from ..definition.statistics import COEFFICIENTS, STATISTICS, new_losses, new_statistics
+from . import chunks
 
 _library = torch.library.Library("fusedloss", "DEF")
 
-_library.define(
-    "row_statistics(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, int top_k, bool below, "
-    "bool mean, str impl) -> (Tensor statistics, Tensor index)"
-)
-_library.define(
-    "row_loss(Tensor logits, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, "
-    "str epilogue, bool mean, int top_k, str impl) "
-    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
-)
-_LOSS_GRADIENT_ARGUMENTS = (
-    "Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, Tensor? row_weight, "
-    "str epilogue, bool mean, int top_k, str impl"
-)
-_library.define(
-    f"row_loss_gradient(Tensor logits, {_LOSS_GRADIENT_ARGUMENTS}) "
-    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, Tensor gradient)"
-)
-_library.define(
-    f"row_loss_gradient_(Tensor(a!) logits, {_LOSS_GRADIENT_ARGUMENTS}) "
-    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
-)
-_GRADIENT_ARGUMENTS = (
-    "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, Tensor? grad_output, "
-    "Tensor[] params, str epilogue, str impl"
-)
-_library.define(f"row_gradient(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor")
-_library.define(f"row_gradient_(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()")
-_library.define("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()")
-_library.define(
-    "class_sums(Tensor logits, Tensor target, Tensor? row_weight, Tensor statistics, Tensor index, Tensor[] params, "
-    "str epilogue, Tensor? top_q, str impl) -> Tensor"
-)
-_library.define(
-    "class_terms(Tensor logits, Tensor target, Tensor weight, Tensor statistics, Tensor index, Tensor[] params, "
-    "str epilogue, str impl) -> (Tensor loss, Tensor coefficients)"
-)
 
-_TERM_SUMS_ARGUMENTS = "Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor[] params, str epilogue"
-_library.define(f"term_sums(Tensor logits, {_TERM_SUMS_ARGUMENTS}, str impl) -> Tensor")
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Define an operator of that schema, whose kernel is the decorated function on every device."""
 
-_library.define("gather(Tensor part, int ranks, str group) -> Tensor")
-_library.define("sum_over_ranks(Tensor part, str group) -> Tensor")
-
-_LINEAR = "Tensor hidden, Tensor linear_weight, Tensor? linear_bias"
-_PRODUCT = f"{_LINEAR}, float softcap, bool mask_target"
-_library.define(
-    f"product_row_statistics({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, int top_k, "
-    "bool below, bool mean, str impl) -> (Tensor statistics, Tensor index)"
-)
-_library.define(
-    f"product_row_loss({_PRODUCT}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, "
-    "str epilogue, bool mean, int top_k, str impl) "
-    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients)"
-)
-_library.define(f"product_term_sums({_PRODUCT}, {_TERM_SUMS_ARGUMENTS}, str impl) -> Tensor")
-_library.define(f"product_row_gradient_(Tensor(a!) gradient, {_PRODUCT}, {_GRADIENT_ARGUMENTS}) -> ()")
-_FORM = (
-    "float softcap, int budget, bool drop_ignored, bool mask_target, str group, int row_parts, int most_rows, str impl"
-)
-_library.define(
-    f"linear_row_statistics({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, int top_k, bool below, "
-    f"bool mean, bool of_top, {_FORM}) -> (Tensor statistics, Tensor index, Tensor top_q)"
-)
-_library.define(
-    f"linear_row_loss({_LINEAR}, Tensor target, Tensor? weight, Tensor? candidates, Tensor[] params, Tensor? common, "
-    f"Tensor? row_weight, int[] needed, str epilogue, bool mean, int top_k, {_FORM}) "
-    "-> (Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, "
-    "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
-)
-_library.define(f"linear_term_sums({_LINEAR}, {_TERM_SUMS_ARGUMENTS}, {_FORM}) -> Tensor")
-_library.define(
-    f"linear_gradient({_LINEAR}, Tensor target, Tensor? weight, Tensor statistics, Tensor index, Tensor coefficients, "
-    f"Tensor? grad_output, Tensor[] params, int[] needed, str epilogue, {_FORM}) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
-)
-
-row_statistics = torch.ops.fusedloss.row_statistics.default
-row_loss = torch.ops.fusedloss.row_loss.default
-row_loss_gradient = torch.ops.fusedloss.row_loss_gradient.default
-row_loss_gradient_ = torch.ops.fusedloss.row_loss_gradient_.default
-row_gradient = torch.ops.fusedloss.row_gradient.default
-row_gradient_ = torch.ops.fusedloss.row_gradient_.default
-scale_ = torch.ops.fusedloss.scale_.default
-class_sums = torch.ops.fusedloss.class_sums.default
-class_terms = torch.ops.fusedloss.class_terms.default
-term_sums = torch.ops.fusedloss.term_sums.default
-gather = torch.ops.fusedloss.gather.default
-sum_over_ranks = torch.ops.fusedloss.sum_over_ranks.default
-product_row_statistics = torch.ops.fusedloss.product_row_statistics.default
-product_row_loss = torch.ops.fusedloss.product_row_loss.default
-product_term_sums = torch.ops.fusedloss.product_term_sums.default
-product_row_gradient_ = torch.ops.fusedloss.product_row_gradient_.default
-linear_row_statistics = torch.ops.fusedloss.linear_row_statistics.default
-linear_row_loss = torch.ops.fusedloss.linear_row_loss.default
-linear_term_sums = torch.ops.fusedloss.linear_term_sums.default
-linear_gradient = torch.ops.fusedloss.linear_gradient.default
-
-_kernels: dict[tuple[str, str, str], Callable[..., Any]] = {}
-_epilogues: dict[str, Callable[[], Epilogues]] = {}
-
-
-def register(device: str, impl: str, epilogues: Callable[[], Epilogues], **kernels: Callable[..., Any]) -> None:
-    """Registers a backend's kernels, by operator, under a dispatch key ("CPU", "CUDA"). They take no ``impl``.
-
-    A kernel is called with arguments that keep the operator's contract. `epilogues` gives those that the backend has.
-    """
-    _epilogues[impl] = epilogues
-    for name, kernel in kernels.items():
-        first = not any(key[:2] == (name, device) for key in _kernels)
-        _kernels[name, device, impl] = kernel
-        if first:
-            _library.impl(name, _by_impl(name, device), device)
-
-
-def register_for_every_device(**kernels: Callable[..., Any]) -> None:
-    """Registers operators that are made of others; they do take ``impl``."""
-    for name, kernel in kernels.items():
-        # As of every operator here, autograd must not look inside: an exported graph calls them with gradients on.
+    def define(kernel: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        # Autograd must not look inside: an exported graph calls operators with gradients on.
         _library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedloss::{name}", fake, lib=_library)
+        return getattr(torch.ops.fusedloss, name).default
+
+    return define
+
+
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *flat, row_weight, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    _check("forward", rows, spec, row_weight=row_weight)
+    picks = spec.pick_count(rows.candidates)
+    statistics, index = new_statistics(rows.hidden[0], rows.target, picks, int(spec.top_q))
+    outputs = new_losses(statistics, picks) if spec.epilogue else _no_losses(statistics)
+    return outputs[0], statistics, index, outputs[1], _new_gradients(rows, spec)
+
+
+@_operator(
+    f"forward({SCHEMA}, Tensor? row_weight, str spec) -> "
+    "(Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, Tensor[] gradients)",
+    _fake_forward,
+)
+def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    *flat, row_weight, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    backend = _check("forward", rows, spec, row_weight=row_weight)
+    if rows.is_linear:
+        return chunks.forward(rows, row_weight, spec, backend)
+    job = Job.new(rows, spec)
+    gradients = []
+    if any(spec.needed):
+        job.grad, job.upstream = backend.new_gradient(rows.logits), row_weight
+        gradients = [job.grad]
+        backend.with_gradient(job)
+    else:
+        backend.forward(job)
+    if spec.top_q:
+        chunks.put_top_q(job, backend)
+    loss, coefficients = job.loss, job.coefficients
+    if loss is None or coefficients is None:
+        loss, coefficients = _no_losses(job.statistics)
+    return loss, job.statistics, job.index, coefficients, gradients
 
 
-def checked(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the kernel behind its contract, for an operator made of others. These check the epilogue."""
-    contract = Contract(name)
+def _new_gradients(rows: Rows, spec: Spec) -> list[Tensor]:
+    return chunks.new_gradients(rows, spec) if any(spec.needed) else []
 
-    def call(*arguments: Any) -> Any:
-        contract.check(arguments)
-        return kernel(*arguments)
 
-    return call
+def _no_losses(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    return statistics.new_empty(0), statistics.new_empty((0, 0))
 
 
-def kernel(name: str, device: str, impl: str) -> Callable[..., Any]:
-    """A backend's own, as it was registered."""
-    found = _kernels.get((name, device, impl))
-    if found is None:
-        known = [repr(key[2]) for key in _kernels if key[:2] == (name, device)]
-        raise ValueError(f"{name}: impl must be one of {', '.join(known)} on a {device}, got {impl!r}")
-    return found
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    *flat, statistics, index, coefficients, upstream, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    _check("backward", rows, spec, statistics, index, coefficients, upstream=upstream)
+    return chunks.new_gradients(rows, spec)
 
 
-def _by_impl(name: str, device: str) -> Callable[..., Any]:
-    contract = Contract(name)
-    several_devices = device != "CPU"  # the dispatcher calls a CPU's kernels for tensors on the CPU alone
-    known: dict[str, Any] = {}
+_SAVED = "Tensor statistics, Tensor index"
+_BACKWARD = f"{_SAVED}, Tensor coefficients, Tensor? upstream, str spec"
 
-    def call(*arguments: Any) -> Any:
-        impl = arguments[-1]
-        run = kernel(name, device, impl)
-        if impl not in known:
-            known[impl] = contract.known(_epilogues[impl]())
-        contract.check(arguments, several_devices)
-        contract.check_epilogue(arguments, known[impl])
-        return run(*arguments[:-1])
-
-    return call
-
-
-def new_statistics(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
-    """Statistics and pick indices to be written, for logits or for hidden states that they are made of."""
-    rows = target.shape[0]
-    statistics = logits.new_empty((STATISTICS + picks, rows), dtype=compute_dtype(logits.dtype))
-    return statistics, target.new_empty((picks, rows))
-
-
-def new_losses(statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and coefficients to be written, beside such statistics."""
-    size, rows = statistics.shape
-    return statistics.new_empty(rows), statistics.new_empty((size - STATISTICS + COEFFICIENTS, rows))
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of gradients from the linear operators: before the loss scale is known float16 has not the range."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def picks_of(candidates: Tensor | None, top_k: int, below: bool = False) -> int:
-    return top_k + below + (0 if candidates is None else candidates.shape[1])
-
-
-#: Operators of any tensor.
-_OF_RANKS = ("gather", "sum_over_ranks")
-
-
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a fake, which gets the arguments by the schema's names and takes those that it needs."""
-    names = [argument.name for argument in getattr(torch.ops.fusedloss, name).default._schema.arguments]
-    contract = None if name in _OF_RANKS else Contract(name)
-
-    def register_fake(fake: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            named.update(zip(names, arguments, strict=False))
-            if contract is not None:
-                contract.check([named[x] for x in names])
-            return fake(**named)
-
-        torch.library.register_fake(f"fusedloss::{name}", call, lib=_library)
-        return fake
-
-    return register_fake
-
-
-@_fake("row_statistics")
-def _(logits, target, candidates, top_k, below, **_):  # type: ignore[no-untyped-def]
-    return new_statistics(logits, target, picks_of(candidates, top_k, below))
-
-
-@_fake("row_loss")
-def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
-    return _fake_row_loss(logits, target, candidates, top_k)
-
-
-@_fake("row_loss_gradient")
-def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
-    return *_fake_row_loss(logits, target, candidates, top_k), _fake_gradient(logits)
-
-
-@_fake("row_loss_gradient_")
-def _(logits, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
-    return _fake_row_loss(logits, target, candidates, top_k)
-
-
-def _fake_row_loss(
-    logits: Tensor, target: Tensor, candidates: Tensor | None, top_k: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics, index = new_statistics(logits, target, picks_of(candidates, top_k))
-    loss, coefficients = new_losses(statistics)
-    return loss, statistics, index, coefficients
-
-
-@_fake("product_row_statistics")
-def _(hidden, target, candidates, top_k, below, **_):  # type: ignore[no-untyped-def]
-    return new_statistics(hidden, target, picks_of(candidates, top_k, below))
-
-
-@_fake("product_row_loss")
-def _(hidden, target, candidates, top_k, **_):  # type: ignore[no-untyped-def]
-    return _fake_row_loss(hidden, target, candidates, top_k)
-
-
-@_fake("product_row_gradient_")
-def _(**_):  # type: ignore[no-untyped-def]
-    return None
-
-
-@_fake("row_gradient")
-def _(logits, **_):  # type: ignore[no-untyped-def]
-    return _fake_gradient(logits)
-
-
-def _fake_gradient(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@_fake("row_gradient_")
-def _(**_):  # type: ignore[no-untyped-def]
-    return None
-
-
-@_fake("scale_")
-def _(**_):  # type: ignore[no-untyped-def]
-    return None
-
-
-@_fake("class_sums")
-def _(logits, **_):  # type: ignore[no-untyped-def]
-    return new_class_sums(logits)
-
-
-def new_class_sums(logits: Tensor) -> Tensor:
-    return logits.new_empty((2, logits.shape[1]), dtype=torch.float64)
-
-
-@_fake("class_terms")
-def _(statistics, **_):  # type: ignore[no-untyped-def]
-    return new_losses(statistics)
-
-
-def new_term_sums(statistics: Tensor) -> Tensor:
-    return statistics.new_empty((2, statistics.shape[1]), dtype=torch.float64)
-
-
-for _name in ("term_sums", "product_term_sums", "linear_term_sums"):
-
-    @_fake(_name)
-    def _(statistics, **_):  # type: ignore[no-untyped-def]
-        return new_term_sums(statistics)
-
-
-@_fake("gather")
-def _(part, ranks, **_):  # type: ignore[no-untyped-def]
-    return part.new_empty((ranks, *part.shape))
-
-
-@_fake("sum_over_ranks")
-def _(part, **_):  # type: ignore[no-untyped-def]
-    return torch.empty_like(part)
-
-
-@_fake("linear_row_statistics")
-def _(hidden, target, candidates, top_k, below, of_top, **_):  # type: ignore[no-untyped-def]
-    statistics, index = new_statistics(hidden, target, picks_of(candidates, top_k, below))
-    return statistics, index, statistics.new_empty(len(target) if of_top else 0)
-
-
-@_fake("linear_row_loss")
-def _(hidden, linear_weight, target, candidates, needed, top_k, **_):  # type: ignore[no-untyped-def]
-    return *_fake_row_loss(hidden, target, candidates, top_k), *_fake_gradients(hidden, linear_weight, needed)
-
-
-@_fake("linear_gradient")
-def _(hidden, linear_weight, needed, **_):  # type: ignore[no-untyped-def]
-    return _fake_gradients(hidden, linear_weight, needed)
-
-
-def _fake_gradients(hidden: Tensor, linear_weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    whole = (hidden.shape, linear_weight.shape, linear_weight.shape[:1])
-    shapes = [shape if need else (0,) for shape, need in zip(whole, needed, strict=True)]
-    dtype = gradient_dtype(hidden.dtype)
-    return (
-        hidden.new_empty(shapes[0], dtype=dtype),
-        linear_weight.new_empty(shapes[1], dtype=dtype),
-        linear_weight.new_empty(shapes[2], dtype=dtype),
-    )
+
+@_operator(f"backward({SCHEMA}, {_BACKWARD}) -> Tensor[]", _fake_backward)
+def backward(*arguments: Any) -> list[Tensor]:
+    *flat, statistics, index, coefficients, upstream, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    backend = _check("backward", rows, spec, statistics, index, coefficients, upstream=upstream)
+    if rows.is_linear:
+        return chunks.backward(rows, statistics, index, coefficients, upstream, spec, backend)
+    gradient = backend.new_gradient(rows.logits)
+    backend.backward(Job(rows, spec, statistics, index, None, coefficients, gradient, upstream))
+    return [gradient]
+
+
+def _fake_backward_(*arguments: Any) -> None:
+    *flat, statistics, index, coefficients, upstream, text = arguments
+    _check("backward_", Rows(*flat), Spec.decode(text), statistics, index, coefficients, upstream=upstream)
+
+
+@_operator(
+    f"backward_({SCHEMA.replace('Tensor[]', 'Tensor(a!)[]', 1)}, {_BACKWARD}) -> ()",
+    _fake_backward_,
+)
+def backward_(*arguments: Any) -> None:
+    *flat, statistics, index, coefficients, upstream, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    backend = _check("backward_", rows, spec, statistics, index, coefficients, upstream=upstream)
+    backend.backward(Job(rows, spec, statistics, index, None, coefficients, rows.logits, upstream))
+
+
+def _sums_arguments(arguments: Sequence[Any]) -> tuple[Rows, Spec, Backend, tuple[Any, ...]]:
+    *flat, statistics, index, row_weight, top_q, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    backend = _check("sums", rows, spec, statistics, index, row_weight=row_weight, top_q=top_q)
+    return rows, spec, backend, (statistics, index, row_weight, top_q)
+
+
+def _fake_sums(*arguments: Any) -> Tensor:
+    rows, spec, *_ = _sums_arguments(arguments)
+    count = rows.classes if spec.over_rows else rows.target.shape[0]
+    return rows.hidden[0].new_empty((2, count), dtype=torch.float64)
+
+
+@_operator(f"sums({SCHEMA}, {_SAVED}, Tensor? row_weight, Tensor? top_q, str spec) -> Tensor", _fake_sums)
+def sums(*arguments: Any) -> Tensor:
+    rows, spec, backend, (statistics, index, row_weight, top_q) = _sums_arguments(arguments)
+    if rows.is_linear:
+        return chunks.sums(rows, statistics, index, spec, backend)
+    return backend.sums(Job(rows, spec, statistics, index, upstream=row_weight, top_q=top_q))
+
+
+def _fake_terms(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *flat, statistics, index, text = arguments
+    _check("terms", Rows(*flat), Spec.decode(text), statistics, index)
+    return new_losses(statistics, index.shape[0])
+
+
+@_operator(f"terms({SCHEMA}, {_SAVED}, str spec) -> (Tensor loss, Tensor coefficients)", _fake_terms)
+def terms(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *flat, statistics, index, text = arguments
+    rows, spec = Rows(*flat), Spec.decode(text)
+    backend = _check("terms", rows, spec, statistics, index)
+    outputs = new_losses(statistics, index.shape[0])
+    backend.terms(Job(rows, spec, statistics, index, *outputs))
+    return outputs
+
+
+def _fake_scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
+    _check_scale(gradient, factor)
+
+
+@_operator("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()", _fake_scale_)
+def scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
+    _check_scale(gradient, factor)
+    _backend("scale_", impl, gradient).scale_(gradient, factor)
+
+
+# --- checks ---
+# The public functions hand over what they have prepared. The operators are public too, as torch.ops.fusedloss, where a
+# wrong dtype, size or stride would be a read of other memory. A check takes one to three microseconds.
+
+_DTYPES = {dtype: (dtype, compute_dtype(dtype), torch.int64) for dtype in DTYPES}
+_STORAGE, _COMPUTE, _INDEX = range(3)
+
+
+def _backend(operator: str, impl: str, source: Tensor) -> Backend:
+    backend, device = BACKENDS.get(impl), source.device.type
+    if backend is None or (backend.runs_on != device and device != "meta"):
+        known = [repr(name) for name, x in BACKENDS.items() if x.runs_on == device and x.unavailable() is None]
+        raise ValueError(f"{operator}: impl must be one of {', '.join(known)} on a {device} device, got {impl!r}")
+    return backend
+
+
+def _check(
+    operator: str,
+    rows: Rows,
+    spec: Spec,
+    statistics: Tensor | None = None,
+    index: Tensor | None = None,
+    coefficients: Tensor | None = None,
+    **of_rows: Tensor | None,
+) -> Backend:
+    """Check the tensors against each other and the spec, and return the backend that it names."""
+    hidden, weight, bias, teacher, target, class_weight, candidates, params, scalars = rows
+    if not hidden or len(weight) not in (0, len(hidden)) or (not weight and len(hidden) > 1) or teacher:
+        lists = ", ".join(
+            f"{len(x)} {name}" for x, name in ((hidden, "hidden"), (weight, "weight"), (teacher, "teacher"))
+        )
+        raise ValueError(f"{operator}: there must be one tensor of logits, or a weight for each hidden, got {lists}")
+    first = hidden[0]
+    dtypes = _DTYPES.get(first.dtype)
+    if dtypes is None:
+        raise TypeError(f"{operator}: hidden must be one of {', '.join(map(str, DTYPES))}, got {first.dtype}")
+    if first.dim() != 2:
+        raise ValueError(f"{operator}: hidden must have two dimensions, got shape {tuple(first.shape)}")
+    backend = _backend(operator, spec.impl, first)
+    count = first.shape[0] * spec.form.row_parts
+    storage, compute, integer = dtypes
+    size = _sizes_checker(operator, first)
+    if weight:
+        classes = weight[0].shape[0] if weight[0].dim() else 0
+        for i, (x, w) in enumerate(zip(hidden, weight, strict=True)):
+            size(f"hidden[{i}]", x, storage, (first.shape[0], x.shape[-1] if x.dim() else 0), False)
+            size(f"weight[{i}]", w, storage, (classes, x.shape[-1]), False)
+        if backend.makes_logits and len(weight) > 1:
+            raise ValueError(f"{operator}: impl={spec.impl!r} takes one pair of hidden and weight, got {len(weight)}")
+    else:
+        classes = first.shape[1]
+        row, column = first.stride()
+        if column != 1 and classes > 1:
+            raise ValueError(f"{operator}: logits must have rows of unit stride, got strides {first.stride()}")
+        if operator == "backward_" and row < classes and count > 1:
+            raise ValueError(f"{operator}: logits must have rows that do not overlap, got strides {first.stride()}")
+    if bias is not None:
+        size("bias", bias, storage, (classes,), False)
+    size("target", target, integer, (count,))
+    if class_weight is not None:
+        size("class_weight", class_weight, compute, (classes,))
+    if scalars is not None:
+        size("scalars", scalars, compute, (3,))
+    for i, x in enumerate(params):
+        size(f"params[{i}]", x, compute, (count,) if x.dim() else (), False)
+    if not 0 <= spec.top_k <= 2:
+        raise ValueError(f"{operator}: top_k must be 0, 1 or 2, got {spec.top_k}")
+    if statistics is None:
+        if candidates is not None:
+            size("candidates", candidates, integer, (count, candidates.shape[-1] if candidates.dim() else 0))
+        picks = spec.pick_count(candidates) if candidates is None or candidates.dim() else 0
+    else:
+        assert index is not None
+        picks = index.shape[0] if index.dim() else 0
+        size("index", index, integer, (picks, count))
+        size("statistics", statistics, compute, (STATISTICS + picks, count))
+        if coefficients is not None:
+            size("coefficients", coefficients, compute, (COEFFICIENTS + picks, count))
+    for name, x_or_none in of_rows.items():
+        if x_or_none is not None:
+            size(name, x_or_none, compute, (count,), name == "top_q")
+    if spec.needed and len(spec.needed) != len(rows.sources):
+        raise ValueError(
+            f"{operator}: spec must say which of {len(rows.sources)} gradients it needs, got {spec.needed}"
+        )
+    _check_epilogue(operator, spec, backend, len(params), picks)
+    return backend
+
+
+def _sizes_checker(operator: str, source: Tensor) -> Callable[..., None]:
+    device = source.device
+
+    def check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[Any, ...], contiguous: bool = True) -> None:
+        if x.dtype is dtype and x.shape == shape and x.device == device and (not contiguous or x.is_contiguous()):
+            return
+        kind = TypeError if x.dtype is not dtype else ValueError
+        raise kind(
+            f"{operator}: {name} must be {'contiguous, ' if contiguous else ''}{dtype} of shape {shape} on {device}, "
+            f"got {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}"
+        )
+
+    return check
+
+
+def _check_epilogue(operator: str, spec: Spec, backend: Backend, params: int, picks: int) -> None:
+    """Check the epilogue's name, the number of its parameters, and that there are the picks that it looks at."""
+    kind, name, known = operator.rstrip("_"), spec.epilogue, backend.epilogues
+    if kind == "sums":
+        kind = f"sums over {'rows' if spec.over_rows else 'classes'}"
+    count = known.find(kind, name)
+    if count is None:
+        names = [repr(x) for x in ("", *known.rows, *known.classes) if known.find(kind, x) is not None]
+        raise ValueError(f"{operator}: no epilogue named {name!r}; there are {', '.join(names)}")
+    if params != count:
+        raise ValueError(f"{operator}: {name!r} takes {count} params, got {params}")
+    if name in known.classes and (picks < 1 or (kind == "terms" and picks > 1)):
+        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
+    if (spec.top_q and spec.top_k < 1) or (kind == "forward" and name in known.classes and spec.top_k < 1):
+        raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
+
+
+def _check_scale(gradient: Tensor, factor: Tensor) -> None:
+    dtypes = _DTYPES.get(gradient.dtype)
+    if dtypes is None:
+        raise TypeError(f"scale_: gradient must be one of {', '.join(map(str, DTYPES))}, got {gradient.dtype}")
+    _sizes_checker("scale_", gradient)("factor", factor, dtypes[_COMPUTE], (), False)

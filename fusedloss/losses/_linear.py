@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distributed import vocabulary
+from ..distributed import dtensor, sequence
 from ..engine.project import project
 
 _DOC = """{summary}
@@ -62,12 +62,12 @@ def linear_form(loss: Callable[..., Any]) -> Callable[..., Any]:
         sequence_parallel: bool = False,
         **options: Any,
     ) -> Any:
-        input, linear_weight, linear_bias, group, sequence_parallel = vocabulary.local_projection(
+        input, linear_weight, linear_bias, group, sequence_parallel = dtensor.local_projection(
             input, linear_weight, linear_bias, options.get("group"), sequence_parallel
         )
         if group is not None:
             options["group"] = group
-        parts = vocabulary.row_parts(sequence_parallel, group)
+        parts = sequence.row_parts(sequence_parallel, group)
         projection = project(input, linear_weight, linear_bias, softcap, budget, drop_ignored, parts)
         return loss(projection, target, *arguments, **options)
 

@@ -20,22 +20,13 @@ from ..checks import check_choice, check_number, compute_dtype
 from ..definition import reference
 from ..definition.epilogue import Overlap
 from ..definition.projection import Projection
+from ..definition.rows import Source
 from ..definition.statistics import Picks
-from ..engine import functions as autograd
-from ..engine import over_classes
+from ..engine import functions, over_classes
 from ..engine.constants import parameter
-from ..engine.dispatch import (
-    Problem,
-    dense_row_stats,
-    has_compiled,
-    in_chunks,
-    prepare,
-    row_loss,
-    row_stats,
-    shaped_stats,
-)
-from ..engine.functions import Source
+from ..engine.dispatch import dense_row_stats, has_compiled, in_chunks, row_loss, row_stats, shaped_stats
 from ..engine.options import RowOptions
+from ..engine.prepare import Call, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,11 +75,11 @@ def overlap_loss(
             f"the linear forms make the logits of some rows at a time, but level={level!r} needs all of them before "
             "the gradient of any; compute the logits and use the row form, or level='example'"
         )
-    problem = prepare(name, input, target, params, WITHOUT, None, options)
-    _check_level(problem, level)
-    weight, reduction = problem.weight, problem.options["reduction"]
-    if problem.shards is not None:
-        weight = problem.shards.weight(weight)
+    call = prepare(name, input, target, params, WITHOUT, None, options)
+    _check_level(call, level)
+    weight, reduction = call.rows.class_weight, call.options["reduction"]
+    if call.shards is not None:
+        weight = call.shards.weight(weight)
 
     def ratio(sums: Tensor) -> Tensor:
         error, agreement = sums.unbind()
@@ -102,18 +93,18 @@ def overlap_loss(
         loss = ratio(sums) if weight is None else ratio(sums) * weight
         return loss if reduction == "none" else loss.sum(0, keepdim=True)
 
-    result, stats = _over_rows(problem, overlap, of_classes, level == "set" or reduction != "none")
+    result, stats = _over_rows(call, overlap, of_classes, level == "set" or reduction != "none")
     if level == "set":
         result = ratio(result)
     elif reduction != "none":
-        result = result[0] / (1 if reduction == "sum" else problem.classes)
+        result = result[0] / (1 if reduction == "sum" else call.classes)
     loss = result.to(compute_dtype(input.dtype))
-    return loss if stats is None else (loss, shaped_stats(stats, target, problem.options["ignore_index"]))
+    return loss if stats is None else (loss, shaped_stats(stats, target, call.options["ignore_index"]))
 
 
-def _check_level(problem: Problem, level: str) -> None:
+def _check_level(call: Call, level: str) -> None:
     """Refuses options that have no meaning where the loss is not a sum over rows."""
-    o = problem.options
+    o = call.options
     if o["z_loss"]:
         raise ValueError(f"z_loss is a term of each row's loss; with level={level!r} rows have none, got {o['z_loss']}")
     if o["normalizer"] is not None:
@@ -127,33 +118,37 @@ def _check_level(problem: Problem, level: str) -> None:
 
 
 def _over_rows(
-    problem: Problem, overlap: Overlap, of_classes: Callable[[Tensor], Tensor], summed: bool
+    call: Call, overlap: Overlap, of_classes: Callable[[Tensor], Tensor], summed: bool
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """A function of error and agreement of each class, (2, V) in float64, and the columns of RowStats where asked.
 
     `summed`: of all ranks, the sum of what it gives for the classes of each.
     """
-    logits, target, _, _, params, _, _, row_weight, impl, inplace, shards, _, o = problem
-    assert isinstance(logits, Tensor)
-    return_stats = o["return_stats"]
-
-    def dense(z: Tensor, t: Tensor, w: Tensor | None, *p: Tensor) -> Tensor:
-        return reference.class_sums(z, t, w, list(p), overlap.function)[0]
-
-    compiled = has_compiled(overlap.over_rows, problem)
-    if inplace and not compiled:
+    rows, spec, row_weight, return_stats = call.rows, call.spec, call.token_weight, call.options["return_stats"]
+    if spec.impl == "reference":
+        sums, s = reference.class_sums(rows, row_weight, overlap.function)
+        return of_classes(sums), dense_row_stats(s, rows.target) if return_stats else None
+    compiled = has_compiled(overlap.over_rows, call)
+    if call.inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
-    if shards is not None:
-        rows = (logits, target, row_weight, params, overlap, of_classes, summed)
-        result, s = over_classes.over_rows(*rows, compiled, inplace, impl, shards)
-        return result, dense_row_stats(s, target) if return_stats else None
-    if impl == "reference":
-        sums, s = reference.class_sums(logits, target, row_weight, params, overlap.function)
-        return of_classes(sums), dense_row_stats(s, target) if return_stats else None
+    if call.shards is not None:
+        if not compiled:
+            raise ValueError(
+                "with a group, parameters that require grad have no gradients in a loss over the classes; detach them"
+            )
+        result, s = over_classes.over_rows(call, overlap, of_classes, summed)
+        return result, dense_row_stats(s, rows.target) if return_stats else None
     if compiled:
-        sums, statistics, index = autograd.class_sums(logits, target, row_weight, params, overlap, inplace, impl)
+        sums, statistics, index = functions.class_sums(rows, spec, row_weight, overlap, call.inplace)
     else:
-        sums = torch.stack(in_chunks(dense, logits.shape[-1], logits, target, row_weight, *params)).sum(0)
+
+        def dense(z: Tensor, target: Tensor, weight: Tensor | None, *params: Tensor) -> Tensor:
+            some = rows._replace(hidden=[z], target=target, params=list(params))
+            return reference.class_sums(some, weight, overlap.function)[0]
+
+        parts = in_chunks(dense, rows.classes, rows.logits, rows.target, row_weight, *rows.params)
+        sums = torch.stack(parts).sum(0)
         if return_stats:
-            statistics, index = autograd.detached_statistics(logits, target, None, Picks(1), impl)
-    return of_classes(sums), row_stats(statistics, index, target) if return_stats else None
+            detached = rows._replace(hidden=[rows.logits.detach()], class_weight=None)
+            statistics, index, _ = functions.statistics_of(detached, spec, Picks(1))
+    return of_classes(sums), row_stats(statistics, index, rows.target) if return_stats else None

@@ -8,7 +8,7 @@ import torch
 
 from ..checks import DTYPES, check_int, compute_dtype
 from ..engine import budgets as chunking
-from ..engine import operators as ops
+from ..engine.chunks import gradient_dtype
 
 
 class Footprint(NamedTuple):
@@ -81,7 +81,7 @@ def footprint(
 
     chunks, chunk_rows = chunk_of(gradient=True)
     chunk = chunk_rows * classes * size
-    handed_over = ops.gradient_dtype(dtype)
+    handed_over = gradient_dtype(dtype)
     weight_sum = classes * features * (handed_over if chunks == 1 else compute_dtype(dtype)).itemsize
     hidden_sum = rows * features * handed_over.itemsize
     # In the dtype of what they are gradients of.

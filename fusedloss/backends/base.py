@@ -1,0 +1,108 @@
+"""What a backend is: it runs passes over rows, and knows neither autograd nor operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..definition.rows import Job, Spec
+
+
+@dataclass(frozen=True)
+class Epilogues:
+    """The compiled epilogues of a backend, each with the number of its parameters."""
+
+    rows: Mapping[str, int]
+    classes: Mapping[str, int]
+    sums: Mapping[str, int]
+    """Those over the classes whose sums over the rows are a loss's; there they lack the last of their parameters."""
+
+    @staticmethod
+    def of(extension: Any) -> Epilogues:
+        """Return those of an extension module, or none without one."""
+        return Epilogues(*(({}, {}, {}) if extension is None else extension.epilogues()))
+
+    def find(self, kind: str, name: str) -> int | None:
+        """Return the parameters of an epilogue that a kind of job takes; None if there is none.
+
+        Coefficients that PyTorch made are those of no epilogue, "".
+        """
+        if name == "" and kind in ("forward", "backward"):
+            return 0
+        if kind == "terms":
+            return self.classes[name] if name in self.sums else None
+        if kind == "sums over rows":
+            return self.sums.get(name)
+        if kind == "sums over classes":
+            return self.classes.get(name)
+        return self.rows.get(name, self.classes.get(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows or name in self.classes
+
+
+class Backend:
+    """The passes of one implementation. A job's tensors have been checked; `epilogues` says which it may name."""
+
+    name: str
+    runs_on: str = "cpu"
+    """The type of device whose tensors it takes."""
+    makes_logits = False
+    """Whether its passes make the logits of hidden states themselves, and store none."""
+    one_read = False
+    """Whether it should make the gradient of a sum with the loss, of one read of the logits. Others would read them
+    twice all the same, and only hold the gradient for longer."""
+
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        """Return why it cannot run on this machine, or for tensors on `device`; None if it can."""
+        raise NotImplementedError
+
+    @property
+    def epilogues(self) -> Epilogues:
+        raise NotImplementedError
+
+    def forward(self, job: Job) -> None:
+        """The statistics pass and, with an epilogue, its loss and coefficients."""
+        raise NotImplementedError
+
+    def backward(self, job: Job) -> None:
+        """The gradient pass."""
+        raise NotImplementedError
+
+    def with_gradient(self, job: Job) -> None:
+        """Both, into the job's `grad`; a backend that has them of one read of the logits overrides it."""
+        grad, job.grad = job.grad, None
+        self.forward(job)
+        job.grad = grad
+        self.backward(job)
+
+    def sums(self, job: Job) -> Tensor:
+        """The sums of a class term, over the rows or over the classes."""
+        raise NotImplementedError
+
+    def terms(self, job: Job) -> None:
+        """Losses and coefficients of a class term, from statistics in hand."""
+        raise NotImplementedError
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """Multiply a gradient by a 0-d factor, which the host does not read."""
+        gradient.mul_(factor)
+
+    def new_gradient(self, logits: Tensor) -> Tensor:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def is_over_classes(backend: Backend, spec: Spec) -> bool:
+    """Tell whether the epilogue is a class term: its gradient has another form than that of a row."""
+    return spec.epilogue in backend.epilogues.classes
+
+
+def column(values: Tensor | None) -> tuple[int, int]:
+    """Address and stride of a number for each row."""
+    if values is None:
+        return 0, 0
+    return values.data_ptr(), values.stride(0)

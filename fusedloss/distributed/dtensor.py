@@ -1,0 +1,83 @@
+"""What this rank has of a DTensor, and how its placements divide the classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .. import transforms
+from ..checks import is_dtensor
+from .vocabulary import VocabularyShards
+
+
+def local_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyShards | None]:
+    """What this rank has of a DTensor whose dimension `dim` is the classes, and how they are divided, None if not."""
+    transforms.refuse("a DTensor")
+    where = f"{name} is a DTensor with placements {tuple(x.placements)}"
+    divided = [axis for axis, placement in enumerate(x.placements) if not placement.is_replicate()]
+    if not divided:
+        return x.to_local(grad_placements=x.placements), None
+    placement = x.placements[divided[0]]
+    # A subclass of Shard lays the parts out in another order.
+    if len(divided) > 1 or type(placement).__name__ != "Shard" or placement.dim != dim % x.dim():
+        raise ValueError(
+            f"{where}; the losses take replicated ones, and those that one dimension of the mesh shards on the classes"
+        )
+    group = x.device_mesh.get_group(divided[0])
+    size, ranks = x.shape[dim], group.size()
+    most = -(-size // ranks)
+    sizes = [max(0, min(most, size - rank * most)) for rank in range(ranks)]
+    return x.to_local(grad_placements=x.placements), VocabularyShards(group, sizes)
+
+
+def local_rows(target: Any) -> Tensor:
+    """The target, which every rank must have whole."""
+    if not is_dtensor(target):
+        return target
+    if not all(placement.is_replicate() for placement in target.placements):
+        raise ValueError(f"target is a DTensor with placements {tuple(target.placements)}; it must be replicated")
+    return target.to_local()
+
+
+def local_projection(
+    hidden: Any, weight: Any, bias: Any, group: Any, sequence_parallel: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Of DTensors, what this rank has, with the group that they say. Others pass through."""
+    if not any(map(is_dtensor, (hidden, weight, bias))):
+        return hidden, weight, bias, group, sequence_parallel
+    if not is_dtensor(weight) or not is_dtensor(hidden) or (bias is not None and not is_dtensor(bias)):
+        kinds = ", ".join(
+            f"{name} a {type(x).__name__}"
+            for name, x in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias))
+        )
+        raise ValueError(
+            f"input, linear_weight and linear_bias must all be DTensors or all be tensors of this rank, got {kinds}. "
+            "A weight that FSDP has sharded is whole within the forward of its unit alone: use a Linear* module of "
+            "fusedloss.nn there, or one whose layer is a unit itself. A weight that is sharded on the classes goes "
+            "with an input that is replicated on the same mesh, or pass to_local() of both and group="
+        )
+    if group is not None:
+        raise ValueError(f"group is for tensors of this rank, and DTensors name their own, got {group!r}")
+    mesh = weight.device_mesh
+    if hidden.device_mesh != mesh or (bias is not None and bias.device_mesh != mesh):
+        raise ValueError("input, linear_weight and linear_bias must be DTensors on the same mesh")
+    placements = hidden.placements
+    weight, shards = local_part("linear_weight", weight, 0)
+    if bias is not None:
+        bias, bias_shards = local_part("linear_bias", bias, 0)
+        if bias_shards != shards:
+            raise ValueError("linear_bias must be placed as linear_weight is")
+    by_rows = [placement.is_shard(0) for placement in placements]
+    if shards is not None and any(by_rows):
+        if mesh.get_group(by_rows.index(True)).group_name != shards.name:
+            raise ValueError("input is sharded over another dimension of the mesh than linear_weight")
+        sequence_parallel = True
+    if not all(p.is_replicate() or rows for p, rows in zip(placements, by_rows, strict=True)) or (
+        any(by_rows) and (shards is None or sum(by_rows) > 1 or len(hidden) % len(shards.sizes))
+    ):
+        raise ValueError(
+            f"input is a DTensor with placements {tuple(placements)}; it must be replicated, or sharded evenly on its "
+            "first dimension where linear_weight is sharded on the classes"
+        )
+    return hidden.to_local(grad_placements=placements), weight, bias, shards, sequence_parallel

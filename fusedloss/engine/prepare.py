@@ -1,0 +1,178 @@
+"""Checks a loss's arguments and makes the rows of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, transforms
+from ..definition.epilogue import common_factors
+from ..definition.projection import Form, Projection
+from ..definition.rows import Rows, Source, Spec
+from ..definition.statistics import Targets
+from ..distributed import dtensor, vocabulary
+from ..distributed.vocabulary import VocabularyShards
+from . import constants
+from .options import DEFAULTS, RowOptions
+
+
+class Call(NamedTuple):
+    """A loss's arguments, checked, as the operators take them."""
+
+    rows: Rows  # targets and candidates of all ranks' classes
+    spec: Spec
+    token_weight: Tensor | None  # (N,)
+    inplace: bool
+    shards: VocabularyShards | None
+    classes: int  # of all ranks
+    options: RowOptions  # with their defaults
+
+
+def prepare(
+    name: str,
+    input: Source,
+    target: Tensor,
+    params: Sequence[float | Tensor],
+    without: tuple[str, ...],
+    candidates: Tensor | None,
+    options: RowOptions,
+) -> Call:
+    """Checks the arguments of a loss; `name` is the public function's on logits."""
+    linear = isinstance(input, Projection)
+    for option in options:
+        if option not in DEFAULTS or option in without or (linear and option == "inplace_backward"):
+            raise TypeError(f"{'linear_' * linear}{name}() got an unexpected keyword argument {option!r}")
+    o: RowOptions = {**DEFAULTS, **options}
+    checks.check_logits(input, target)
+    given = input
+    if checks.is_dtensor(input):
+        if o["group"] is not None:
+            raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
+        input, o["group"] = dtensor.local_part("input", input, -1)
+    target = dtensor.local_rows(target)
+    shards = vocabulary.shards_of(o["group"], input)
+    classes = input.shape[-1] if shards is None else shards.classes
+    if shards is not None:
+        vocabulary.check_ranks(shards, name, input, target, params, o)
+    _check(input, target, classes, o)
+    target = checks.normalized_targets(target, o["ignore_index"])
+    if candidates is not None:
+        checks.check_candidates(candidates, target)
+    impl = backends.resolve(o["impl"], input.device, linear)
+    if transforms.active():
+        impl = "reference"
+        if o["inplace_backward"]:
+            transforms.refuse("inplace_backward=True")
+    form = Form()
+    if isinstance(input, Projection):
+        form = input.form
+        if impl != "reference":
+            checks.check_readable("linear_weight", input.weight)
+    if shards is not None:
+        if impl == "reference":
+            source = backends.named_by(o["impl"])
+            raise ValueError(f"group needs an implementation with kernels, but {source} is 'reference'")
+        if checks.may_read(target):
+            checks.check_indices(target, None, classes)
+        # The ranks must agree on the chunks of rows that are divided.
+        form = form._replace(group=shards.name, most_classes=max(shards.sizes) if form.row_parts > 1 else 0)
+
+    dtype = checks.compute_dtype(input.dtype)
+    # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
+    inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
+    if isinstance(input, Projection):
+        logits: Source = replace(input.flatten(), form=form)
+    else:
+        logits = _matrix(input, o["inplace_backward"])
+    if inplace and impl == "reference":
+        source = backends.named_by(o["impl"])
+        raise ValueError(f"inplace_backward needs a compiled implementation, but {source} is 'reference'")
+    if inplace:
+        assert isinstance(given, Tensor)
+        checks.check_no_leaf(given)
+    index = target.reshape(-1).contiguous()
+    weight = o["weight"]
+    if weight is not None:
+        weight = weight.to(dtype).contiguous()
+    if candidates is not None:
+        # Those of ignored rows may hold anything.
+        count = candidates.shape[-1] if candidates.dim() > target.dim() else 1
+        candidates = candidates.reshape(-1, count).to(torch.int64)
+        candidates = candidates.masked_fill((index == checks.IGNORED)[:, None], 0).contiguous()
+        if shards is not None and checks.may_read(candidates):
+            checks.check_indices(index, candidates, classes)
+    smoothing, z_loss = float(o["label_smoothing"]), float(o["z_loss"])
+    factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
+    numbers, scalars = constants.parameters(params, factors, dtype, input.device)
+    token_weight = o["token_weight"]
+    if token_weight is not None:
+        # Those of ignored rows may hold anything.
+        token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == checks.IGNORED, 0)
+    rows = Rows.of(logits, index, weight, candidates, numbers, scalars)
+    spec = Spec(impl, mean=smoothing != 0, smooths=smoothing != 0, z_loss=z_loss != 0, form=form)
+    return Call(rows, spec, token_weight, inplace, shards, classes, o)
+
+
+def _check(input: Source, target: Tensor, classes: int, o: RowOptions) -> None:
+    checks.check_classes(classes, input)
+    checks.check_choice("reduction", o["reduction"], checks.REDUCTIONS)
+    checks.check_choice("smoothing_over", o["smoothing_over"], ("all", "others"))
+    checks.check_number("label_smoothing", o["label_smoothing"], 0, 1)
+    checks.check_number("z_loss", o["z_loss"], 0)
+    o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
+    if o["weight"] is not None:
+        checks.check_weight(o["weight"], input, classes)
+    if o["token_weight"] is not None:
+        checks.check_token_weight(o["token_weight"], target)
+    if o["normalizer"] is not None:
+        checks.check_normalizer(o["normalizer"], o["reduction"], o["token_weight"])
+
+
+def _matrix(input: Tensor, inplace: bool) -> Tensor:
+    """(N, V) with unit stride along the rows, a view of the input wherever one exists."""
+    classes = input.shape[-1]
+    if inplace:
+        try:
+            matrix = input.view(math.prod(input.shape[:-1]), classes)
+        except RuntimeError:
+            matrix = None
+        if matrix is None or (matrix.stride(1) != 1 and classes > 1) or (0 <= matrix.stride(0) < classes):
+            raise ValueError(
+                "inplace_backward needs logits whose rows lie one after the other in memory, got strides "
+                f"{input.stride()} for shape {tuple(input.shape)}"
+            )
+        return matrix
+    matrix = input.reshape(math.prod(input.shape[:-1]), classes)
+    return matrix if matrix.stride(1) == 1 or classes == 1 else matrix.contiguous()
+
+
+def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | None, float | Tensor | None]:
+    """What "mean" divides by, which is never 0, and the normalizer that it is, which may be: 1 stands in for it."""
+    rows, o, token_weight = call.rows, call.options, call.token_weight
+    if o["reduction"] != "mean":
+        return None, None
+    normalizer = o["normalizer"]
+    if isinstance(normalizer, str):  # "token_weight"
+        assert token_weight is not None
+        normalizer = token_weight.detach().sum()
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(
+            checks.compute_dtype(rows.hidden[0].dtype)
+        )  # a float64 count is no reason for a float64 loss
+    if normalizer is not None:
+        return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
+    weight = rows.class_weight if mean_over_weights else None
+    if weight is None:
+        return (rows.target != checks.IGNORED).sum().clamp(min=1), None
+    # The loss has yet to say what it thinks of targets that are out of range.
+    index, ignored, _ = Targets.of(rows.target, len(weight))
+    return _not_zero(weight[index].masked_fill(ignored, 0).sum()), None
+
+
+def _not_zero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0, 1, divisor)
