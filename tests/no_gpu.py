@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 #: The most kernels that an operator of this package launches: the merge is of rows that are split, which few are.
 OWN = {
-    "row_statistics": 2,  # statistics, merge
-    "row_loss": 2,
-    "row_loss_gradient_": 3,  # statistics, merge, gradient
-    "row_gradient_": 1,
+    "statistics": 2,  # statistics, merge
+    "forward": 2,
+    "with_gradient": 3,  # statistics, merge, gradient
+    "backward": 1,
     "scale_": 1,
 }
 #: Operators that launch nothing beside views, which their schemas tell.

@@ -28,7 +28,7 @@ class Case:
     base: Callable[..., Tensor]
     #: Arguments of both; or a function (rows, classes, generator) -> arguments.
     own: Arguments | Callable[[int, int, torch.Generator], Arguments] = field(default_factory=dict)
-    kernels: tuple[str, ...] = ("row_loss", "row_gradient")
+    kernels: tuple[str, ...] = ("forward", "backward")
     least_classes: int = 1
     smoothing: bool = True
     weighted_mean: bool = False
@@ -539,7 +539,7 @@ class RowLossSuite:
                 torch.testing.assert_close(ours[kept].double(), right[kept], rtol=1e-6, atol=2e-7)
                 assert ours[~kept].isnan().all(), name
 
-    @over("plain", "everything", where=lambda case: "row_gradient" in case.kernels)
+    @over("plain", "everything", where=lambda case: "backward" in case.kernels)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [(6, 37), (3, 8200)], ids=str)  # the second: threads share a row
     def test_inplace_backward_gives_the_same_bits(self, case, options, shape, dtype, compiled_impl, generator):

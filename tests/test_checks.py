@@ -320,7 +320,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     watch(reference, "dense_columns")
     if cpu.unavailable() is None:
         watch(cpu._engine, "forward")
-        watch(cpu._engine, "class_sums")
+        watch(cpu._engine, "sums")
         watch(cpu._engine, "backward")
     return done
 

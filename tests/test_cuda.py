@@ -316,9 +316,9 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
 
 # --- a mean or a sum, whose gradient is made with it ---
 
-ONE_READ = {("row_loss_gradient", "cuda"): 1}
+ONE_READ = {("with_gradient", "cuda"): 1}
 BACKWARD = {("scale_", "cuda"): 1}
-TWO_READS = {("row_loss", "cuda"): 1, ("row_gradient", "cuda"): 1}
+TWO_READS = {("forward", "cuda"): 1, ("backward", "cuda"): 1}
 
 
 def _problem(generator: torch.Generator, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -411,7 +411,7 @@ def test_what_takes_two_reads(options, generator, kernel_calls):
         loss = fl.focal_loss(logits, target, impl=impl, **own)
         results.append((loss, *torch.autograd.grad(loss.sum(), logits)))
     torch.testing.assert_close(*results, rtol=1e-3 if z.dtype == torch.float16 else 1e-5, atol=1e-7)
-    assert not {("row_loss_gradient", "cuda"), ("scale_", "cuda")} & kernel_calls.keys()
+    assert not {("with_gradient", "cuda"), ("scale_", "cuda")} & kernel_calls.keys()
 
 
 def test_no_gradient_where_none_is_asked_for(generator, kernel_calls):
@@ -419,7 +419,7 @@ def test_no_gradient_where_none_is_asked_for(generator, kernel_calls):
     with torch.no_grad():
         without = fl.cross_entropy(z, target, impl="cuda")
     assert torch.equal(fl.cross_entropy(z.detach(), target, impl="cuda"), without)
-    assert kernel_calls == {("row_loss", "cuda"): 2}
+    assert kernel_calls == {("forward", "cuda"): 2}
     assert torch.equal(fl.cross_entropy(z, target, impl="cuda"), without)
 
 
@@ -558,7 +558,7 @@ def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
         loss = fl.linear_focal_loss(hidden, weight, target, budget=budget, impl=impl)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    assert kernel_calls == {("row_loss_gradient_", "cuda"): 3 if budget else 1, ("scale_", "cuda"): 2}
+    assert kernel_calls == {("with_gradient", "cuda"): 3 if budget else 1, ("scale_", "cuda"): 2}
 
 
 @pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)

@@ -82,7 +82,7 @@ def test_triton_runs_by_default_where_it_can(problem, kernel_calls):
     expected = "triton" if backends.unavailable("triton", torch.device("cuda")) is None else "reference"
     assert backends.resolve(None, torch.device("cuda")) == expected
     fl.cross_entropy(*problem)
-    assert kernel_calls["row_loss", "triton"] == (expected == "triton")
+    assert kernel_calls["forward", "triton"] == (expected == "triton")
     with pytest.raises(RuntimeError, match="it runs on CPU tensors, but the input is on cuda:0"):
         fl.cross_entropy(*problem, impl="cpu")
 
