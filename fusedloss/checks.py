@@ -139,8 +139,10 @@ def check_logits(input: Any, target: object) -> None:
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
-    check_dtype("input", input)
-    check_index_dtype("target", target)
+    if input.dtype not in DTYPES:
+        check_dtype("input", input)
+    if target.dtype not in INDEX_DTYPES:
+        check_index_dtype("target", target)
     if input.dim() < 1:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
     if target.shape != input.shape[:-1]:

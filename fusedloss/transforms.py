@@ -23,7 +23,9 @@ def active(*gradients: Tensor | None) -> bool:
     """
     if _torch_func_is_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         return True
-    return not torch.compiler.is_compiling() and any(g is not None and _is_batched(g) for g in gradients)
+    if not gradients or torch.compiler.is_compiling():
+        return False
+    return any(g is not None and _is_batched(g) for g in gradients)
 
 
 def plain_backward(*gradients: Tensor | None, inplace: bool = False) -> bool:

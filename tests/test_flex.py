@@ -9,7 +9,7 @@ from row_suite import Case, RowLossSuite, class_weights, logits_and_targets, wit
 from torch.nn.functional import one_hot
 
 import fusedloss as fl
-from fusedloss.engine import class_terms
+from fusedloss.engine import dispatch
 
 # --- losses as a user writes them ---
 
@@ -370,7 +370,7 @@ def test_terms_of_classes_run_on_a_few_rows_at_a_time(monkeypatch, generator):
     whole = fl.dsc_loss(z.requires_grad_(), target, alpha=alpha, reduction="none")
     upstream = torch.randn(7, generator=generator)
     expected = torch.autograd.grad(whole, (z, alpha), upstream)
-    monkeypatch.setattr(class_terms, "DENSE_BYTES", 2 * 100 * 4)
+    monkeypatch.setattr(dispatch, "DENSE_BYTES", 2 * 100 * 4)
     parts = fl.dsc_loss(z, target, alpha=alpha, reduction="none")
     assert torch.equal(parts, whole)
     for ours, same in zip(torch.autograd.grad(parts, (z, alpha), upstream), expected, strict=True):
@@ -397,7 +397,7 @@ def _in_all_ways(n, v, generator):
 @pytest.mark.parametrize("classes", [1, 2, 19, 300])
 def test_a_sum_over_the_classes_is_that_of_the_rows(classes, options, compiled_impl, generator, monkeypatch):
     """It has a way of its own, on which the gradient is made with it."""
-    monkeypatch.setattr(class_terms, "DENSE_BYTES", 3 * 300 * 4)
+    monkeypatch.setattr(dispatch, "DENSE_BYTES", 3 * 300 * 4)
     z, target = logits_and_targets(11, classes, generator)
     z[3] += 12 * torch.eye(classes, dtype=torch.float64)[(target[3] + 1) % classes]  # sure, and wrong
     target[[2, 10]] = -100

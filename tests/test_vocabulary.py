@@ -22,7 +22,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.testing import assert_close
 
 import fusedloss as fl
-from fusedloss.engine import class_terms
+from fusedloss.engine import dispatch
 
 ROWS, FEATURES, IGNORED = 13, 5, 3  # the ignored index is a class, as a padding index is
 
@@ -89,7 +89,7 @@ def _same_bits(x: Tensor, world: int) -> None:
 
 def _each(world: int) -> Iterator[tuple[str, list[int], fl.VocabularyShards]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_terms, "DENSE_BYTES", 100)  # a few rows at a time
+        patch.setattr(dispatch, "DENSE_BYTES", 100)  # a few rows at a time
         for name, sizes in SIZES[world].items():
             yield name, sizes, fl.VocabularyShards(dist.group.WORLD, sizes)
 
@@ -460,7 +460,7 @@ def _by_the_passes(rank: int, world: int) -> None:
         raise AssertionError(f"{classes} classes in PyTorch")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_terms, "rows_at_once", refuse)
+        patch.setattr(dispatch, "rows_at_once", refuse)
         for name, (loss, tensors, own) in losses.items():
             results = {}
             for impl in ("cpu", "triton", *(["triton_fused"] if len(tensors) == 2 else [])):
@@ -471,7 +471,7 @@ def _by_the_passes(rank: int, world: int) -> None:
                 for got, expected in zip(result, results["cpu"], strict=True):
                     _close(got, expected, f"{name}, {impl}", rtol=1e-5, atol=1e-7)
     with pytest.raises(AssertionError, match="classes in PyTorch"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(class_terms, "rows_at_once", refuse)
+        patch.setattr(dispatch, "rows_at_once", refuse)
         fl.dsc_loss(z[:, part].requires_grad_(), target, alpha=torch.ones((), requires_grad=True), group=shards)
 
 

@@ -39,9 +39,9 @@ def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str
 
     FUSEDLOSS_IMPL names one for the devices and forms that it is for; elsewhere nothing is named.
     """
-    source = named_by(impl)
+    source = "impl"
     if not impl:
-        impl = os.environ.get("FUSEDLOSS_IMPL") or None
+        source, impl = "FUSEDLOSS_IMPL", os.environ.get("FUSEDLOSS_IMPL") or None
         if impl is not None:
             check_choice("FUSEDLOSS_IMPL", impl, LINEAR_IMPLS)
             runs_on = BACKENDS[impl].runs_on if impl in BACKENDS else device.type
@@ -50,7 +50,7 @@ def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str
     if impl is None:
         # Interpreted kernels are for tests: on a CPU nobody gets them without asking.
         fastest = "cpu" if device.type == "cpu" else "triton"
-        return fastest if unavailable(fastest, device) is None else "reference"
+        return fastest if BACKENDS[fastest].unavailable(device) is None else "reference"
     check_choice("impl", impl, LINEAR_IMPLS)
     if impl not in IMPLS and not linear:
         raise ValueError(f"impl={impl!r} is for linear forms; losses of logits take one of {', '.join(IMPLS)}")
@@ -58,11 +58,6 @@ def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str
     if reason is not None:
         raise RuntimeError(f"{source}={impl!r} cannot run: {reason}")
     return impl
-
-
-def has_epilogue(impl: str, name: str) -> bool:
-    """Tell whether the implementation has this loss as a compiled epilogue."""
-    return impl in BACKENDS and name in BACKENDS[impl].epilogues
 
 
 def new_buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

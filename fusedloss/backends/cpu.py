@@ -40,18 +40,21 @@ def advise_huge_pages(tensor: Tensor) -> None:
         _engine.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
 
+def _params(params: list[Tensor]) -> list[tuple[int, int]]:
+    result = []
+    for p in params:
+        result.append((p.data_ptr(), p.stride(0) if p.dim() else 0))
+    return result
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _params(params: list[Tensor]) -> list[tuple[int, int]]:
-    return [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params]
 
 
 def _rows(job: Job, picks: int = 0, searches: bool = False) -> _engine.Rows:
     """`searches`: for a statistics pass, which finds the picks. Elsewhere all of them are like candidates."""
     rows, spec = job.rows, job.spec
-    logits, weight = rows.logits, rows.class_weight
+    logits, weight, candidates = rows.hidden[0], rows.class_weight, rows.candidates
     count, classes = logits.shape
     mean = searches and spec.mean
     return _engine.Rows(
@@ -61,12 +64,12 @@ def _rows(job: Job, picks: int = 0, searches: bool = False) -> _engine.Rows:
         classes,
         logits.stride(0),
         rows.target.data_ptr(),
-        _address(rows.candidates) if searches else 0,
+        candidates.data_ptr() if searches and candidates is not None else 0,
         picks,
         spec.top_k if searches else 0,
         searches and spec.below,
         mean,
-        _address(weight),
+        0 if weight is None else weight.data_ptr(),
         float(weight.sum(dtype=torch.float64)) if mean and weight is not None else float(classes),
         torch.get_num_threads(),
     )
@@ -95,8 +98,10 @@ class Cpu(Backend):
         return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
 
     def forward(self, job: Job) -> None:
-        rows, classes = job.rows, job.rows.logits.shape[1]
-        _check("target", rows.target, classes, IGNORED)
+        rows, loss, coefficients = job.rows, job.loss, job.coefficients
+        target, scalars, classes = rows.target, rows.scalars, rows.hidden[0].shape[1]
+        if _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED) >= 0:
+            _check("target", target, classes, IGNORED)
         count = 0
         if rows.candidates is not None:
             _check("candidate", rows.candidates, classes, 0)
@@ -105,11 +110,11 @@ class Cpu(Backend):
             _rows(job, count, searches=True),
             job.spec.epilogue,
             _params(rows.params),
-            _address(rows.scalars),
-            _address(job.loss),
+            0 if scalars is None else scalars.data_ptr(),
+            0 if loss is None else loss.data_ptr(),
             job.statistics.data_ptr(),
             job.index.data_ptr(),
-            _address(job.coefficients),
+            0 if coefficients is None else coefficients.data_ptr(),
         )
 
     def backward(self, job: Job) -> None:

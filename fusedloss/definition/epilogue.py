@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -30,10 +30,11 @@ class Epilogue:
     function: Callable[..., Tensor]
     over: Literal["rows", "classes"] = "rows"
     statistics: tuple[str, ...] = ()
+    picks: Picks = field(init=False)
 
-    @property
-    def picks(self) -> Picks:
-        return Picks.of(("top",) if self.over == "classes" else self.statistics)
+    def __post_init__(self) -> None:
+        picks = Picks.of(("top",) if self.over == "classes" else self.statistics)
+        object.__setattr__(self, "picks", picks)
 
     def of_rows(self, s: Statistics, params: list[Tensor]) -> Tensor:
         return self._checked(self.function(s.only(self.statistics), *params), s.ce, "rows")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .projection import Form, Projection
-from .statistics import Picks, new_losses, new_statistics
+from .statistics import COEFFICIENTS, STATISTICS, Picks
 
 #: Logits in hand, or a :class:`Projection` that makes them.
 Source = Tensor | Projection
@@ -107,15 +107,6 @@ class Rows(NamedTuple):
             scalars=scalars,
         )
 
-    def take(self, take: Callable[[Tensor], Tensor], hidden: list[Tensor]) -> "Rows":
-        """`take` of all that has a number for each row, but for what makes the logits."""
-        return self._replace(
-            hidden=hidden,
-            target=take(self.target),
-            candidates=None if self.candidates is None else take(self.candidates),
-            params=[take(x) if x.dim() else x for x in self.params],
-        )
-
 
 _KINDS = {list[Tensor]: "Tensor[]", Tensor: "Tensor", Tensor | None: "Tensor?"}
 
@@ -155,16 +146,9 @@ class Spec(NamedTuple):
     def of_picks(self, picks: Picks, **changes: Any) -> "Spec":
         return self._replace(top_k=picks.top_k, below=picks.below, mean=picks.mean, **changes)
 
-    def pick_count(self, candidates: Tensor | None) -> int:
-        return self.top_k + self.below + (0 if candidates is None else candidates.shape[1])
-
     def encode(self) -> str:
         # A compiler would trace through a cache, and warn of it.
         return _encode(self) if torch.compiler.is_compiling() else _encoded(self)
-
-    @staticmethod
-    def decode(text: str) -> "Spec":
-        return _decoded(text)
 
 
 def _flags(x: tuple[bool, ...]) -> str:
@@ -197,7 +181,8 @@ _encoded = lru_cache(maxsize=1024)(_encode)
 
 
 @lru_cache(maxsize=1024)
-def _decoded(text: str) -> Spec:
+def decode(text: str) -> Spec:
+    """Return the spec of what ``Spec.encode`` gave."""
     parts = text.split(_SEPARATOR, len(_READ) - 1)
     if len(parts) != len(_READ):
         raise ValueError(f"spec must be what Spec.encode() gives, {len(_READ)} fields, got {text!r}")
@@ -232,7 +217,12 @@ class Job:
     @staticmethod
     def new(rows: Rows, spec: Spec) -> "Job":
         """A forward pass, with outputs to be written."""
-        picks = spec.pick_count(rows.candidates)
-        statistics, index = new_statistics(rows.hidden[0], rows.target, picks, int(spec.top_q))
-        loss, coefficients = new_losses(statistics, picks) if spec.epilogue else (None, None)
+        first, target, candidates = rows.hidden[0], rows.target, rows.candidates
+        picks = spec.top_k + spec.below + (0 if candidates is None else candidates.shape[1])
+        count, dtype = target.shape[0], torch.float64 if first.dtype == torch.float64 else torch.float32
+        statistics = first.new_empty((STATISTICS + picks + spec.top_q, count), dtype=dtype)
+        index = target.new_empty((picks, count))
+        if not spec.epilogue:
+            return Job(rows, spec, statistics, index)
+        loss, coefficients = statistics.new_empty(count), statistics.new_empty((COEFFICIENTS + picks, count))
         return Job(rows, spec, statistics, index, loss, coefficients)

@@ -206,7 +206,7 @@ class _Chunks:
 
     def rows_of(self, part: slice) -> Rows:
         """The rows of a chunk as a backend takes them: of logits in hand where it does not make them."""
-        rows = self.rows.take(lambda x: x[part], self.hidden(part))
+        rows = _part(self.rows, part, self.hidden(part))
         return rows if self.backend.makes_logits else self._with_logits(rows, part.start < self.valid)
 
     def _with_logits(self, rows: Rows, make: bool) -> Rows:
@@ -423,8 +423,18 @@ def _chunks(rows: Rows, spec: Spec, backend: Backend) -> tuple[Tensor | None, _C
         valid -= int(ignored.sum())
         if valid != target.shape[0]:
             order = ignored.to(torch.int8).argsort(stable=True)
-            rows = rows.take(lambda x: x.index_select(0, order), [x.index_select(0, order) for x in rows.hidden])
+            rows = _part(rows, order, [x[order] for x in rows.hidden])
     return order, _Chunks(rows, spec, backend, valid)
+
+
+def _part(rows: Rows, which: slice | Tensor, hidden: list[Tensor]) -> Rows:
+    """Some of the rows, of these hidden states."""
+    target, candidates, params = rows.target[which], rows.candidates, []
+    for x in rows.params:
+        params.append(x[which] if x.dim() else x)
+    if candidates is not None:
+        candidates = candidates[which]
+    return rows._replace(hidden=hidden, target=target, candidates=candidates, params=params)
 
 
 def _take(order: Tensor | None, *tensors: Any) -> list[Any]:

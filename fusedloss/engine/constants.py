@@ -26,13 +26,18 @@ def parameters(
 
     That is kept by its values, and so must never be written to.
     """
-    numbers = (*(x for x in params if not isinstance(x, Tensor)), *common)
-    if torch.compiler.is_compiling() or any(isinstance(x, torch.SymFloat) for x in numbers):
+    numbers, symbolic = list(common), torch.compiler.is_compiling()
+    for x in reversed(params):
+        if not isinstance(x, Tensor):
+            numbers.insert(0, x)
+            symbolic = symbolic or isinstance(x, torch.SymFloat)
+    if symbolic:
         made = [parameter(x, dtype, device) for x in params]
         return made, torch.stack([parameter(x, dtype, device) for x in common]) if common else None
-    whole, own = _of(numbers, dtype, device) if numbers else (None, ())
-    rest = iter(own)
-    made = [parameter(x, dtype, device) if isinstance(x, Tensor) else next(rest) for x in params]
+    whole, own = _of(tuple(numbers), dtype, device) if numbers else (None, ())
+    made, rest = [], iter(own)
+    for x in params:
+        made.append(parameter(x, dtype, device) if isinstance(x, Tensor) else next(rest))
     return made, whole[-len(common) :] if common and whole is not None else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import backends, checks, transforms
+from .. import backends, checks
 from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Source, Spec
@@ -21,6 +22,9 @@ from .prepare import Call, divisor_of, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 def row_loss(
@@ -37,7 +41,8 @@ def row_loss(
 ) -> Any:
     """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits."""
     call = prepare(name, input, target, params, without, candidates, options)
-    _check_picks(epilogue.picks, call)
+    if epilogue.picks.top_k > 1 or epilogue.picks.below:
+        _check_picks(epilogue.picks, call)
     divisor, normalizer = divisor_of(call, mean_over_weights)
     loss, stats = _dispatch(call, epilogue, divisor)
     o = call.options
@@ -81,7 +86,12 @@ def _dispatch(
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and rows.candidates is None))
         spec = spec._replace(epilogue=epilogue.name, top_k=top_k)
-        if unreduced or any(isinstance(x, Tensor) and x.requires_grad for x in reduction):
+        token_weight = call.token_weight
+        if (
+            unreduced
+            or (token_weight is not None and token_weight.requires_grad)
+            or (isinstance(divisor, Tensor) and divisor.requires_grad)
+        ):
             losses, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, None)
             loss = reduced(losses)
         else:
@@ -98,21 +108,25 @@ def _dispatch(
 
 def has_compiled(name: str, call: Call) -> bool:
     """Whether the passes have the epilogue of that name, and all gradients that are asked for."""
-    return backends.has_epilogue(call.spec.impl, name) and not any(p.requires_grad for p in call.rows.params)
+    backend = backends.BACKENDS.get(call.spec.impl)
+    if backend is None or name not in backend.epilogues:
+        return False
+    return not any(map(_REQUIRES_GRAD, call.rows.params))
 
 
 def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     """Which gradients of a sum are made with it, while the logits are at hand; () for none."""
     rows = call.rows
-    # Asked here: within a function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
-    needed = tuple([torch.is_grad_enabled() and x.requires_grad for x in rows.sources])
     # A trace would keep which gradients were asked for.
-    if not any(needed) or transforms.traced():
+    if not torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return ()
-    if rows.is_linear:
-        return needed
+    # Asked here: within a function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
+    if rows.weight:
+        needed = tuple(map(_REQUIRES_GRAD, rows.sources))
+        return needed if True in needed else ()
     if (
         not backends.BACKENDS[call.spec.impl].one_read
+        or not rows.logits.requires_grad
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
         or rows.logits.dtype == torch.float16
@@ -120,7 +134,7 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
         or torch.compiler.is_compiling()
     ):
         return ()
-    return needed
+    return (True,)
 
 
 def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:

@@ -89,7 +89,7 @@ class _Loss(torch.autograd.Function):
         ctx: Any, settings: Settings, token_weight, divisor, *flat
     ):
         rows, spec = Rows.unflatten(settings.counts, flat), settings.spec
-        reduction, made = Reduction(token_weight, divisor), any(spec.needed)
+        reduction, made = Reduction(token_weight, divisor), bool(spec.needed)
         row_weight = reduction.upstream(rows) if made else None
         loss, statistics, index, coefficients, gradients = operators.forward(*rows, row_weight, spec.encode())
         is_tensor = isinstance(divisor, Tensor)
@@ -114,7 +114,8 @@ class _Loss(torch.autograd.Function):
         rows, spec = Rows.unflatten(settings.counts, saved), settings.spec
         grads: Sequence[Tensor | None]
         reduction = Reduction(token_weight, ctx.divisor if divisor is None else divisor)
-        made, needed = any(spec.needed), ctx.needs_input_grad[3 : 3 + len(rows.sources)]
+        sources = rows.sources
+        made, needed = bool(spec.needed), ctx.needs_input_grad[3 : 3 + len(sources)]
         results = saved[len(ctx.needs_input_grad) - 3 :]
         if settings.total:
             grad_output = grad_output.to(compute_dtype(rows.hidden[0].dtype))
@@ -124,13 +125,13 @@ class _Loss(torch.autograd.Function):
                 losses = reference.row_losses(rows.with_sources(sources), settings.epilogue, spec)[0]
                 return [reduction.of(losses) if settings.total else losses]
 
-            grads = differentiable(rows.sources, needed, outputs, [grad_output])
+            grads = differentiable(sources, needed, outputs, [grad_output])
         elif made:
-            sources = [x for x, need in zip(rows.sources, spec.needed, strict=True) if need]
-            scaled = (
+            wanted = [x for x, need in zip(sources, spec.needed, strict=True) if need]
+            scaled = [
                 scaled_once(gradient, grad_output, spec.impl, source.dtype)
-                for gradient, source in zip(results, sources, strict=True)
-            )
+                for gradient, source in zip(results, wanted, strict=True)
+            ]
             grads = _spread(spec.needed, scaled)
         else:
             upstream = reduction.upstream(rows, grad_output) if settings.total else grad_output

@@ -29,8 +29,8 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.base import Backend
 from ..checks import DTYPES, compute_dtype
-from ..definition.rows import SCHEMA, Job, Rows, Spec
-from ..definition.statistics import COEFFICIENTS, STATISTICS, new_losses, new_statistics
+from ..definition.rows import SCHEMA, Job, Rows, Spec, decode
+from ..definition.statistics import COEFFICIENTS, STATISTICS, new_losses
 from . import chunks
 
 _library = torch.library.Library("fusedloss", "DEF")
@@ -52,12 +52,17 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     *flat, row_weight, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     _check("forward", rows, spec, row_weight=row_weight)
-    picks = spec.pick_count(rows.candidates)
-    statistics, index = new_statistics(rows.hidden[0], rows.target, picks, int(spec.top_q))
-    outputs = new_losses(statistics, picks) if spec.epilogue else _no_losses(statistics)
-    return outputs[0], statistics, index, outputs[1], _new_gradients(rows, spec)
+    job = Job.new(rows, spec)
+    return *_results(job), chunks.new_gradients(rows, spec) if any(spec.needed) else []
+
+
+def _results(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics, index, loss, coefficients = job.statistics, job.index, job.loss, job.coefficients
+    if loss is None or coefficients is None:
+        loss, coefficients = statistics.new_empty(0), statistics.new_empty((0, 0))
+    return loss, statistics, index, coefficients
 
 
 @_operator(
@@ -67,7 +72,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list
 )
 def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     *flat, row_weight, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     backend = _check("forward", rows, spec, row_weight=row_weight)
     if rows.is_linear:
         return chunks.forward(rows, row_weight, spec, backend)
@@ -81,23 +86,12 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tenso
         backend.forward(job)
     if spec.top_q:
         chunks.put_top_q(job, backend)
-    loss, coefficients = job.loss, job.coefficients
-    if loss is None or coefficients is None:
-        loss, coefficients = _no_losses(job.statistics)
-    return loss, job.statistics, job.index, coefficients, gradients
-
-
-def _new_gradients(rows: Rows, spec: Spec) -> list[Tensor]:
-    return chunks.new_gradients(rows, spec) if any(spec.needed) else []
-
-
-def _no_losses(statistics: Tensor) -> tuple[Tensor, Tensor]:
-    return statistics.new_empty(0), statistics.new_empty((0, 0))
+    return *_results(job), gradients
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
     *flat, statistics, index, coefficients, upstream, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     _check("backward", rows, spec, statistics, index, coefficients, upstream=upstream)
     return chunks.new_gradients(rows, spec)
 
@@ -109,7 +103,7 @@ _BACKWARD = f"{_SAVED}, Tensor coefficients, Tensor? upstream, str spec"
 @_operator(f"backward({SCHEMA}, {_BACKWARD}) -> Tensor[]", _fake_backward)
 def backward(*arguments: Any) -> list[Tensor]:
     *flat, statistics, index, coefficients, upstream, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     backend = _check("backward", rows, spec, statistics, index, coefficients, upstream=upstream)
     if rows.is_linear:
         return chunks.backward(rows, statistics, index, coefficients, upstream, spec, backend)
@@ -120,7 +114,7 @@ def backward(*arguments: Any) -> list[Tensor]:
 
 def _fake_backward_(*arguments: Any) -> None:
     *flat, statistics, index, coefficients, upstream, text = arguments
-    _check("backward_", Rows(*flat), Spec.decode(text), statistics, index, coefficients, upstream=upstream)
+    _check("backward_", Rows(*flat), decode(text), statistics, index, coefficients, upstream=upstream)
 
 
 @_operator(
@@ -129,14 +123,14 @@ def _fake_backward_(*arguments: Any) -> None:
 )
 def backward_(*arguments: Any) -> None:
     *flat, statistics, index, coefficients, upstream, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     backend = _check("backward_", rows, spec, statistics, index, coefficients, upstream=upstream)
     backend.backward(Job(rows, spec, statistics, index, None, coefficients, rows.logits, upstream))
 
 
 def _sums_arguments(arguments: Sequence[Any]) -> tuple[Rows, Spec, Backend, tuple[Any, ...]]:
     *flat, statistics, index, row_weight, top_q, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     backend = _check("sums", rows, spec, statistics, index, row_weight=row_weight, top_q=top_q)
     return rows, spec, backend, (statistics, index, row_weight, top_q)
 
@@ -157,14 +151,14 @@ def sums(*arguments: Any) -> Tensor:
 
 def _fake_terms(*arguments: Any) -> tuple[Tensor, Tensor]:
     *flat, statistics, index, text = arguments
-    _check("terms", Rows(*flat), Spec.decode(text), statistics, index)
+    _check("terms", Rows(*flat), decode(text), statistics, index)
     return new_losses(statistics, index.shape[0])
 
 
 @_operator(f"terms({SCHEMA}, {_SAVED}, str spec) -> (Tensor loss, Tensor coefficients)", _fake_terms)
 def terms(*arguments: Any) -> tuple[Tensor, Tensor]:
     *flat, statistics, index, text = arguments
-    rows, spec = Rows(*flat), Spec.decode(text)
+    rows, spec = Rows(*flat), decode(text)
     backend = _check("terms", rows, spec, statistics, index)
     outputs = new_losses(statistics, index.shape[0])
     backend.terms(Job(rows, spec, statistics, index, *outputs))
@@ -172,13 +166,12 @@ def terms(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
-    _check_scale(gradient, factor)
+    _check_scale(gradient, factor, impl)
 
 
 @_operator("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()", _fake_scale_)
 def scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
-    _check_scale(gradient, factor)
-    _backend("scale_", impl, gradient).scale_(gradient, factor)
+    _check_scale(gradient, factor, impl).scale_(gradient, factor)
 
 
 # --- checks ---
@@ -186,15 +179,6 @@ def scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
 # wrong dtype, size or stride would be a read of other memory. A check takes one to three microseconds.
 
 _DTYPES = {dtype: (dtype, compute_dtype(dtype), torch.int64) for dtype in DTYPES}
-_STORAGE, _COMPUTE, _INDEX = range(3)
-
-
-def _backend(operator: str, impl: str, source: Tensor) -> Backend:
-    backend, device = BACKENDS.get(impl), source.device.type
-    if backend is None or (backend.runs_on != device and device != "meta"):
-        known = [repr(name) for name, x in BACKENDS.items() if x.runs_on == device and x.unavailable() is None]
-        raise ValueError(f"{operator}: impl must be one of {', '.join(known)} on a {device} device, got {impl!r}")
-    return backend
 
 
 def _check(
@@ -209,101 +193,111 @@ def _check(
     """Check the tensors against each other and the spec, and return the backend that it names."""
     hidden, weight, bias, teacher, target, class_weight, candidates, params, scalars = rows
     if not hidden or len(weight) not in (0, len(hidden)) or (not weight and len(hidden) > 1) or teacher:
-        lists = ", ".join(
-            f"{len(x)} {name}" for x, name in ((hidden, "hidden"), (weight, "weight"), (teacher, "teacher"))
-        )
-        raise ValueError(f"{operator}: there must be one tensor of logits, or a weight for each hidden, got {lists}")
+        got = f"{len(hidden)} hidden, {len(weight)} weight, {len(teacher)} teacher"
+        raise ValueError(f"{operator}: there must be one tensor of logits, or a weight for each hidden, got {got}")
     first = hidden[0]
-    dtypes = _DTYPES.get(first.dtype)
+    dtypes, device = _DTYPES.get(first.dtype), first.device
     if dtypes is None:
         raise TypeError(f"{operator}: hidden must be one of {', '.join(map(str, DTYPES))}, got {first.dtype}")
     if first.dim() != 2:
         raise ValueError(f"{operator}: hidden must have two dimensions, got shape {tuple(first.shape)}")
-    backend = _backend(operator, spec.impl, first)
-    count = first.shape[0] * spec.form.row_parts
+    backend = BACKENDS.get(spec.impl)
+    if backend is None or (backend.runs_on != device.type and device.type != "meta"):
+        raise _no_backend(operator, spec.impl, device)
     storage, compute, integer = dtypes
-    size = _sizes_checker(operator, first)
+    count, classes = first.shape
+    sizes: list[tuple[str, Tensor, torch.dtype, tuple[Any, ...], bool]] = []  # the last: contiguous
     if weight:
         classes = weight[0].shape[0] if weight[0].dim() else 0
         for i, (x, w) in enumerate(zip(hidden, weight, strict=True)):
-            size(f"hidden[{i}]", x, storage, (first.shape[0], x.shape[-1] if x.dim() else 0), False)
-            size(f"weight[{i}]", w, storage, (classes, x.shape[-1]), False)
+            features = x.shape[-1] if x.dim() else 0
+            sizes.append((f"hidden[{i}]", x, storage, (count, features), False))
+            sizes.append((f"weight[{i}]", w, storage, (classes, features), False))
         if backend.makes_logits and len(weight) > 1:
             raise ValueError(f"{operator}: impl={spec.impl!r} takes one pair of hidden and weight, got {len(weight)}")
+        count = count * spec.form.row_parts
+        if bias is not None:
+            sizes.append(("bias", bias, storage, (classes,), False))
     else:
-        classes = first.shape[1]
         row, column = first.stride()
         if column != 1 and classes > 1:
             raise ValueError(f"{operator}: logits must have rows of unit stride, got strides {first.stride()}")
         if operator == "backward_" and row < classes and count > 1:
             raise ValueError(f"{operator}: logits must have rows that do not overlap, got strides {first.stride()}")
-    if bias is not None:
-        size("bias", bias, storage, (classes,), False)
-    size("target", target, integer, (count,))
+    sizes.append(("target", target, integer, (count,), True))
     if class_weight is not None:
-        size("class_weight", class_weight, compute, (classes,))
+        sizes.append(("class_weight", class_weight, compute, (classes,), True))
     if scalars is not None:
-        size("scalars", scalars, compute, (3,))
+        sizes.append(("scalars", scalars, compute, (3,), True))
     for i, x in enumerate(params):
-        size(f"params[{i}]", x, compute, (count,) if x.dim() else (), False)
+        sizes.append((f"params[{i}]", x, compute, (count,) if x.dim() else (), False))
     if not 0 <= spec.top_k <= 2:
         raise ValueError(f"{operator}: top_k must be 0, 1 or 2, got {spec.top_k}")
-    if statistics is None:
-        if candidates is not None:
-            size("candidates", candidates, integer, (count, candidates.shape[-1] if candidates.dim() else 0))
-        picks = spec.pick_count(candidates) if candidates is None or candidates.dim() else 0
-    else:
-        assert index is not None
+    picks = spec.top_k + spec.below
+    if index is not None and statistics is not None:
         picks = index.shape[0] if index.dim() else 0
-        size("index", index, integer, (picks, count))
-        size("statistics", statistics, compute, (STATISTICS + picks, count))
+        sizes.append(("index", index, integer, (picks, count), True))
+        sizes.append(("statistics", statistics, compute, (STATISTICS + picks, count), True))
         if coefficients is not None:
-            size("coefficients", coefficients, compute, (COEFFICIENTS + picks, count))
-    for name, x_or_none in of_rows.items():
-        if x_or_none is not None:
-            size(name, x_or_none, compute, (count,), name == "top_q")
-    if spec.needed and len(spec.needed) != len(rows.sources):
-        raise ValueError(
-            f"{operator}: spec must say which of {len(rows.sources)} gradients it needs, got {spec.needed}"
-        )
-    _check_epilogue(operator, spec, backend, len(params), picks)
+            sizes.append(("coefficients", coefficients, compute, (COEFFICIENTS + picks, count), True))
+    elif candidates is not None:
+        more = candidates.shape[-1] if candidates.dim() else 0
+        sizes.append(("candidates", candidates, integer, (count, more), True))
+        picks = picks + more
+    for name, y in of_rows.items():
+        if y is not None:
+            sizes.append((name, y, compute, (count,), name == "top_q"))
+    for name, x, dtype, shape, contiguous in sizes:
+        if x.dtype is not dtype or x.shape != shape or x.device != device or (contiguous and not x.is_contiguous()):
+            raise _wrong(operator, name, x, dtype, shape, contiguous, device)
+    if spec.needed and len(spec.needed) != len(hidden) + len(weight) + (bias is not None):
+        raise ValueError(f"{operator}: the spec must say of each source if its gradient is needed, got {spec.needed}")
+
+    kind, name, known = operator.rstrip("_"), spec.epilogue, backend.epilogues
+    if kind == "sums":
+        kind = "sums over rows" if spec.over_rows else "sums over classes"
+    takes = known.find(kind, name)
+    if takes is None:
+        names = [repr(x) for x in ("", *known.rows, *known.classes) if known.find(kind, x) is not None]
+        raise ValueError(f"{operator}: no epilogue named {name!r}; there are {', '.join(names)}")
+    if len(params) != takes:
+        raise ValueError(f"{operator}: {name!r} takes {takes} params, got {len(params)}")
+    over_classes = name in known.classes
+    if over_classes and (picks < 1 or (kind == "terms" and picks > 1)):
+        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
+    if spec.top_k < 1 and (spec.top_q or (over_classes and kind == "forward")):
+        raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
     return backend
 
 
-def _sizes_checker(operator: str, source: Tensor) -> Callable[..., None]:
-    device = source.device
-
-    def check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[Any, ...], contiguous: bool = True) -> None:
-        if x.dtype is dtype and x.shape == shape and x.device == device and (not contiguous or x.is_contiguous()):
-            return
-        kind = TypeError if x.dtype is not dtype else ValueError
-        raise kind(
-            f"{operator}: {name} must be {'contiguous, ' if contiguous else ''}{dtype} of shape {shape} on {device}, "
-            f"got {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}"
-        )
-
-    return check
+def _no_backend(operator: str, impl: str, device: torch.device) -> ValueError:
+    known = [repr(name) for name, x in BACKENDS.items() if x.runs_on == device.type and x.unavailable() is None]
+    return ValueError(f"{operator}: impl must be one of {', '.join(known)} on a {device.type} device, got {impl!r}")
 
 
-def _check_epilogue(operator: str, spec: Spec, backend: Backend, params: int, picks: int) -> None:
-    """Check the epilogue's name, the number of its parameters, and that there are the picks that it looks at."""
-    kind, name, known = operator.rstrip("_"), spec.epilogue, backend.epilogues
-    if kind == "sums":
-        kind = f"sums over {'rows' if spec.over_rows else 'classes'}"
-    count = known.find(kind, name)
-    if count is None:
-        names = [repr(x) for x in ("", *known.rows, *known.classes) if known.find(kind, x) is not None]
-        raise ValueError(f"{operator}: no epilogue named {name!r}; there are {', '.join(names)}")
-    if params != count:
-        raise ValueError(f"{operator}: {name!r} takes {count} params, got {params}")
-    if name in known.classes and (picks < 1 or (kind == "terms" and picks > 1)):
-        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
-    if (spec.top_q and spec.top_k < 1) or (kind == "forward" and name in known.classes and spec.top_k < 1):
-        raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
+def _wrong(
+    operator: str,
+    name: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[Any, ...],
+    contiguous: bool,
+    device: torch.device,
+) -> Exception:
+    kind = TypeError if x.dtype is not dtype else ValueError
+    return kind(
+        f"{operator}: {name} must be {'contiguous, ' if contiguous else ''}{dtype} of shape {shape} on {device}, "
+        f"got {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}"
+    )
 
 
-def _check_scale(gradient: Tensor, factor: Tensor) -> None:
-    dtypes = _DTYPES.get(gradient.dtype)
+def _check_scale(gradient: Tensor, factor: Tensor, impl: str) -> Backend:
+    dtypes, device = _DTYPES.get(gradient.dtype), gradient.device
     if dtypes is None:
         raise TypeError(f"scale_: gradient must be one of {', '.join(map(str, DTYPES))}, got {gradient.dtype}")
-    _sizes_checker("scale_", gradient)("factor", factor, dtypes[_COMPUTE], (), False)
+    if factor.dtype is not dtypes[1] or factor.dim() or factor.device != device:
+        raise _wrong("scale_", "factor", factor, dtypes[1], (), False, device)
+    backend = BACKENDS.get(impl)
+    if backend is None or (backend.runs_on != device.type and device.type != "meta"):
+        raise _no_backend("scale_", impl, device)
+    return backend

@@ -49,22 +49,25 @@ def prepare(
             raise TypeError(f"{'linear_' * linear}{name}() got an unexpected keyword argument {option!r}")
     o: RowOptions = {**DEFAULTS, **options}
     checks.check_logits(input, target)
-    given = input
-    if checks.is_dtensor(input):
+    given, transformed = input, transforms.active()
+    # Beneath a transform there may be one, too.
+    if (type(input) is not Tensor or transformed) and checks.is_dtensor(input):
         if o["group"] is not None:
             raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
         input, o["group"] = dtensor.local_part("input", input, -1)
-    target = dtensor.local_rows(target)
-    shards = vocabulary.shards_of(o["group"], input)
+    if type(target) is not Tensor or transformed:
+        target = dtensor.local_rows(target)
+    shards = None if o["group"] is None else vocabulary.shards_of(o["group"], input)
     classes = input.shape[-1] if shards is None else shards.classes
     if shards is not None:
         vocabulary.check_ranks(shards, name, input, target, params, o)
-    _check(input, target, classes, o)
+    if options or classes < 1:
+        _check(input, target, classes, o)
     target = checks.normalized_targets(target, o["ignore_index"])
     if candidates is not None:
         checks.check_candidates(candidates, target)
     impl = backends.resolve(o["impl"], input.device, linear)
-    if transforms.active():
+    if transformed:
         impl = "reference"
         if o["inplace_backward"]:
             transforms.refuse("inplace_backward=True")
@@ -107,7 +110,7 @@ def prepare(
         if shards is not None and checks.may_read(candidates):
             checks.check_indices(index, candidates, classes)
     smoothing, z_loss = float(o["label_smoothing"]), float(o["z_loss"])
-    factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
+    factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes) if smoothing or z_loss else ()
     numbers, scalars = constants.parameters(params, factors, dtype, input.device)
     token_weight = o["token_weight"]
     if token_weight is not None:
