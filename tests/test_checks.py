@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fusedloss as fl
-from fusedloss import checks
+from fusedloss import backends, checks
 from fusedloss.backends import cpu
 from fusedloss.definition import reference
 
@@ -318,9 +318,9 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.setattr(owner, name, watched)
 
     watch(reference, "dense_columns")
-    if cpu.unavailable() is None:
+    if backends.unavailable("cpu") is None:
         watch(cpu._engine, "forward")
-        watch(cpu._engine, "sums")
+        watch(cpu._engine, "class_sums")
         watch(cpu._engine, "backward")
     return done
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import fusedloss as fl
-from fusedloss.definition.projection import Form
+from fusedloss import backends
+from fusedloss.definition.projection import Form, Projection
+from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import budgets as chunking
 from fusedloss.engine import chunks as linear
 from fusedloss.tools.footprint import footprint
@@ -35,13 +37,14 @@ def test_chunks_are_those_of_the_driver(
     budget *= 2 if dtype == torch.float64 else 1
     hidden, weight = torch.zeros(rows, features, dtype=dtype), torch.zeros(classes, features, dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
-    form = Form(0.0, budget, drop_ignored=False)
-    chunks = linear._Chunks(hidden, weight, None, target, form, rows, [True] * 3, impl="reference")
-    gradients = linear._Gradients(chunks, [True, True, False])
+    spec = Spec("cpu", needed=(True, True), form=Form(budget=budget))
+    rows_of_hidden = Rows.of(Projection(hidden, weight, None, spec.form), target)
+    chunks = linear._Chunks(rows_of_hidden, spec, backends.BACKENDS["cpu"], rows)
+    gradients = linear._Gradients(chunks)
     f = footprint(rows, features, classes, dtype, budget)
-    assert (f.chunks, f.chunk_rows) == (chunks.count, chunks.rows)
+    assert (f.chunks, f.chunk_rows) == (chunks.count, chunks.size)
     assert f.chunk == sum(buffer.nbytes for buffer in chunks._buffers) <= budget
-    assert f.hidden_sum == gradients._hidden.nbytes and f.weight_sum == gradients._weight.nbytes
+    assert f.hidden_sum == gradients._hidden[0].nbytes and f.weight_sum == gradients._weight[0].nbytes
     assert f.hidden == hidden.nbytes
     assert f.logits == (hidden @ weight.t()).nbytes and f.weight == weight.nbytes
 

@@ -30,6 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
 from fusedloss import backends
+from fusedloss.definition.rows import Rows, Spec
+from fusedloss.definition.statistics import Picks
+from fusedloss.engine import functions
 from fusedloss.engine import operators as ops
 
 LEVELS = ["class", "set"]
@@ -428,9 +431,10 @@ def test_the_order_of_rows_does_not_matter(name, level, impl, generator):
 
 
 def _sums(z: Tensor, target: Tensor, weight: Tensor, impl: str) -> Tensor:
-    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, impl)
     params = [torch.tensor(x) for x in (0.5, 1.0, 1.0)]
-    return ops.class_sums(z, target, weight, statistics, index, params, "dsc_over_rows", None, impl)
+    saved = functions.statistics_of(Rows.of(z, target), Spec(impl), Picks(1))[:2]
+    spec = Spec(impl, "dsc_over_rows", over_rows=True)
+    return ops.sums(*Rows.of(z, target, params=params), *saved, weight, None, spec.encode())
 
 
 @pytest.mark.parametrize("split", [0, 1, 5, 40])
@@ -559,22 +563,21 @@ def test_opcheck(weighted, dtype, generator):
     compute = compute_dtype(dtype)
     row_weight = torch.rand(5, generator=generator).to(compute) if weighted else None
     params = [torch.tensor(x, dtype=compute) for x in (0.5, 1.0, 1.0)]
-    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, "cpu")
+    saved = functions.statistics_of(Rows.of(z, target), Spec("cpu"), Picks(1))[:2]
+    rows, spec = Rows.of(z, target, params=params), Spec("cpu", "dsc_over_rows", over_rows=True)
     for top_q in (None, torch.rand(5, generator=generator).to(compute)):
-        rows = (z, target, row_weight, statistics, index, params, "dsc_over_rows", top_q, "cpu")
-        torch.library.opcheck(ops.class_sums, rows)
+        torch.library.opcheck(ops.sums, (*rows, *saved, row_weight, top_q, spec.encode()))
     params.append(torch.rand(5, generator=generator).to(compute))
     weight = torch.rand(21, generator=generator).to(compute)
-    terms = (z, target, weight, statistics, index, params, "dsc_over_rows", "cpu")
-    torch.library.opcheck(ops.class_terms, terms)
-    torch.library.opcheck(ops.term_sums, terms)
-    with pytest.raises(
-        ValueError,
-        match="class_sums: no epilogue named 'dsc_one_vs_rest'; there are 'dsc_over_rows', 'tversky_over_rows'",
-    ):
-        ops.class_sums(z, target, row_weight, statistics, index, params, "dsc_one_vs_rest", None, "cpu")
-    with pytest.raises(ValueError, match="term_sums: no epilogue named 'focal'"):
-        ops.term_sums(z, target, None, statistics, index, params, "focal", "cpu")
+    terms = Rows.of(z, target, weight, params=params)
+    torch.library.opcheck(ops.terms, (*terms, *saved, spec.encode()))
+    over_classes = spec._replace(over_rows=False)
+    torch.library.opcheck(ops.sums, (*terms, *saved, None, None, over_classes.encode()))
+    known = "sums: no epilogue named 'dsc_one_vs_rest'; there are 'dsc_over_rows', 'tversky_over_rows'"
+    with pytest.raises(ValueError, match=known):
+        ops.sums(*rows, *saved, row_weight, None, spec._replace(epilogue="dsc_one_vs_rest").encode())
+    with pytest.raises(ValueError, match="sums: no epilogue named 'focal'"):
+        ops.sums(*terms, *saved, None, None, over_classes._replace(epilogue="focal").encode())
 
 
 @pytest.mark.compile

@@ -864,7 +864,7 @@ def test_the_environment_names_the_default(
     fl.cross_entropy(z, target)
     assert kernel_calls == {("forward", "cpu"): 3}
     for impl in ("triton", "cuda"):  # of other devices
-        monkeypatch.setattr(getattr(backends, impl), "RUNS_ON", "cuda")
+        monkeypatch.setattr(backends.BACKENDS[impl], "runs_on", "cuda")
         monkeypatch.setenv("FUSEDLOSS_IMPL", impl)
         fl.cross_entropy(z, target)
     assert kernel_calls == {("forward", "cpu"): 5}
