@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -64,6 +65,7 @@ def new_buffer(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = N
     """Uninitialised memory on the device of `like` that the caller writes next, in whatever way is cheapest there."""
     if like.device.type != "cpu":
         return like.new_empty(shape, dtype=dtype)
-    buffer = buffer_pool.empty(shape, dtype or like.dtype)
-    cpu.advise_huge_pages(buffer)
-    return buffer
+    dtype = dtype or like.dtype
+    if math.prod(shape) * dtype.itemsize < buffer_pool.SMALL:
+        return like.new_empty(shape, dtype=dtype)
+    return cpu.new_memory(shape, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ except ImportError as error:
     _engine = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
 
+_LOWEST = -(2**63)
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -34,10 +37,12 @@ def set_threads_after_fork(threads: int) -> None:
         _engine.set_threads_after_fork(threads)
 
 
-def advise_huge_pages(tensor: Tensor) -> None:
-    """Before memory is first written: page faults would cost more than the arithmetic."""
+def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor, in pages as large as can be: page faults would cost more than the arithmetic."""
+    tensor = buffer_pool.empty(shape, dtype)
     if _engine:
         _engine.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor
 
 
 def _params(params: list[Tensor]) -> list[tuple[int, int]]:
@@ -76,10 +81,10 @@ def _rows(job: Job, picks: int = 0, searches: bool = False) -> _engine.Rows:
 
 
 def _check_saved(job: Job) -> None:
-    """Check those of a gradient pass, which leaves out what is negative, and would write to any other column."""
-    lowest, classes = -(2**63), job.rows.logits.shape[1]
-    _check("target", job.rows.target, classes, IGNORED, lowest)
-    _check("pick", job.index, classes, -1, lowest)
+    """Raise IndexError for those of a gradient pass that are not below the number of classes."""
+    classes = job.rows.logits.shape[1]
+    _check("target", job.rows.target, classes, IGNORED, _LOWEST)
+    _check("pick", job.index, classes, -1, _LOWEST)
 
 
 def _check(name: str, index: Tensor, classes: int, ignored: int, lowest: int = 0) -> None:
@@ -119,15 +124,22 @@ class Cpu(Backend):
 
     def backward(self, job: Job) -> None:
         assert job.coefficients is not None and job.grad is not None
-        _check_saved(job)
+        target, index, upstream, classes = job.rows.target, job.index, job.upstream, job.rows.hidden[0].shape[1]
+        # It leaves out what is negative, and would write to any other column.
+        if (
+            _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED, _LOWEST) >= 0
+            or _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, _LOWEST) >= 0
+        ):
+            _check_saved(job)
         _engine.backward(
-            _rows(job, job.index.shape[0]),
+            _rows(job, index.shape[0]),
             job.spec.epilogue,
             _params(job.rows.params),
             job.statistics.data_ptr(),
-            job.index.data_ptr(),
+            index.data_ptr(),
             job.coefficients.data_ptr(),
-            *column(job.upstream),
+            0 if upstream is None else upstream.data_ptr(),
+            0 if upstream is None else upstream.stride(0),
             job.grad.data_ptr(),
             job.grad.stride(0),
         )
@@ -158,6 +170,4 @@ class Cpu(Backend):
         )
 
     def new_gradient(self, logits: Tensor) -> Tensor:
-        gradient = buffer_pool.empty(logits.shape, logits.dtype)
-        advise_huge_pages(gradient)
-        return gradient
+        return new_memory(logits.shape, logits.dtype)

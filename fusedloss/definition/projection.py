@@ -2,7 +2,6 @@
 
 # Annotations are evaluated here: a Form's are read, see fusedloss.definition.rows.
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -28,34 +27,17 @@ class Form(NamedTuple):
     """Name of the process group over whose ranks the classes are divided, which sum the hidden states' gradient."""
 
 
-@dataclass(frozen=True, eq=False)
 class Projection:
     """The logits hidden @ weight.T + bias, (*, V), before they are made. A loss takes it in place of logits."""
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    form: Form
-
-    @property
-    def shape(self) -> torch.Size:
-        first, *others = *self.hidden.shape[:-1], self.weight.shape[0]
-        return torch.Size((first * self.form.row_parts, *others))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hidden.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> None:
+        self.hidden, self.weight, self.bias, self.form = hidden, weight, bias, form
+        first, *others = *hidden.shape[:-1], weight.shape[0]
+        self.shape = torch.Size((first * form.row_parts, *others))
+        self.dtype, self.device = hidden.dtype, hidden.device
 
     def dim(self) -> int:
-        return self.hidden.dim()
-
-    def flatten(self) -> "Projection":
-        """With hidden states (N, D)."""
-        return replace(self, hidden=self.hidden.reshape(-1, self.hidden.shape[-1]))
+        return len(self.shape)
 
     def logits(self) -> Tensor:
         """All of them, differentiable."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import transforms
 from ..checks import is_dtensor
 from .vocabulary import VocabularyShards
+
+_PLAIN = (Tensor, Parameter, type(None))
 
 
 def local_part(name: str, x: Any, dim: int) -> tuple[Tensor, VocabularyShards | None]:
@@ -44,7 +47,9 @@ def local_projection(
     hidden: Any, weight: Any, bias: Any, group: Any, sequence_parallel: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     """Of DTensors, what this rank has, with the group that they say. Others pass through."""
-    if not any(map(is_dtensor, (hidden, weight, bias))):
+    # Beneath a transform there may be one, too.
+    plain = type(hidden) is Tensor and type(weight) in _PLAIN and type(bias) in _PLAIN and not transforms.active()
+    if plain or not any(map(is_dtensor, (hidden, weight, bias))):
         return hidden, weight, bias, group, sequence_parallel
     if not is_dtensor(weight) or not is_dtensor(hidden) or (bias is not None and not is_dtensor(bias)):
         kinds = ", ".join(

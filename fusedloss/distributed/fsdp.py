@@ -80,7 +80,8 @@ def after_forward(unit: nn.Module, function: Callable[[], Tensor]) -> Tensor:
 
 def check_whole(weight: Tensor) -> None:
     """Raise where the weight of an output layer is what FSDP1 or DeepSpeed ZeRO-3 has left of it."""
-    if not _is_distributed() or torch.compiler.is_compiling():
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized() or torch.compiler.is_compiling():
         return
     try:
         freed = weight.numel() > 0 and weight.untyped_storage().size() == 0

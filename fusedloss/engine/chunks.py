@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import new_buffer
 from ..backends.base import Backend, is_over_classes
-from ..checks import IGNORED, compute_dtype
+from ..checks import IGNORED
 from ..definition.rows import Job, Rows, Spec
 from ..definition.statistics import COEFFICIENTS, A, Q, U
 from ..distributed import sequence
@@ -57,7 +57,8 @@ def forward(
     rows: Rows, row_weight: Tensor | None, spec: Spec, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     order, chunks = _chunks(rows, spec, backend)
-    (row_weight,) = _take(order, row_weight)
+    if row_weight is not None and order is not None:
+        row_weight = row_weight[order]
     gradients = _Gradients(chunks) if any(spec.needed) else None
     jobs = []
     for part in chunks:
@@ -73,16 +74,13 @@ def forward(
             put_top_q(job, backend)
         jobs.append((job.statistics, job.index, job.loss, job.coefficients))
         del job  # whose logits are the chunk's memory
-    statistics, index, *outputs = (
-        column[0] if len(column) == 1 or column[0] is None else torch.cat(column, -1)
-        for column in zip(*jobs, strict=True)
-    )
-    if outputs[0] is None:
-        outputs = [statistics.new_empty(0), statistics.new_empty((0, 0))]
-    else:
-        outputs = _put_back(order, *outputs)
-    statistics, index = _put_back(order, statistics, index)
-    loss, coefficients = outputs
+    results: list[Any] = []
+    for column in zip(*jobs, strict=True):
+        whole = column[0] if len(column) == 1 or column[0] is None else torch.cat(column, -1)
+        results.append(whole if order is None or whole is None else _put_back(order, whole))
+    statistics, index, loss, coefficients = results
+    if loss is None:
+        loss, coefficients = statistics.new_empty(0), statistics.new_empty((0, 0))
     return loss, statistics, index, coefficients, [] if gradients is None else gradients.finish(order)
 
 
@@ -118,7 +116,8 @@ def sums(rows: Rows, statistics: Tensor, index: Tensor, spec: Spec, backend: Bac
     for part in chunks:
         saved = [x[:, part].contiguous() for x in (statistics, index)]
         parts.append(backend.sums(Job(chunks.rows_of(part), spec, saved[0], saved[1])))
-    return _put_back(order, torch.cat(parts, 1))[0]
+    whole = torch.cat(parts, 1)
+    return whole if order is None else _put_back(order, whole)
 
 
 class _RowGradients(NamedTuple):
@@ -166,27 +165,28 @@ class _Chunks:
         self.rows, self.spec, self.backend, self.valid = rows, spec, backend, valid
         first, form, gradient = rows.hidden[0], spec.form, any(spec.needed)
         self._has_units = first.dtype == torch.float16
-        count, classes = rows.target.shape[0], rows.classes
+        count, (classes, features) = rows.target.shape[0], rows.weight[0].shape
+        # The logits and, where the softcap's derivative is needed, that.
+        copies = 2 if gradient and form.softcap else 1
         if backend.makes_logits:
             copies = int(gradient)
             self.rows = rows._replace(bias=None if rows.bias is None else rows.bias.contiguous())
-        else:
-            copies = 2 if gradient and form.softcap else 1
-        row = (form.most_classes or classes) * first.element_size() * copies
-        elements = sum(w.numel() for w in rows.weight) if form.most_classes == 0 else form.most_classes * first.shape[1]
-        # Ranks that must agree on the chunks do not know whether the weight of another is frozen.
-        of_weight = form.most_classes > 0 or any(spec.needed[len(rows.hidden) : len(rows.hidden) + len(rows.weight)])
-        budget = form.budget or budgets.default_budget(
-            first.device, first.dtype, count * row, elements, gradient=of_weight
-        )
-        self.count, self.size = budgets.chunk_rows(count, row, budget) if row else (1, count)
-        self._buffers = [new_buffer(first, (self.size, classes)) for _ in range(copies)]
+        row, elements = classes * first.element_size() * copies, classes * features
+        of_weight = True in spec.needed[len(rows.hidden) : len(rows.hidden) + len(rows.weight)]
+        if form.most_classes:
+            # The ranks must agree on the chunks, and none knows whether the weight of another is frozen.
+            row = form.most_classes * first.element_size() * (2 if form.softcap else 1)
+            elements, of_weight = form.most_classes * features, True
+        budget = form.budget or budgets.default_budget(first.device, first.dtype, count * row, elements, of_weight)
+        self.count = max(1, -(-count // max(1, budget // row))) if row else 1
+        self.size = -(-count // self.count)
+        self.buffers: list[Tensor] = []
+        for _ in range(copies):
+            self.buffers.append(new_buffer(first, (self.size, classes)))
         self._fetched: slice | None = None
-        self._parts = [h.new_empty((self.size if form.row_parts > 1 else 0, h.shape[1])) for h in rows.hidden]
-
-    def free(self) -> None:
-        """Give the memory of the logits back."""
-        self._buffers.clear()
+        self._parts: list[Tensor] = []
+        if form.row_parts > 1:
+            self._parts = [h.new_empty((self.size, h.shape[1])) for h in rows.hidden]
 
     def __iter__(self) -> Iterator[slice]:
         rows = self.rows.target.shape[0]
@@ -194,10 +194,9 @@ class _Chunks:
             yield slice(begin, min(begin + self.size, rows))
 
     def hidden(self, part: slice) -> list[Tensor]:
-        form = self.spec.form
-        if form.row_parts == 1:
+        if not self._parts:
             return [h[part] for h in self.rows.hidden]
-        size = part.stop - part.start
+        form, size = self.spec.form, part.stop - part.start
         if self._fetched != part:
             self._fetched = part
             for own, buffer in zip(self.rows.hidden, self._parts, strict=True):
@@ -211,7 +210,7 @@ class _Chunks:
 
     def _with_logits(self, rows: Rows, make: bool) -> Rows:
         (first, *others), (weight, *other_weights), softcap = rows.hidden, rows.weight, self.spec.form.softcap
-        logits, *slope = (buffer[: first.shape[0]] for buffer in self._buffers)
+        logits = self.buffers[0][: first.shape[0]]
         if make:
             if rows.bias is None:
                 torch.mm(first, weight.t(), out=logits)
@@ -221,8 +220,8 @@ class _Chunks:
                 logits.addmm_(h, w.t())
             if softcap:
                 logits.div_(softcap).tanh_()
-                for s in slope:
-                    torch.mul(logits, logits, out=s).neg_().add_(1)
+                for buffer in self.buffers[1:]:
+                    torch.mul(logits, logits, out=buffer[: first.shape[0]]).neg_().add_(1)
                 logits.mul_(softcap)
             if self.spec.form.mask_target:
                 logits.scatter_(1, rows.target.clamp(min=0)[:, None], -torch.inf)
@@ -240,7 +239,7 @@ class _Chunks:
 
     def gradient(self, job: Job) -> _RowGradients:
         """Write it where the logits are, if they are stored."""
-        memory = self._buffers[0][: job.rows.target.shape[0]]
+        memory = self.buffers[0][: job.rows.target.shape[0]]
         unit = None
         if self._has_units:
             weight, coefficients = job.rows.class_weight, job.coefficients
@@ -254,7 +253,7 @@ class _Chunks:
 
     def _before_softcap(self, gradient: Tensor) -> Tensor:
         """The gradient of a chunk's logits as that of its products, in place."""
-        for slope in self._buffers[1:]:
+        for slope in self.buffers[1:]:
             gradient.mul_(slope[: gradient.shape[0]])
         return gradient
 
@@ -264,17 +263,22 @@ class _Gradients:
 
     def __init__(self, chunks: _Chunks) -> None:
         self._chunks = chunks
-        rows, needed = chunks.rows, iter(chunks.spec.needed)
-        self._dtype = gradient_dtype(rows.hidden[0].dtype)
-        dtype = compute_dtype(rows.hidden[0].dtype)
-        self._hidden = [new_buffer(x, x.shape, self._dtype) if next(needed) else None for x in rows.hidden]
+        rows, needed, storage = chunks.rows, iter(chunks.spec.needed), chunks.rows.hidden[0].dtype
+        self._dtype, dtype = gradient_dtype(storage), torch.float64 if storage == torch.float64 else torch.float32
+        self._hidden: list[Tensor | None] = []
+        for x in rows.hidden:
+            self._hidden.append(new_buffer(x, x.shape, self._dtype) if next(needed) else None)
         # Of one chunk the product is the gradient, and needs no sum.
         of_weight = self._dtype if chunks.count == 1 else dtype
-        self._weight = [new_buffer(x, x.shape, of_weight) if next(needed) else None for x in rows.weight]
+        self._weight: list[Tensor | None] = []
+        for x in rows.weight:
+            self._weight.append(new_buffer(x, x.shape, of_weight) if next(needed) else None)
         bias = rows.bias
         self._bias = bias.new_zeros(bias.shape[0], dtype=dtype) if bias is not None and next(needed) else None
-        totals = [*self._weight, None if self._bias is None else self._bias[:, None]]
-        self._scaled = [None if x is None else _ScaledSum(x, chunks.backend) for x in totals]
+        self._scaled: list[_ScaledSum | None] = []
+        if storage == torch.float16:
+            totals = [*self._weight, None if self._bias is None else self._bias[:, None]]
+            self._scaled = [None if x is None else _ScaledSum(x, chunks.backend) for x in totals]
         self._pending: list[Any] = []
 
     def add(self, part: slice, gradient: _RowGradients) -> None:
@@ -283,13 +287,15 @@ class _Gradients:
         for total, weight in zip(self._hidden, chunks.rows.weight, strict=True):
             if total is None:
                 continue
-            if chunks.spec.form.row_parts == 1:
-                self._write_hidden(total[part], gradient, weight)
-                self._sum_over_ranks(total, part)
-            else:
-                some = total.new_empty(gradient.values.shape[0], total.shape[1])
-                self._write_hidden(some, gradient, weight)
+            whole = chunks.spec.form.row_parts == 1
+            some = total[part] if whole else total.new_empty(gradient.values.shape[0], total.shape[1])
+            _product(gradient.values, weight, some)
+            if gradient.unit is not None:
+                some.mul_(gradient.unit[:, None])
+            if not whole:
                 arriving += sequence.send_rows(some, part, total, chunks.spec.form.group)
+            elif chunks.spec.form.group:
+                self._sum_over_ranks(total, part)
         if gradient.unit is not None:
             *of_weights, of_bias = self._scaled
             unit = gradient.unit[:, None]
@@ -312,40 +318,38 @@ class _Gradients:
         for total in self._hidden:
             if total is not None:
                 total[part] = 0
-                self._sum_over_ranks(total, part)
+                if self._chunks.spec.form.group:
+                    self._sum_over_ranks(total, part)
         for total in self._weight:
             if total is not None and part.start == 0:
                 total.zero_()
 
     def finish(self, order: Tensor | None) -> list[Tensor]:
         """Return the gradients as the operators hand them over, when all rows are through."""
-        self._chunks.free()  # which makes room for the weight's gradient beside its sum
+        self._chunks.buffers.clear()  # which makes room for the weight's gradient beside its sum
         for scaled in self._scaled:
             if scaled is not None:
                 scaled.finish()
         for work in self._pending:
             work.wait()
-        hidden = [x for x in self._hidden if x is not None]
-        if order is not None:
-            hidden = [torch.empty_like(x).index_copy_(0, order, x) for x in hidden]
-        return [*hidden, *(x.to(self._dtype) for x in (*self._weight, self._bias) if x is not None)]
-
-    def _write_hidden(self, out: Tensor, gradient: _RowGradients, weight: Tensor) -> None:
-        _product(gradient.values, weight, out)
-        if gradient.unit is not None:
-            out.mul_(gradient.unit[:, None])
+        result = []
+        for x in self._hidden:
+            if x is not None:
+                result.append(x if order is None else torch.empty_like(x).index_copy_(0, order, x))
+        for x in (*self._weight, self._bias):
+            if x is not None:
+                result.append(x.to(self._dtype))
+        return result
 
     def _sum_over_ranks(self, total: Tensor, part: slice) -> None:
         """With the last rows, while the weight's product goes on."""
-        group = self._chunks.spec.form.group
-        if group and part.stop == total.shape[0]:
-            self._pending.append(sequence.sum_in_place(total, group))
+        if part.stop == total.shape[0]:
+            self._pending.append(sequence.sum_in_place(total, self._chunks.spec.form.group))
 
 
 def _add_weight(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
     if total.dtype == gradient.dtype or budgets.sums_in_float32(gradient.device):
-        _product(gradient, hidden, total, add=not first)
-        return
+        return _product(gradient, hidden, total, add=not first)
     # The product comes rounded to bfloat16, and a second one gives what was lost.
     for begin in range(0, total.shape[0], WEIGHT_BLOCK):
         part, some = gradient[begin : begin + WEIGHT_BLOCK], total[begin : begin + WEIGHT_BLOCK]
@@ -444,7 +448,5 @@ def _take(order: Tensor | None, *tensors: Any) -> list[Any]:
     return [None if x is None else x.index_select(-1, order) for x in tensors]
 
 
-def _put_back(order: Tensor | None, *tensors: Any) -> list[Any]:
-    if order is None:
-        return list(tensors)
-    return [torch.empty_like(x).index_copy_(x.dim() - 1, order, x) for x in tensors]
+def _put_back(order: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x).index_copy_(x.dim() - 1, order, x)

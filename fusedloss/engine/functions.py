@@ -50,7 +50,7 @@ class Reduction(NamedTuple):
     def upstream(self, rows: Rows, grad_output: Tensor | None = None) -> Tensor | None:
         """The derivative by the loss of each row, (N,), times that by the result; None for all ones."""
         like = rows.hidden[0]
-        dtype = compute_dtype(like.dtype)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if grad_output is None:
             if self.divisor is None:
                 return self.token_weight

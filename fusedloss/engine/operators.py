@@ -74,7 +74,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tenso
     *flat, row_weight, text = arguments
     rows, spec = Rows(*flat), decode(text)
     backend = _check("forward", rows, spec, row_weight=row_weight)
-    if rows.is_linear:
+    if rows.weight:
         return chunks.forward(rows, row_weight, spec, backend)
     job = Job.new(rows, spec)
     gradients = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -74,7 +73,7 @@ def prepare(
     form = Form()
     if isinstance(input, Projection):
         form = input.form
-        if impl != "reference":
+        if impl != "reference" and type(input.weight) not in (Tensor, torch.nn.Parameter):
             checks.check_readable("linear_weight", input.weight)
     if shards is not None:
         if impl == "reference":
@@ -89,7 +88,8 @@ def prepare(
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if isinstance(input, Projection):
-        logits: Source = replace(input.flatten(), form=form)
+        hidden = input.hidden.reshape(-1, input.hidden.shape[-1])
+        logits: Source = Projection(hidden, input.weight, input.bias, form)
     else:
         logits = _matrix(input, o["inplace_backward"])
     if inplace and impl == "reference":

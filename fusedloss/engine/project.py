@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_dtype, check_number, has_autocast
+from ..checks import DTYPES, check_dtype, check_number, has_autocast
 from ..definition.projection import Form, Projection
 from ..distributed.fsdp import check_whole
 from . import budgets
@@ -29,7 +29,8 @@ def project(
             continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        check_dtype(name, value)  # of a quantized weight, whose numbers autocast would take for its values
+        if value.dtype not in DTYPES:  # of a quantized weight, whose numbers autocast would take for its values
+            check_dtype(name, value)
     check_whole(weight)
     if hidden.dim() < 1 or weight.dim() != 2:
         raise ValueError(
