@@ -159,6 +159,8 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
         return reference.row_losses(some, epilogue, spec)[0]
 
     loss = torch.cat(in_chunks(losses, rows.classes, rows.logits, rows.target, *rows.params))
+    if not loss.requires_grad:
+        loss = loss + rows.logits[:0].sum()  # a constant has a gradient of 0
     return loss, _top_statistics(rows, spec) if call.options["return_stats"] else Statistics()
 
 
