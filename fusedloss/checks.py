@@ -35,13 +35,11 @@ def may_read(x: Tensor) -> bool:
     On a GPU that would stall the stream. While a graph is traced (torch.compile, torch.export, make_fx, FakeTensorMode)
     there are no values, or they are only an example. Under a function transform they are those of transforms.values.
     """
-    x = transforms.values(x)
-    return (
-        x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not isinstance(x, FakeTensor)
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    if torch.compiler.is_compiling():
+        return False
+    if transforms.is_wrapped(x):
+        x = transforms.values(x)
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def has_autocast(device: str) -> bool:
@@ -107,6 +105,8 @@ def _range(low: float, high: float, above: bool = False) -> str:
 
 
 def is_dtensor(x: object) -> bool:
+    if type(x) is Tensor and (torch.compiler.is_compiling() or not transforms.is_wrapped(x)):
+        return False
     # By its name, since importing the class would import half of torch.distributed.
     return isinstance(x, Tensor) and type(transforms.values(x)).__name__ == "DTensor"
 
@@ -143,7 +143,7 @@ def check_logits(input: Any, target: object) -> None:
         check_dtype("input", input)
     if target.dtype not in INDEX_DTYPES:
         check_index_dtype("target", target)
-    if input.dim() < 1:
+    if len(input.shape) < 1:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
     if target.shape != input.shape[:-1]:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 # These have no public name. torch.autograd.Function asks the first one itself.
 _torch_func_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
+is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)  # by is_grads_batched
 
 
@@ -51,6 +51,6 @@ def traced() -> bool:
 
 def values(x: Tensor) -> Tensor:
     """Return the values beneath the transforms, those of a whole batch, for the host to look at."""
-    while not torch.compiler.is_compiling() and _is_wrapped(x):
+    while not torch.compiler.is_compiling() and is_wrapped(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

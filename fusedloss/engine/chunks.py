@@ -77,7 +77,9 @@ def forward(
     results: list[Any] = []
     for column in zip(*jobs, strict=True):
         whole = column[0] if len(column) == 1 or column[0] is None else torch.cat(column, -1)
-        results.append(whole if order is None or whole is None else _put_back(order, whole))
+        if order is not None and whole is not None:
+            whole = torch.empty_like(whole).index_copy_(whole.dim() - 1, order, whole)
+        results.append(whole)
     statistics, index, loss, coefficients = results
     if loss is None:
         loss, coefficients = statistics.new_empty(0), statistics.new_empty((0, 0))
@@ -117,7 +119,7 @@ def sums(rows: Rows, statistics: Tensor, index: Tensor, spec: Spec, backend: Bac
         saved = [x[:, part].contiguous() for x in (statistics, index)]
         parts.append(backend.sums(Job(chunks.rows_of(part), spec, saved[0], saved[1])))
     whole = torch.cat(parts, 1)
-    return whole if order is None else _put_back(order, whole)
+    return whole if order is None else torch.empty_like(whole).index_copy_(1, order, whole)
 
 
 class _RowGradients(NamedTuple):
@@ -195,7 +197,8 @@ class _Chunks:
 
     def hidden(self, part: slice) -> list[Tensor]:
         if not self._parts:
-            return [h[part] for h in self.rows.hidden]
+            first, *others = self.rows.hidden
+            return [first[part], *(h[part] for h in others)] if others else [first[part]]
         form, size = self.spec.form, part.stop - part.start
         if self._fetched != part:
             self._fetched = part
@@ -233,7 +236,7 @@ class _Chunks:
             # The units come from the coefficients, between the passes.
             self.backend.forward(job)
             return self.gradient(job)
-        job.grad = job.rows.logits
+        job.grad = job.rows.hidden[0]
         self.backend.with_gradient(job)
         return _RowGradients(self._before_softcap(job.grad), None)
 
@@ -446,7 +449,3 @@ def _take(order: Tensor | None, *tensors: Any) -> list[Any]:
     if order is None:
         return list(tensors)
     return [None if x is None else x.index_select(-1, order) for x in tensors]
-
-
-def _put_back(order: Tensor, x: Tensor) -> Tensor:
-    return torch.empty_like(x).index_copy_(x.dim() - 1, order, x)

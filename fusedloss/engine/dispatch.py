@@ -109,7 +109,7 @@ def _dispatch(
 def has_compiled(name: str, call: Call) -> bool:
     """Whether the passes have the epilogue of that name, and all gradients that are asked for."""
     backend = backends.BACKENDS.get(call.spec.impl)
-    if backend is None or name not in backend.epilogues:
+    if backend is None or not (name in backend.epilogues.rows or name in backend.epilogues.classes):
         return False
     return not any(map(_REQUIRES_GRAD, call.rows.params))
 

@@ -19,6 +19,8 @@ from ..distributed.vocabulary import VocabularyShards
 from . import constants
 from .options import DEFAULTS, RowOptions
 
+SMOOTHING_OVER = ("all", "others")
+
 
 class Call(NamedTuple):
     """A loss's arguments, checked, as the operators take them."""
@@ -84,7 +86,7 @@ def prepare(
         # The ranks must agree on the chunks of rows that are divided.
         form = form._replace(group=shards.name, most_classes=max(shards.sizes) if form.row_parts > 1 else 0)
 
-    dtype = checks.compute_dtype(input.dtype)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if isinstance(input, Projection):
@@ -122,12 +124,19 @@ def prepare(
 
 
 def _check(input: Source, target: Tensor, classes: int, o: RowOptions) -> None:
-    checks.check_classes(classes, input)
-    checks.check_choice("reduction", o["reduction"], checks.REDUCTIONS)
-    checks.check_choice("smoothing_over", o["smoothing_over"], ("all", "others"))
-    checks.check_number("label_smoothing", o["label_smoothing"], 0, 1)
-    checks.check_number("z_loss", o["z_loss"], 0)
-    o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
+    if classes < 1:
+        checks.check_classes(classes, input)
+    # The checks themselves would take most of a small call's time.
+    if o["reduction"] not in checks.REDUCTIONS:
+        checks.check_choice("reduction", o["reduction"], checks.REDUCTIONS)
+    if o["smoothing_over"] not in SMOOTHING_OVER:
+        checks.check_choice("smoothing_over", o["smoothing_over"], SMOOTHING_OVER)
+    if o["label_smoothing"] is not DEFAULTS["label_smoothing"]:
+        checks.check_number("label_smoothing", o["label_smoothing"], 0, 1)
+    if o["z_loss"] is not DEFAULTS["z_loss"]:
+        checks.check_number("z_loss", o["z_loss"], 0)
+    if type(o["ignore_index"]) is not int:
+        o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
     if o["weight"] is not None:
         checks.check_weight(o["weight"], input, classes)
     if o["token_weight"] is not None:
