@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks import IGNORED, check_number, raise_index_error
 from ..definition.rows import Job
+from ..definition.statistics import Picks
 from . import buffer_pool
 from .base import Backend, Epilogues, column
 
@@ -19,6 +20,7 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 _LOWEST = -(2**63)
+_NO_PICKS, _TOP = Picks(), Picks(1)
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -56,12 +58,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(job: Job, picks: int = 0, searches: bool = False) -> _engine.Rows:
-    """`searches`: for a statistics pass, which finds the picks. Elsewhere all of them are like candidates."""
-    rows, spec = job.rows, job.spec
+def _rows(job: Job, candidate_count: int = 0, picks: Picks = _NO_PICKS) -> _engine.Rows:
+    """`picks`: what a statistics pass searches for. In a gradient pass all picks are like candidates."""
+    rows, (top_k, below, mean) = job.rows, picks
     logits, weight, candidates = rows.hidden[0], rows.class_weight, rows.candidates
     count, classes = logits.shape
-    mean = searches and spec.mean
     return _engine.Rows(
         _DTYPE_CODES[logits.dtype],
         logits.data_ptr(),
@@ -69,10 +70,10 @@ def _rows(job: Job, picks: int = 0, searches: bool = False) -> _engine.Rows:
         classes,
         logits.stride(0),
         rows.target.data_ptr(),
-        candidates.data_ptr() if searches and candidates is not None else 0,
-        picks,
-        spec.top_k if searches else 0,
-        searches and spec.below,
+        0 if candidates is None else candidates.data_ptr(),
+        candidate_count,
+        top_k,
+        below,
         mean,
         0 if weight is None else weight.data_ptr(),
         float(weight.sum(dtype=torch.float64)) if mean and weight is not None else float(classes),
@@ -112,7 +113,7 @@ class Cpu(Backend):
             _check("candidate", rows.candidates, classes, 0)
             count = rows.candidates.shape[1]
         _engine.forward(
-            _rows(job, count, searches=True),
+            _rows(job, count, job.spec.picks),
             job.spec.epilogue,
             _params(rows.params),
             0 if scalars is None else scalars.data_ptr(),
@@ -160,7 +161,7 @@ class Cpu(Backend):
         _check("target", job.rows.target, job.rows.classes, IGNORED)
         _check_saved(job)
         _engine.class_terms(
-            _rows(job, job.index.shape[0]),
+            _rows(job, picks=_TOP),
             job.spec.epilogue,
             _params(job.rows.params),
             job.statistics.data_ptr(),
