@@ -24,7 +24,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot papers test test-all test-versions fuzz bench report scale compile-report gpu-report lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -71,7 +71,7 @@ bench report:
 	$(BIN)/pytest bench --benchmark-json=build/pytest-benchmark.json $(ARGS)
 	$(BIN)/python bench/report.py build/pytest-benchmark.json $(OUTPUT)
 
-scale: .venv/installed ## predict the losses on many GPUs; writes a table and a plot. ARGS=--calibrate measures, too
+scale: .venv/installed ## predict the losses on many GPUs; writes a table and a plot
 	$(BIN)/python bench/scale.py $(ARGS)
 
 compile-report: .venv/installed build/triton36/installed ## compile the Triton and CUDA kernels for GPUs that need not be here; writes tables
@@ -79,6 +79,9 @@ compile-report: .venv/installed build/triton36/installed ## compile the Triton a
 
 gpu-report: .venv/installed ## on a machine with a GPU, 8 minutes: what is right and how fast; ARGS=--rehearse needs none
 	$(BIN)/python bench/gpu_report.py $(ARGS)
+
+shape: .venv/installed ## print the figures of the package's shape and their bars; ARGS=--assert fails where one is over
+	$(BIN)/python tools/shape.py $(ARGS)
 
 lint: .venv/installed-lint ## ruff, mypy, clang-format
 	$(BIN)/ruff check

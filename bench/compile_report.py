@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
@@ -26,6 +26,7 @@ import compile_triton
 import sass
 import triton
 import tritons
+from writing import table
 
 from fusedloss.backends import triton as backend
 
@@ -117,31 +118,26 @@ def markdown(rows: list[Row], cuda: list[Row]) -> str:
     ]
     head = ("kernel", "loss", "dtype", "instructions", "barriers", "shuffles", "apart", "around", "registers",
             "programs", "spills")  # fmt: skip
-    lines = [NOTES.format(releases=" and ".join(releases)), "sm_90, 32000 classes:\n", *_head(head, 3)]
     figures = ("per_logit", "barriers", "shuffles", "apart", "around", "registers", "programs", "spills")
+    shown = []
     for target, kernel, loss, dtype, classes in main:
         known = by_identity.get((target, kernel, loss, str(dtype)[6:], str(classes)))
         if known and "split" not in kernel and "merge" not in kernel:
-            lines.append(_line((kernel, loss, str(dtype)[6:], *(of_releases(known, name) for name in figures))))
-    lines += ["\nAll of Triton's:\n", *_head(("target", "kernels", "most registers", "that spill", "most spills"), 1)]
+            shown.append((kernel, loss, str(dtype)[6:], *(of_releases(known, name) for name in figures)))
+    targets = []
     for target in dict.fromkeys(row["target"] for row in rows):
         summary = []
         for release in releases:
             some = [row for row in rows if (row["target"], row["triton"]) == (target, release)]
             registers, spilled = ([int(row[name]) for row in some] for name in ("registers", "spills"))
             summary.append((len(some), max(registers, default=0), sum(map(bool, spilled)), max(spilled, default=0)))
-        lines.append(_line((target, *(" / ".join(map(str, column)) for column in zip(*summary, strict=True)))))
+        targets.append((target, *(" / ".join(map(str, column)) for column in zip(*summary, strict=True))))
+    lines = [NOTES.format(releases=" and ".join(releases)), "sm_90, 32000 classes:\n", *table(head, shown, 3)]
+    lines += ["\nAll of Triton's:\n"]
+    lines += table(("target", "kernels", "most registers", "that spill", "most spills"), targets)
     if cuda:
         lines += ["", *compile_cuda.markdown(cuda)]
     return "\n".join(lines) + "\n"
-
-
-def _head(cells: Sequence[str], names: int) -> list[str]:
-    return [_line(cells), _line(["---"] * names + ["---:"] * (len(cells) - names))]
-
-
-def _line(cells: Iterable[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
 
 
 def read(path: Path) -> list[Row]:

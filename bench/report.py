@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from writing import pyplot, table
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 GUIDE = "docs/benchmarks.md"
@@ -308,13 +310,13 @@ def compared(report: Report) -> list[str]:
         lines[0] += f" Worse by more than {WORSE - 1:.0%}: {len(found['worse']) or 'none'}."
     if found["floors"]:
         lines[0] += f" Over a floor that was faster, and no worse than eager PyTorch: {found['floors']} more."
-    if found["worse"]:
-        head = ("case", "", "", "before", "now", "change", "eager's change")
-        lines += ["", _line(head), _line(["---"] * 3 + ["---:"] * 4)]
+    rows = []
     for x in found["worse"]:
         values = [f"{x['before']:.3g}", f"{x['now']:.3g}", f"× {x['now'] / x['before']:.2f}" if x["before"] else "-"]
         eager = "-" if x["eager"] is None else f"× {x['eager']:.2f}"
-        lines.append(_line([x["case"], x["name"], x["what"], *values, eager]))
+        rows.append([x["case"], x["name"], x["what"], *values, eager])
+    if rows:
+        lines += ["", *table(("case", "", "", "before", "now", "change", "eager's change"), rows, 3)]
     if found["left_out"]:
         cases = ", ".join(f"`{loss}` ({count})" for loss, count in found["left_out"].items())
         lines += ["", f"Not measured this time, and left out, with the number of cases: {cases}."]
@@ -322,23 +324,18 @@ def compared(report: Report) -> list[str]:
 
 
 def _rows_table(runs: list[Run]) -> list[str]:
-    lines = [_line(ROWS_HEAD), _line(["---", "---", "---", *["---:"] * (len(ROWS_HEAD) - 4), "---"])]
-    return [*lines, *(_line(_cells(run)) for run in runs), "", NOTES]
+    lines = table(ROWS_HEAD, map(_cells, runs), 3)
+    return [lines[0], lines[1].removesuffix(": |") + " |", *lines[2:], "", NOTES]  # the last column holds texts
 
 
 def _products_tables(kind: Kind, runs: list[Run]) -> list[str]:
-    lines = [_line(kind.head), _line(["---"] * 3 + ["---:"] * (len(kind.head) - 3))]
-    lines += [_line(_products_cells(kind, run)) for run in runs]
-    lines += ["", kind.notes]
+    lines = [*table(kind.head, (_products_cells(kind, run) for run in runs), 3), "", kind.notes]
     failures = dict.fromkeys((name, error) for run in runs for name, error in run["failed"].items())
     for name, error in failures:
         where = [f"{_shape(r)} {r['dtype']}" for r in runs if r["failed"].get(name) == error]
         lines.append(f"- *{name}* did not run ({', '.join(where) if len(where) < len(runs) else 'anywhere'}): {error}")
-    slopes = [_line(cells) for cells in _slopes(kind, runs)]
-    if slopes:
-        rule = ["---"] * 3 + ["---:"] * 2 * len(kind.sizes)
-        lines += ["", _line(kind.slopes_head), _line(rule), *slopes, "", SLOPES_NOTES]
-    return lines
+    slopes = list(_slopes(kind, runs))
+    return lines + (["", *table(kind.slopes_head, slopes, 3), "", SLOPES_NOTES] if slopes else [])
 
 
 def update_readme(report: Report, name: str) -> bool:
@@ -352,20 +349,8 @@ def update_readme(report: Report, name: str) -> bool:
 
 def readme(report: Report, name: str) -> str:
     """The runs in float32 of one shape each, and the plot of the row losses' times."""
-    columns = (
-        "loss",
-        "sizes",
-        "floor, ms",
-        "fused, ms",
-        "/ floor",
-        "in place",
-        "× eager",
-        "× compiled",
-        "MiB",
-        "eager's",
-    )
-    lines = [f"[{report['machine']}](bench/results/{name}.md), float32, measured {report['measured']}:", ""]
-    lines += [_line(columns), _line(["---"] * 2 + ["---:"] * (len(columns) - 2))]
+    head = ("loss", "sizes", "floor, ms", "fused, ms", "/ floor", "in place", "× eager", "× compiled", "MiB", "eager's")
+    rows = []
     for kind, runs in parts(report):
         for run in runs:
             if run["dtype"] == "float32" and tuple(run[size] for size in kind.sizes) == kind.main:
@@ -374,14 +359,10 @@ def readme(report: Report, name: str) -> str:
                 memory = [held(run, name) for name in ("fused", "eager")]
                 cells = [f"`{run['loss']}`", _shape(run), _ms(run["floor"]), _ms(run["seconds"]["fused"])]
                 cells += ["-" if x is None else f"{x:.2f}" for x in ratios]
-                cells += faster
-                lines.append(_line(cells + ["-" if x is None else f"{x:.0f}" for x in memory]))
+                rows.append([*cells, *faster, *("-" if x is None else f"{x:.0f}" for x in memory)])
+    about = f"[{report['machine']}](bench/results/{name}.md), float32, measured {report['measured']}:"
     picture = f"![Time of the row losses over the floor](bench/results/{name}.png)"
-    return "\n".join([*lines, "", README_NOTES, "", picture, ""])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([about, "", *table(head, rows, 2), "", README_NOTES, "", picture, ""])
 
 
 def _cells(run: Run) -> list[str]:
@@ -481,7 +462,7 @@ def pictures(kind: Kind, runs: list[Run]) -> dict[str, tuple[str, Callable[..., 
 
 def plot(kind: Kind, runs: list[Run], value: Value, label: str, scale: str, *, title: str, path: Path) -> None:
     """For each loss and shape, the candidates' values as multiples of the least possible; a panel a dtype."""
-    plt = _pyplot()
+    plt = pyplot()
     dtypes = list(dict.fromkeys(run["dtype"] for run in runs))
     labels = list(dict.fromkeys(_label(run) for run in runs))
     figure, axes = plt.subplots(
@@ -516,7 +497,7 @@ def one_size_varies(kind: Kind, runs: list[Run], size: str) -> list[Run]:
 
 def plot_growth(kind: Kind, grown: dict[str, list[Run]], *, title: str, path: Path) -> None:
     """Time and memory of the candidates by one size after the other."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(2, len(grown), squeeze=False, figsize=(1 + 4.5 * len(grown), 7.5), layout="constrained")
     for (size, runs), (time, memory) in zip(grown.items(), axes.T, strict=True):
         sizes = [run[size] for run in runs]
@@ -543,21 +524,12 @@ def plot_growth(kind: Kind, grown: dict[str, list[Run]], *, title: str, path: Pa
     _save(figure, axes, title, path)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def _save(figure: Any, axes: Any, title: str, path: Path) -> None:
     handles = (axis.get_legend_handles_labels() for axis in axes.flat)
     entries = {label: line for pair in handles for line, label in zip(*pair, strict=True)}
     figure.legend(entries.values(), entries, title=title, loc="outside upper center", ncols=3 * axes.shape[1])
     figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
+    pyplot().close(figure)
 
 
 def _label(run: Run) -> str:

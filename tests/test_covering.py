@@ -1,6 +1,5 @@
 """What `make test` leaves out of products of parameters has nothing that the rest has not."""
 
-from collections import Counter
 from itertools import combinations, product
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +21,6 @@ def test_every_few_values_stay_together(sizes: tuple[int, ...], together: int) -
     assert _values(kept, together) == _values(cases, together)
     *_, second, first = sorted(sizes)
     assert len(kept) <= 1.5 * first * (second if together == 2 else 1)
-
-
-def test_values_take_turns() -> None:
-    cases = [(loss, dtype) for loss in "abcdef" for dtype in ("float64", "float32", "bfloat16")]
-    rest = covering.rest(cases, 1)
-    kept = [case for i, case in enumerate(cases) if i not in rest]
-    assert Counter(loss for loss, _ in kept) == dict.fromkeys("abcdef", 1)
-    assert Counter(dtype for _, dtype in kept) == {"float64": 2, "float32": 2, "bfloat16": 2}
 
 
 class _Item(SimpleNamespace):
@@ -60,24 +51,3 @@ def test_the_rest_is_exhaustive_on_each_implementation() -> None:
         assert 9 <= len(kept) <= 10 < len(mine)
         cases = [[item.callspec._idlist for item in some] for some in (kept, mine)]
         assert _values(cases[0], 2) == _values(cases[1], 2)
-
-
-def test_a_class_may_name_another_number_for_a_test() -> None:
-    items = _items({"covering": pytest.mark.covering(2, test=1).mark})
-    covering.mark(items)  # type: ignore[arg-type]
-    assert sum("exhaustive" not in item.marks for item in items) == 2 * 3
-
-
-def test_what_is_exhaustive_by_itself_stands_for_nothing() -> None:
-    items = _items({"covering": pytest.mark.covering(1).mark})
-    for item in items[::2]:
-        item.add_marker("exhaustive")
-    values = _values([item.callspec._idlist for item in items[1::2]], 1)
-    covering.mark(items)  # type: ignore[arg-type]
-    assert _values([item.callspec._idlist for item in items if "exhaustive" not in item.marks], 1) == values
-
-
-def test_what_is_not_marked_is_left_alone() -> None:
-    items = [*_items({}), _Item(nodeid="test_x.py::test_alone", marks={"covering": pytest.mark.covering(2).mark})]
-    covering.mark(items)  # type: ignore[arg-type]
-    assert not any("exhaustive" in item.marks for item in items)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from writing import aligned
+
 Record = dict[str, Any]
 
 
@@ -116,7 +118,7 @@ def verdict(records: list[Record]) -> str:
 def markdown(found: dict[str, list[Record]], title: str) -> str:
     seconds = {name: next((r["seconds"] for r in records if "seconds" in r), None) for name, records in found.items()}
     about = [{"part": name, "verdict": verdict(records), "s": seconds[name]} for name, records in found.items()]
-    lines = [f"# {title}", "", *table(about)]
+    lines = [f"# {title}", "", *aligned(about)]
     for name, records in found.items():
         lines += ["", f"## {name}", *section(records)]
     return "\n".join(lines) + "\n"
@@ -132,29 +134,7 @@ def section(records: list[Record]) -> list[str]:
                 by_reason.setdefault(record["why"], []).append(record[kind])
         lines += ["", *(f"- {about}: {'; '.join(what)}: {why}" for why, what in by_reason.items())] if by_reason else []
     rows = [record["row"] for record in records if "row" in record]
-    lines += ["", *table(rows)] if rows else []
+    lines += ["", *aligned(rows)] if rows else []
     for record in records:
         lines += ["", "```", *record["text"], "```"] if "text" in record else []
     return lines
-
-
-def table(rows: list[Record]) -> list[str]:
-    """In Markdown, aligned for a terminal too."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    numeric = [all(not isinstance(row.get(name), str) for row in rows) for name in names]
-    cells = [names, *([_shown(row.get(name)) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)) + " |"
-        for line in cells
-    ]
-    rule = (f"{'-' * (w + 1)}{':' if n else '-'}" for w, n in zip(widths, numeric, strict=True))
-    return [lines[0], f"|{'|'.join(rule)}|", *lines[1:]]
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value).replace("|", "/")
