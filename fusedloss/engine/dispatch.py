@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +21,6 @@ from .prepare import Call, divisor_of, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 
 def row_loss(
@@ -111,7 +107,7 @@ def has_compiled(name: str, call: Call) -> bool:
     backend = backends.BACKENDS.get(call.spec.impl)
     if backend is None or not (name in backend.epilogues.rows or name in backend.epilogues.classes):
         return False
-    return not any(map(_REQUIRES_GRAD, call.rows.params))
+    return True not in [p.requires_grad for p in call.rows.params]
 
 
 def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
@@ -122,7 +118,7 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
         return ()
     # Asked here: within a function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
     if rows.weight:
-        needed = tuple(map(_REQUIRES_GRAD, rows.sources))
+        needed = tuple([x.requires_grad for x in rows.sources])
         return needed if True in needed else ()
     if (
         not backends.BACKENDS[call.spec.impl].one_read
