@@ -199,10 +199,14 @@ _encoded = lru_cache(maxsize=1024)(_encode)
 @lru_cache(maxsize=1024)
 def _decoded(text: str) -> Spec:
     parts = text.split(_SEPARATOR, len(_READ) - 1)
-    if len(parts) != len(_READ):
+    try:
+        values: list[Any] = [read(part) for read, part in zip(_READ, parts, strict=True)]
+        spec = Spec._make([*values[:_OWN], Form._make(values[_OWN:])])
+    except ValueError:
+        spec = None
+    if spec is None or _encode(spec) != text:
         raise ValueError(f"spec must be what Spec.encode() gives, {len(_READ)} fields, got {text!r}")
-    values: list[Any] = [read(part) for read, part in zip(_READ, parts, strict=True)]
-    return Spec._make([*values[:_OWN], Form._make(values[_OWN:])])
+    return spec
 
 
 @dataclass(slots=True)
