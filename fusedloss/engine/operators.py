@@ -213,6 +213,8 @@ def _check(
             f"{len(x)} {name}" for x, name in ((hidden, "hidden"), (weight, "weight"), (teacher, "teacher"))
         )
         raise ValueError(f"{operator}: there must be one tensor of logits, or a weight for each hidden, got {lists}")
+    if weight and (operator in ("backward_", "terms") or (operator == "sums" and spec.over_rows)):
+        raise ValueError(f"{operator}: rows must be of logits in hand, got {len(weight)} weight")
     first = hidden[0]
     dtypes = _DTYPES.get(first.dtype)
     if dtypes is None:
