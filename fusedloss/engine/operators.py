@@ -264,7 +264,7 @@ def _check(
     for name, x_or_none in of_rows.items():
         if x_or_none is not None:
             size(name, x_or_none, compute, (count,), name == "top_q")
-    if spec.needed and len(spec.needed) != len(rows.sources):
+    if (spec.needed or (weight and operator == "backward")) and len(spec.needed) != len(rows.sources):
         raise ValueError(
             f"{operator}: spec must say which of {len(rows.sources)} gradients it needs, got {spec.needed}"
         )
