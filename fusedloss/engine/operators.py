@@ -298,10 +298,10 @@ def _check_epilogue(operator: str, spec: Spec, backend: Backend, params: int, pi
         raise ValueError(f"{operator}: no epilogue named {name!r}; there are {', '.join(names)}")
     if params != count:
         raise ValueError(f"{operator}: {name!r} takes {count} params, got {params}")
-    if name in known.classes and (picks < 1 or (kind == "terms" and picks > 1)):
-        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
     if (spec.top_q and spec.top_k < 1) or (kind == "forward" and name in known.classes and spec.top_k < 1):
         raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
+    if name in known.classes and (picks < 1 or (kind == "terms" and picks > 1)):
+        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
 
 
 def _check_scale(gradient: Tensor, factor: Tensor) -> None:
