@@ -240,6 +240,8 @@ def _check(
         if operator == "backward_" and row < classes and count > 1:
             raise ValueError(f"{operator}: logits must have rows that do not overlap, got strides {first.stride()}")
     if bias is not None:
+        if not weight:
+            raise ValueError(f"{operator}: bias must be None of logits in hand, got shape {tuple(bias.shape)}")
         size("bias", bias, storage, (classes,), False)
     size("target", target, integer, (count,))
     if class_weight is not None:
