@@ -124,7 +124,7 @@ def test_statistics_and_second_derivatives_of_sums_of_products(chunk: int) -> No
     loss = functions.loss(rows, spec_of(form), FOCAL, False, None)[0]
     torch.testing.assert_close(twice(loss), twice(dense(rows, rows.sources, 3.0)))
     picks = Picks(2, False, True)
-    columns, index = functions.row_statistics(rows, spec_of(form), picks, False, None)
+    columns, index = functions.row_statistics(rows, Spec("cpu", form=form), picks, False, None)
     kept = rows.target != IGNORED
     z = logits_of(rows.sources, 3.0)[kept]
     assert torch.equal(index.t()[kept], z.topk(2).indices)
