@@ -5,6 +5,7 @@ Every function between the public losses and the kernels hands these on; the ope
 
 # Annotations are evaluated here: the operators' schema is made of those of Rows.
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
@@ -199,11 +200,10 @@ _encoded = lru_cache(maxsize=1024)(_encode)
 @lru_cache(maxsize=1024)
 def _decoded(text: str) -> Spec:
     parts = text.split(_SEPARATOR, len(_READ) - 1)
-    try:
+    spec: Spec | None = None
+    with suppress(ValueError):
         values: list[Any] = [read(part) for read, part in zip(_READ, parts, strict=True)]
         spec = Spec._make([*values[:_OWN], Form._make(values[_OWN:])])
-    except ValueError:
-        spec = None
     if spec is None or _encode(spec) != text:
         raise ValueError(f"spec must be what Spec.encode() gives, {len(_READ)} fields, got {text!r}")
     return spec
