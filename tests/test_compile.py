@@ -79,6 +79,9 @@ CASES: dict[str, Callable[..., Tensor]] = {
     "row, over token weights": lambda logits: fl.mixed_cross_entropy(
         logits, TARGET, alpha=0.25, token_weight=LEAVES["token_weight"], normalizer="token_weight"
     ),
+    "row, the two largest": lambda logits: fl.mixed_cross_entropy(
+        logits, TARGET, alpha=0.25, top_k=2, weight=CLASS_WEIGHT, label_smoothing=0.1
+    ),
     "row, a counted divisor": lambda logits: fl.cross_entropy(logits, TARGET, normalizer=fl.normalizer(TARGET)),
     "classes": lambda logits: fl.dsc_loss(logits, TARGET, alpha=0.5, weight=CLASS_WEIGHT),
     "classes, a learnt number": lambda logits, alpha: fl.tversky_loss(logits, TARGET, alpha=alpha, reduction="none"),
@@ -131,7 +134,7 @@ def _fresh_compiler() -> Iterator[None]:
 def assert_same_gradients(loss: Callable[..., Tensor], fullgraph: bool = True) -> None:
     names = inspect.signature(loss).parameters
     results = []
-    for function in (loss, torch.compile(loss, backend="eager", fullgraph=fullgraph)):
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)):
         leaves = [LEAVES[name].clone().requires_grad_() for name in names]
         value = function(*(1 * x for x in leaves))
         upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)
@@ -162,12 +165,10 @@ def test_contrastive_loss_across_ranks(reduction: str, group: Any) -> None:
 
 OF_SHARDS: dict[str, Callable[..., Any]] = {
     "statistics": lambda group: lambda logits, gamma: fl.focal_loss(logits, TARGET, gamma=gamma, group=group),
-    "classes, a learnt number": lambda group: (
-        lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, group=group)
-    ),
+    "classes": lambda group: lambda logits: fl.dsc_loss(logits, TARGET, alpha=0.6, group=group),
     "each class over the rows": lambda group: (
-        lambda logits, token_weight, alpha: fl.dsc_loss(
-            logits, TARGET, alpha=alpha, level="class", token_weight=token_weight, group=group
+        lambda logits, token_weight: fl.dsc_loss(
+            logits, TARGET, alpha=0.6, level="class", token_weight=token_weight, group=group
         )
     ),
 }

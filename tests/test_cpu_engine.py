@@ -24,7 +24,9 @@ from torch import Tensor
 import fusedloss as fl
 from fusedloss import backends
 from fusedloss.checks import compute_dtype
-from fusedloss.engine import operators as ops
+from fusedloss.definition.rows import Rows, Spec
+from fusedloss.definition.statistics import COEFFICIENTS, MAX, STATISTICS, SUM_EXP, TARGET_GRADIENT, TARGET_LOGIT, A
+from fusedloss.engine import operators
 
 if backends.unavailable("cpu") is not None:
     pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)
@@ -64,6 +66,20 @@ def rows_and_gradient(loss: Callable[..., Tensor], z: Tensor, target: Tensor, **
     rows = loss(z, target, reduction="none", **options)
     upstream = torch.linspace(1, 2, rows.numel(), dtype=rows.dtype)
     return rows.detach(), torch.autograd.grad(rows, z, upstream)[0]
+
+
+def statistics_of(z: Tensor, target: Tensor, top_k: int = 1, **picks: bool) -> tuple[Tensor, Tensor]:
+    return operators.forward(*Rows.of(z, target), None, Spec("cpu", top_k=top_k, **picks).encode())[1:3]
+
+
+def gradient_of_a(z: Tensor, target: Tensor, a: Tensor | float) -> Tensor:
+    """a exp(z) as the gradient pass writes it, and `a` itself at the target."""
+    rows, dtype = len(z), compute_dtype(z.dtype)
+    statistics, coefficients = (torch.zeros(n, rows, dtype=dtype) for n in (STATISTICS, COEFFICIENTS))
+    statistics[SUM_EXP] = 1
+    coefficients[A] = coefficients[TARGET_GRADIENT] = a
+    saved = (statistics, torch.zeros(0, rows, dtype=torch.int64), coefficients, None)
+    return operators.backward(*Rows.of(z, target), *saved, Spec("cpu").encode())[0]
 
 
 # Instruction sets
@@ -232,7 +248,7 @@ def test_calls_from_several_threads_do_not_mix(generator: torch.Generator) -> No
 def _processor_time(z: Tensor, target: Tensor, expected: Tensor) -> float:
     """The processor time of a pass over that of the thread that calls it, where the result has the right bits."""
     before = time.process_time(), time.thread_time()
-    statistics = ops.row_statistics(z, target, None, None, 1, True, True, "cpu")[0]
+    statistics = statistics_of(z, target, below=True, mean=True)[0]
     whole, own = time.process_time() - before[0], time.thread_time() - before[1]
     assert np.array_equal(statistics.numpy(), expected.numpy())  # torch's own comparison runs on threads
     return whole / own
@@ -258,7 +274,7 @@ def test_a_forked_process_uses_threads_where_it_is_told_to(
     """One until then, and one again in a child of its own; the bits are the parent's."""
     threads(2)
     z, target = problem(*shape, generator, torch.float64)
-    expected = ops.row_statistics(z, target, None, None, 1, True, True, "cpu")[0]
+    expected = statistics_of(z, target, below=True, mean=True)[0]
     in_a_child(_a_child_on_threads, z, target, expected)
 
 
@@ -343,11 +359,11 @@ def test_every_half_is_read_as_torch_reads_it(dtype: torch.dtype, instruction_se
     z = halves[:, None].expand(-1, 19)  # a vector of any set, and a tail
     target = torch.zeros(len(halves), dtype=torch.int64)
     for contiguous in (z.contiguous(), z[:, :3].contiguous()):
-        statistics, index = ops.row_statistics(contiguous, target, None, None, 1, False, False, "cpu")
-        for name in (ops.TARGET_LOGIT, ops.STATISTICS):
+        statistics, index = statistics_of(contiguous, target)
+        for name in (TARGET_LOGIT, STATISTICS):
             read = statistics[name]
             exact = ~wide.isnan()
-            if name == ops.TARGET_LOGIT:
+            if name == TARGET_LOGIT:
                 assert read[~exact].isnan().all()
             assert torch.equal(read[exact].view(torch.int32), wide[exact].view(torch.int32)) or (
                 # of zeros, either may be the largest
@@ -355,8 +371,8 @@ def test_every_half_is_read_as_torch_reads_it(dtype: torch.dtype, instruction_se
             )
         assert torch.equal(index[0], torch.zeros_like(target))
         finite = wide.isfinite()
-        assert torch.equal(statistics[ops.MAX][finite], wide[finite])
-        assert statistics[ops.SUM_EXP][wide.isnan()].isnan().all()
+        assert torch.equal(statistics[MAX][finite], wide[finite])
+        assert statistics[SUM_EXP][wide.isnan()].isnan().all()
 
 
 def roundings(dtype: torch.dtype) -> Tensor:
@@ -378,15 +394,9 @@ def test_every_float_is_written_as_torch_writes_it(dtype: torch.dtype, instructi
     """Ties to even, subnormal halves, overflow to infinity, NaN; in whole vectors, in tails and one by one."""
     values = roundings(dtype)
     expected = values.to(dtype)
-    rows, classes = len(values), 19
-    z = torch.zeros(rows, classes, dtype=dtype)
-    target = torch.full((rows,), classes - 1)
-    statistics = torch.zeros(ops.STATISTICS, rows)
-    statistics[ops.SUM_EXP] = 1
-    coefficients = torch.zeros(ops.COEFFICIENTS, rows)
-    coefficients[ops.A] = coefficients[ops.TARGET_GRADIENT] = values
-    index = torch.zeros(0, rows, dtype=torch.int64)
-    got = ops.row_gradient(z, target, None, statistics, index, coefficients, None, [], "", "cpu")
+    classes = 19
+    z = torch.zeros(len(values), classes, dtype=dtype)
+    got = gradient_of_a(z, torch.full((len(values),), classes - 1), values)
     assert expected.isinf().any() and (expected == 0).any() and expected.isnan().sum() == 1
     for column in got.unbind(1):
         assert torch.equal(column.isnan(), expected.isnan())
@@ -440,13 +450,7 @@ def test_bfloat16_gradients_are_rounded_once(a: float, instruction_set: str) -> 
 def _exponential(x: Tensor, a: float = 1.0) -> Tensor:
     """a exp(x) as the gradient pass computes it, x (1, V)."""
     padded = torch.cat([x, x.new_zeros(1, 1)], 1)  # the last column is the target, whose gradient is another
-    statistics = torch.zeros(ops.STATISTICS, 1, dtype=compute_dtype(x.dtype))
-    statistics[ops.SUM_EXP] = 1
-    coefficients = torch.zeros(ops.COEFFICIENTS, 1, dtype=compute_dtype(x.dtype))
-    coefficients[ops.A] = a
-    index = torch.zeros(0, 1, dtype=torch.int64)
-    target = torch.tensor([x.shape[1]])
-    return ops.row_gradient(padded, target, None, statistics, index, coefficients, None, [], "", "cpu")[:, :-1]
+    return gradient_of_a(padded, torch.tensor([x.shape[1]]), a)[:, :-1]
 
 
 @each_inplace_loss
@@ -595,12 +599,6 @@ def test_compiled_epilogues_are_those_of_the_losses() -> None:
     assert {"cross_entropy", "focal", "mixed_cross_entropy", *dsc} <= set(names)
     assert backends.has_epilogue("cpu", "focal")
     assert not backends.has_epilogue("cpu", "") and not backends.has_epilogue("reference", "focal")
-
-
-def test_an_unknown_epilogue_raises() -> None:
-    z, target = torch.zeros(2, 3), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
-        ops.row_loss(z, target, None, None, [], None, "perplexity", False, 0, "cpu")
 
 
 def test_huge_pages_are_advice() -> None:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,16 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as, assert_rows_as_accurate_as
+from products import Products
 from row_suite import compute_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
-from fusedloss.definition.projection import Form
-from fusedloss.engine import chunks as linear
-from fusedloss.engine import operators as ops
 
 ROWS, FEATURES, CLASSES = 37, 19, 131
 IGNORED = -1
@@ -437,31 +433,9 @@ def test_a_row_that_is_not_finite_spoils_no_other_in_float16(value: float, gener
 # --- what is computed ---
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products, and the rows of logits that they make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.logit_rows = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
-        name = function.name()
-        if name in ("aten::mm", "aten::mm.out", "aten::addmm", "aten::addmm.out", "aten::addmm_"):
-            self.calls[name] += 1
-            result = function(*arguments, **(kwargs or {}))
-            if result.shape[-1] == CLASSES:
-                self.logit_rows += len(result)
-            return result
-        return function(*arguments, **(kwargs or {}))
-
-
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[Products]:
-    # The operators are opaque to the mode; call what is in them.
-    for name in ("linear_row_statistics", "linear_row_loss", "linear_gradient"):
-        monkeypatch.setattr(ops, name, getattr(linear, name))
-    with Products() as mode:
+def products() -> Iterator[Products]:
+    with Products(CLASSES) as mode:
         yield mode
 
 
@@ -588,39 +562,6 @@ def test_compiles_once_for_any_rows_and_alpha(reduction: str, generator: torch.G
         torch.testing.assert_close(torch.autograd.grad(got, data.sources), torch.autograd.grad(expected, data.sources))
         first = first or counter.frame_count  # dynamo may take two turns at it
     assert counter.frame_count == first
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize(
-    ("masked", "dtype"),
-    [(False, torch.float32), (True, torch.float32), (False, torch.float16), (False, torch.bfloat16)],
-)
-@pytest.mark.parametrize("name", ["linear_row_statistics", "linear_row_loss", "linear_term_sums", "linear_gradient"])
-def test_opcheck(name: str, masked: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
-    data = Data.make(generator, dtype)
-    sources = [x.detach() for x in data.sources]
-    target = data.target.masked_fill(data.target == IGNORED, -100)
-    rows = (target, data.class_weight.float(), None)
-    form = (*Form(0.0, budget_for(8, data.sources), drop_ignored=True, mask_target=masked), "cpu")
-    loss_arguments = (
-        *sources, *rows, [], torch.tensor([0.9, 0.1 / len(sources[1]), 0.0]), data.token_weight.float(), [True] * 3,
-        "cross_entropy", True, 1, *form,
-    )  # fmt: skip
-    if name == "linear_row_statistics":
-        arguments: tuple[Any, ...] = (*sources, *rows, 1, True, True, True, *form)
-    elif name == "linear_row_loss":
-        arguments = loss_arguments
-    elif name == "linear_term_sums":
-        saved = ops.linear_row_statistics(*sources, *rows, 1, False, False, False, *form)[:2]
-        params = [torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)]
-        arguments = (*sources, *rows[:2], *saved, params, "dsc_one_vs_rest", *form)
-    else:
-        _, statistics, index, coefficients, *_ = ops.linear_row_loss(*loss_arguments)
-        arguments = (
-            *sources, *rows[:2], statistics, index, coefficients, None, [], [True, False, True], "cross_entropy",
-            *form,
-        )  # fmt: skip
-    torch.library.opcheck(getattr(ops, name), arguments)
 
 
 # --- refused ---

@@ -1,4 +1,4 @@
-"""The operators: schemas, fakes and kernels agree; losses through torch.compile and the rest of PyTorch."""
+"""Losses through torch.compile, torch.export, torch.jit, function transforms, autocast and checkpointing."""
 
 import copy
 import pickle
@@ -10,17 +10,12 @@ import torch
 from row_losses import INPLACE, LOSSES, each_inplace_loss, each_loss
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.checks import compute_dtype
-from fusedloss.engine import operators as ops
 
 needs_cpu = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
-
-ALL_OPTIONS: dict[str, Any] = {"z_loss": 0.01, "ignore_index": 1, "reduction": "none"}
 
 
 @pytest.fixture
@@ -51,189 +46,7 @@ def assert_same(compiled: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> None
         torch.testing.assert_close(x, y, rtol=4 * torch.finfo(y.dtype).eps, atol=1e-8)
 
 
-# Operators by themselves. Each case: the arguments of row_statistics (without impl), and the epilogues that take them.
-
-T = torch.tensor
-DSC = [T(0.5), T(1.0), T(1.0), T(1.0)]
-CASES: dict[str, tuple[dict[str, Any], list[tuple[str, list[Tensor]]]]] = {
-    "plain": ({}, [("cross_entropy", []), ("focal", [T(2.0)]), ("dsc_target", DSC)]),
-    "a parameter for each row": ({}, [("focal", [torch.linspace(0, 3, 5)])]),
-    "weights": ({"weight": torch.linspace(0.5, 2, 21)}, [("cross_entropy", []), ("focal", [T(0.5)])]),
-    "top 1": ({"top_k": 1}, [("mixed_cross_entropy", [T(0.25)]), ("dsc_one_vs_rest", DSC)]),
-    "top 2": ({"top_k": 2}, [("mixed_cross_entropy", [T(0.25)])]),
-    "candidates": ({"candidates": torch.arange(15).view(5, 3)}, [("mixed_cross_entropy", [T(0.25)])]),
-    "bfloat16": ({"dtype": torch.bfloat16, "top_k": 1}, [("mixed_cross_entropy", [T(0.25)])]),
-    "float16": ({"dtype": torch.float16}, [("cross_entropy", [])]),
-    "float64": ({"dtype": torch.float64}, [("focal", [T(2.0, dtype=torch.float64)])]),
-    "rows apart": ({"stride": 40}, [("cross_entropy", [])]),
-    "everything": (
-        {"top_k": 2, "below": True, "mean": True, "candidates": torch.arange(10).view(5, 2),
-         "weight": torch.linspace(0.5, 2, 21)},
-        [],
-    ),
-}  # fmt: skip
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-
-
-def operator_arguments(case: dict[str, Any], rows: int, generator: torch.Generator) -> tuple[Any, ...]:
-    """(logits, target, weight, candidates), what every loss has, (top_k, below, mean)"""
-    z, target = problem(rows, 21, generator, case.get("dtype", torch.float32))
-    if "stride" in case:
-        z = z.new_zeros(rows, case["stride"])[:, :21].copy_(z)
-    target[rows // 2] = -100
-    candidates = case.get("candidates")
-    tensors = (z, target, case.get("weight"), None if candidates is None else candidates[:rows])
-    common = T([0.9, 0.1 / 21, 0.01], dtype=compute_dtype(z.dtype))
-    return tensors, common, (case.get("top_k", 0), case.get("below", False), case.get("mean", False))
-
-
-def check_operator(operator: Any, arguments: tuple[Any, ...]) -> None:
-    torch.library.opcheck(operator, arguments)
-
-
-@needs_cpu
-@each_case
-def test_opcheck(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
-    tensors, common, picks = operator_arguments(case[0], 5, generator)
-    statistics = (*tensors, *picks, "cpu")
-    check_operator(ops.row_statistics, statistics)
-    for number, (epilogue, params) in enumerate(case[1]):
-        forward = (*tensors, params, common, epilogue, True, picks[0], "cpu")
-        check_operator(ops.row_loss, forward)
-        loss, *saved = ops.row_loss(*forward)
-        # What an operator may be given for it is checked with one epilogue of a case, which has no say in that.
-        others = (None, loss.new_ones(()).expand(5)) if number == 0 else ()
-        for grad_output in (torch.rand_like(loss), *others):
-            backward = (tensors[1], tensors[2], *saved, grad_output, params, epilogue, "cpu")
-            check_operator(ops.row_gradient, (tensors[0], *backward))
-            check_operator(ops.row_gradient_, (tensors[0].clone(), *backward))
-            both = (*tensors[1:], params, common, grad_output, *forward[6:])
-            check_operator(ops.row_loss_gradient, (tensors[0], *both))
-            check_operator(ops.row_loss_gradient_, (tensors[0].clone(), *both))
-    check_operator(ops.scale_, (tensors[0].clone(), T(0.5, dtype=compute_dtype(tensors[0].dtype)), "cpu"))
-
-
-@needs_cpu
-@each_case
-def test_loss_and_gradient_in_one(case: tuple[dict[str, Any], list[Any]], generator: torch.Generator) -> None:
-    tensors, common, picks = operator_arguments(case[0], 5, generator)
-    row_weight = torch.rand(5, generator=generator).to(compute_dtype(tensors[0].dtype))
-    for epilogue, params in case[1]:
-        names = (epilogue, True, picks[0], "cpu")
-        expected = ops.row_loss(*tensors, params, common, *names)
-        backward = (*tensors[1:3], *expected[1:], row_weight, params, epilogue, "cpu")
-        logits = tensors[0].clone()
-        found = ops.row_loss_gradient_(logits, *tensors[1:], params, common, row_weight, *names)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-        torch.testing.assert_close(logits, ops.row_gradient(tensors[0], *backward), rtol=0, atol=0)
-        *found, gradient = ops.row_loss_gradient(*tensors, params, common, row_weight, *names)
-        torch.testing.assert_close([*found, gradient], [*expected, logits], rtol=0, atol=0)
-
-
-@needs_cpu
-def test_values_of_another_dtype_are_not_misread(generator: torch.Generator) -> None:
-    """A kernel takes an address for what it is told."""
-    z, target = problem(5, 21, generator, torch.float64)
-    names = ("cross_entropy", False, 0, "cpu")
-    with pytest.raises(TypeError, match=r"must be torch\.float64.* got torch\.float32"):
-        ops.row_loss_gradient_(z, target, None, None, [], None, torch.ones(5), *names)
-
-
-@needs_cpu
-@pytest.mark.parametrize("rows", [5, 1, 0])
-@each_case
-def test_fakes_agree_with_kernels(
-    case: tuple[dict[str, Any], list[Any]], rows: int, generator: torch.Generator
-) -> None:
-    tensors, common, picks = operator_arguments(case[0], rows, generator) if rows else (None, None, None)
-    if tensors is None:
-        tensors, common, picks = operator_arguments(case[0], 1, generator)
-        tensors = tuple(x if i == 2 or x is None else x[:0] for i, x in enumerate(tensors))
-
-    def agree(operator: Any, *arguments: Any) -> Any:
-        real = operator(*arguments)
-        mode = FakeTensorMode()
-        with mode:
-            fake = operator(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
-        reals, fakes = ([x] if isinstance(x, Tensor) else list(x) for x in (real, fake))
-        assert len(reals) == len(fakes)
-        for r, f in zip(reals, fakes, strict=True):
-            assert (r.shape, r.dtype, r.stride(), r.device) == (f.shape, f.dtype, f.stride(), f.device)
-            assert not (r.isnan() if r.is_floating_point() else r >= 21).any()  # memory that no kernel wrote
-        return real
-
-    statistics, index = agree(ops.row_statistics, *tensors, *picks, "cpu")
-    count = picks[0] + picks[1] + (0 if tensors[3] is None else tensors[3].shape[1])
-    assert statistics.shape == (ops.STATISTICS + count, rows) and index.shape == (count, rows)
-    for epilogue, params in case[1]:
-        params = [p[:rows] if p.dim() else p for p in params]
-        loss, *saved = agree(ops.row_loss, *tensors, params, common, epilogue, True, picks[0], "cpu")
-        assert loss.shape == (rows,)
-        grad = agree(ops.row_gradient, *tensors[:3], *saved, torch.ones_like(loss), params, epilogue, "cpu")
-        assert grad.is_contiguous() and grad.dtype == tensors[0].dtype
-        row_weight = torch.rand_like(loss)
-        names = (epilogue, True, picks[0], "cpu")
-        agree(ops.row_loss_gradient, *tensors, params, common, row_weight, *names)
-
-
-def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
-    for operator in (
-        ops.row_statistics,
-        ops.row_loss,
-        ops.row_loss_gradient,
-        ops.row_loss_gradient_,
-        ops.row_gradient,
-        ops.row_gradient_,
-        ops.scale_,
-        ops.class_sums,
-        ops.class_terms,
-        ops.term_sums,
-        ops.product_term_sums,
-        ops.linear_term_sums,
-    ):
-        name = operator.name()
-        assert torch._library.simple_registry.singleton.find(name.split(".")[0]).fake_impl.kernel is not None
-        assert not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
-        writes = [x.name for x in operator._schema.arguments if x.alias_info is not None and x.alias_info.is_write]
-        first = operator._schema.arguments[0].name
-        assert writes == ([first] if name.removesuffix(".default").endswith("_") else [])
-
-
-@needs_cpu
-def test_gradient_in_place_is_the_gradient(generator: torch.Generator) -> None:
-    tensors, common, _ = operator_arguments({}, 5, generator)
-    z, target = tensors[:2]
-    loss, *saved = ops.row_loss(z, target, None, None, [], common, "cross_entropy", True, 0, "cpu")
-    arguments = (target, None, *saved, torch.rand_like(loss), [], "cross_entropy", "cpu")
-    expected = ops.row_gradient(z, *arguments)
-    assert ops.row_gradient_(z, *arguments) is None
-    assert torch.equal(z, expected)
-
-
 # torch.compile
-
-
-COMPILED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    **{name: (loss, {}) for name, loss in LOSSES.items()},
-    "weights and smoothing": (fl.cross_entropy, {"weight": torch.linspace(0.5, 2, 33), "label_smoothing": 0.1}),
-    "no reduction": (LOSSES["focal_loss"], {"reduction": "none", "z_loss": 0.01}),
-    "normalizer": (LOSSES["dsc_loss target"], {"normalizer": T(7.0)}),
-}
-
-
-@pytest.mark.compile
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_equals_eager(name: str, generator: torch.Generator) -> None:
-    loss, options = COMPILED[name]
-
-    def step(z: Tensor, target: Tensor) -> Tensor:
-        return loss(z, target, ignore_index=2, **options)
-
-    z, target = problem(6, 33, generator)
-    target[[1, 3]] = torch.tensor([2, 0])
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    assert_same(with_gradient(compiled, z, target), with_gradient(step, z, target))
 
 
 @pytest.mark.compile
@@ -330,6 +143,22 @@ def test_a_changing_number_compiles_at_most_once_more(generator: torch.Generator
         if i == 1:
             compilations = counter.frame_count
     assert counter.frame_count == compilations
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_changing_softcap_is_not_kept(generator: torch.Generator) -> None:
+    """It crosses the operators' boundary in a string, which the compiler must not take for the first one."""
+
+    def step(hidden: Tensor, weight: Tensor, target: Tensor, softcap: float) -> Tensor:
+        return fl.linear_cross_entropy(hidden, weight, target, softcap=softcap)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    hidden, target = problem(6, 8, generator)
+    weight = torch.randn(33, 8, generator=generator)
+    for softcap in (3.0, 5.0, 0.25, 5.5):
+        arguments = (weight, target, softcap)
+        assert_same(with_gradient(compiled, hidden, *arguments), with_gradient(step, hidden, *arguments))
 
 
 @pytest.mark.compile

@@ -5,6 +5,7 @@ Every function between the public losses and the kernels hands these on; the ope
 
 # Annotations are evaluated here: the operators' schema is made of those of Rows.
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
@@ -184,10 +185,13 @@ _encoded = lru_cache(maxsize=1024)(_encode)
 def decode(text: str) -> Spec:
     """Return the spec of what ``Spec.encode`` gave."""
     parts = text.split(_SEPARATOR, len(_READ) - 1)
-    if len(parts) != len(_READ):
+    spec: Spec | None = None
+    with suppress(ValueError):
+        values: list[Any] = [read(part) for read, part in zip(_READ, parts, strict=True)]
+        spec = Spec._make([*values[:_OWN], Form._make(values[_OWN:])])
+    if spec is None or _encode(spec) != text:
         raise ValueError(f"spec must be what Spec.encode() gives, {len(_READ)} fields, got {text!r}")
-    values: list[Any] = [read(part) for read, part in zip(_READ, parts, strict=True)]
-    return Spec._make([*values[:_OWN], Form._make(values[_OWN:])])
+    return spec
 
 
 @dataclass(slots=True)

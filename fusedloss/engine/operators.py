@@ -195,6 +195,8 @@ def _check(
     if not hidden or len(weight) not in (0, len(hidden)) or (not weight and len(hidden) > 1) or teacher:
         got = f"{len(hidden)} hidden, {len(weight)} weight, {len(teacher)} teacher"
         raise ValueError(f"{operator}: there must be one tensor of logits, or a weight for each hidden, got {got}")
+    if weight and (operator in ("backward_", "terms") or (operator == "sums" and spec.over_rows)):
+        raise ValueError(f"{operator}: rows must be of logits in hand, got {len(weight)} weight")
     first = hidden[0]
     dtypes, device = _DTYPES.get(first.dtype), first.device
     if dtypes is None:
@@ -219,6 +221,8 @@ def _check(
         if bias is not None:
             sizes.append(("bias", bias, storage, (classes,), False))
     else:
+        if bias is not None:
+            raise ValueError(f"{operator}: bias must be None of logits in hand, got shape {tuple(bias.shape)}")
         row, column = first.stride()
         if column != 1 and classes > 1:
             raise ValueError(f"{operator}: logits must have rows of unit stride, got strides {first.stride()}")
@@ -250,8 +254,9 @@ def _check(
     for name, x, dtype, shape, contiguous in sizes:
         if x.dtype is not dtype or x.shape != shape or x.device != device or (contiguous and not x.is_contiguous()):
             raise _wrong(operator, name, x, dtype, shape, contiguous, device)
-    if spec.needed and len(spec.needed) != len(hidden) + len(weight) + (bias is not None):
-        raise ValueError(f"{operator}: the spec must say of each source if its gradient is needed, got {spec.needed}")
+    sources = len(hidden) + len(weight) + (bias is not None)
+    if (spec.needed or (weight and operator == "backward")) and len(spec.needed) != sources:
+        raise ValueError(f"{operator}: spec must say which of {sources} gradients it needs, got {spec.needed}")
 
     kind, name, known = operator.rstrip("_"), spec.epilogue, backend.epilogues
     if kind == "sums":
@@ -263,10 +268,10 @@ def _check(
     if len(params) != takes:
         raise ValueError(f"{operator}: {name!r} takes {takes} params, got {len(params)}")
     over_classes = name in known.classes
-    if over_classes and (picks < 1 or (kind == "terms" and picks > 1)):
-        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
     if spec.top_k < 1 and (spec.top_q or (over_classes and kind == "forward")):
         raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
+    if over_classes and (picks < 1 or (kind == "terms" and picks > 1)):
+        raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
     return backend
 
 

@@ -50,7 +50,7 @@ def project(
             raise ValueError(f"{name} is {value.dtype}, but input {hidden.dtype}")
     if softcap is not None:
         check_number("softcap", softcap, 0, above=True)
-        if not math.isfinite(softcap):
+        if softcap == math.inf:  # as a compiler can ask too
             raise ValueError(f"softcap must be finite, got {softcap!r}")
     budget = budgets.checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
     if row_parts > 1:
