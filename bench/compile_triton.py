@@ -20,7 +20,6 @@ import sass
 import torch
 import triton
 import tritons
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
