@@ -179,13 +179,12 @@ def test_ranks_agree_on_the_chunks_of_a_sequence(on_cuda: None) -> None:
     found = set()
     for classes, frozen in ((60000, False), (68256, False), (68256, True)):
         hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, classes))
-        rows = Rows.of(
-            Projection(hidden, weight, None, Form()), torch.empty(4 * 4096, dtype=torch.int64, device="meta")
-        )
+        target = torch.empty(4 * 4096, dtype=torch.int64, device="meta")
+        rows = Rows.of(Projection(hidden, weight, None, Form()), target)
         forms = (Form(budget=budget, row_parts=4, most_classes=68256) for budget in (0, 64 * MIB))
         specs = [Spec("triton", needed=(True, not frozen), form=form) for form in forms]
-        found.add(tuple(chunks._Chunks(rows, x, backends.BACKENDS["triton"], len(rows.target)).size for x in specs))
-    # The most that an element of the weight, or 64 MiB, have room for, in chunks of one size.
+        found.add(tuple(chunks._Chunks(rows, x, backends.BACKENDS["triton"], len(target)).size for x in specs))
+    # As many bytes of logits as the weight of the rank with the most classes has elements; or 34 chunks of 64 MiB.
     assert found == {(4096 // 2, -(-4 * 4096 // 34))}
 
 
