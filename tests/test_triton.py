@@ -396,7 +396,7 @@ def test_products_are_for_linear_forms():
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_opcheck_of_products(masked, generator):
     shapes = (5, 8), (21, 8), (21,)
-    form = Form(2.0, mask_target=masked)
+    form = Form(mask_target=True) if masked else Form(2.0)
     source = Projection(*(torch.randn(shape, generator=generator) for shape in shapes), form)
     rows = Rows.of(source, torch.tensor([3, 20, -100, 0, 7]))
     spec = Spec("triton_fused", "log_sum_exp" if masked else "cross_entropy", form=form)
