@@ -185,7 +185,7 @@ def _job(
 ) -> tuple[Rows, Spec, Tensor]:
     """With class weights, all terms that the epilogue takes, and an ignored row; and weights of the rows."""
     z, target = logits_and_targets(rows, classes, generator, dtype)
-    target[2] = -100
+    target[2:3] = -100
     compute = compute_dtype(dtype)
     weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
     count, top_k = EPILOGUES[epilogue]
