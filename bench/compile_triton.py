@@ -1,6 +1,6 @@
 """What Triton makes of its kernels, as they are launched, for GPUs that need not be here.
 
-The operators run on CPU tensors, whose logits are never read, with a launch that compiles instead; so the kernels get
+The passes run on CPU tensors, whose logits are never read, with a launch that compiles instead; so the kernels get
 just the constants, types and alignments that they get on a GPU. Registers, shared memory and instructions are read from
 the binary with the cuobjdump of the triton wheel (for AMD from the assembler text).
 """
@@ -20,12 +20,13 @@ import sass
 import torch
 import triton
 import tritons
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from fusedloss.backends import BACKENDS
 from fusedloss.backends import triton as backend
-from fusedloss.engine import operators as ops
+from fusedloss.definition.projection import Form
+from fusedloss.definition.rows import Job, Rows, Spec
 from fusedloss.triton_kernels import epilogues, launch
 
 TARGETS = {
@@ -114,64 +115,59 @@ class _Driver:
         return 0
 
 
-def run_operators(loss: str, dtype: torch.dtype, classes: int) -> None:
+def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "statistics": all that there are. After a comma "plain": without label smoothing,
     "few rows", "weighted" by class, "in one": a chunk's loss and gradient, "candidates", "product": of hidden states,
     or "whole product": with bias, softcap and masked targets too."""
-    of_rows = ("row_statistics", "row_loss", "row_loss_gradient_", "row_gradient")
-    row_statistics, row_loss, row_loss_gradient_, row_gradient, class_sums, class_terms, term_sums = (
-        ops.kernel(name, "CUDA", "triton") for name in (*of_rows, "class_sums", "class_terms", "term_sums")
-    )
     loss, _, variant = loss.partition(", ")
-    rows = FEW_ROWS if variant == "few rows" else ROWS
-    params_count, top_k = LOSSES.get(loss, (0, 2))
-    logits = torch.empty(rows, classes, dtype=dtype)
-    target = torch.zeros(rows, dtype=torch.int64)
-    candidates = torch.zeros(rows, 3, dtype=torch.int64)
+    count = FEW_ROWS if variant == "few rows" else ROWS
+    is_term, over_rows, is_loss = loss in epilogues.CLASS_TERMS, loss.endswith("over_rows"), loss in LOSSES
+    parameters, top_k = LOSSES.get(loss, (0, 2))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    scalar = torch.empty((), dtype=compute)
-    upstream = scalar.expand(rows)
-    params: list[Tensor] = [scalar] * params_count
-    of_classes = torch.ones(classes, dtype=compute)
-    weight = of_classes if variant == "weighted" else None
-    if loss.endswith("over_rows"):
-        saved = row_statistics(logits, target, None, None, top_k, False, False)
-        class_sums(logits, target, upstream, *saved, params[:-1], loss, None)
-        params[-1] = torch.empty(rows, dtype=compute)
-        coefficients = class_terms(logits, target, of_classes, *saved, params, loss)[1]
-        term_sums(logits, target, of_classes, *saved, params, loss)
-        row_gradient(logits, target, of_classes, *saved, coefficients, upstream, params, loss)
-        return
-    if loss == "statistics":
-        saved = row_statistics(logits, target, weight, candidates, top_k, True, True)
-        coefficients = torch.empty(9, rows, dtype=compute)
-        row_gradient(logits, target, weight, *saved, coefficients, None, [], "")
-        return
-    smooths = not variant.startswith("plain") and loss not in epilogues.CLASS_TERMS
-    common = torch.empty(3, dtype=compute) if smooths else None
-    picked, top_k = (candidates, 0) if variant == "candidates" else (None, top_k)
-    names = (loss, smooths, top_k)
-    if variant.endswith("in one"):
-        row_loss_gradient_(logits, target, weight, picked, params, common, upstream, *names)
-        return
+    logits, target = torch.empty(count, classes, dtype=dtype), torch.zeros(count, dtype=torch.int64)
+    scalar, of_rows, of_classes, scalars = (torch.empty(size, dtype=compute) for size in ((), count, classes, 3))
+    candidates = torch.zeros(count, 3, dtype=torch.int64) if variant == "candidates" or not is_loss else None
+    mean = not (is_term or variant.startswith("plain"))
+    rows = Rows.of(
+        logits,
+        target,
+        of_classes if variant == "weighted" or over_rows else None,
+        candidates,
+        [*[scalar] * (parameters - over_rows), *[of_rows] * over_rows],
+        scalars if mean and is_loss else None,
+    )
+    spec = Spec("triton", loss, 0 if variant == "candidates" else top_k, mean=mean)
     if variant.endswith("product"):
-        bias, *form = (logits[0], 30.0, True) if variant.startswith("whole") else (None, 0.0, False)
-        product = (torch.empty(rows, DEPTH, dtype=dtype), torch.empty(classes, DEPTH, dtype=dtype), bias, *form)
-        kernels = (ops.kernel(f"product_{name}", "CUDA", "triton_fused") for name in ("row_loss", "row_gradient_"))
-        loss_of, gradient_of = kernels
-        saved = loss_of(*product, target, weight, None, params, common, *names)[1:]
-        gradient_of(logits, *product, target, weight, *saved, upstream, params, loss)
+        whole = variant.startswith("whole")
+        hidden, weight = (torch.empty(n, DEPTH, dtype=dtype) for n in (count, classes))
+        rows = rows._replace(hidden=[hidden], weight=[weight], bias=logits[0] if whole else None)
+        spec = spec._replace(impl="triton_fused", form=Form(30.0, mask_target=True) if whole else Form())
+    run = BACKENDS[spec.impl]
+    job = Job.new(rows, spec if is_loss else spec._replace(epilogue="", below=True))
+    upstream, saved = scalar.expand(count) if is_loss else None, (job.statistics, job.index)
+    if variant.endswith("in one"):
+        job.grad, job.upstream = logits, upstream
+        run.with_gradient(job)
         return
-    saved = row_loss(logits, target, weight, picked, params, common, *names)[1:]
-    if loss in epilogues.CLASS_TERMS and variant != "few rows":  # which are split in any case
-        term_sums(logits, target, weight, *saved[:2], params, loss)
-    row_gradient(logits, target, weight, *saved, upstream, params, loss)
+    if over_rows:
+        run.forward(Job(rows._replace(class_weight=None, params=[]), spec._replace(epilogue=""), *saved))
+        summed = rows._replace(params=rows.params[:-1])
+        run.sums(Job(summed, spec._replace(over_rows=True), *saved, upstream=upstream))
+        run.terms(job)
+    else:
+        run.forward(job)
+    if is_term and variant != "few rows" and not rows.is_linear:  # few rows are split in any case
+        run.sums(Job(rows, spec, *saved))
+    if not is_loss:
+        job.coefficients = torch.empty(9, count, dtype=compute)
+    job.grad, job.upstream = torch.empty_like(logits), upstream
+    run.backward(job)
 
 
 def launches(
     target: str, loss: str, dtype: torch.dtype, classes: int, only: str = ""
 ) -> Iterator[tuple[Launch, Callable[[], Any]]]:
-    """The kernels of `run_operators` for that GPU, or one of them, each with a function that returns its binary."""
+    """The kernels of `run_passes` for that GPU, or one of them, each with a function that returns its binary."""
     found: list[tuple[Launch, Callable[[], Any]]] = []
 
     def find_instead(
@@ -191,7 +187,7 @@ def launches(
     driver.set_active(_Driver(TARGETS[target]))  # type: ignore[arg-type]
     backend._run = find_instead
     try:
-        run_operators(loss, dtype, classes)
+        run_passes(loss, dtype, classes)
     finally:
         backend._run = launched
     yield from found

@@ -13,6 +13,8 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
+from fusedloss.definition import reference
+from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
@@ -41,50 +43,57 @@ SIGNALLING = {
 }
 
 
-def _sums(z: Tensor, target: Tensor, row_weight: Tensor | None, loss: str, params: list[Tensor], impl: str) -> Tensor:
-    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, impl)
-    return ops.class_sums(z, target, row_weight, statistics, index, params, f"{loss}_over_rows", None, impl)
+def statistics_and_top(rows: Rows, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics, the index of the top class, and 1 - p of it."""
+    spec = Spec(impl, top_k=1, top_q=True)
+    _, statistics, index, *_ = ops.forward(*rows._replace(params=[]), None, spec.encode())
+    return statistics[:-1], index, statistics[-1]
+
+
+def class_sums(rows: Rows, loss: str, impl: str, row_weight: Tensor | None = None) -> Tensor:
+    statistics, index, _ = statistics_and_top(rows, impl)
+    spec = Spec(impl, f"{loss}_over_rows", over_rows=True)
+    return ops.sums(*rows, statistics, index, row_weight, None, spec.encode())
 
 
 def check_parts_of_the_classes(
     shape: tuple[int, int], loss: str, dtype: torch.dtype, impl: str, generator: torch.Generator
 ) -> None:
     """Of logits that are some of the classes the passes make the sums and the gradient of these."""
-    rows, classes = shape
-    z, target = logits_and_targets(rows, classes, generator, dtype)
+    count, classes = shape
+    z, target = logits_and_targets(count, classes, generator, dtype)
     z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
-    target[rows // 2] = -100
+    target[count // 2] = -100
     compute = compute_dtype(dtype)
-    alpha, row_weight = torch.rand(2, rows, generator=generator).to(compute).unbind()
-    weight = torch.rand(classes, generator=generator).to(compute)
+    alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
     one = torch.ones((), dtype=compute)
     own = [alpha, one, one] if loss == "dsc" else [alpha, one]
-    statistics, index = ops.row_statistics(z, target, None, None, 1, False, False, impl)
-    top_q = ops.row_statistics(z, torch.where(target < 0, -100, index[0]), None, None, 0, False, False, impl)
-    top_q = top_q[0][ops.Q].contiguous()
+    rows = Rows.of(z, target, torch.rand(classes, generator=generator).to(compute), params=[*own, one])
+    weight = rows.class_weight
+    statistics, index, top_q = statistics_and_top(rows, impl)
+    over_rows = Spec(impl, f"{loss}_over_rows", over_rows=True).encode()
+    one_vs_rest = Spec(impl, f"{loss}_one_vs_rest", top_k=1)
     rtol = 1e-12 if dtype == torch.float64 else 2e-6
 
     def passes(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        here = z[:, part].contiguous()
         first, last, _ = part.indices(classes)
 
         def columns(x: Tensor) -> Tensor:
             return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
 
-        t, top = columns(target), columns(index)
-        summed = (t, row_weight, statistics, top, own, f"{loss}_over_rows", top_q)
-        one_vs_rest = (t, weight[part].contiguous(), statistics, top, [*own, one], f"{loss}_one_vs_rest")
-        saved = (statistics, top, coefficients, row_weight, [*own, one], f"{loss}_one_vs_rest")
+        here = rows._replace(hidden=[z[:, part].contiguous()], target=columns(target), class_weight=weight[part])
+        saved = (statistics, columns(index))
+        (gradient,) = ops.backward(*here, *saved, coefficients, row_weight, one_vs_rest.encode())
         return (
-            ops.class_sums(here, *summed, impl),
-            ops.term_sums(here, *one_vs_rest, impl),
-            ops.row_gradient(here, *one_vs_rest[:2], *saved, impl),
+            ops.sums(*here._replace(params=own), *saved, row_weight, top_q, over_rows),
+            ops.sums(*here, *saved, None, None, one_vs_rest.encode()),
+            gradient,
         )
 
-    every = (target, weight, None, [*own, one], None, f"{loss}_one_vs_rest", False, 1)
-    value, _, _, coefficients = ops.row_loss(z, *every, impl)
+    value, _, _, coefficients, _ = ops.forward(*rows, None, one_vs_rest.encode())
     sums, terms, gradient = passes(slice(None))
-    torch.testing.assert_close(sums, _sums(z, target, row_weight, loss, own, impl), rtol=rtol, atol=rtol * 1e-2)
+    whole = class_sums(rows._replace(params=own), loss, impl, row_weight)
+    torch.testing.assert_close(sums, whole, rtol=rtol, atol=rtol * 1e-2)
     assert (terms[:, target == -100] == 0).all()
     # What is left out is of the target and the top class, whose losses are at most their weights.
     rest = value.double() - terms[0]
@@ -94,6 +103,21 @@ def check_parts_of_the_classes(
     torch.testing.assert_close(torch.cat([x for x, _, _ in parts], 1), sums, rtol=rtol, atol=rtol * 1e-2)
     torch.testing.assert_close(sum(x for _, x, _ in parts), terms, rtol=rtol, atol=rtol * 1e-2)
     torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
+
+
+def check_operators(rows: Rows, spec: Spec, generator: torch.Generator) -> None:
+    """By opcheck: forward without and with gradients, backward, and that in the logits' memory."""
+    count, sources = len(rows.target), rows.sources
+    row_weight = torch.rand(count, generator=generator, dtype=compute_dtype(sources[0].dtype))
+    torch.library.opcheck(ops.forward, (*rows, None, spec.encode()))
+    needed = spec._replace(needed=(True,) * len(sources)).encode()
+    for upstream in (row_weight, row_weight[0].expand(count)):
+        torch.library.opcheck(ops.forward, (*rows, upstream, needed))
+    _, *saved, _ = ops.forward(*rows, None, spec.encode())
+    torch.library.opcheck(ops.backward, (*rows, *saved, row_weight, needed))
+    if not rows.is_linear:
+        own = rows._replace(hidden=[rows.logits.clone()])
+        torch.library.opcheck(ops.backward_, (*own, *saved, row_weight, needed))
 
 
 class KernelSuite:
@@ -111,7 +135,8 @@ class KernelSuite:
     @pytest.fixture
     def unchecked(self, impl, monkeypatch) -> None:
         """As on a GPU, where nobody looks at the targets beforehand."""
-        monkeypatch.setattr(getattr(backends, impl), "check_indices", lambda *arguments: None)
+        for module in (getattr(backends, impl), reference):
+            monkeypatch.setattr(module, "check_indices", lambda *arguments: None)
 
     # --- a gradient times a factor ---
 
@@ -230,8 +255,9 @@ class KernelSuite:
         alpha = torch.rand(rows, generator=generator).to(compute_dtype(dtype))
         one = torch.ones((), dtype=alpha.dtype)
         params = [alpha, one, one] if loss == "dsc" else [alpha, one]
+        batch = Rows.of(z, target, params=params)
         for row_weight in (None, torch.rand(rows, generator=generator).to(alpha.dtype)):
-            ours, engine, again = (_sums(z, target, row_weight, loss, params, name) for name in (impl, "cpu", impl))
+            ours, engine, again = (class_sums(batch, loss, name, row_weight) for name in (impl, "cpu", impl))
             assert ours.dtype == torch.float64
             assert torch.equal(ours, again)
             rtol = 1e-12 if dtype == torch.float64 else 2e-6

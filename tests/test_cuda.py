@@ -11,7 +11,6 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -24,16 +23,17 @@ import test_mixed_cross_entropy
 import test_tversky
 import torch
 from cuda_host import ROOT, compiler, load
-from kernel_suite import KernelSuite
+from kernel_suite import KernelSuite, check_operators, class_sums
 from row_losses import computed
 from row_suite import DTYPES, Problem, RowLossSuite, compute_dtype, logits_and_targets, with_gradient
 from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.backends import cpu, cuda
+from fusedloss.backends import cuda
+from fusedloss.backends.base import Epilogues
+from fusedloss.definition.rows import Job, Rows, Spec
 from fusedloss.engine import operators as ops
-from fusedloss.engine.contracts import Epilogues
 
 if compiler() is None:
     pytest.skip("there is no C++ compiler to build the kernels for the host with", allow_module_level=True)
@@ -50,7 +50,7 @@ SUITES = {
 }
 CASES = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in suite.CASES}
 
-PLAN = cuda.plan
+CUDA, PLAN = backends.BACKENDS["cuda"], cuda.plan
 
 #: Of the host's blocks: two warps, so that rows of the tests have several tiles, more than are on their way at a time.
 THREADS = 64
@@ -73,10 +73,8 @@ def _on_the_host() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         kernels = load()
         patch.setattr(cuda, "_cuda", kernels)
-        patch.setattr(cuda, "EPILOGUES", Epilogues.of(kernels))
-        patch.setattr(cuda, "RUNS_ON", "cpu")
-        patch.setattr(ops, "_kernels", dict(ops._kernels))
-        cuda.register("CPU")
+        patch.setattr(cuda.Cuda, "epilogues", Epilogues.of(kernels))
+        patch.setattr(cuda.Cuda, "runs_on", "cpu")
         cuda._limits.cache_clear()
         yield
         cuda._limits.cache_clear()
@@ -160,8 +158,9 @@ def test_every_other_case(name, generator):
 
 
 def test_its_epilogues_are_those_of_the_engine():
-    assert cuda.EPILOGUES == cpu.EPILOGUES
-    assert all(backends.has_epilogue("cuda", name) for name in (*cpu.EPILOGUES.rows, *cpu.EPILOGUES.classes))
+    epilogues = backends.BACKENDS["cpu"].epilogues
+    assert CUDA.epilogues == epilogues
+    assert all(backends.has_epilogue("cuda", name) for name in (*epilogues.rows, *epilogues.classes))
 
 
 # --- loss and gradient of one read ---
@@ -181,18 +180,42 @@ EPILOGUES = {
 }
 
 
-def _one_read_and_two(
-    z: Tensor, target: Tensor, weight: Tensor | None, row_weight: Tensor | None, epilogue: str, smoothing: float
-) -> list[tuple[Tensor, ...]]:
+def _job(
+    epilogue: str, rows: int, classes: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Rows, Spec, Tensor]:
+    """With class weights, all terms that the epilogue takes, and an ignored row; and weights of the rows."""
+    z, target = logits_and_targets(rows, classes, generator, dtype)
+    target[2:3] = -100
+    compute = compute_dtype(dtype)
+    weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
     count, top_k = EPILOGUES[epilogue]
-    params = [torch.full((), 0.5, dtype=row_weight.dtype) for _ in range(count)]
-    common = torch.tensor([1 - smoothing, smoothing / z.shape[1], 0.01], dtype=row_weight.dtype)
-    names = (epilogue, smoothing != 0, top_k, "cuda")
-    one, two = z.clone(), z.clone()
-    first = ops.row_loss_gradient_(one, target, weight, None, params, common, row_weight, *names)
-    second = ops.row_loss(two, target, weight, None, params, common, *names)
-    ops.row_gradient_(two, target, weight, *second[1:], row_weight, params, epilogue, "cuda")
-    return [(*first, one), (*second, two)]
+    smoothing = 0.0 if epilogue in CUDA.epilogues.classes else 0.1
+    scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01], dtype=compute)
+    params = [torch.full((), 0.5, dtype=compute)] * count
+    return (
+        Rows.of(z, target, weight, None, params, scalars),
+        Spec("cuda", epilogue, top_k, mean=smoothing != 0),
+        row_weight,
+    )
+
+
+NAMES = ("loss", "statistics", "index", "coefficients", "gradient")
+
+
+def _one_read(rows: Rows, spec: Spec, row_weight: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Into the gradient's memory, or new one."""
+    job = Job.new(rows, spec)
+    job.grad, job.upstream = CUDA.new_gradient(rows.logits) if grad is None else grad, row_weight
+    CUDA.with_gradient(job)
+    return job.loss, job.statistics, job.index, job.coefficients, job.grad
+
+
+def _two_reads(rows: Rows, spec: Spec, row_weight: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    job = Job.new(rows, spec)
+    CUDA.forward(job)
+    job.grad, job.upstream = CUDA.new_gradient(rows.logits) if grad is None else grad, row_weight
+    CUDA.backward(job)
+    return job.loss, job.statistics, job.index, job.coefficients, job.grad
 
 
 @pytest.mark.covering(2)
@@ -201,13 +224,14 @@ def _one_read_and_two(
 @pytest.mark.parametrize("epilogue", EPILOGUES)
 def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, monkeypatch):
     for classes, dtype in ((9, torch.float32), (4099, torch.float64), (33000, torch.bfloat16)):
-        z, target = logits_and_targets(4, classes, generator, dtype)
-        target[2] = -100
-        weight, row_weight = (torch.rand(n, generator=generator).to(compute_dtype(dtype)) for n in (classes, 4))
         monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
-        smoothing = 0.0 if epilogue in cuda.EPILOGUES.classes else 0.1
-        one, two = _one_read_and_two(z, target, weight, row_weight, epilogue, smoothing)
-        for name, x, y in zip(("loss", "statistics", "index", "coefficients", "gradient"), one, two, strict=True):
+        rows, spec, row_weight = _job(epilogue, 4, classes, dtype, generator)
+        one, two = (
+            run(rows._replace(hidden=[z]), spec, row_weight, z)
+            for run in (_one_read, _two_reads)
+            for z in [rows.logits.clone()]
+        )
+        for name, x, y in zip(NAMES, one, two, strict=True):
             assert torch.equal(x, y), name
         assert not one[-1][2].any()
         assert one[-1].isfinite().all()
@@ -231,27 +255,19 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
     rows = pack = 16 // size
     tiles = cuda.STAGES + 1  # of each warp, and a few columns
     classes = parts * tiles * THREADS * cuda.ITEM_BYTES // size + 3
-    z, target = logits_and_targets(rows, classes, generator, dtype)
-    weight, row_weight = (torch.rand(n, generator=generator).to(compute_dtype(dtype)) for n in (classes, rows))
-    count, top_k = EPILOGUES[epilogue]
-    params = [torch.full((), 0.5, dtype=row_weight.dtype) for _ in range(count)]
-    smoothing = 0.0 if epilogue in cuda.EPILOGUES.classes else 0.1
-    common = torch.tensor([1 - smoothing, smoothing / classes, 0.01], dtype=row_weight.dtype)
-    names = (epilogue, smoothing != 0, top_k, "cuda")
+    batch, spec, row_weight = _job(epilogue, rows, classes, dtype, generator)
 
-    def laid_out(offset: int, stride: int) -> Tensor:
-        return torch.empty(rows * stride + pack, dtype=dtype)[offset:].as_strided((rows, classes), (stride, 1)).copy_(z)
+    def laid_out(offset: int, stride: int) -> Rows:
+        memory = torch.empty(rows * stride + pack, dtype=dtype)[offset:]
+        return batch._replace(hidden=[memory.as_strided((rows, classes), (stride, 1)).copy_(batch.logits)])
 
-    logits = laid_out(0, classes + 16 - 3)
-    assert logits.stride(0) % pack == 0
-    right = [*ops.row_loss_gradient_(logits, target, weight, None, params, common, row_weight, *names), logits]
+    aligned = laid_out(0, classes + 16 - 3)
+    assert aligned.logits.stride(0) % pack == 0
+    right = _one_read(aligned, spec, row_weight, aligned.logits)
     for offset in range(pack):
-        logits = laid_out(offset, classes)
-        of_one_read = ops.row_loss_gradient(logits, target, weight, None, params, common, row_weight, *names)
-        saved = ops.row_loss(logits, target, weight, None, params, common, *names)
-        gradient = ops.row_gradient(logits, target, weight, *saved[1:], row_weight, params, epilogue, "cuda")
-        in_place = ops.row_loss_gradient_(logits, target, weight, None, params, common, row_weight, *names)
-        for found in (of_one_read, (*saved, gradient), (*in_place, logits)):
+        moved = laid_out(offset, classes)
+        for run, grad in ((_one_read, None), (_two_reads, None), (_one_read, moved.logits)):
+            found = run(moved, spec, row_weight, grad)
             assert [torch.equal(x, y) for x, y in zip(found, right, strict=True)] == [True] * 5, offset
 
 
@@ -266,10 +282,8 @@ def test_class_sums_of_many_rows(dtype, generator, monkeypatch):
     sums = []
     for stride in (40, classes):
         logits = torch.empty(rows, stride, dtype=dtype)[:, :classes].copy_(z)
-        for impl in ("cuda", "cpu"):
-            statistics, index = ops.row_statistics(logits, target, None, None, 1, False, False, impl)
-            arguments = (statistics, index, [one, one, one], "dsc_over_rows", None, impl)
-            sums.append(ops.class_sums(logits, target, None, *arguments))
+        batch = Rows.of(logits, target, params=[one, one, one])
+        sums += [class_sums(batch, "dsc", impl) for impl in ("cuda", "cpu")]
     assert torch.equal(sums[0], sums[2])
     rtol = 1e-12 if dtype == torch.float64 else 2e-6
     torch.testing.assert_close(sums[0], sums[1], rtol=rtol, atol=rtol * 1e-2)
@@ -307,10 +321,10 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     """On chip, a second look costs no read: the launch has room for all tiles, and for few where it looks but once."""
     jobs = []
     monkeypatch.setattr(cuda, "plan", cut(1))
-    monkeypatch.setattr(cuda, "_launch", lambda function, job, logits: jobs.append((job.slots, bool(job.grad))))
-    z, target = logits_and_targets(2, 33000, generator, torch.float32)
-    ops.row_loss_gradient_(z, target, None, None, [], None, None, "cross_entropy", False, 0, "cuda")
-    ops.row_loss(z, target, None, None, [], None, "cross_entropy", False, 0, "cuda")
+    monkeypatch.setattr(CUDA, "_launch", lambda function, job, logits: jobs.append((job.slots, bool(job.grad))))
+    rows = Rows.of(*logits_and_targets(2, 33000, generator, torch.float32))
+    for needed in ((True,), ()):
+        ops.forward(*rows, None, Spec("cuda", "cross_entropy", needed=needed).encode())
     assert jobs == [(-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), True), (cuda.STAGES, False)]
 
 
@@ -381,8 +395,8 @@ def test_it_gives_the_bits_of_two_reads(options, dtype, generator, monkeypatch, 
     z, target = _problem(generator, dtype)
     own = {k: v.to(compute_dtype(dtype)) if k.endswith("weight") else v for k, v in REDUCED[options](generator).items()}
     results = []
-    for impls in (backends.ONE_READ_IMPLS, ()):
-        monkeypatch.setattr(backends, "ONE_READ_IMPLS", impls)
+    for one_read in (True, False):
+        monkeypatch.setattr(CUDA, "one_read", one_read)
         value, stats = fl.focal_loss(z, target, return_stats=True, impl="cuda", **own)
         results.append((value, *stats, *torch.autograd.grad(value, z)))
     torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
@@ -520,11 +534,11 @@ def test_what_it_does_not_take_is_refused(generator):
     fl.mixed_cross_entropy(z, target, alpha=0.5, candidates=candidates[:, :-1], impl="cuda")
     many = z[:, :1].expand(2, 2**30 + 1)
     with pytest.raises(ValueError, match="at most 1073741824 classes, got 1073741825"):
-        cuda._run(cuda._cuda.Job(), many, on_chip=False)
+        CUDA._run(cuda._cuda.Job(), many, on_chip=False)
     with pytest.raises(ValueError, match="fewer than 1073741824 rows of 300 classes, got 1073741824"):
-        cuda._run(cuda._cuda.Job(), z[:1].expand(2**30, 300), on_chip=False)
+        CUDA._run(cuda._cuda.Job(), z[:1].expand(2**30, 300), on_chip=False)
     with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
-        ops.row_loss(z, target, None, None, [], None, "perplexity", False, 0, "cuda")
+        ops.forward(*Rows.of(z, target), None, Spec("cuda", "perplexity").encode())
 
 
 def test_launches(tmp_path):
@@ -558,7 +572,9 @@ def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
         loss = fl.linear_focal_loss(hidden, weight, target, budget=budget, impl=impl)
         results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    assert kernel_calls == {("with_gradient", "cuda"): 3 if budget else 1, ("scale_", "cuda"): 2}
+    # Of three chunks the last has the ignored row alone, which has no gradient.
+    used = {"with_gradient": 2, "forward": 1, "scale_": 2} if budget else {"with_gradient": 1, "scale_": 2}
+    assert kernel_calls == {(name, "cuda"): count for name, count in used.items()}
 
 
 @pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
@@ -578,15 +594,9 @@ def test_compiled(generator, kernel_calls):
 
 def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
-    params = [torch.tensor(0.25)]
-    names = ("mixed_cross_entropy", True, 2, "cuda")
-    common = torch.tensor([0.9, 0.1 / 21, 0.01])
-    arguments = (target, None, None, params, common, torch.rand(5), *names)
-    torch.library.opcheck(ops.row_loss_gradient_, (z.clone(), *arguments))
-    torch.library.opcheck(ops.row_loss_gradient, (z, *arguments))
-    torch.library.opcheck(
-        ops.row_loss_gradient, (z, target, None, None, params, common, torch.rand(()).expand(5), *names)
-    )
+    scalars = torch.tensor([0.9, 0.1 / 21, 0.01])
+    rows = Rows.of(z, target, params=[torch.tensor(0.25)], scalars=scalars)
+    check_operators(rows, Spec("cuda", "mixed_cross_entropy", top_k=2, mean=True), generator)
     torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), "cuda"))
 
 
@@ -595,28 +605,6 @@ def test_opcheck(generator):
 
 def test_nobody_gets_it_without_asking():
     assert backends.resolve(None, torch.device("cpu")) == "cpu"
-    assert not backends.TIMINGS
-
-
-def test_timings_choose_the_default(monkeypatch):
-    timings = (backends.Timing(32000, 2.0, 1.5), backends.Timing(128256, 2.0, 2.5))
-    monkeypatch.setattr(backends, "TIMINGS", {(9, 0, torch.bfloat16): timings})
-    monkeypatch.setattr(backends, "unavailable", lambda impl, device: missing.get(impl))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
-    gpu, missing = torch.device("cuda:0"), {}
-
-    def chosen(dtype: torch.dtype, *sizes: int) -> str:
-        return backends.resolve(None, gpu, False, dtype, *sizes)
-
-    assert [chosen(torch.bfloat16, n) for n in (16000, 32000)] == ["cuda"] * 2
-    assert [chosen(torch.bfloat16, n) for n in (15999, 32001, 128256, 262144)] == ["triton"] * 4
-    assert chosen(torch.bfloat16, 32000, cuda.MAX_CANDIDATES) == "cuda"
-    assert chosen(torch.bfloat16, 32000, cuda.MAX_CANDIDATES + 1) == "triton"
-    assert chosen(torch.float32, 32000) == "triton"
-    missing["cuda"] = "it is not built"
-    assert chosen(torch.bfloat16, 32000) == "triton"
-    missing["triton"] = "it is not installed"
-    assert chosen(torch.bfloat16, 32000) == "reference"
 
 
 REFUSED = """

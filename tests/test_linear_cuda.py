@@ -1,21 +1,19 @@
 """The linear forms on CUDA, without a GPU: products, launches and memory are counted, and what they compute is held to
 float64 by products on the CPU in the place of CUDA's."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import test_linear
 import torch
-from no_gpu import NoGpu
+from no_gpu import NoGpu, count_launch
 from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.distributed import vocabulary
-from fusedloss.engine import budgets as chunking
-from fusedloss.engine import chunks as linear
-from fusedloss.engine import operators as ops
+from fusedloss.definition.projection import Form, Projection
+from fusedloss.definition.rows import Rows, Spec
+from fusedloss.engine import budgets, chunks
 from fusedloss.tools.footprint import footprint
 
 MIB = 2**20
@@ -23,10 +21,8 @@ MIB = 2**20
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every device is taken for CUDA, and the operators are transparent to what counts."""
-    monkeypatch.setattr(chunking, "sums_in_float32", lambda device: True)
-    for name in ("linear_row_statistics", "linear_row_loss", "linear_gradient"):
-        monkeypatch.setattr(ops, name, getattr(linear, name))
+    """Every device is taken for CUDA."""
+    monkeypatch.setattr(budgets, "sums_in_float32", lambda device: True)
 
 
 def step(
@@ -45,8 +41,13 @@ def step(
 
 @pytest.fixture
 def counting(on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Meta tensors run Triton's operators."""
+    """Meta tensors run Triton's passes, of rows that are not split."""
+    pytest.importorskip("triton")
+    from fusedloss.triton_kernels import launch
+
     monkeypatch.setattr(backends, "resolve", lambda *arguments, **options: "triton")
+    monkeypatch.setattr(backends.triton, "_launch", count_launch)
+    monkeypatch.setattr(launch, "PROGRAMS", 0)
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -122,7 +123,7 @@ def test_the_backward_scales_in_one_launch(dtype: torch.dtype, counting: None) -
     loss = fl.linear_cross_entropy(*sources, torch.empty(1024, dtype=torch.int64, device="meta"), reduction="sum")
     with NoGpu() as gpu:
         gradients = torch.autograd.grad(loss, sources, torch.empty((), device="meta"))
-    scaling = "fusedloss::scale_" if dtype == torch.bfloat16 else "aten::mul.out"
+    scaling = "scale_pass" if dtype == torch.bfloat16 else "aten::mul.out"
     assert gpu.launches == {scaling: 2}
     assert [x.dtype for x in gradients] == [dtype, dtype]
 
@@ -166,26 +167,25 @@ def test_what_a_user_asks_for_is_the_budget(counting: None, monkeypatch: pytest.
 
 
 def test_the_rule_is_that_of_nvidias_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chunking.sums_in_float32(torch.device("cuda", 3)) == (torch.version.hip is None)
+    assert budgets.sums_in_float32(torch.device("cuda", 3)) == (torch.version.hip is None)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     for device in ("cuda", "cpu", "meta", "xpu"):
-        assert not chunking.sums_in_float32(torch.device(device))
+        assert not budgets.sums_in_float32(torch.device(device))
         assert footprint(4096, 4096, 128256, torch.bfloat16, device=device).chunk <= 128 * MIB
 
 
 def test_ranks_agree_on_the_chunks_of_a_sequence(on_cuda: None) -> None:
     """By the rank with the most classes, whether or not a weight is frozen; of a budget that is given, by that."""
-    shards: Any = SimpleNamespace(name="group", sizes=(60000, 68256))
     found = set()
     for classes, frozen in ((60000, False), (68256, False), (68256, True)):
-        hidden = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
-        weight = torch.empty(classes, 4096, dtype=torch.bfloat16, device="meta", requires_grad=not frozen)
-        forms = [
-            vocabulary.form_for(shards, linear.project(hidden, weight, None, None, budget, None, row_parts=4))
-            for budget in (None, 64 * MIB)
-        ]
-        found.add(tuple(form.most_rows for form in forms))
-    assert found == {(68256 * 4096 // (68256 * 2), 64 * MIB // (68256 * 2))}
+        hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, classes))
+        target = torch.empty(4 * 4096, dtype=torch.int64, device="meta")
+        rows = Rows.of(Projection(hidden, weight, None, Form()), target)
+        forms = (Form(budget=budget, row_parts=4, most_classes=68256) for budget in (0, 64 * MIB))
+        specs = [Spec("triton", needed=(True, not frozen), form=form) for form in forms]
+        found.add(tuple(chunks._Chunks(rows, x, backends.BACKENDS["triton"], len(target)).size for x in specs))
+    # As many bytes of logits as the weight of the rank with the most classes has elements; or 34 chunks of 64 MiB.
+    assert found == {(4096 // 2, -(-4 * 4096 // 34))}
 
 
 # --- computed ---
@@ -208,7 +208,7 @@ def multiplied(on_cuda: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         added.append(add)
         _float32_product(a, b, out, add)
 
-    monkeypatch.setattr(linear, "_float32_product", product)
+    monkeypatch.setattr(chunks, "_float32_product", product)
     return added
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -271,57 +271,51 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def _run(
     part: Part, clock: Clock, case: Rows | Linear, problem: Any, ours: dict[str, Candidate], allowed: float
-) -> dict[str, float]:
-    """Write a row for each candidate; return their milliseconds."""
+) -> None:
+    """Write a row for each candidate."""
     candidates = {"floor": Candidate(lambda: problem.floor)} | ours | problem.peers()
     for impl, word in (("triton", "triton"), ("cuda", "cuda"), ("triton_fused", "fused")):
         reason = backends.unavailable(impl, part.device)  # which is no failure
         for name in [name for name in candidates if reason is not None and word in name.split()]:
             del candidates[name]
             part.left_out(f"{name}, {case}", str(reason))
-    best: dict[str, float] = {}
+    is_rows, floor = isinstance(case, Rows), 0.0
     for name, found in contest(part, clock, str(case), candidates, problem.reset, allowed):
-        # The first is the copy, two thirds of a row loss's floor, or the products.
-        best[name] = (found["graph ms"] or found["cold ms"]) * (1.5 if isinstance(case, Rows) and not best else 1)
-        found["/ floor"] = best[name] / best["floor"]
-        if isinstance(case, Rows):
-            found["GB/s"] = 3 * problem.original.nbytes / best[name] / 1e6
+        best = found["graph ms"] or found["cold ms"]
+        if name == "floor":  # a copy, two thirds of a row loss's floor, or the products
+            floor = best = 1.5 * best if is_rows else best
+        found["/ floor"] = best / floor
+        if is_rows:
+            found["GB/s"] = 3 * problem.original.nbytes / best / 1e6
         part.row(case=str(case), candidate=name, **found)
-    return best
 
 
 def rows(part: Part) -> None:
-    clock = Clock(part.device)
-    timings: dict[str, str] = {}
     seen: set[torch.dtype] = set()
-    for case in TINY_ROWS if part.rehearse else ROW_CASES:
-        if part.late(str(case)):
-            continue
-        with part.attempt(str(case)):
-            problem = RowProblem(case, part.device)
-            best = _run(part, clock, case, problem, problem.ours(case.dtype not in seen), ALLOWED[case.dtype])
-            if case.rows == ROW_CASES[0].rows and {"cross_entropy triton", "cross_entropy cuda"} <= best.keys():
-                both = ", ".join(f"{best[f'cross_entropy {impl}']:.3g}" for impl in ("triton", "cuda"))
-                timings[str(case.dtype)] = timings.get(str(case.dtype), "") + f"Timing({case.classes}, {both}), "
+
+    def run(clock: Clock, case: Rows) -> None:
+        problem = RowProblem(case, part.device)
+        _run(part, clock, case, problem, problem.ours(case.dtype not in seen), ALLOWED[case.dtype])
         seen.add(case.dtype)
-        problem = None
-        clock.empty_memory()
-    if timings:
-        major, minor = torch.cuda.get_device_capability()
-        entries = (f"({major}, {minor}, {dtype}): ({timing.strip()})," for dtype, timing in timings.items())
-        about = "For TIMINGS of fusedloss/backends/__init__.py, from which the default on a GPU follows:"
-        part.text(about, f"# {torch.cuda.get_device_name()}", *entries)
+
+    _walk(part, TINY_ROWS if part.rehearse else ROW_CASES, run)
 
 
 def linear(part: Part) -> None:
+    def run(clock: Clock, case: Linear) -> None:
+        problem = LinearProblem(case, part.device)
+        _run(part, clock, case, problem, problem.ours(), ALLOWED[HALF])
+
+    _walk(part, TINY_LINEAR if part.rehearse else LINEAR_CASES, run)
+
+
+def _walk(part: Part, cases: Sequence[Any], run: Callable[[Clock, Any], None]) -> None:
     clock = Clock(part.device)
-    for case in TINY_LINEAR if part.rehearse else LINEAR_CASES:
+    for case in cases:
         if part.late(str(case)):
             continue
         with part.attempt(str(case)):
-            problem = LinearProblem(case, part.device)
-            _run(part, clock, case, problem, problem.ours(), ALLOWED[HALF])
-        problem = None
+            run(clock, case)
         clock.empty_memory()
 
 

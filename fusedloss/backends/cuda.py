@@ -88,14 +88,8 @@ class Cuda(Backend):
     name = "cuda"
     runs_on = "cuda"  # tests have a build of the kernels for the CPU
     one_read = True
-
-    def __init__(self) -> None:
-        self._epilogues = Epilogues.of(_cuda)
-
-    @property
-    def epilogues(self) -> Epilogues:
-        """In the order in which the kernels number them."""
-        return self._epilogues
+    epilogues = Epilogues.of(_cuda)
+    """In the order in which the kernels number them."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         if _cuda is None:
@@ -107,12 +101,6 @@ class Cuda(Backend):
         return None
 
     def forward(self, job: Job) -> None:
-        self._forward(job)
-
-    def with_gradient(self, job: Job) -> None:
-        self._forward(job)
-
-    def _forward(self, job: Job) -> None:
         rows, spec = job.rows, job.spec
         if rows.target.device.type == "cpu":
             check_indices(rows.target, rows.candidates, rows.classes)
@@ -138,6 +126,9 @@ class Cuda(Backend):
         if job.grad is not None:
             _set_gradient(launch, job.grad, job.upstream)
         self._run(launch, rows.logits, on_chip=job.grad is not None or launch.class_term)
+
+    def with_gradient(self, job: Job) -> None:
+        self.forward(job)
 
     def backward(self, job: Job) -> None:
         assert job.grad is not None
@@ -183,7 +174,7 @@ class Cuda(Backend):
         # The statistics are computed anew: the logits are read for the terms in any case, right after.
         spec = job.spec._replace(top_k=1, below=False, mean=False)
         outputs = (torch.empty_like(job.statistics), torch.empty_like(job.index), job.loss, job.coefficients)
-        self._forward(Job(job.rows._replace(scalars=None), spec, *outputs))
+        self.forward(Job(job.rows._replace(scalars=None), spec, *outputs))
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """The kernel reads the factor, and leaves the gradient alone where that is 1."""

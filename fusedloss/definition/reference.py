@@ -33,8 +33,8 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
     else:
         base = epilogue.of_rows(s, rows.params)
     loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=over_classes)
-    loss = loss.masked_fill(ignored, 0)
-    return loss.masked_fill(invalid, torch.nan), s
+    # Times NaN, since masked_fill would give an invalid row a gradient of 0.
+    return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype), s
 
 
 def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, classes: int, weighted: bool) -> Tensor:
