@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedloss.backends import BACKENDS
-from fusedloss.definition.rows import Rows, Spec
+from fusedloss.definition.rows import Rows, decode
 from fusedloss.engine import chunks
 
 _NAMES = ("aten::mm", "aten::mm.out", "aten::addmm", "aten::addmm.out", "aten::addmm_")
@@ -25,7 +25,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
         name, own = function.name(), len(Rows._fields)
         if name in _KERNELS:  # which are opaque to a mode
-            spec = Spec.decode(arguments[-1])
+            spec = decode(arguments[-1])
             with self:
                 return _KERNELS[name](Rows(*arguments[:own]), *arguments[own:-1], spec, BACKENDS[spec.impl])
         result = function(*arguments, **(kwargs or {}))
