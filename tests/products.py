@@ -13,6 +13,16 @@ _NAMES = ("aten::mm", "aten::mm.out", "aten::addmm", "aten::addmm.out", "aten::a
 _KERNELS = {"fusedloss::forward": chunks.forward, "fusedloss::backward": chunks.backward}
 
 
+def inside(mode: TorchDispatchMode, function: Any, arguments: Any) -> Any:
+    """Run a linear form's operator so that the mode sees what is in it; None for another function."""
+    name, own = function.name(), len(Rows._fields)
+    if name not in _KERNELS:  # which are opaque to a mode
+        return None
+    spec = decode(arguments[-1])
+    with mode:
+        return _KERNELS[name](Rows(*arguments[:own]), *arguments[own:-1], spec, BACKENDS[spec.impl])
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products, and the rows of logits, of so many classes, that they make."""
 
@@ -23,14 +33,12 @@ class Products(TorchDispatchMode):
         self._classes = classes
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
-        name, own = function.name(), len(Rows._fields)
-        if name in _KERNELS:  # which are opaque to a mode
-            spec = decode(arguments[-1])
-            with self:
-                return _KERNELS[name](Rows(*arguments[:own]), *arguments[own:-1], spec, BACKENDS[spec.impl])
+        result = inside(self, function, arguments)
+        if result is not None:
+            return result
         result = function(*arguments, **(kwargs or {}))
-        if name in _NAMES:
-            self.calls[name] += 1
+        if function.name() in _NAMES:
+            self.calls[function.name()] += 1
             if result.shape[-1] == self._classes:
                 self.logit_rows += len(result)
         return result
