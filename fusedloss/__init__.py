@@ -43,3 +43,8 @@ __all__ = [
     "supcon_loss",
     "tversky_loss",
 ]
+
+
+def __dir__() -> list[str]:
+    """Leave out the sub-packages and what is imported here for its own use."""
+    return [*__all__, *(name for name in globals() if name == "nn" or name.startswith("__"))]

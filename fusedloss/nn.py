@@ -1,7 +1,7 @@
 """The losses as modules: made with a loss's options, called with tensors.
 
-A class here is derived from its function's signature: each argument becomes one of the constructor and an attribute,
-but for those that a batch brings along, which are arguments of the call.
+Each argument of a function is one of the constructor and an attribute, but for those that a batch brings along, which
+are arguments of the call.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import functools
 import inspect
 import numbers
 import textwrap
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,41 +25,50 @@ from . import backends
 from .checks import check_choice, check_int, check_number, is_dtensor
 from .distributed import fsdp
 from .distributed.dtensor import local_projection
-from .engine.options import RowOptions
+from .engine.options import (
+    ClassLossModuleOptions,
+    CrossEntropyOptions,
+    ForwardOptions,
+    Impl,
+    LinearClassLossModuleOptions,
+    LinearImpl,
+    LinearModuleOptions,
+    ModuleOptions,
+)
 from .engine.project import project
+from .losses._overlap import Form, Level
+from .losses._registry import argument_names, options_of
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
-from .losses.supcon import supcon_loss
+from .losses.supcon import SupConReduction, supcon_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
-_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
-_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+#: Options of the layer that a linear loss has.
+_LAYER_DEFAULTS: dict[str, Any] = {"bias": False, "device": None, "dtype": None}
 
 #: Layers whose forward looks up inputs, so that the weight is all that an output layer can share with them.
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
-#: Arguments that every loss takes, and that are shown only where they are not the default.
-_SHARED = {*RowOptions.__annotations__, "softcap", "budget", "drop_ignored"}
-
 _DOC = """{summary}
 
-The module form of :func:`~fusedloss.{function}`.
+The module form of :func:`~fusedloss.{function}`. The arguments of the constructor are attributes.
 
 Args:
-{own}{values}
+{layer}    {values}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives one
+        when called, such as :class:`AlphaSchedule`. One in the call stands in for it.
     weight: class weights (V,), a buffer.
-{arguments}
+    return_stats: deprecated here; an argument of the call.
 
-{call}
-
-Raises as the function does; what an argument of the constructor can be known to be wrong by, the constructor raises.
+All others are as below. The call takes what comes with a batch:
+{call}.
+The constructor raises what the function does, as far as its arguments alone are wrong.
 
 >>> import torch, fusedloss as fl
 >>> loss = fl.nn.{name}({example})
@@ -84,19 +94,6 @@ def _sample(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.device.type == "cpu" else torch.ones_like(value, device="cpu")
     return _called if callable(value) else value
-
-
-def _types(parameter: inspect.Parameter) -> list[str]:
-    """["float", "Tensor"] of an argument annotated as float | Tensor."""
-    return str(parameter.annotation).split(" | ")
-
-
-def _retyped(parameter: inspect.Parameter, also: str) -> inspect.Parameter:
-    return parameter.replace(annotation=" | ".join(dict.fromkeys([*_types(parameter), also])))
-
-
-def _wrapped(text: str, first: str = "", later: str = "") -> str:
-    return textwrap.fill(text, 120, initial_indent=first, subsequent_indent=later)
 
 
 def _beside_weight(layer: nn.Module) -> str | None:
@@ -166,80 +163,46 @@ def _holds(own: Tensor, saved: Tensor) -> bool:
     return own.shape == saved.shape and (own.is_meta or saved.is_meta or torch.equal(own, saved.to(own)))
 
 
-def _sign(cls: type, name: str, parameters: list[inspect.Parameter]) -> None:
-    """Gives the class a method of its own that does what the inherited one does, and shows that signature."""
-    inherited = getattr(cls, name)
-
-    @functools.wraps(inherited)
-    def method(*arguments: Any, **options: Any) -> Any:
-        return inherited(*arguments, **options)
-
-    method.__qualname__ = f"{cls.__qualname__}.{name}"
-    method.__module__ = cls.__module__
-    this = inspect.Parameter("self", _POSITIONAL)
-    method.__signature__ = inspect.Signature([this, *parameters])  # type: ignore[attr-defined]
-    setattr(cls, name, method)
-
-
 class _Loss(nn.Module):
-    """A loss of logits; ``class FocalLoss(_Loss, loss=focal_loss): ...`` derives the rest.
+    """A loss of logits. ``class FocalLoss(_Loss, loss=focal_loss): ...`` writes out what is the loss's own.
 
-    `example`: arguments of the constructor for the docstring's example.
+    Its constructor hands on the arguments, and its `forward` those of the call, None for the module's own. `example`:
+    arguments of the constructor for the docstring's example.
     """
 
-    #: What the function takes and the constructor does not, and the other way round.
-    _sources: ClassVar[tuple[str, ...]] = ("input", "target")
-    _own: ClassVar[tuple[inspect.Parameter, ...]] = ()
     _impls: ClassVar[tuple[str, ...]] = backends.IMPLS
-    #: For the docstring: of `_own`, and the example's constructor arguments, input and size of the input.
-    _own_doc: ClassVar[str] = ""
+    #: For the docstring: the arguments of a layer; of the example, the constructor's arguments, input and its size.
+    _layer_doc: ClassVar[str] = ""
     _example: ClassVar[tuple[str, str, int]] = ("", "logits", 1000)
 
     _function: ClassVar[Callable[..., Any]]
-    _constructor: ClassVar[inspect.Signature]
-    _arguments: ClassVar[tuple[str, ...]]  # of the function that are attributes
-    _per_call: ClassVar[tuple[str, ...]]  # of the function that forward takes
+    _defaults: ClassVar[dict[str, Any]]
+    """Those of the shared options that are attributes."""
+    _arguments: ClassVar[tuple[str, ...]]
+    """Of the function, what are attributes."""
+    _per_call: ClassVar[tuple[str, ...]]
+    """Of the function, what forward takes."""
 
     def __init_subclass__(cls, loss: Callable[..., Any] | None = None, example: str = "", **others: Any) -> None:
         super().__init_subclass__(**others)
         if loss is None:
             return
-        every = [p for p in inspect.signature(loss).parameters.values() if p.name not in cls._sources]
-        # Class weights are those of the task; any other argument that is a tensor or nothing comes with a batch.
-        # A group could not be copied or saved with the module.
-        batch = [
-            p.name for p in every if p.name == "group" or (p.name != "weight" and set(_types(p)) == {"Tensor", "None"})
-        ]
-        values = [p.name for p in every if p.name not in ("weight", *batch) and "Tensor" in _types(p)]
-        kept = [_retyped(p, "nn.Module") if p.name in values else p for p in every if p.name not in batch]
-        per_call = [_retyped(p, "None").replace(default=None) for p in every if p.name in (*batch, *values)]
         cls._function = staticmethod(loss)
-        cls._constructor = inspect.Signature(sorted((*cls._own, *kept), key=lambda p: p.kind))
-        cls._arguments = tuple(p.name for p in kept)
-        cls._per_call = tuple(p.name for p in per_call)
-        tensors = [inspect.Parameter(name, _POSITIONAL, annotation="Tensor") for name in ("input", "target")]
-        _sign(cls, "__init__", list(cls._constructor.parameters.values()))
-        _sign(cls, "forward", [*tensors, *per_call])
+        # What a batch brings along is none. A group could not be copied or saved with the module.
+        no_attributes = ("token_weight", "group", "linear_bias")
+        cls._defaults = {k: v for k, v in options_of(loss).items() if k not in no_attributes} | {"return_stats": False}
+        forward = inspect.signature(cls.forward).parameters.values()
+        cls._per_call = (*(p.name for p in forward if p.default is None), *ForwardOptions.__annotations__)
+        own = [name for name in inspect.signature(cls.__init__).parameters if name in argument_names(loss)]
+        cls._arguments = (*own, *cls._defaults)
         document = inspect.getdoc(loss) or ""
         first, input, size = cls._example
-        optional = ", ".join(f"{p.name}=None" for p in per_call)
-        call = (
-            f"The loss's arguments are attributes. forward(input, target, *, {optional}) takes what a batch brings "
-            f"along; {', '.join(values)} in the call stand in for the module's own."
-        )
-        as_below = [name for name in cls._arguments if name not in ("weight", *values)]
         cls.__doc__ = _DOC.format(
             summary=document.splitlines()[0],
             function=loss.__name__,
-            own=cls._own_doc,
-            values=_wrapped(
-                f"{', '.join(values)}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives "
-                "one when called, such as :class:`AlphaSchedule`.",
-                "    ",
-                "        ",
-            ),
-            arguments=_wrapped(f"{', '.join(as_below)}: as below.", "    ", "        "),
-            call=_wrapped(call),
+            layer=cls._layer_doc,
+            values=", ".join([name for name in own if name in cls._per_call] + ["normalizer"]),
+            call=", ".join(cls._per_call),
             name=cls.__name__,
             example=", ".join(filter(None, (first, example))),
             input=input,
@@ -247,15 +210,23 @@ class _Loss(nn.Module):
             document=textwrap.indent(document, "    "),
         )
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, options: Mapping[str, Any], **own: Any) -> None:
         super().__init__()
-        try:
-            bound = self._constructor.bind(*arguments, **options)
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__}(): {error}") from None
-        bound.apply_defaults()
-        self._make(**{p.name: bound.arguments.pop(p.name) for p in self._own})
-        for name, value in bound.arguments.items():
+        self._keep(options, own)
+
+    def _keep(self, options: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Make attributes of the arguments, and check them."""
+        for name in options:
+            if name not in self._defaults:
+                raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
+        if "return_stats" in options:
+            warnings.warn(
+                "return_stats is an argument of the call, loss(input, target, return_stats=True); that of the "
+                "constructor goes in a later release",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+        for name, value in {**own, **self._defaults, **options}.items():
             if isinstance(value, numbers.Integral) and not isinstance(value, bool):
                 value = int(value)  # torch.compile takes a NumPy integer for an array
             if (value is None and name == "weight") or (isinstance(value, Tensor) and not isinstance(value, Parameter)):
@@ -264,15 +235,12 @@ class _Loss(nn.Module):
                 setattr(self, name, value)
         self._try()
 
-    def _make(self) -> None:
-        """From the arguments that the function does not take."""
-
     def _given(self, input: Tensor) -> dict[str, Any]:
-        """The function's `_sources`, but the target."""
+        """The function's tensors that make the logits."""
         return {"input": input}
 
     def _one_row(self) -> dict[str, Any]:
-        """The same of a single row, with no data."""
+        """Those of a single row, with no data."""
         weight = self.weight
         classes = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 2
         return {"input": torch.zeros(classes, device="cpu")}
@@ -289,16 +257,19 @@ class _Loss(nn.Module):
             self._function(target=target, **self._one_row(), **options)
 
     def _values(self) -> dict[str, Any]:
-        """The arguments as they are now."""
+        """The arguments as they are now, with what modules give for theirs."""
         values = {name: getattr(self, name) for name in self._arguments}
         for name in self._per_call:
             if isinstance(values.get(name), nn.Module):
                 values[name] = values[name]()
         return values
 
-    def forward(self, input: Tensor, target: Tensor, **tensors: Any) -> Any:
+    def forward(self, input: Tensor, target: Tensor, **batch: Unpack[ForwardOptions]) -> Any:
+        return self._call(input, target, batch)
+
+    def _call(self, input: Tensor, target: Tensor, batch: Mapping[str, Any], **own: Any) -> Any:
         values = self._values()
-        for name, value in tensors.items():
+        for name, value in {**own, **batch}.items():
             if name not in self._per_call:
                 raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
             if value is not None:
@@ -313,7 +284,7 @@ class _Loss(nn.Module):
                 continue  # shown as a child
             if isinstance(value, Tensor):
                 shown.append(f"{name}={tuple(value.shape) if value.dim() else value.tolist()}")
-            elif name not in _SHARED or value != self._constructor.parameters[name].default:
+            elif name not in self._defaults or value != self._defaults[name]:
                 shown.append(f"{name}={getattr(value, '__name__', repr(value))}")
         return ", ".join(shown)
 
@@ -326,33 +297,22 @@ class _LinearLoss(_Loss):
     #: The module that took that layer as a child last, since the loss was tied to it.
     _holder: weakref.ref[nn.Module] | None = None
 
-    _sources = ("input", "linear_weight", "target", "linear_bias")
     _impls = backends.LINEAR_IMPLS
-    _own = (
-        inspect.Parameter("in_features", _POSITIONAL, annotation="int"),
-        inspect.Parameter("num_classes", _POSITIONAL, annotation="int"),
-        inspect.Parameter("bias", _KEYWORD, annotation="bool", default=False),
-        inspect.Parameter("device", _KEYWORD, annotation="torch.device | str | None", default=None),
-        inspect.Parameter("dtype", _KEYWORD, annotation="torch.dtype | None", default=None),
-    )
-    _own_doc = """\
+    _layer_doc = """\
     in_features, num_classes, bias, device, dtype: of the child ``linear``, a :class:`torch.nn.Linear`, which holds the
         output layer's weight (V, D) and bias. :meth:`tied` takes another module's layer instead. Only weight and bias
         of ``linear`` are read: a layer that does more (LoRA, a forward of its own, hooks, pruning) raises.
 """
     _example = ("64, 1000", "hidden", 64)
 
-    def _make(  # type: ignore[override]
-        self,
-        in_features: int,
-        num_classes: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, in_features: int, num_classes: int, options: Mapping[str, Any], **own: Any) -> None:
+        nn.Module.__init__(self)
         for name, value in (("in_features", in_features), ("num_classes", num_classes)):
             check_int(name, value, 1)
-        self._modules["linear"] = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        shared = dict(options)
+        layer = {name: shared.pop(name, default) for name, default in _LAYER_DEFAULTS.items()}
+        self._modules["linear"] = nn.Linear(in_features, num_classes, **layer)
+        self._keep(shared, own)
 
     @classmethod
     def tied(cls, layer: nn.Module, *arguments: Any, **options: Any) -> Self:
@@ -453,8 +413,8 @@ class _LinearLoss(_Loss):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def forward(self, input: Tensor, target: Tensor, **tensors: Any) -> Any:
-        return self._with_layer(functools.partial(super().forward, target=target, **tensors), input)
+    def _call(self, input: Tensor, target: Tensor, batch: Mapping[str, Any], **own: Any) -> Any:
+        return self._with_layer(functools.partial(super()._call, target=target, batch=batch, **own), input)
 
     def _with_layer(self, function: Callable[[Tensor], Any], input: Tensor) -> Any:
         """Call a function that reads the output layer while the layer is whole."""
@@ -494,45 +454,215 @@ class _LinearLoss(_Loss):
         return ", ".join(filter(None, (super().extra_repr(), tied)))
 
 
-class CrossEntropyLoss(_Loss, loss=cross_entropy, example="label_smoothing=0.1"): ...
+class CrossEntropyLoss(_Loss, loss=cross_entropy, example="label_smoothing=0.1"):
+    def __init__(self, **options: Unpack[ModuleOptions]) -> None:
+        super().__init__(options)
 
 
-class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"): ...
+class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"):
+    def __init__(
+        self,
+        *,
+        alpha: float | Tensor | nn.Module = 0.01,
+        smooth: float = 1.0,
+        squared: bool = True,
+        form: Form = "one_vs_rest",
+        level: Level = "example",
+        detach_weight: bool = False,
+        **options: Unpack[ClassLossModuleOptions],
+    ) -> None:
+        super().__init__(
+            options, alpha=alpha, smooth=smooth, squared=squared, form=form, level=level, detach_weight=detach_weight
+        )
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, alpha: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, alpha=alpha)
 
 
-class DiceLoss(_Loss, loss=dice_loss): ...
+class DiceLoss(_Loss, loss=dice_loss):
+    def __init__(
+        self,
+        *,
+        smooth: float = 1.0,
+        squared: bool = True,
+        form: Form = "one_vs_rest",
+        level: Level = "example",
+        **options: Unpack[ClassLossModuleOptions],
+    ) -> None:
+        super().__init__(options, smooth=smooth, squared=squared, form=form, level=level)
 
 
-class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"): ...
+class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"):
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor],
+        *,
+        statistics: Sequence[str] = (),
+        over: Literal["rows", "classes"] = "rows",
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        super().__init__(options, loss_fn=loss_fn, statistics=statistics, over=over)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, candidates=candidates)
 
 
-class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"): ...
+class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"):
+    def __init__(self, *, gamma: float | Tensor | nn.Module = 2.0, **options: Unpack[ModuleOptions]) -> None:
+        super().__init__(options, gamma=gamma)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, gamma: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, gamma=gamma)
 
 
-class MixedCrossEntropyLoss(_Loss, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"): ...
+class MixedCrossEntropyLoss(_Loss, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"):
+    def __init__(
+        self, *, alpha: float | Tensor | nn.Module, top_k: Literal[1, 2] = 1, **options: Unpack[ModuleOptions]
+    ) -> None:
+        super().__init__(options, alpha=alpha, top_k=top_k)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *,
+        alpha: float | Tensor | None = None, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, alpha=alpha, candidates=candidates)
 
 
-class TverskyLoss(_Loss, loss=tversky_loss): ...
+class TverskyLoss(_Loss, loss=tversky_loss):
+    def __init__(
+        self,
+        *,
+        alpha: float | Tensor | nn.Module = 0.6,
+        beta: float | Tensor | nn.Module | None = None,
+        smooth: float = 1.0,
+        form: Form = "one_vs_rest",
+        level: Level = "example",
+        **options: Unpack[ClassLossModuleOptions],
+    ) -> None:
+        super().__init__(options, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *,
+        alpha: float | Tensor | None = None, beta: float | Tensor | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, alpha=alpha, beta=beta)
 
 
-class LinearCrossEntropyLoss(_LinearLoss, loss=linear_cross_entropy, example="label_smoothing=0.1"): ...
+class LinearCrossEntropyLoss(_LinearLoss, loss=linear_cross_entropy, example="label_smoothing=0.1"):
+    def __init__(self, in_features: int, num_classes: int, **options: Unpack[LinearModuleOptions]) -> None:
+        super().__init__(in_features, num_classes, options)
 
 
-class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"): ...
+class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        alpha: float | Tensor | nn.Module = 0.01,
+        smooth: float = 1.0,
+        squared: bool = True,
+        form: Form = "one_vs_rest",
+        level: Level = "example",
+        detach_weight: bool = False,
+        **options: Unpack[LinearClassLossModuleOptions],
+    ) -> None:
+        super().__init__(
+            in_features, num_classes, options,
+            alpha=alpha, smooth=smooth, squared=squared, form=form, level=level, detach_weight=detach_weight,
+        )  # fmt: skip
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, alpha: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, alpha=alpha)
 
 
-class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce + s.q"): ...
+class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce + s.q"):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        loss_fn: Callable[..., Tensor],
+        *,
+        statistics: Sequence[str] = (),
+        over: Literal["rows", "classes"] = "rows",
+        **options: Unpack[LinearModuleOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, options, loss_fn=loss_fn, statistics=statistics, over=over)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, candidates=candidates)
 
 
-class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"): ...
+class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        gamma: float | Tensor | nn.Module = 2.0,
+        **options: Unpack[LinearModuleOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, options, gamma=gamma)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, gamma: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, gamma=gamma)
 
 
 class LinearMixedCrossEntropyLoss(
     _LinearLoss, loss=linear_mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"
-): ...
+):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        alpha: float | Tensor | nn.Module,
+        top_k: Literal[1, 2] = 1,
+        **options: Unpack[LinearModuleOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, options, alpha=alpha, top_k=top_k)
+
+    def forward(
+        self, input: Tensor, target: Tensor, *,
+        alpha: float | Tensor | None = None, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, alpha=alpha, candidates=candidates)
 
 
-class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss): ...
+class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        alpha: float | Tensor | nn.Module = 0.6,
+        beta: float | Tensor | nn.Module | None = None,
+        smooth: float = 1.0,
+        form: Form = "one_vs_rest",
+        level: Level = "example",
+        **options: Unpack[LinearClassLossModuleOptions],
+    ) -> None:
+        super().__init__(
+            in_features, num_classes, options, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level
+        )
+
+    def forward(
+        self, input: Tensor, target: Tensor, *,
+        alpha: float | Tensor | None = None, beta: float | Tensor | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, alpha=alpha, beta=beta)
 
 
 class SupConLoss(nn.Module):
@@ -554,9 +684,9 @@ class SupConLoss(nn.Module):
         temperature: float | Tensor = 0.3,
         *,
         normalize: bool = True,
-        positives: str = "out",
-        reduction: str = "mean",
-        impl: str | None = None,
+        positives: Literal["out", "in"] = "out",
+        reduction: SupConReduction = "mean",
+        impl: LinearImpl | None = None,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor) and not isinstance(temperature, Parameter):
@@ -637,10 +767,10 @@ class CrossEntropySupConLoss(nn.Module):
         temperature: float | Tensor = 0.3,
         *,
         normalize: bool = True,
-        positives: str = "out",
-        reduction: str = "mean",
-        impl: str | None = None,
-        **cross_entropy: Any,
+        positives: Literal["out", "in"] = "out",
+        reduction: Literal["mean", "sum"] = "mean",
+        impl: Impl | None = None,
+        **cross_entropy: Unpack[CrossEntropyOptions],
     ) -> None:
         super().__init__()
         check_number("lam", lam, 0, 1)

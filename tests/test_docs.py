@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import inspect
-import pydoc
 import re
 import runpy
 import shlex
@@ -17,16 +16,22 @@ import torch.distributed as dist
 
 import fusedloss as fl
 from fusedloss import __main__ as command
-from fusedloss.engine import options as row
+from fusedloss.losses import _registry
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
-LINEAR = [function for function in FUNCTIONS if function.__name__.startswith("linear_")]
-LOSSES = [f for f in FUNCTIONS if hasattr(f, "__signature__") and f not in LINEAR]
+LINEAR = [loss.linear for loss in _registry.LOSSES.values() if loss.linear is not None]
+LOSSES = [loss.row for loss in _registry.LOSSES.values()]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+
+
+def test_public_names_are_all_there() -> None:
+    assert sorted(fl.__all__) == fl.__all__
+    assert {name for name in dir(fl) if name[0] != "_"} == {*fl.__all__, "nn"}
+    assert {*LOSSES, *LINEAR} == {f for f in FUNCTIONS if "input" in inspect.signature(f).parameters}
 
 
 @pytest.mark.parametrize("name", fl.__all__)
@@ -43,29 +48,25 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 @each_loss
-def test_signature_shows_the_shared_options(loss: Callable[..., Any]) -> None:
-    """`**options` in the source, spelled out for help() and for editors, with the defaults that hold."""
-    parameters = inspect.signature(loss).parameters
-    assert list(parameters)[:2] == ["input", "target"]
-    assert not [p for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    without = {"label_smoothing", "smoothing_over"} if loss in (fl.dsc_loss, fl.dice_loss, fl.tversky_loss) else set()
-    assert not without & set(parameters)
-    for name in row.RowOptions.__annotations__.keys() - without:
-        assert parameters[name].kind == inspect.Parameter.KEYWORD_ONLY
-        assert parameters[name].default == row.DEFAULTS[name]  # type: ignore[literal-required]
-    assert "weight: 'Tensor | None' = None" in str(inspect.signature(loss))
-    assert "ignore_index" in pydoc.render_doc(loss)
-    first = [p for p in parameters.values() if p.kind != p.KEYWORD_ONLY]
-    assert [p.name for p in first] == ["input", "target"] + (["loss_fn"] if loss is fl.flex_loss else [])
+def test_signature_has_its_own_arguments_and_names_the_shared_ones(loss: Callable[..., Any]) -> None:
+    parameters = inspect.signature(loss).parameters.values()
+    first = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert first == ["input", "target"] + (["loss_fn"] if loss is fl.flex_loss else [])
+    (options,) = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+    told = _registry.LOSSES[loss.__name__]
+    assert options.annotation == ("Unpack[ClassLossOptions]" if told.without else "Unpack[RowOptions]")
+    assert told.without in ((), ("label_smoothing", "smoothing_over"))
+    assert told.source is None or re.search(rf"^ *Source: \S.*{told.source}", loss.__doc__ or "", re.M | re.S)
 
 
 @each_loss
 def test_docstring_names_the_options_that_it_takes_and_no_other(loss: Callable[..., Any]) -> None:
-    documented: set[str] = set()
-    for names in re.findall(r"^ {4}([a-z_, ]+): \S", loss.__doc__ or "", re.M):
-        documented |= set(names.split(", "))
-    parameters = set(inspect.signature(loss).parameters) - {"input", "target"}
-    assert documented == parameters
+    documented: dict[str, str] = {}
+    for names, text in re.findall(r"^ {4}([a-z_, ]+): (\S.*\n(?: {5}.*\n)*)", loss.__doc__ or "", re.M):
+        documented |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    assert documented.keys() == {*_registry.argument_names(loss)} - {"input", "target"}
+    for name, default in _registry.options_of(loss).items():
+        assert default is None or documented[name].endswith(f" Default: {default!r}."), name
 
 
 @pytest.mark.parametrize("linear", LINEAR, ids=lambda linear: linear.__name__)
@@ -73,12 +74,13 @@ def test_linear_form_documents_all_that_it_takes(linear: Callable[..., Any]) -> 
     loss = getattr(fl, linear.__name__.removeprefix("linear_"))
     parameters, of_row = inspect.signature(linear).parameters, inspect.signature(loss).parameters
     assert list(parameters)[:3] == ["input", "linear_weight", "target"]
+    assert parameters.keys() == {*of_row, "linear_weight"}
+    assert all(parameters[name].default == of_row[name].default for name in of_row)
     own = {"linear_weight", "linear_bias", "softcap", "budget", "drop_ignored", "sequence_parallel"}
-    assert set(parameters) == set(of_row) - {"inplace_backward"} | own
-    for name in set(parameters) & set(of_row):
-        assert parameters[name].default == of_row[name].default
+    names = _registry.argument_names(linear)
+    assert {*names} == {*_registry.argument_names(loss)} - {"inplace_backward"} | own
     doc = linear.__doc__ or ""
-    for name in parameters:
+    for name in names:
         assert re.search(rf"^ *([a-z_, ]*, )?{name}(, [a-z_, ]*)?: \S", doc, re.M), name
     assert "Returns" in doc and "ValueError" in doc and linear.__module__ == loss.__module__
 

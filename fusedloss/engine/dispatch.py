@@ -16,7 +16,7 @@ from ..definition.rows import Rows, Source, Spec
 from ..definition.statistics import CE, MAX, SUM_EXP, Picks, RowStats, Statistics, Targets, assemble
 from . import functions, over_classes
 from .functions import Reduction
-from .options import RowOptions
+from .options import CallOptions
 from .prepare import Call, divisor_of, prepare
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def row_loss(
     without: tuple[str, ...] = (),
     candidates: Tensor | None = None,
     mean_over_weights: bool = False,
-    **options: Unpack[RowOptions],
+    **options: Unpack[CallOptions],
 ) -> Any:
     """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits."""
     call = prepare(name, input, target, params, without, candidates, options)

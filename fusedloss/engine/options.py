@@ -1,35 +1,124 @@
-"""The options that every row loss shares, and their defaults."""
+"""The options that losses share: their types, and their defaults.
+
+Functions and modules take them as ``**options: Unpack[...]`` of one of the dictionaries here, which type checkers and
+editors spell out. A loss over the classes takes no label smoothing, hence two of each kind.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ..distributed.vocabulary import VocabularyShards
 
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
+Impl: TypeAlias = Literal["reference", "cpu", "triton", "cuda"]
+LinearImpl: TypeAlias = Literal["reference", "cpu", "triton", "cuda", "triton_fused"]
 
-class RowOptions(TypedDict, total=False):
-    """Options that every row loss shares."""
 
+class _Weighting(TypedDict, total=False):
     weight: Tensor | None
     ignore_index: int
-    reduction: str
-    label_smoothing: float
-    smoothing_over: str
     z_loss: float
+
+
+class _Smoothing(TypedDict, total=False):
+    label_smoothing: float
+    smoothing_over: Literal["all", "others"]
+
+
+class BatchOptions(TypedDict, total=False):
+    """What a batch brings along."""
+
     token_weight: Tensor | None
-    normalizer: float | Tensor | str | None
-    return_stats: bool
-    inplace_backward: bool
+    normalizer: float | Tensor | Literal["token_weight"] | None
     group: ProcessGroup | VocabularyShards | None
-    impl: str | None
 
 
-DEFAULTS: RowOptions = {
+class ForwardOptions(BatchOptions, total=False):
+    """What the call of a module takes."""
+
+    return_stats: bool
+
+
+class _OfLogits(TypedDict, total=False):
+    reduction: Reduction
+    inplace_backward: bool
+    impl: Impl | None
+
+
+class _OfHidden(TypedDict, total=False):
+    reduction: Reduction
+    softcap: float | None
+    budget: int | None
+    drop_ignored: bool | None
+    sequence_parallel: bool
+    impl: LinearImpl | None
+
+
+class ClassLossOptions(_Weighting, BatchOptions, _OfLogits, total=False):
+    """Shared options of a loss over the classes."""
+
+
+class RowOptions(ClassLossOptions, _Smoothing, total=False):
+    """Shared options of a loss of logits."""
+
+
+class LinearClassLossOptions(_Weighting, BatchOptions, _OfHidden, total=False):
+    """Shared options of the linear form of a loss over the classes."""
+
+    linear_bias: Tensor | None
+
+
+class LinearOptions(LinearClassLossOptions, _Smoothing, total=False):
+    """Shared options of a linear form."""
+
+
+class CallOptions(RowOptions, total=False):
+    """All that a row loss takes from any of its public forms."""
+
+    return_stats: bool
+
+
+class _OfModule(TypedDict, total=False):
+    normalizer: float | Tensor | nn.Module | Literal["token_weight"] | None
+    return_stats: bool  # deprecated: forward takes it
+
+
+class _OfLayer(TypedDict, total=False):
+    bias: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class ClassLossModuleOptions(_Weighting, _OfModule, _OfLogits, total=False):
+    """Shared options of the module of a loss over the classes."""
+
+
+class ModuleOptions(ClassLossModuleOptions, _Smoothing, total=False):
+    """Shared options of the module of a loss of logits."""
+
+
+class LinearClassLossModuleOptions(_Weighting, _OfModule, _OfHidden, _OfLayer, total=False):
+    """Shared options of the module of a linear form of a loss over the classes."""
+
+
+class LinearModuleOptions(LinearClassLossModuleOptions, _Smoothing, total=False):
+    """Shared options of the module of a linear form."""
+
+
+class CrossEntropyOptions(_Weighting, _Smoothing, _OfModule, total=False):
+    """Shared options of a cross-entropy that is the mean, within another module."""
+
+    inplace_backward: bool
+
+
+DEFAULTS: CallOptions = {
     "weight": None,
     "ignore_index": -100,
     "reduction": "mean",
@@ -43,3 +132,15 @@ DEFAULTS: RowOptions = {
     "group": None,
     "impl": None,
 }
+
+#: Those of linear forms beside.
+LINEAR_DEFAULTS: dict[str, Any] = {
+    "linear_bias": None,
+    "softcap": None,
+    "budget": None,
+    "drop_ignored": None,
+    "sequence_parallel": False,
+}
+
+#: Label smoothing mixes the losses of all classes, which a loss over the classes has anyway.
+CLASS_LOSSES_LACK = tuple(_Smoothing.__annotations__)

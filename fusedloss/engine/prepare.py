@@ -17,7 +17,7 @@ from ..definition.statistics import Targets
 from ..distributed import dtensor, vocabulary
 from ..distributed.vocabulary import VocabularyShards
 from . import constants
-from .options import DEFAULTS, RowOptions
+from .options import DEFAULTS, CallOptions
 
 SMOOTHING_OVER = ("all", "others")
 
@@ -31,7 +31,7 @@ class Call(NamedTuple):
     inplace: bool
     shards: VocabularyShards | None
     classes: int  # of all ranks
-    options: RowOptions  # with their defaults
+    options: CallOptions  # with their defaults
 
 
 def prepare(
@@ -41,14 +41,14 @@ def prepare(
     params: Sequence[float | Tensor],
     without: tuple[str, ...],
     candidates: Tensor | None,
-    options: RowOptions,
+    options: CallOptions,
 ) -> Call:
     """Checks the arguments of a loss; `name` is the public function's on logits."""
     linear = isinstance(input, Projection)
     for option in options:
         if option not in DEFAULTS or option in without or (linear and option == "inplace_backward"):
             raise TypeError(f"{'linear_' * linear}{name}() got an unexpected keyword argument {option!r}")
-    o: RowOptions = {**DEFAULTS, **options}
+    o: CallOptions = {**DEFAULTS, **options}
     checks.check_logits(input, target)
     given, transformed = input, transforms.active()
     # Beneath a transform there may be one, too.
@@ -123,7 +123,7 @@ def prepare(
     return Call(rows, spec, token_weight, inplace, shards, classes, o)
 
 
-def _check(input: Source, target: Tensor, classes: int, o: RowOptions) -> None:
+def _check(input: Source, target: Tensor, classes: int, o: CallOptions) -> None:
     if classes < 1:
         checks.check_classes(classes, input)
     # The checks themselves would take most of a small call's time.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fusedloss
 
 from ..distributed import fsdp
+from ..losses._registry import argument_names
 
 try:
     from transformers import PreTrainedModel
@@ -239,14 +240,15 @@ class _Loss(NamedTuple):
 def _check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], excluded: frozenset[str]) -> None:
     if not callable(loss):
         raise TypeError(f"loss must be a function, got {loss!r}")
-    name, parameters = getattr(loss, "__name__", repr(loss)), inspect.signature(loss).parameters
+    name, known = getattr(loss, "__name__", repr(loss)), argument_names(loss)
     for argument in arguments:
         if argument in excluded:
             raise TypeError(f"{name}() gets {argument!r} from the model and its labels, or cannot be used with it here")
-        if argument not in parameters:
+        if argument not in known:
             raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
-    for parameter in list(parameters.values())[2:]:
-        if parameter.default is parameter.empty and parameter.name not in (*arguments, *_OF_THE_MODEL):
+    for parameter in list(inspect.signature(loss).parameters.values())[2:]:
+        needed = parameter.default is parameter.empty and parameter.name in known
+        if needed and parameter.name not in (*arguments, *_OF_THE_MODEL):
             raise TypeError(f"{name}() needs the argument {parameter.name!r}")
 
 

@@ -1,4 +1,4 @@
-"""Losses of overlap (dice, DSC, Tversky): their forms, and the levels at which errors and agreements are summed.
+"""Losses of overlap (such as dice): their forms, and the levels at which errors and agreements are summed.
 
     level "example"   E / (E + C + smooth) of each class of each row, whose losses are summed: a row loss
     level "class"     the same of each class, from its E and C summed over the rows
@@ -11,7 +11,7 @@ them are the class weights of a row loss, which has the gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -25,17 +25,16 @@ from ..definition.statistics import Picks
 from ..engine import functions, over_classes
 from ..engine.constants import parameter
 from ..engine.dispatch import dense_row_stats, has_compiled, in_chunks, row_loss, row_stats, shaped_stats
-from ..engine.options import RowOptions
+from ..engine.options import CLASS_LOSSES_LACK, CallOptions
 from ..engine.prepare import Call, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-FORMS = ("one_vs_rest", "target")
-LEVELS = ("example", "class", "set")
+Form: TypeAlias = Literal["one_vs_rest", "target"]
+Level: TypeAlias = Literal["example", "class", "set"]
 
-#: Shared options that these losses do not take.
-WITHOUT = ("label_smoothing", "smoothing_over")
+FORMS, LEVELS = get_args(Form), get_args(Level)
 
 
 def probabilities(input: Tensor, target: Tensor, form: str) -> tuple[Tensor, Tensor]:
@@ -54,9 +53,9 @@ def overlap_loss(
     overlap: Overlap,
     params: Sequence[float | Tensor],
     smooth: float,
-    form: str,
-    level: str,
-    **options: Unpack[RowOptions],
+    form: Form,
+    level: Level,
+    **options: Unpack[CallOptions],
 ) -> Any:
     """The loss of logits in hand or, at level "example", of a projection; `name` is the public function's on logits."""
     check_choice("form", form, FORMS)
@@ -64,7 +63,8 @@ def overlap_loss(
     # In a row, a class of no probability would be 0 / 0 without smooth.
     check_number("smooth", smooth, 0, above=form == "one_vs_rest" and level == "example")
     if level == "example":
-        return row_loss(name, input, target, overlap.forms[form], (*params, smooth), without=WITHOUT, **options)
+        every = (*params, smooth)
+        return row_loss(name, input, target, overlap.forms[form], every, without=CLASS_LOSSES_LACK, **options)
     if form != "one_vs_rest":
         raise ValueError(
             f"level={level!r} holds a class's right and wrong predictions against each other, but form={form!r} sees "
@@ -75,7 +75,7 @@ def overlap_loss(
             f"the linear forms make the logits of some rows at a time, but level={level!r} needs all of them before "
             "the gradient of any; compute the logits and use the row form, or level='example'"
         )
-    call = prepare(name, input, target, params, WITHOUT, None, options)
+    call = prepare(name, input, target, params, CLASS_LOSSES_LACK, None, options)
     _check_level(call, level)
     weight, reduction = call.rows.class_weight, call.options["reduction"]
     if call.shards is not None:

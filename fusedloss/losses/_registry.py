@@ -1,17 +1,21 @@
-"""Each loss with example arguments and the formula that one would write for it in PyTorch.
+"""What each loss tells of itself, once and beside its function, for whatever runs over "every loss".
 
-The losses declare theirs beside themselves; whatever runs over "every loss" (`python -m fusedloss`, the benchmarks)
-finds them here and knows none by name.
+`python -m fusedloss`, the benchmarks, the shared tests and the pages of the documentation find the losses here and know
+none by name.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..engine.options import DEFAULTS, LINEAR_DEFAULTS
+from . import _documents
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 
@@ -20,19 +24,27 @@ _Loss = TypeVar("_Loss", bound=Callable[..., Any])
 class Example:
     """``loss(input, target, **arguments)`` and ``formula`` with the same arguments, which gives the rows' losses.
 
-    With ``over_rows`` it gives something else that is made of all the rows together. The loss is the mean in any case.
     The formula is plain PyTorch over logits (N, V) and targets (N,), differentiable, in the dtype of the logits and
-    free of tricks: what users have without this package.
+    free of tricks: what users have without this package. The loss is the mean of what it gives.
     """
 
     loss: Callable[..., Any]
     formula: Callable[..., Tensor]
     arguments: dict[str, Any] = field(default_factory=dict)
     over_rows: bool = False
+    """Whether the formula gives something that is made of all the rows together, and so has no linear form."""
+    over_classes: bool = False
+    """Whether a row's loss is a sum over the classes, each with a term of its own."""
 
     def __str__(self) -> str:
         values = (f"{k}={getattr(v, '__name__', repr(v)).lstrip('_')}" for k, v in self.arguments.items())
         return f"{self.loss.__name__}({', '.join(values)})"
+
+    @property
+    def linear(self) -> Callable[..., Any] | None:
+        """The linear form, where these arguments have one."""
+        of_user = self.over_classes and "loss_fn" in self.arguments
+        return None if self.over_rows or of_user else LOSSES[self.loss.__name__].linear
 
     def works_in_place(self, impl: str | None = None, device: torch.device | None = None) -> bool:
         """Whether `inplace_backward` makes the gradient take the logits' memory; some losses and some
@@ -47,14 +59,73 @@ class Example:
         return gradient.data_ptr() == logits.data_ptr()
 
 
+@dataclass
+class Loss:
+    """A loss, its forms and what is known of it."""
+
+    row: Callable[..., Any]
+    source: str | None
+    """The paper, as "arXiv:1708.02002"."""
+    without: tuple[str, ...]
+    """Shared options that it does not take."""
+    examples: list[Example]
+    linear: Callable[..., Any] | None = None
+
+
+#: By the names of the functions of logits.
+LOSSES: dict[str, Loss] = {}
+
+#: Of all the losses.
 EXAMPLES: list[Example] = []
 
 
-def example(formula: Callable[..., Tensor], *, over_rows: bool = False, **arguments: Any) -> Callable[[_Loss], _Loss]:
-    """Declares an example of the decorated loss; several read from the bottom up."""
+def row_form(
+    *examples: Callable[[Callable[..., Any]], Example],
+    source: str | None = None,
+    without: tuple[str, ...] = (),
+) -> Callable[[_Loss], _Loss]:
+    """Register the decorated loss of logits, and add the options that it shares to its docstring."""
 
-    def declare(loss: _Loss) -> _Loss:
-        EXAMPLES.append(Example(loss, formula, arguments, over_rows))
+    def register(loss: _Loss) -> _Loss:
+        of_loss = [make(loss) for make in examples]
+        LOSSES[loss.__name__] = Loss(loss, source, without, of_loss)
+        EXAMPLES.extend(of_loss)
+        loss.__doc__ = _documents.row_form(loss, without)
         return loss
 
-    return declare
+    return register
+
+
+def example(
+    formula: Callable[..., Tensor], *, over_rows: bool = False, over_classes: bool = False, **arguments: Any
+) -> Callable[[Callable[..., Any]], Example]:
+    """An example of a loss, which :func:`row_form` takes."""
+    return lambda loss: Example(loss, formula, arguments, over_rows, over_classes)
+
+
+def linear_form(row: Callable[..., Any]) -> Callable[[_Loss], _Loss]:
+    """Register the decorated function as the linear form of a loss, and write its docstring from the row form's."""
+
+    def register(linear: _Loss) -> _Loss:
+        LOSSES[row.__name__].linear = linear
+        linear.__doc__ = _documents.linear_form(row, argument_names(linear))
+        return linear
+
+    return register
+
+
+def options_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The shared options of a loss in either form, which its signature has as ``**options``, with their defaults."""
+    for loss in LOSSES.values():
+        if function in (loss.row, loss.linear):
+            linear = function is loss.linear
+            shared = (LINEAR_DEFAULTS if linear else {}) | DEFAULTS
+            absent = (*loss.without, "return_stats", *(["inplace_backward"] if linear else []))
+            return {name: value for name, value in shared.items() if name not in absent}
+    return {}
+
+
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """The names of all the arguments of a loss in either form, its own before those that it shares."""
+    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return [*own, *options_of(function)]

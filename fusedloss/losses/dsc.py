@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..checks import check_logits, check_parameter
 from ..definition.epilogue import Overlap, power
-from ..engine.options import RowOptions
-from ._linear import linear_form
-from ._options import row_form
-from ._overlap import WITHOUT, overlap_loss, probabilities
-from ._registry import example
+from ..definition.statistics import RowStats
+from ..engine.options import CLASS_LOSSES_LACK, ClassLossOptions, LinearClassLossOptions
+from ._linear import projected
+from ._overlap import Form, Level, overlap_loss, probabilities
+from ._registry import example, linear_form, row_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,11 +56,26 @@ def _formula(
     return (1 - (2 * agreement + smooth) / (size + smooth)).sum(-1)
 
 
-@example(_formula, over_rows=True, alpha=0.01, level="set")
-@example(_formula, over_rows=True, alpha=0.01, level="class")
-@example(_formula, alpha=0.01, form="target")
-@example(_formula, alpha=0.01)
-@row_form(*WITHOUT)
+@overload
+def dsc_loss(
+    input: Tensor, target: Tensor, *, alpha: float | Tensor = ..., smooth: float = ..., squared: bool = ...,
+    form: Form = ..., level: Level = ..., detach_weight: bool = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[ClassLossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def dsc_loss(
+    input: Tensor, target: Tensor, *, alpha: float | Tensor = ..., smooth: float = ..., squared: bool = ...,
+    form: Form = ..., level: Level = ..., detach_weight: bool = ...,
+    return_stats: Literal[True], **options: Unpack[ClassLossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@row_form(
+    example(_formula, over_classes=True, alpha=0.01),
+    example(_formula, alpha=0.01, form="target"),
+    example(_formula, over_rows=True, over_classes=True, alpha=0.01, level="class"),
+    example(_formula, over_rows=True, over_classes=True, alpha=0.01, level="set"),
+    source="arXiv:1911.02855",
+    without=CLASS_LOSSES_LACK,
+)
 def dsc_loss(
     input: Tensor,
     target: Tensor,
@@ -68,11 +83,12 @@ def dsc_loss(
     alpha: float | Tensor = 0.01,
     smooth: float = 1.0,
     squared: bool = True,
-    form: str = "one_vs_rest",
-    level: str = "example",
+    form: Form = "one_vs_rest",
+    level: Level = "example",
     detach_weight: bool = False,
-    **options: Unpack[RowOptions],
-) -> Any:
+    return_stats: bool = False,
+    **options: Unpack[ClassLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Self-adjusting dice loss of logits, for imbalanced data where F1 is what counts. With p = softmax(input),
 
         DSC(p, y) = 1 - (2 u y + smooth) / (u^k + y + smooth),   u = (1 - p)^alpha p,  k = 2 if squared else 1
@@ -105,21 +121,34 @@ def dsc_loss(
     """
     check_logits(input, target)
     check_parameter("alpha", alpha, target, 0)
-    return _dsc("dsc_loss", input, target, alpha, smooth, squared, form, level, detach_weight, options)
+    params = (alpha, _flag("squared", squared), 1 - _flag("detach_weight", detach_weight))
+    return overlap_loss(
+        "dsc_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options
+    )
 
 
-@example(_formula)
-@row_form(*WITHOUT)
+@overload
+def dice_loss(
+    input: Tensor, target: Tensor, *, smooth: float = ..., squared: bool = ..., form: Form = ..., level: Level = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[ClassLossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def dice_loss(
+    input: Tensor, target: Tensor, *, smooth: float = ..., squared: bool = ..., form: Form = ..., level: Level = ...,
+    return_stats: Literal[True], **options: Unpack[ClassLossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@row_form(example(_formula, over_classes=True), source="arXiv:1911.02855", without=CLASS_LOSSES_LACK)
 def dice_loss(
     input: Tensor,
     target: Tensor,
     *,
     smooth: float = 1.0,
     squared: bool = True,
-    form: str = "one_vs_rest",
-    level: str = "example",
-    **options: Unpack[RowOptions],
-) -> Any:
+    form: Form = "one_vs_rest",
+    level: Level = "example",
+    return_stats: bool = False,
+    **options: Unpack[ClassLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Dice loss of logits, 1 - (2 p y + smooth) / (p^k + y + smooth): :func:`dsc_loss` with alpha = 0.
 
     Args:
@@ -131,26 +160,47 @@ def dice_loss(
     >>> logits = torch.randn(8, 9, requires_grad=True)
     >>> fl.dice_loss(logits, torch.arange(8)).backward()
     """
-    return _dsc("dice_loss", input, target, 0.0, smooth, squared, form, level, False, options)
+    params = (0.0, _flag("squared", squared), 1.0)
+    return overlap_loss(
+        "dice_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options
+    )
 
 
-linear_dsc_loss = linear_form(dsc_loss)
-
-
-def _dsc(
-    name: str,
+@overload
+def linear_dsc_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, alpha: float | Tensor = ..., smooth: float = ...,
+    squared: bool = ..., form: Form = ..., level: Level = ..., detach_weight: bool = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[LinearClassLossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_dsc_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, alpha: float | Tensor = ..., smooth: float = ...,
+    squared: bool = ..., form: Form = ..., level: Level = ..., detach_weight: bool = ...,
+    return_stats: Literal[True], **options: Unpack[LinearClassLossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@linear_form(dsc_loss)
+def linear_dsc_loss(
     input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
-    alpha: float | Tensor,
-    smooth: float,
-    squared: bool,
-    form: str,
-    level: str,
-    detach_weight: bool,
-    options: RowOptions,
-) -> Any:
-    for flag, value in (("squared", squared), ("detach_weight", detach_weight)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{flag} must be a bool, got {value!r}")
-    params = (alpha, float(squared), float(not detach_weight))
-    return overlap_loss(name, input, target, DSC, params, smooth, form, level, **options)
+    *,
+    alpha: float | Tensor = 0.01,
+    smooth: float = 1.0,
+    squared: bool = True,
+    form: Form = "one_vs_rest",
+    level: Level = "example",
+    detach_weight: bool = False,
+    return_stats: bool = False,
+    **options: Unpack[LinearClassLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
+    projection, rest = projected(input, linear_weight, return_stats, options)
+    return dsc_loss(
+        projection, target, alpha=alpha, smooth=smooth, squared=squared, form=form, level=level,
+        detach_weight=detach_weight, **rest,
+    )  # fmt: skip
+
+
+def _flag(name: str, value: bool) -> float:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return float(value)

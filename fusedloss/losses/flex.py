@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_logits
 from ..definition.epilogue import Epilogue
-from ..definition.statistics import OPTIONAL, Statistics
+from ..definition.statistics import OPTIONAL, RowStats, Statistics
 from ..engine.dispatch import row_loss
-from ..engine.options import RowOptions
-from ._linear import linear_form
-from ._options import row_form
-from ._registry import example
+from ..engine.options import LinearOptions, RowOptions
+from ._linear import projected
+from ._registry import example, linear_form, row_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,9 +38,22 @@ def _brier_formula(input: Tensor, target: Tensor, loss_fn: Any, over: str) -> Te
     return (p - (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)).square().sum(-1)
 
 
-@example(_brier_formula, loss_fn=_brier, over="classes")
-@example(_poly1_formula, loss_fn=_poly1)
-@row_form()
+@overload
+def flex_loss(
+    input: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *, statistics: Sequence[str] = ...,
+    candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[RowOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def flex_loss(
+    input: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *, statistics: Sequence[str] = ...,
+    candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    return_stats: Literal[True], **options: Unpack[RowOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@row_form(
+    example(_poly1_formula, loss_fn=_poly1),
+    example(_brier_formula, over_classes=True, loss_fn=_brier, over="classes"),
+)
 def flex_loss(
     input: Tensor,
     target: Tensor,
@@ -49,9 +61,10 @@ def flex_loss(
     *,
     statistics: Sequence[str] = (),
     candidates: Tensor | None = None,
-    over: str = "rows",
+    over: Literal["rows", "classes"] = "rows",
+    return_stats: bool = False,
     **options: Unpack[RowOptions],
-) -> Any:
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Any loss that is a function of the rows' statistics, with the logits read by the same fused passes.
 
     ``loss_fn(s)`` gets :class:`~fusedloss.Statistics`, (N,) tensors over the rows, and gives the rows' losses (N,).
@@ -87,7 +100,33 @@ def flex_loss(
     if "second" in names and "top" not in names:
         names = ("top", *names)
     epilogue = Epilogue("", loss_fn, over="classes" if over == "classes" else "rows", statistics=names)
-    return row_loss("flex_loss", input, target, epilogue, candidates=candidates, **options)
+    return row_loss("flex_loss", input, target, epilogue, candidates=candidates, return_stats=return_stats, **options)
 
 
-linear_flex_loss = linear_form(flex_loss)
+@overload
+def linear_flex_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *,
+    statistics: Sequence[str] = ..., candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_flex_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *,
+    statistics: Sequence[str] = ..., candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    return_stats: Literal[True], **options: Unpack[LinearOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@linear_form(flex_loss)
+def linear_flex_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    loss_fn: Callable[..., Tensor],
+    *,
+    statistics: Sequence[str] = (),
+    candidates: Tensor | None = None,
+    over: Literal["rows", "classes"] = "rows",
+    return_stats: bool = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
+    projection, rest = projected(input, linear_weight, return_stats, options)
+    return flex_loss(projection, target, loss_fn, statistics=statistics, candidates=candidates, over=over, **rest)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
 from ..checks import check_logits, check_parameter
 from ..definition.epilogue import Epilogue, power
-from ..definition.statistics import Statistics
+from ..definition.statistics import RowStats, Statistics
 from ..engine.dispatch import row_loss
-from ..engine.options import RowOptions
-from ._linear import linear_form
-from ._options import row_form
-from ._registry import example
+from ..engine.options import LinearOptions, RowOptions
+from ._linear import projected
+from ._registry import example, linear_form, row_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,9 +30,25 @@ def _formula(input: Tensor, target: Tensor, gamma: float) -> Tensor:
     return -((1 - log_p.exp()) ** gamma) * log_p
 
 
-@example(_formula, gamma=2.0)
-@row_form()
-def focal_loss(input: Tensor, target: Tensor, *, gamma: float | Tensor = 2.0, **options: Unpack[RowOptions]) -> Any:
+@overload
+def focal_loss(
+    input: Tensor, target: Tensor, *, gamma: float | Tensor = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[RowOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def focal_loss(
+    input: Tensor, target: Tensor, *, gamma: float | Tensor = ...,
+    return_stats: Literal[True], **options: Unpack[RowOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@row_form(example(_formula, gamma=2.0), source="arXiv:1708.02002")
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    gamma: float | Tensor = 2.0,
+    return_stats: bool = False,
+    **options: Unpack[RowOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Focal loss of logits, -(1 - p_t)^gamma log p_t, with p = softmax(input) and t the target.
 
     It turns down the rows that are already predicted well; gamma = 0 is cross-entropy. Larger gamma gives better
@@ -55,7 +70,28 @@ def focal_loss(input: Tensor, target: Tensor, *, gamma: float | Tensor = 2.0, **
     """
     check_logits(input, target)
     check_parameter("gamma", gamma, target, 0)
-    return row_loss("focal_loss", input, target, FOCAL, (gamma,), **options)
+    return row_loss("focal_loss", input, target, FOCAL, (gamma,), return_stats=return_stats, **options)
 
 
-linear_focal_loss = linear_form(focal_loss)
+@overload
+def linear_focal_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, gamma: float | Tensor = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_focal_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, gamma: float | Tensor = ...,
+    return_stats: Literal[True], **options: Unpack[LinearOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@linear_form(focal_loss)
+def linear_focal_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    gamma: float | Tensor = 2.0,
+    return_stats: bool = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
+    projection, rest = projected(input, linear_weight, return_stats, options)
+    return focal_loss(projection, target, gamma=gamma, **rest)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..checks import check_logits, check_number, check_parameter
 from ..definition.epilogue import Epilogue
-from ..definition.statistics import Statistics
+from ..definition.statistics import RowStats, Statistics
 from ..engine.dispatch import row_loss
-from ..engine.options import RowOptions
-from ._linear import linear_form
-from ._options import row_form
-from ._registry import example
+from ..engine.options import LinearOptions, RowOptions
+from ._linear import projected
+from ._registry import example, linear_form, row_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,18 +41,27 @@ def _formula(input: Tensor, target: Tensor, alpha: float, top_k: int = 1) -> Ten
     return -(1 - alpha) * at_target - alpha * log_p.gather(-1, predicted).mean(-1)
 
 
-@example(_formula, alpha=0.25, top_k=2)
-@example(_formula, alpha=0.25)
-@row_form()
+@overload
+def mixed_cross_entropy(
+    input: Tensor, target: Tensor, *, alpha: float | Tensor, top_k: Literal[1, 2] = ...,
+    candidates: Tensor | None = ..., return_stats: Literal[False] = ..., **options: Unpack[RowOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def mixed_cross_entropy(
+    input: Tensor, target: Tensor, *, alpha: float | Tensor, top_k: Literal[1, 2] = ...,
+    candidates: Tensor | None = ..., return_stats: Literal[True], **options: Unpack[RowOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@row_form(example(_formula, alpha=0.25), example(_formula, alpha=0.25, top_k=2), source="arXiv:2106.15880")
 def mixed_cross_entropy(
     input: Tensor,
     target: Tensor,
     *,
     alpha: float | Tensor,
-    top_k: int = 1,
+    top_k: Literal[1, 2] = 1,
     candidates: Tensor | None = None,
+    return_stats: bool = False,
     **options: Unpack[RowOptions],
-) -> Any:
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Mixed cross-entropy of logits, -[(1 - alpha) log p_y + alpha log p_yhat], y the target, yhat the prediction.
 
     For translation, where a reference is one of many: part of the target's weight goes to the token that the model
@@ -84,10 +92,42 @@ def mixed_cross_entropy(
     if candidates is not None and top_k != 1:
         raise ValueError(f"candidates take the place of the top predictions; drop top_k={top_k}")
     epilogue = _CANDIDATES if candidates is not None else _TOP_2 if top_k == 2 else _TOP_1
-    return row_loss("mixed_cross_entropy", input, target, epilogue, (alpha,), candidates=candidates, **options)
+    return row_loss(
+        "mixed_cross_entropy",
+        input,
+        target,
+        epilogue,
+        (alpha,),
+        candidates=candidates,
+        return_stats=return_stats,
+        **options,
+    )
 
 
-linear_mixed_cross_entropy = linear_form(mixed_cross_entropy)
+@overload
+def linear_mixed_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, alpha: float | Tensor, top_k: Literal[1, 2] = ...,
+    candidates: Tensor | None = ..., return_stats: Literal[False] = ..., **options: Unpack[LinearOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_mixed_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, alpha: float | Tensor, top_k: Literal[1, 2] = ...,
+    candidates: Tensor | None = ..., return_stats: Literal[True], **options: Unpack[LinearOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@linear_form(mixed_cross_entropy)
+def linear_mixed_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    alpha: float | Tensor,
+    top_k: Literal[1, 2] = 1,
+    candidates: Tensor | None = None,
+    return_stats: bool = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
+    projection, rest = projected(input, linear_weight, return_stats, options)
+    return mixed_cross_entropy(projection, target, alpha=alpha, top_k=top_k, candidates=candidates, **rest)
 
 
 @overload

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -38,13 +38,17 @@ from ..engine.functions import differentiable
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from ..engine.options import LinearImpl
+
 #: Bytes of similarities held at a time.
 BUDGET = 12 * 2**20
 
 #: Bytes of features at a time in what is done to each of them apart.
 COLUMN_BYTES = 2**20
 
-REDUCTIONS = ("mean", "mean_all", "sum", "none")
+SupConReduction: TypeAlias = Literal["mean", "mean_all", "sum", "none"]
+
+REDUCTIONS = get_args(SupConReduction)
 
 
 def _lse(s: Statistics) -> Tensor:
@@ -60,16 +64,16 @@ def supcon_loss(
     *,
     temperature: float | Tensor = 0.3,
     normalize: bool = True,
-    positives: str = "out",
+    positives: Literal["out", "in"] = "out",
     contrast: Tensor | None = None,
     contrast_labels: Tensor | None = None,
     self_index: Tensor | None = None,
     contrast_includes_batch: bool = False,
     positive_mask: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: SupConReduction = "mean",
     group: ProcessGroup | None = None,
     averaged: bool = False,
-    impl: str | None = None,
+    impl: LinearImpl | None = None,
 ) -> Tensor:
     r"""Supervised contrastive loss of features. With f = features / |features| and s_ij = f_i . f_j / temperature,
 
@@ -685,7 +689,7 @@ def _definition(pairs: _Pairs, positives: str, reduction: str) -> Tensor:
     return loss.sum() / divisors[reduction]
 
 
-def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: str | None) -> Tensor:
+def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: Any) -> Tensor:
     """log sum over all that an anchor is compared with of exp s: (N,), or the sum of these times `share`."""
     anchors, others, own = pairs.anchors, pairs.others, pairs.own_index()
     rows, bias = others.shape[0], None

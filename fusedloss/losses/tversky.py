@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..checks import check_logits, check_parameter
 from ..definition.epilogue import Overlap
-from ..engine.options import RowOptions
-from ._linear import linear_form
-from ._options import row_form
-from ._overlap import WITHOUT, overlap_loss, probabilities
-from ._registry import example
+from ..definition.statistics import RowStats
+from ..engine.options import CLASS_LOSSES_LACK, ClassLossOptions, LinearClassLossOptions
+from ._linear import projected
+from ._overlap import Form, Level, overlap_loss, probabilities
+from ._registry import example, linear_form, row_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,10 +45,25 @@ def _formula(
     return loss.sum(-1) if level == "example" else loss
 
 
-@example(_formula, over_rows=True, level="class")
-@example(_formula, alpha=0.3, form="target")
-@example(_formula)
-@row_form(*WITHOUT)
+@overload
+def tversky_loss(
+    input: Tensor, target: Tensor, *, alpha: float | Tensor = ..., beta: float | Tensor | None = ...,
+    smooth: float = ..., form: Form = ..., level: Level = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[ClassLossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def tversky_loss(
+    input: Tensor, target: Tensor, *, alpha: float | Tensor = ..., beta: float | Tensor | None = ...,
+    smooth: float = ..., form: Form = ..., level: Level = ...,
+    return_stats: Literal[True], **options: Unpack[ClassLossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@row_form(
+    example(_formula, over_classes=True),
+    example(_formula, alpha=0.3, form="target"),
+    example(_formula, over_rows=True, over_classes=True, level="class"),
+    source="arXiv:1706.05721",
+    without=CLASS_LOSSES_LACK,
+)
 def tversky_loss(
     input: Tensor,
     target: Tensor,
@@ -56,10 +71,11 @@ def tversky_loss(
     alpha: float | Tensor = 0.6,
     beta: float | Tensor | None = None,
     smooth: float = 1.0,
-    form: str = "one_vs_rest",
-    level: str = "example",
-    **options: Unpack[RowOptions],
-) -> Any:
+    form: Form = "one_vs_rest",
+    level: Level = "example",
+    return_stats: bool = False,
+    **options: Unpack[ClassLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
     r"""Tversky loss of logits, dice loss with a price for each kind of error. With p = softmax(input),
 
         1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth),   TP = p y,  FP = p (1 - y),  FN = (1 - p) y
@@ -92,7 +108,36 @@ def tversky_loss(
     else:
         check_parameter("alpha", alpha, target, 0)
         check_parameter("beta", beta, target, 0)
-    return overlap_loss("tversky_loss", input, target, TVERSKY, (alpha, beta), smooth, form, level, **options)
+    return overlap_loss(
+        "tversky_loss", input, target, TVERSKY, (alpha, beta), smooth, form, level, return_stats=return_stats, **options
+    )
 
 
-linear_tversky_loss = linear_form(tversky_loss)
+@overload
+def linear_tversky_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, alpha: float | Tensor = ...,
+    beta: float | Tensor | None = ..., smooth: float = ..., form: Form = ..., level: Level = ...,
+    return_stats: Literal[False] = ..., **options: Unpack[LinearClassLossOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_tversky_loss(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, alpha: float | Tensor = ...,
+    beta: float | Tensor | None = ..., smooth: float = ..., form: Form = ..., level: Level = ...,
+    return_stats: Literal[True], **options: Unpack[LinearClassLossOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@linear_form(tversky_loss)
+def linear_tversky_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    alpha: float | Tensor = 0.6,
+    beta: float | Tensor | None = None,
+    smooth: float = 1.0,
+    form: Form = "one_vs_rest",
+    level: Level = "example",
+    return_stats: bool = False,
+    **options: Unpack[LinearClassLossOptions],
+) -> Tensor | tuple[Tensor, RowStats]:
+    projection, rest = projected(input, linear_weight, return_stats, options)
+    return tversky_loss(projection, target, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level, **rest)

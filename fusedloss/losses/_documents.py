@@ -1,0 +1,111 @@
+"""What the docstrings of the losses share: the options, and the text of a linear form."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..engine.options import DEFAULTS
+
+_OPTIONS_DOC = {
+    "weight": "(V,) class weights w. A row's loss is multiplied by that of its target.",
+    "ignore_index": "target value whose rows count for nothing: no loss, no gradient, not looked at.",
+    "reduction": '"mean" over the targets not ignored, "sum", or "none" for losses of the target\'s shape.',
+    "label_smoothing": "eps in [0, 1]: (1 - eps) * loss + (eps / V) * sum_j w_j (-log p_j).",
+    "smoothing_over": """"all" V classes as above, or "others": eps / (V - 1) for each class but the target,
+(1 - eps - eps / (V - 1)) * loss + eps / (V - 1) * sum_j w_j (-log p_j), as in fairseq.""",
+    "z_loss": "adds z_loss * lse^2 to each row, lse = log sum_j exp z_j (weighted as the row is).",
+    "token_weight": "tensor of the target's shape by which each target's loss is multiplied. Differentiated if it\n"
+    "requires grad.",
+    "normalizer": """number or 0-d tensor that replaces the divisor of "mean", for gradient accumulation and for
+ranks, of which :func:`~fusedloss.normalizer` counts the targets; or "token_weight" for the sum of the
+token weights of the targets that count.""",
+    "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
+    "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
+needed after that; a second backward raises. Needs an implementation with kernels, and computed
+logits; those in the memory of a leaf that requires grad raise. Under torch.compile the gradient is a
+new tensor all the same.""",
+    "group": """of torch.distributed: this rank has the logits of some of the classes, any number, its ranks one
+after the other have those of all. Targets, class weights, candidates and all else are of all
+classes, and the same on every rank; so are the loss and the upstream gradients. A
+:class:`~fusedloss.VocabularyShards` in its place saves a collective in each call.""",
+    "impl": """"cpu", "triton" or "cuda" (GPUs), or "reference"; None takes FUSEDLOSS_IMPL or else the fastest
+that is ready. "cuda" makes the gradient of "mean" and "sum" with the loss, of one read of the logits, and the backward
+does nothing where the upstream gradient is 1; where it is not, bfloat16 gradients are rounded twice. Not so for
+float16, whose gradients could vanish before they are scaled, and under torch.compile. Under function transforms
+(torch.func, forward-mode differentiation) "reference" runs, whatever is named.""",
+}
+
+_SHAPES_DOC = """
+Shapes:
+    input (*, V) of float64, float32, bfloat16 or float16 with any strides; target (*) of int64, int32, int16, int8
+    or uint8. The loss is float32, float64 for float64 input. With no target to count, it is 0 and so are the gradients.
+
+Raises:
+    TypeError, ValueError: an argument of the wrong kind, shape or range.
+    IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
+    RuntimeError: the named implementation cannot run here; `inplace_backward` would overwrite a leaf; a function
+        transform together with `inplace_backward` or `group`.
+"""
+
+_LINEAR_DOC = """{summary}
+
+The linear form of :func:`~fusedloss.{row}`: the same loss of the logits ``input @ linear_weight.T + linear_bias``,
+which are made a chunk at a time and never stored. "mean" and "sum" make the gradients together with the loss (three
+matrix products in all); "none", flex losses and parameters that require grad make the logits once more for them (four).
+The weight's gradient is summed in float32 at least. Gradients are computed only for what requires them.
+
+Args:
+    input: hidden states (*, D) of float64, float32, bfloat16 or float16. Under autocast it, the weight and the bias
+        are cast as by torch.nn.functional.linear.
+    linear_weight: (V, D), such as the weight of the output layer, tied or not.
+    target: (*) class indices of any integer dtype.
+    linear_bias: (V,) or None.
+    softcap: cap c > 0 of the logits, z = c tanh(z / c); None for none.
+    budget: bytes that a chunk of logits may take (with softcap, and its slope); None takes FUSEDLOSS_LINEAR_BUDGET or
+        else 128 MiB, and where an NVIDIA GPU sums the gradient of a weight (V, D) up to 4 V D bytes.
+    drop_ignored: leave ignored rows out of the products. Their number is read by the host, so that None does it on a
+        CPU only.
+    sequence_parallel: with a group, whose ranks then have an equal part of the hidden states each, (S / R, *, D), one
+        after the other along the first dimension; the target is that of all of them, (S, *). They are gathered chunk by
+        chunk, and their gradient is sent back likewise: no rank ever has all of them, but where a loss over the classes
+        runs in PyTorch.
+{arguments}
+    impl: as below, or "triton_fused": on a GPU, kernels make the logits wherever they look at them and store none; only
+        gradients are chunks of `budget` bytes, and gradients of "mean" and "sum" take four products too.
+
+Returns and raises as the row form, and ValueError for sizes, dtypes or devices that do not fit together and for a
+budget too small for the logits of one row.
+
+The row form, :func:`~fusedloss.{row}`:
+
+{document}
+"""
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 116, initial_indent="    ", subsequent_indent="        ")
+
+
+def row_form(loss: Callable[..., Any], without: Sequence[str]) -> str:
+    """The docstring of a loss with the options that it shares, but for those `without` which it is."""
+    options = ""
+    for name, text in _OPTIONS_DOC.items():
+        if name not in without:
+            default = DEFAULTS[name]  # type: ignore[literal-required]
+            shown = "" if default is None else f" Default: {default!r}."
+            options += _wrapped(f"{name}: {text}{shown}") + "\n"
+    return f"{inspect.cleandoc(loss.__doc__ or '')}\n\nOptions of every row loss:\n{options}{_SHAPES_DOC}"
+
+
+def linear_form(row: Callable[..., Any], arguments: Sequence[str]) -> str:
+    """The docstring of the linear form of a loss, which has these arguments."""
+    document = inspect.getdoc(row) or ""
+    return _LINEAR_DOC.format(
+        summary=document.splitlines()[0].replace("of logits", "of hidden states"),
+        row=row.__name__,
+        arguments=_wrapped(f"{', '.join(x for x in arguments if f'    {x}: ' not in _LINEAR_DOC)}: as below."),
+        document=textwrap.indent(document, "    "),
+    )
