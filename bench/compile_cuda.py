@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from fusedloss.backends import cuda
+from fusedloss.backends import BACKENDS, cuda
 
 KERNELS = Path(__file__).parents[1] / "csrc/cuda"
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -84,11 +84,15 @@ def _compile(dtype: str, target: str, folder: Path) -> list[Compiled]:
     ]
 
 
+#: The epilogues over the classes, by the names of their functors.
+TERMS = {name.title().replace("_", ""): name for name in BACKENDS["cpu"].epilogues.classes}
+
+
 def _loss(name: str) -> str:
-    term = re.search(r"\d((?:Dsc|Tversky)[A-Za-z]+?)E", name)
+    term = re.search(rf"\d({'|'.join(TERMS)})E", name)
     if term is None:
         return WITH_PICKS if "vLi7E" in name else ""
-    return re.sub(r"(?<=.)([A-Z])", r"_\1", term[1]).lower()
+    return TERMS[term[1]]
 
 
 #: What a thread does with a tile: packs into shared memory, packs out of it, packs to the gradient, exponentials.

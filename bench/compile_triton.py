@@ -37,16 +37,8 @@ TARGETS = {
 }
 #: Epilogues with the number of their parameters and of the top classes that they look at.
 LOSSES = {
-    "cross_entropy": (0, 0),
-    "log_sum_exp": (0, 0),
-    "focal": (1, 0),
-    "mixed_cross_entropy": (1, 2),
-    "dsc_target": (4, 0),
-    "tversky_target": (3, 0),
-    "dsc_one_vs_rest": (4, 1),
-    "tversky_one_vs_rest": (3, 1),
-    "dsc_over_rows": (4, 1),
-    "tversky_over_rows": (3, 1),
+    **{name: (x.params, 2 if name == "mixed_cross_entropy" else 0) for name, x in epilogues.ROW_EPILOGUES.items()},
+    **{name: (x.params, 1) for name, x in epilogues.CLASS_TERMS.items()},
 }
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 ROWS, CLASSES, DEPTH = 4096, 32000, 1024
@@ -321,7 +313,7 @@ def counted() -> Iterator[tuple[Any, ...]]:
         for loss in ("cross_entropy", "mixed_cross_entropy"):
             yield "sm_90", f"{loss}, plain", dtype, CLASSES
         yield "sm_90", "cross_entropy, plain in one", dtype, CLASSES
-        for loss in ("dsc_one_vs_rest", "tversky_one_vs_rest"):
+        for loss in (name for name in LOSSES if name.endswith("_one_vs_rest")):
             yield "sm_90", loss, dtype, CLASSES
 
 

@@ -31,9 +31,11 @@ IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
     "flex classes": partial(fl.flex_loss, loss_fn=lambda p, q, positive: p * p, over="classes"),
     "focal, learnt": partial(fl.focal_loss, gamma=torch.tensor(2.0, requires_grad=True)),
     "mixed, learnt": partial(fl.mixed_cross_entropy, alpha=torch.tensor(0.5, requires_grad=True)),
-    "tversky, learnt": partial(fl.tversky_loss, alpha=torch.tensor(0.5, requires_grad=True)),
+    "classes, learnt": partial(fl.dsc_loss, alpha=torch.tensor(0.5, requires_grad=True)),
 }
 
+#: Losses of overlap, each with the number of its parameters.
+OVERLAPS = {name.removesuffix("_over_rows"): count for name, count in backends.BACKENDS["cpu"].epilogues.sums.items()}
 
 #: Signalling NaN, which arithmetic makes quiet: a look leaves a trace.
 SIGNALLING = {
@@ -67,7 +69,7 @@ def check_parts_of_the_classes(
     compute = compute_dtype(dtype)
     alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
     one = torch.ones((), dtype=compute)
-    own = [alpha, one, one] if loss == "dsc" else [alpha, one]
+    own = [alpha, *[one] * (OVERLAPS[loss] - 1)]
     rows = Rows.of(z, target, torch.rand(classes, generator=generator).to(compute), params=[*own, one])
     weight = rows.class_weight
     statistics, index, top_q = statistics_and_top(rows, impl)
@@ -245,7 +247,7 @@ class KernelSuite:
     # --- sums over the rows ---
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("loss", ["dsc", "tversky"])
+    @pytest.mark.parametrize("loss", OVERLAPS)
     def test_class_sums(self, summed, loss, dtype, impl, generator):
         """Against the engine's."""
         rows, classes = summed
@@ -254,7 +256,7 @@ class KernelSuite:
         target[rows // 2] = -100
         alpha = torch.rand(rows, generator=generator).to(compute_dtype(dtype))
         one = torch.ones((), dtype=alpha.dtype)
-        params = [alpha, one, one] if loss == "dsc" else [alpha, one]
+        params = [alpha, *[one] * (OVERLAPS[loss] - 1)]
         batch = Rows.of(z, target, params=params)
         for row_weight in (None, torch.rand(rows, generator=generator).to(alpha.dtype)):
             ours, engine, again = (class_sums(batch, loss, name, row_weight) for name in (impl, "cpu", impl))
@@ -264,7 +266,7 @@ class KernelSuite:
             torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("loss", ["dsc", "tversky"])
+    @pytest.mark.parametrize("loss", OVERLAPS)
     @pytest.mark.parametrize("shape", [(5, 9), (4, 600)], ids=str)
     def test_parts_of_the_classes(self, shape, loss, dtype, impl, generator):
         check_parts_of_the_classes(shape, loss, dtype, impl, generator)

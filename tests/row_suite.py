@@ -1,5 +1,6 @@
 """What every row loss must do, whatever it computes. A loss's test file derives from it and lists its cases."""
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 import fusedloss as fl
+from fusedloss.losses import _registry
 
 Arguments = dict[str, Any]
 
@@ -627,3 +629,9 @@ class RowLossSuite:
         assert_as_accurate_as(loss, truth, truth, 24)
         ulps = 32 if impl.startswith("triton") else 24  # exp(z - m) is off by |z - m| / 2 ulps, up to 62 apart
         assert_as_accurate_as(gradient, slope, slope, 1 if dtype in HALVES else ulps, scale)
+
+
+def modules_of_losses() -> dict[str, Any]:
+    """The losses' test files, by the names of the losses' own."""
+    files = dict.fromkeys(loss.row.__module__.rpartition(".")[2] for loss in _registry.LOSSES.values())
+    return {file: importlib.import_module(f"test_{file}") for file in files}

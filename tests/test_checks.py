@@ -48,10 +48,6 @@ def dsc(error: type[Exception], *words: str, loss: Callable[..., Any] = fl.dsc_l
     return bad(lambda z, t: loss(z, t, **values), error, *words)
 
 
-def tversky(error: type[Exception], *words: str, **values: Any) -> Bad:
-    return bad(lambda z, t: fl.tversky_loss(z, t, **values), error, *words)
-
-
 def flex(error: type[Exception], *words: str, loss_fn: Any = lambda s: s.ce, **values: Any) -> Bad:
     return bad(lambda z, t: fl.flex_loss(z, t, loss_fn, **values), error, *words)
 
@@ -228,19 +224,6 @@ CASES: dict[str, Bad] = {
     ),
     "a class of the reference in place": dsc(
         ValueError, "inplace_backward", "'reference'", level="class", inplace_backward=True, impl="reference"
-    ),
-    # Tversky
-    "Tversky's alpha below 0": tversky(ValueError, "alpha", "-0.5", alpha=-0.5),
-    "Tversky's alpha above 1 without beta": tversky(ValueError, "alpha", "between 0 and 1", "1.5", alpha=1.5),
-    "Tversky's alpha below 0 with beta": tversky(ValueError, "alpha", "-0.5", alpha=-0.5, beta=0.5),
-    "Tversky's beta below 0": tversky(ValueError, "beta", "-0.5", beta=-0.5),
-    "Tversky's beta is a bool": tversky(TypeError, "beta", "True", beta=True),
-    "Tversky's alpha is a string": tversky(TypeError, "alpha", "'0.6'", alpha="0.6"),
-    "Tversky's smooth is 0": tversky(ValueError, "smooth", "0", smooth=0),
-    "Tversky of an unknown level": tversky(ValueError, "level", "'batch'", level="batch"),
-    "Tversky of an unknown form": tversky(ValueError, "form", "'rows'", form="rows"),
-    "Tversky does not smooth labels": tversky(
-        TypeError, "tversky_loss()", "'label_smoothing'", label_smoothing=0.1
     ),
     "smooth is 0 in one_vs_rest": dsc(ValueError, "smooth", "0", smooth=0),
     "smooth is negative": dsc(ValueError, "smooth", "-1.0", smooth=-1.0, form="target"),

@@ -84,7 +84,7 @@ CASES: dict[str, Callable[..., Tensor]] = {
     ),
     "row, a counted divisor": lambda logits: fl.cross_entropy(logits, TARGET, normalizer=fl.normalizer(TARGET)),
     "classes": lambda logits: fl.dsc_loss(logits, TARGET, alpha=0.5, weight=CLASS_WEIGHT),
-    "classes, a learnt number": lambda logits, alpha: fl.tversky_loss(logits, TARGET, alpha=alpha, reduction="none"),
+    "classes, a learnt number": lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, reduction="none"),
     "one class, a learnt number": lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, form="target"),
     "each class over the rows": lambda logits, token_weight: fl.dsc_loss(
         logits, TARGET, alpha=0.5, level="class", reduction="none", token_weight=token_weight

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_as_accurate_as
-from row_losses import INPLACE, LOSSES, computed, each_inplace_loss
+from row_losses import INPLACE, LOSSES, computed, each_inplace_loss, takes
 from torch import Tensor
 
 import fusedloss as fl
@@ -528,7 +528,7 @@ def _run_between_guards(dtype: torch.dtype, classes: int, at_end: bool) -> None:
     full = torch.float64 if dtype == torch.float64 else torch.float32
     weight = guarded(torch.linspace(0.5, 2, classes, dtype=full), at_end)
     for name in INPLACE:
-        smooth = {} if name.startswith(("dsc", "dice", "tversky")) else {"label_smoothing": 0.1}
+        smooth = {"label_smoothing": 0.1} if takes(LOSSES[name], "label_smoothing") else {}
         for options in ({}, {"weight": weight, **smooth}):
             expected = rows_and_gradient(LOSSES[name], z, target, impl="cpu", **options)[1]
             logits, index = guarded(z, at_end), guarded(target, at_end)

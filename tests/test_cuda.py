@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import test_cross_entropy
-import test_dsc
-import test_flex
-import test_focal
 import test_linear
-import test_mixed_cross_entropy
-import test_tversky
 import torch
 from cuda_host import ROOT, compiler, load
 from kernel_suite import KernelSuite, check_operators, class_sums
 from row_losses import computed
-from row_suite import DTYPES, Problem, RowLossSuite, compute_dtype, logits_and_targets, with_gradient
+from row_suite import (
+    DTYPES,
+    Problem,
+    RowLossSuite,
+    compute_dtype,
+    logits_and_targets,
+    modules_of_losses,
+    with_gradient,
+)
 from torch import Tensor
 
 import fusedloss as fl
@@ -40,14 +42,9 @@ if compiler() is None:
 
 pytestmark = pytest.mark.compile
 
-SUITES = {
-    "cross_entropy": test_cross_entropy.TestRowLoss,
-    "focal": test_focal.TestRowLoss,
-    "mixed": test_mixed_cross_entropy.TestRowLoss,
-    "dsc": test_dsc.TestRowLoss,
-    "tversky": test_tversky.TestRowLoss,
-    "flex": test_flex.TestRowLoss,
-}
+CPU = backends.BACKENDS["cpu"].epilogues
+
+SUITES = {name: module.TestRowLoss for name, module in modules_of_losses().items()}
 CASES = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in suite.CASES}
 
 CUDA, PLAN = backends.BACKENDS["cuda"], cuda.plan
@@ -101,7 +98,7 @@ class TestRowLoss(RowLossSuite):
 
     CASES: ClassVar = [
         CASES["cross_entropy cross_entropy"],
-        CASES["mixed top 2"],
+        CASES["mixed_cross_entropy top 2"],
         CASES["dsc one-vs-rest"],
         CASES["flex dual focal"],
     ]
@@ -167,16 +164,8 @@ def test_its_epilogues_are_those_of_the_engine():
 
 #: Epilogues with the number of their parameters and of the top classes that they look at.
 EPILOGUES = {
-    "cross_entropy": (0, 0),
-    "log_sum_exp": (0, 1),
-    "focal": (1, 1),
-    "mixed_cross_entropy": (1, 2),
-    "dsc_target": (4, 0),
-    "tversky_target": (3, 0),
-    "dsc_one_vs_rest": (4, 1),
-    "dsc_over_rows": (4, 1),
-    "tversky_one_vs_rest": (3, 1),
-    "tversky_over_rows": (3, 1),
+    name: (count, {"cross_entropy": 0, "mixed_cross_entropy": 2}.get(name, 1))
+    for name, count in (CPU.rows | CPU.classes).items()
 }
 
 

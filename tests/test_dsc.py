@@ -26,6 +26,23 @@ def _dice_loss(input, target, *, alpha, **options):
     return fl.dice_loss(input, target, **options)
 
 
+#: For `test_fuzz.py`.
+DRAWN = {
+    "dsc_loss": {
+        "alpha": [0.0, 2**-7, 0.5, 1.0, 2.0],
+        "squared": [False, True],
+        "detach_weight": [False, True],
+        "smooth": [0.25, 1.0, 8.0],
+        "form": ["one_vs_rest", "target"],
+    }
+}
+
+
+def drawn(name, own):
+    kind = _case if own["form"] == "target" else _over_classes
+    return kind(name, own, of_probabilities=True)
+
+
 class TestRowLoss(RowLossSuite):
     CASES: ClassVar = [
         _over_classes("one-vs-rest", {}, large=True),

@@ -93,6 +93,19 @@ def _terms_of_dual_focal(z, t, own):
 PASSES = ("statistics", "backward")
 
 
+#: For `test_fuzz.py`.
+DRAWN = {
+    "flex focal": {"gamma": [1.0, 2.0, 5.0]},
+    "flex dual focal": {"gamma": [1.0, 2.0, 5.0]},
+    "flex mixed": {"alpha": [0.0, 0.25, 0.5, 0.75, 1.0], "picks": [1, 2, 3]},
+    "flex dice": {"alpha": [0], "smooth": [0.25, 1.0]},
+}
+
+
+def drawn(name, own):
+    return next(case for case in TestRowLoss.CASES if case.name.startswith(name.removeprefix("flex ")))
+
+
 class TestRowLoss(RowLossSuite):
     CASES: ClassVar = [
         Case("focal by hand", _focal, oracle.focal, {"gamma": 2.0}, PASSES),

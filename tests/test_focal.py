@@ -14,6 +14,11 @@ def _case(name, own, **more):
     return Case(name, fl.focal_loss, oracle.focal, own, **more)
 
 
+#: For `test_fuzz.py`.
+DRAWN = {"focal_loss": {"gamma": [0.0, 0.25, 0.5, 1.0, 2.0, 5.0]}}
+drawn = _case
+
+
 class TestRowLoss(RowLossSuite):
     CASES: ClassVar = [
         _case("gamma=2", {"gamma": 2.0}, large=True),

@@ -9,18 +9,14 @@ from typing import Any
 
 import oracle
 import pytest
-import test_dsc
-import test_flex
-import test_focal
 import test_linear
-import test_mixed_cross_entropy
 import test_overlap
 import test_supcon
-import test_tversky
 import torch
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from oracle import assert_as_accurate_as
+from row_losses import LEVELED
 from row_suite import (
     DTYPES,
     Case,
@@ -29,6 +25,7 @@ from row_suite import (
     compute_dtype,
     layouts,
     logits_and_targets,
+    modules_of_losses,
     of_rows,
     quarters,
 )
@@ -51,41 +48,21 @@ def one_in(share: int) -> settings:
 
 # --- what is drawn ---
 
-FEW = st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 5.0])  # the same numbers in every dtype
 SHARES = st.integers(0, 4).map(lambda k: k / 4)
-_OVERLAP = {"smooth": st.sampled_from([0.25, 1.0, 8.0]), "form": st.sampled_from(["one_vs_rest", "target"])}
-_DSC = {"alpha": st.sampled_from([0.0, 2**-7, 0.5, 1.0, 2.0]), "squared": st.booleans(), "detach_weight": st.booleans()}
-_TVERSKY = {"alpha": SHARES, "beta": st.none() | SHARES}
 
-#: The arguments of each loss. `picks` are `top_k`, or so many candidates.
-LOSSES = {
-    "cross_entropy": {},
-    "focal_loss": {"gamma": FEW},
-    "mixed_cross_entropy": {"alpha": SHARES, "picks": st.sampled_from(["top 1", "top 2", 0, 1, 3])},
-    "dsc_loss": _DSC | _OVERLAP,
-    "tversky_loss": _TVERSKY | _OVERLAP,
-    "flex focal": {"gamma": st.sampled_from([1.0, 2.0, 5.0])},
-    "flex dual focal": {"gamma": st.sampled_from([1.0, 2.0, 5.0])},
-    "flex mixed": {"alpha": SHARES, "picks": st.integers(1, 3)},
-    "flex dice": {"alpha": st.just(0), "smooth": st.sampled_from([0.25, 1.0])},
-}
-LEVELS = {"dsc_loss": _DSC, "tversky_loss": _TVERSKY}
+#: The losses' test files, which say what of their arguments is drawn.
+MODULES = {name: module for module in modules_of_losses().values() for name in module.DRAWN}
+
+#: The values of each loss's arguments, the same numbers in every dtype. `picks` are `top_k`, or so many candidates.
+LOSSES: dict[str, dict[str, list[Any]]] = {name: module.DRAWN[name] for name, module in MODULES.items()}
+LEVELS = [loss.func.__name__ for loss in LEVELED]
 #: Parameters that may be of each row.
 OF_ROWS = ("gamma", "alpha", "beta")
 
 
 def case_of(loss: str, own: dict[str, Any]) -> Case:
-    if loss == "cross_entropy":
-        return Case(loss, fl.cross_entropy, oracle.cross_entropy, own, weighted_mean=True)
-    if loss == "focal_loss":
-        return test_focal._case(loss, own)
-    if loss == "mixed_cross_entropy":
-        return test_mixed_cross_entropy._case(loss, own)
-    if loss in ("dsc_loss", "tversky_loss"):
-        module = test_dsc if loss == "dsc_loss" else test_tversky
-        kind = module._case if own["form"] == "target" else module._over_classes
-        return kind(loss, own, of_probabilities=True)
-    return next(case for case in test_flex.TestRowLoss.CASES if case.name.startswith(loss.removeprefix("flex ")))
+    case: Case = MODULES[loss].drawn(loss, own)
+    return case
 
 
 #: Logits, from ordinary ones (N, V) and targets: what a loss must be right for, or leave to their rows.
@@ -225,7 +202,7 @@ def _optional(draw: st.DrawFn, options: dict[str, st.SearchStrategy[Any]]) -> di
 @st.composite
 def row_settings(draw: st.DrawFn, most: int = 20_000) -> Setting:
     loss = draw(st.sampled_from(sorted(LOSSES)))
-    own = {name: draw(values) for name, values in LOSSES[loss].items()}
+    own = {name: draw(st.sampled_from(values)) for name, values in LOSSES[loss].items()}
     x = draw(data(2 if own.get("picks") == "top 2" else 1, most))
     reduction = draw(st.sampled_from(["none", "mean", "sum"]))
     # A share of the loss of a class without probability is infinite; the square of a huge logit is beyond float32.
@@ -266,8 +243,8 @@ def level_settings(draw: st.DrawFn) -> Setting:
     x = draw(data(logits=LOGITS.keys() - {"a NaN", "a target of -inf"}))  # which reach the whole loss
     return Setting(
         loss,
-        {name: draw(values) for name, values in LEVELS[loss].items()}
-        | {"level": level, "smooth": draw(_OVERLAP["smooth"])},
+        {name: draw(st.sampled_from(values)) for name, values in LOSSES[loss].items() if name != "form"}
+        | {"level": level},
         of_rows=draw(st.booleans()),
         data=x,
         reduction=draw(st.sampled_from(["none", "mean", "sum"])) if level == "class" else "mean",
@@ -446,7 +423,7 @@ def check_levels(setting: Setting, impls: list[str]) -> None:
     by_row = of_rows(own, x.shaped)
     if "weight" in setting.options:
         own["weight"] = by_row["weight"] = class_weights(x.classes, generator)
-    over_rows = oracle.dsc_over_rows if setting.loss == "dsc_loss" else oracle.tversky_over_rows
+    over_rows = getattr(oracle, f"{setting.loss.removesuffix('_loss')}_over_rows")
     loss = getattr(fl, setting.loss)
     case = test_overlap._case(without_stats(loss) if setting.return_stats else loss, over_rows)
     problem = (test_overlap.Problem if x.logits == "ordinary" and x.classes > 1 else ExtremeLevel)(case, z, target, own)

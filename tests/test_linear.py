@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_accurate_as, assert_rows_as_accurate_as
 from products import Products
+from row_losses import takes
 from row_suite import compute_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedloss as fl
+from fusedloss.losses import _registry
 
 ROWS, FEATURES, CLASSES = 37, 19, 131
 IGNORED = -1
@@ -43,8 +45,13 @@ LOSSES = {
     "mixed top 2": _pair("mixed_cross_entropy", alpha=0.3, top_k=2),
     "dsc one-vs-rest": _pair("dsc_loss", alpha=0.5),
     "dsc target": _pair("dsc_loss", alpha=0.5, form="target"),
-    "tversky": _pair("tversky_loss", alpha=0.3),
     "flex": _pair("flex_loss", loss_fn=_poly, statistics=("top", "mean")),
+}
+NAMED = {pair.row.func for pair in LOSSES.values()}
+LOSSES |= {
+    name: _pair(name, **loss.examples[0].arguments)
+    for name, loss in _registry.LOSSES.items()
+    if loss.linear is not None and loss.row not in NAMED
 }
 each_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -79,7 +86,7 @@ class Data(NamedTuple):
 
     def options(self, name: str) -> dict[str, Any]:
         options: dict[str, Any] = {"weight": self.class_weight, "ignore_index": IGNORED, "z_loss": 1e-3}
-        if not name.startswith(("dsc", "tversky")):
+        if takes(LOSSES[name].row, "label_smoothing"):
             options["label_smoothing"] = 0.1
         return options
 
@@ -327,7 +334,6 @@ def _small_factors(generator: torch.Generator) -> dict[str, tuple[str, dict[str,
         "dsc one-vs-rest": ("dsc_loss", {**tokens, "alpha": 0.5}),
         "dsc, steep": ("dsc_loss", {**tokens, "alpha": 30.0, "smooth": 1e-9, "squared": False}),
         "dsc with class weights": ("dsc_loss", {"weight": classes, "smooth": 1e-5}),
-        "tversky": ("tversky_loss", {**tokens, "alpha": 0.3}),
         "statistics": ("flex_loss", {**tokens, "loss_fn": _poly, "statistics": ("top", "mean")}),
         "none": ("cross_entropy", {**tokens, "reduction": "none"}),
     }

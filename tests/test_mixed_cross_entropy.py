@@ -29,6 +29,11 @@ def _candidates(*shape):
     return arguments
 
 
+#: For `test_fuzz.py`; `picks` are `top_k`, or so many candidates.
+DRAWN = {"mixed_cross_entropy": {"alpha": [0.0, 0.25, 0.5, 0.75, 1.0], "picks": ["top 1", "top 2", 0, 1, 3]}}
+drawn = _case
+
+
 class TestRowLoss(RowLossSuite):
     CASES: ClassVar = [
         _case("top 1", {"alpha": 0.25}),

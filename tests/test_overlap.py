@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_suite import check_parts_of_the_classes
 from oracle import assert_as_accurate_as
-from row_losses import computed
+from row_losses import LEVELED, computed
 from row_suite import (
     DTYPES,
     HALVES,
@@ -57,12 +57,10 @@ CASES = {
     "dsc detached": _case(fl.dsc_loss, oracle.dsc_over_rows, alpha=0.5, detach_weight=True),
     "dsc alpha of each row": Case(fl.dsc_loss, oracle.dsc_over_rows, lambda n, g: {"alpha": quarters(n, g, 0, 2)}),
     "dice": _case(fl.dice_loss, partial(oracle.dsc_over_rows, alpha=0.0)),
-    "tversky": _case(fl.tversky_loss, oracle.tversky_over_rows),
-    "tversky beta of each row": Case(
-        fl.tversky_loss, oracle.tversky_over_rows, lambda n, g: {"alpha": 0.25, "beta": quarters(n, g, 0, 2)}
-    ),
 }
-FEW = ["dsc", "tversky"]
+#: The losses that have levels, by the names of their epilogues and of their oracles.
+FEW = {loss.func.__name__.removesuffix("_loss"): loss.func for loss in LEVELED}
+CASES |= {name: _case(loss, getattr(oracle, f"{name}_over_rows")) for name, loss in FEW.items() if name not in CASES}
 SMOOTH_CASES = [name for name in CASES if name != "dsc detached"]  # whose gradient is a derivative
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -218,7 +216,7 @@ def test_any_rank(shape, impl, generator):
     [
         *((fl.dsc_loss, {"alpha": a, "squared": s}) for a in (0.01, 0.5, 1.0) for s in (True, False)),
         (fl.dsc_loss, {"alpha": 0.5, "detach_weight": True}),
-        (fl.tversky_loss, {"alpha": 0.25}),
+        *((loss, {"alpha": 0.25}) for loss in FEW.values()),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
@@ -548,7 +546,7 @@ def test_instruction_sets_agree(name, dtype, generator):
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.covering(2)
-@pytest.mark.parametrize("loss", ["dsc", "tversky"])
+@pytest.mark.parametrize("loss", FEW)
 @pytest.mark.parametrize("shape", [(4, 3), (40, 64), (5, 2049), (3, 20001)], ids=str)
 def test_parts_of_the_classes(shape, loss, dtype, generator):
     check_parts_of_the_classes(shape, loss, dtype, "cpu", generator)
@@ -573,7 +571,8 @@ def test_opcheck(weighted, dtype, generator):
     torch.library.opcheck(ops.terms, (*terms, *saved, spec.encode()))
     over_classes = spec._replace(over_rows=False)
     torch.library.opcheck(ops.sums, (*terms, *saved, None, None, over_classes.encode()))
-    known = "sums: no epilogue named 'dsc_one_vs_rest'; there are 'dsc_over_rows', 'tversky_over_rows'"
+    known = ", ".join(f"'{name}_over_rows'" for name in FEW)
+    known = f"sums: no epilogue named 'dsc_one_vs_rest'; there are {known}"
     with pytest.raises(ValueError, match=known):
         ops.sums(*rows, *saved, row_weight, None, spec._replace(epilogue="dsc_one_vs_rest").encode())
     with pytest.raises(ValueError, match="sums: no epilogue named 'focal'"):

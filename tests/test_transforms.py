@@ -157,7 +157,7 @@ SCENES: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "divisor": (lambda t, z, n: fl.cross_entropy(z, t, normalizer=n), (LOGITS, NUMBER)),
     "learnt, of rows": (lambda t, z, g: fl.focal_loss(z, t, gamma=g), (LOGITS, VECTOR)),
     "learnt, of classes": (lambda t, z, a: fl.dsc_loss(z, t, alpha=a), (LOGITS, VECTOR)),
-    "learnt, of sums": (lambda t, z, a: fl.tversky_loss(z, t, alpha=a, level="class"), (LOGITS, NUMBER)),
+    "learnt, of sums": (lambda t, z, a: fl.dsc_loss(z, t, alpha=a, level="class"), (LOGITS, NUMBER)),
     "learnt, by closure": (partial(_closure, over="rows"), (LOGITS, NUMBER)),
     "learnt, by closure over classes": (partial(_closure, over="classes"), (LOGITS, NUMBER)),
     "class sums": (

@@ -29,6 +29,7 @@ from fusedloss.backends import triton
 from fusedloss.definition.projection import Form, Projection
 from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import operators as ops
+from fusedloss.losses._registry import EXAMPLES
 
 if backends.unavailable("triton", torch.device("cpu")) is not None:
     pytest.skip(f"triton: {backends.unavailable('triton', torch.device('cpu'))}", allow_module_level=True)
@@ -118,13 +119,13 @@ def test_every_other_case(name, dtype, generator):
         problem.check(*problem.run("triton", upstream), upstream)
 
 
-@pytest.mark.parametrize("form", ["one_vs_rest", "target"])
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.over_classes and not e.over_rows], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_tversky(form, dtype, generator):
+def test_losses_over_the_classes(example, dtype, generator):
     z, target = logits_and_targets(7, 2 * BLOCK + 1, generator, dtype)
     target[3] = -100
     results = [
-        with_gradient(lambda x, impl=impl: fl.tversky_loss(x, target, alpha=0.3, form=form, impl=impl), z)
+        with_gradient(lambda x, impl=impl: example.loss(x, target, **example.arguments, impl=impl), z)
         for impl in ("triton", "reference")
     ]
     torch.testing.assert_close(*results, rtol=1e-11 if dtype == torch.float64 else 2e-5, atol=1e-9)

@@ -21,6 +21,22 @@ def _over_classes(name, own, **more):
     return _case(name, own, cancelling=oracle.tversky_terms, **more)
 
 
+#: For `test_fuzz.py`.
+DRAWN = {
+    "tversky_loss": {
+        "alpha": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "beta": [None, 0.0, 0.25, 0.5, 0.75, 1.0],
+        "smooth": [0.25, 1.0, 8.0],
+        "form": ["one_vs_rest", "target"],
+    }
+}
+
+
+def drawn(name, own):
+    kind = _case if own["form"] == "target" else _over_classes
+    return kind(name, own, of_probabilities=True)
+
+
 class TestRowLoss(RowLossSuite):
     CASES: ClassVar = [
         _over_classes("one-vs-rest", {}, large=True),
@@ -73,6 +89,15 @@ def test_alpha_is_the_price_of_false_positives_and_beta_of_false_negatives(impl)
     torch.testing.assert_close(false_negative, torch.tensor([0.0, 0.5 / 2.5]).double(), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("level", ["class", "set"])
+def test_beta_of_each_row_above_the_rows(level, impl, generator):
+    z, target = logits_and_targets(6, 7, generator)
+    own = {"alpha": 0.25, "beta": quarters(6, generator, 0, 2)}
+    ours = with_gradient(lambda x: fl.tversky_loss(x, target, level=level, impl=impl, **own), z)
+    truth = with_gradient(lambda x: oracle.level_loss(oracle.tversky_over_rows, x, target, level=level, **own), z)
+    torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-15)
+
+
 @pytest.mark.parametrize("form", ["one_vs_rest", "target"])
 @pytest.mark.parametrize("shape", [(), (6,)], ids=["0-d", "of each row"])
 def test_alpha_and_beta_are_differentiable(shape, form, impl, generator):
@@ -104,3 +129,23 @@ def test_beta_follows_a_learnt_alpha(impl, generator):
     (slope,) = torch.autograd.grad(fl.tversky_loss(z, target, alpha=alpha, impl=impl), alpha)
     (truth,) = torch.autograd.grad(oracle.loss(oracle.tversky, z, target, alpha=alpha), alpha)
     torch.testing.assert_close(slope, truth, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"alpha": -0.5}, ValueError, "alpha .*-0.5"),
+        ({"alpha": 1.5}, ValueError, "alpha must be between 0 and 1, got 1.5"),
+        ({"alpha": -0.5, "beta": 0.5}, ValueError, "alpha .*-0.5"),
+        ({"beta": -0.5}, ValueError, "beta .*-0.5"),
+        ({"beta": True}, TypeError, "beta .*True"),
+        ({"alpha": "0.6"}, TypeError, "alpha .*'0.6'"),
+        ({"smooth": 0}, ValueError, "smooth .*0"),
+        ({"level": "batch"}, ValueError, "level .*'batch'"),
+        ({"form": "rows"}, ValueError, "form .*'rows'"),
+        ({"label_smoothing": 0.1}, TypeError, r"tversky_loss\(\) .*'label_smoothing'"),
+    ],
+)
+def test_bad_arguments(values, error, message):
+    with pytest.raises(error, match=message):
+        fl.tversky_loss(torch.zeros(4, 5), torch.arange(4), **values)

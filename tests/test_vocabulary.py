@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import assert_rows_as_accurate_as
+from row_losses import LEVELED, computed, is_over_classes, takes
 from row_losses import LOSSES as ROW_LOSSES
-from row_losses import computed
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -45,21 +45,21 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
        for name, loss in ROW_LOSSES.items() if name != "flex_loss classes"},  # refused, see _what_is_refused
     "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ("top", "second", "mean")}),
 }  # fmt: skip
-OVER_CLASSES = ("dsc_loss one_vs_rest", "dice_loss", "tversky_loss")
+OVER_CLASSES = [name for name, loss in ROW_LOSSES.items() if is_over_classes(loss)]
 
 
 def _options(name: str, classes: int, generator: torch.Generator) -> dict[str, dict[str, Any]]:
     """Shared options by name."""
     weight = torch.rand(classes, generator=generator, dtype=torch.float64) + 0.5
     token_weight = torch.rand(ROWS, generator=generator, dtype=torch.float64) + 0.5
-    overlap = name.startswith(("ds", "dice", "tversky"))
-    smoothing: dict[str, Any] = {} if overlap else {"label_smoothing": 0.125}
+    smooths = takes(getattr(fl, LOSSES.get(name, (name,))[0]), "label_smoothing")
+    smoothing: dict[str, Any] = {"label_smoothing": 0.125} if smooths else {}
     return {
         "plain": {},
         "everything": {
             "weight": weight, "ignore_index": IGNORED, "z_loss": 0.01, "token_weight": token_weight, **smoothing,
         },
-        "others": {} if overlap else {"label_smoothing": 0.125, "smoothing_over": "others"},
+        "others": {"label_smoothing": 0.125, "smoothing_over": "others"} if smooths else {},
     }  # fmt: skip
 
 
@@ -130,10 +130,10 @@ def _levels(rank: int, world: int) -> None:
         part = _part(sizes, rank)
         options = _options("dsc_loss", sum(sizes), generator)["everything"]
         del options["z_loss"]
-        for loss, own in ((fl.dsc_loss, {"alpha": 0.5}), (fl.tversky_loss, {"alpha": 0.25})):
+        for loss in LEVELED:
             for level, reduction in (("set", "mean"), ("class", "mean"), ("class", "sum"), ("class", "none")):
                 case = f"{level}, {reduction}, {sized} of {world}"
-                more = {**own, **options, "level": level, "reduction": reduction}
+                more = {**options, "level": level, "reduction": reduction}
                 if level == "set":
                     del more["weight"]
                 whole, mine = z.clone().requires_grad_(), z[:, part].clone().requires_grad_()
@@ -447,11 +447,10 @@ def _by_the_passes(rank: int, world: int) -> None:
     weight = torch.randn(sum(sizes), FEATURES, generator=generator)
     rows, linear = (z[:, part],), (hidden, weight[part])
     losses: dict[str, tuple[Any, tuple[Tensor, ...], dict[str, Any]]] = {
-        "dsc_loss": (fl.dsc_loss, rows, {"alpha": 0.5}),
-        "tversky_loss": (fl.tversky_loss, rows, {"alpha": 0.25, "z_loss": 0.01}),
+        **{loss.func.__name__: (loss, rows, {"z_loss": 0.01}) for loss in LEVELED},
         "linear_dsc_loss": (fl.linear_dsc_loss, linear, {"budget": 5 * 4 * max(sizes)}),
         "class": (fl.dsc_loss, rows, {"level": "class", "reduction": "none"}),
-        "set": (fl.tversky_loss, rows, {"level": "set"}),
+        "set": (LEVELED[-1], rows, {"level": "set"}),
     }
 
     for name, (loss, tensors, own) in losses.items():
