@@ -25,7 +25,7 @@ def active(*gradients: Tensor | None) -> bool:
         return True
     if not gradients or torch.compiler.is_compiling():
         return False
-    return any(g is not None and _is_batched(g) for g in gradients)
+    return True in [g is not None and _is_batched(g) for g in gradients]
 
 
 def plain_backward(*gradients: Tensor | None, inplace: bool = False) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +42,8 @@ def set_threads_after_fork(threads: int) -> None:
 
 def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor, in pages as large as can be: page faults would cost more than the arithmetic."""
+    if math.prod(shape) * dtype.itemsize < buffer_pool.SMALL:
+        return torch.empty(shape, dtype=dtype, device="cpu")
     tensor = buffer_pool.empty(shape, dtype)
     if _engine:
         _engine.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())

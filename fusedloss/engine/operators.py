@@ -42,8 +42,13 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     def define(kernel: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
         _library.define(schema)
-        # Autograd must not look inside: an exported graph calls operators with gradients on.
-        _library.impl(name, torch.no_grad()(kernel), "CompositeExplicitAutograd")
+        without_gradients = torch.no_grad()(kernel)
+
+        def call(*arguments: Any) -> Any:
+            # Autograd must not look inside: an exported graph calls operators with gradients on.
+            return without_gradients(*arguments) if torch.is_grad_enabled() else kernel(*arguments)
+
+        _library.impl(name, call, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedloss::{name}", fake, lib=_library)
         return getattr(torch.ops.fusedloss, name).default
 
