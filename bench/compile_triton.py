@@ -289,6 +289,14 @@ def quick() -> Iterator[tuple[Any, ...]]:
         yield target, "cross_entropy, whole product", halves, CLASSES, "statistics_pass, split"
         yield target, "focal", halves, CLASSES, "statistics_pass"
     yield "sm_80", "dsc_one_vs_rest", full, 256, "statistics_pass"
+    yield "sm_90", "dsc_over_rows", full, ODD_CLASSES, "class_terms_pass"
+    yield "sm_90", "dsc_over_rows", halves, ODD_CLASSES, "class_sums_pass"
+    yield "sm_90", "dsc_over_rows", halves, 64, "top_rest_pass"
+    yield "sm_80", "dsc_over_rows", halves, CLASSES, "class_terms_pass"
+    yield from (
+        ("sm_100", "dsc_one_vs_rest, whole product", halves, CLASSES, kernel)
+        for kernel in ("class_terms_pass, split", "gradient_pass")
+    )
     if triton.__version__ == tritons.OLDEST:
         return
     yield "sm_90", "focal, few rows", halves, CLASSES, "statistics_pass, split"
@@ -296,7 +304,8 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_90", "dsc_one_vs_rest, product", halves, CLASSES
     yield "gfx942", "focal", halves, CLASSES, "gradient_pass"
     yield "sm_90", "dsc_one_vs_rest", halves, ODD_CLASSES, "statistics_pass"
-    yield "sm_90", "dsc_over_rows", full, ODD_CLASSES, "class_terms_pass"
+    yield "sm_80", "statistics, weighted", full, CLASSES, "statistics_pass"
+    yield "sm_100", "dsc_over_rows", full, CLASSES, "class_terms_pass"
     yield "sm_90", "dsc_over_rows", wide, 16, "class_terms_pass"
     yield "sm_80", "dsc_one_vs_rest", wide, ODD_CLASSES, "statistics_pass"
     yield "sm_90", "cross_entropy, in one", wide, CLASSES

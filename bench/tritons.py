@@ -10,17 +10,6 @@ from pathlib import Path
 #: What the oldest torch of the range brings. The Makefile puts it into the folder.
 OLDEST = "3.6.0"
 FOLDER = Path(__file__).parents[1] / "build/triton36"
-#: The most spills of a kernel that are known, by release and target. Most are of class terms, which keep many values of
-#: each logit in registers; bench/results/compile.csv names every kernel. There are none elsewhere.
-KNOWN_SPILLS = {
-    ("3.9.0", "sm_80"): 2,
-    ("3.9.0", "sm_100"): 6,
-    (OLDEST, "sm_90"): 14,
-    (OLDEST, "sm_80"): 12,
-    (OLDEST, "sm_100"): 2,
-}
-#: Kernels at which a compiler itself fails, by release, target, name and loss.
-KNOWN_FAILURES = {(OLDEST, "sm_100", "gradient_pass", "dsc_one_vs_rest, whole product")}
 
 
 def environments() -> dict[str, dict[str, str]]:

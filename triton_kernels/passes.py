@@ -478,6 +478,14 @@ def _powers(p, alpha):
 
 
 @triton.jit
+def _others(z, columns, begin, target, top, BLOCK: tl.constexpr):
+    """The logits of a block without the target and the top class, which have p = 0 then."""
+    if _in_block(target, begin, BLOCK) | _in_block(top, begin, BLOCK):
+        z = tl.where((columns == target) | (columns == top), -float("inf"), z)
+    return z
+
+
+@triton.jit
 def _negative_terms(p, class_weight, params, TERM: tl.constexpr, EXPONENT: tl.constexpr):
     """Loss and slope of the classes of a block as such that are not the target."""
     weight, steep = _powers(p, _exponent(p, params, EXPONENT))
@@ -515,9 +523,7 @@ def _term_sums(
     tl.assume(begin >= 0)
     for start in range(begin, end, BLOCK):
         columns, exists, z = _block(where, rows, live, start, V, target, SOURCE, BLOCK, T)
-        if _in_block(target, start, BLOCK) | _in_block(top, start, BLOCK):
-            z = tl.where((columns == target) | (columns == top), -float("inf"), z)  # p = 0 adds nothing
-        e = exp(z - m)
+        e = exp(_others(z, columns, start, target, top, BLOCK) - m)
         p = e * inverse
         f, g = _negative_terms(p, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
         others += tl.sum(_lanes(e, LANE, APART), 1)
@@ -603,16 +609,20 @@ def _write_gradient(
     """Of a block of columns."""
     m, inverse, upstream, one, two, at_target = of_rows
     columns, exists, z = _block(where, rows, live, begin, V, target, SOURCE, BLOCK, T)
-    e = exp(z - m)
     if TERM is not None:
-        p = e * inverse
+        top = tl.load(index + rows, live, other=-1).to(tl.int32)
+        others = z
+        if SOURCE is not None:
+            # Triton 3.6 fails for sm_100 where a product is reduced to one number without a branch in between. Logits
+            # in memory need none, and would take twice the registers.
+            others = _others(z, columns, begin, target, top, BLOCK)
+        p = exp(others - m) * inverse
         _, g = _negative_terms(p, _class_weights(class_weight, columns, exists, T), params, TERM, EXPONENT)
         gradient = p * (g - one) * upstream
-        top = tl.load(index + rows, live, other=-1).to(tl.int32)
         if _in_block(top, begin, BLOCK):
             gradient = tl.where(columns == top, two, gradient)
     else:
-        gradient = e * (one * inverse * upstream)  # 0 of rows that are ignored
+        gradient = exp(z - m) * (one * inverse * upstream)  # 0 of rows that are ignored
         if class_weight is None:
             gradient -= two
         elif _any(two != 0):
