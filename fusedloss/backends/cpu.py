@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import IGNORED, check_number, raise_index_error
 from ..definition.rows import Job
-from ..definition.statistics import Picks
 from . import buffer_pool
 from .base import Backend, Epilogues, column
 
@@ -21,7 +20,7 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 _LOWEST = -(2**63)
-_NO_PICKS, _TOP = Picks(), Picks(1)
+_NO_PICKS, _TOP = (0, False, False), (1, False, False)
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -61,7 +60,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _rows(job: Job, candidate_count: int = 0, picks: Picks = _NO_PICKS) -> _engine.Rows:
+def _rows(job: Job, candidate_count: int = 0, picks: tuple[int, bool, bool] = _NO_PICKS) -> _engine.Rows:
     """`picks`: what a statistics pass searches for. In a gradient pass all picks are like candidates."""
     rows, (top_k, below, mean) = job.rows, picks
     logits, weight, candidates = rows.hidden[0], rows.class_weight, rows.candidates
@@ -107,7 +106,7 @@ class Cpu(Backend):
         return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
 
     def forward(self, job: Job) -> None:
-        rows, loss, coefficients = job.rows, job.loss, job.coefficients
+        rows, spec, loss, coefficients = job.rows, job.spec, job.loss, job.coefficients
         target, scalars, classes = rows.target, rows.scalars, rows.hidden[0].shape[1]
         if _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED) >= 0:
             _check("target", target, classes, IGNORED)
@@ -116,8 +115,8 @@ class Cpu(Backend):
             _check("candidate", rows.candidates, classes, 0)
             count = rows.candidates.shape[1]
         _engine.forward(
-            _rows(job, count, job.spec.picks),
-            job.spec.epilogue,
+            _rows(job, count, (spec.top_k, spec.below, spec.mean)),
+            spec.epilogue,
             _params(rows.params),
             0 if scalars is None else scalars.data_ptr(),
             0 if loss is None else loss.data_ptr(),

@@ -53,6 +53,8 @@ def put_top_q(job: Job, backend: Backend) -> None:
     job.statistics[-1] = second.statistics[Q]
 
 
+# An exported graph calls operators with gradients on: autograd must not look inside.
+@torch.no_grad()
 def forward(
     rows: Rows, row_weight: Tensor | None, spec: Spec, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
@@ -86,6 +88,7 @@ def forward(
     return loss, statistics, index, coefficients, [] if gradients is None else gradients.finish(order)
 
 
+@torch.no_grad()
 def backward(
     rows: Rows,
     statistics: Tensor,
@@ -110,6 +113,7 @@ def backward(
     return gradients.finish(order)
 
 
+@torch.no_grad()
 def sums(rows: Rows, statistics: Tensor, index: Tensor, spec: Spec, backend: Backend) -> Tensor:
     """Sums of a class term over the classes."""
     order, chunks = _chunks(rows, spec, backend)
@@ -179,7 +183,9 @@ class _Chunks:
             # The ranks must agree on the chunks, and none knows whether the weight of another is frozen.
             row = form.most_classes * first.element_size() * (2 if form.softcap else 1)
             elements, of_weight = form.most_classes * features, True
-        budget = form.budget or budgets.default_budget(first.device, first.dtype, count * row, elements, of_weight)
+        budget = form.budget or budgets.DEFAULT_BUDGET
+        if not form.budget and of_weight and first.device.type != "cpu":
+            budget = budgets.default_budget(first.device, first.dtype, count * row, elements, of_weight)
         self.count = max(1, -(-count // max(1, budget // row))) if row else 1
         self.size = -(-count // self.count)
         self.buffers: list[Tensor] = []
@@ -238,7 +244,7 @@ class _Chunks:
             return self.gradient(job)
         job.grad = job.rows.hidden[0]
         self.backend.with_gradient(job)
-        return _RowGradients(self._before_softcap(job.grad), None)
+        return _RowGradients(self._before_softcap(job.grad) if self.spec.form.softcap else job.grad, None)
 
     def gradient(self, job: Job) -> _RowGradients:
         """Write it where the logits are, if they are stored."""
@@ -267,7 +273,8 @@ class _Gradients:
     def __init__(self, chunks: _Chunks) -> None:
         self._chunks = chunks
         rows, needed, storage = chunks.rows, iter(chunks.spec.needed), chunks.rows.hidden[0].dtype
-        self._dtype, dtype = gradient_dtype(storage), torch.float64 if storage == torch.float64 else torch.float32
+        self._dtype = torch.float32 if storage == torch.float16 else storage  # as gradient_dtype says
+        dtype = torch.float64 if storage == torch.float64 else torch.float32
         self._hidden: list[Tensor | None] = []
         for x in rows.hidden:
             self._hidden.append(new_buffer(x, x.shape, self._dtype) if next(needed) else None)
@@ -430,7 +437,8 @@ def _chunks(rows: Rows, spec: Spec, backend: Backend) -> tuple[Tensor | None, _C
         valid -= int(ignored.sum())
         if valid != target.shape[0]:
             order = ignored.to(torch.int8).argsort(stable=True)
-            rows = _part(rows, order, [x[order] for x in rows.hidden])
+            first, *others = rows.hidden
+            rows = _part(rows, order, [first[order], *(x[order] for x in others)] if others else [first[order]])
     return order, _Chunks(rows, spec, backend, valid)
 
 

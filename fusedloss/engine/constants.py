@@ -8,8 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .. import transforms
-
 
 def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a number or a tensor as 0-d or (N,)."""
@@ -50,7 +48,7 @@ def _of(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) ->
     # autograd saves none of inference mode; and what a CUDA graph reads has to live as long as it does.
     if (
         torch._C._len_torch_dispatch_stack()
-        or transforms.traced()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.is_inference_mode_enabled()
         or (on_gpu and torch.cuda.is_current_stream_capturing())
     ):

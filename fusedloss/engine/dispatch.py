@@ -107,7 +107,8 @@ def has_compiled(name: str, call: Call) -> bool:
     backend = backends.BACKENDS.get(call.spec.impl)
     if backend is None or not (name in backend.epilogues.rows or name in backend.epilogues.classes):
         return False
-    return True not in [p.requires_grad for p in call.rows.params]
+    params = call.rows.params
+    return not params or True not in [p.requires_grad for p in params]
 
 
 def _made_with_the_loss(call: Call) -> tuple[bool, ...]:

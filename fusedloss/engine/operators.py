@@ -42,13 +42,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     def define(kernel: Callable[..., Any]) -> Any:
         name = schema.partition("(")[0]
         _library.define(schema)
-        without_gradients = torch.no_grad()(kernel)
-
-        def call(*arguments: Any) -> Any:
-            # Autograd must not look inside: an exported graph calls operators with gradients on.
-            return without_gradients(*arguments) if torch.is_grad_enabled() else kernel(*arguments)
-
-        _library.impl(name, call, "CompositeExplicitAutograd")
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fusedloss::{name}", fake, lib=_library)
         return getattr(torch.ops.fusedloss, name).default
 
@@ -175,6 +169,7 @@ def _fake_scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
 
 
 @_operator("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()", _fake_scale_)
+@torch.no_grad()
 def scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
     _check_scale(gradient, factor, impl).scale_(gradient, factor)
 

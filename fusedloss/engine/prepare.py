@@ -52,7 +52,7 @@ def prepare(
     checks.check_logits(input, target)
     given, transformed = input, transforms.active()
     # Beneath a transform there may be one, too.
-    if (type(input) is not Tensor or transformed) and checks.is_dtensor(input):
+    if not linear and (type(input) is not Tensor or transformed) and checks.is_dtensor(input):
         if o["group"] is not None:
             raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
         input, o["group"] = dtensor.local_part("input", input, -1)
@@ -90,8 +90,10 @@ def prepare(
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if isinstance(input, Projection):
-        hidden = input.hidden.reshape(-1, input.hidden.shape[-1])
-        logits: Source = Projection(hidden, input.weight, input.bias, form)
+        logits: Source = input
+        if input.hidden.dim() != 2 or form is not input.form:
+            hidden = input.hidden.reshape(-1, input.hidden.shape[-1])
+            logits = Projection(hidden, input.weight, input.bias, form)
     else:
         logits = _matrix(input, o["inplace_backward"])
     if inplace and impl == "reference":

@@ -40,7 +40,8 @@ def project(
         raise ValueError(f"input has D = {hidden.shape[-1]} features, but linear_weight {weight.shape[1]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear_bias must be ({weight.shape[0]},), one a class, got shape {tuple(bias.shape)}")
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        hidden, weight, bias = _autocast(hidden, weight, bias)
     for name, value in (("linear_weight", weight), ("linear_bias", bias)):
         if value is None:
             continue

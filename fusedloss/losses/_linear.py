@@ -22,4 +22,5 @@ def projected(
     input, linear_weight, bias, group, split = local_projection(input, linear_weight, bias, rest.get("group"), split)
     if group is not None:
         rest["group"] = group
-    return project(input, linear_weight, bias, softcap, budget, drop_ignored, row_parts(split, group)), rest
+    parts = 1 if split is False else row_parts(split, group)
+    return project(input, linear_weight, bias, softcap, budget, drop_ignored, parts), rest

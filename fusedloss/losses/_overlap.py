@@ -58,8 +58,9 @@ def overlap_loss(
     **options: Unpack[CallOptions],
 ) -> Any:
     """The loss of logits in hand or, at level "example", of a projection; `name` is the public function's on logits."""
-    check_choice("form", form, FORMS)
-    check_choice("level", level, LEVELS)
+    if form not in FORMS or level not in LEVELS:
+        check_choice("form", form, FORMS)
+        check_choice("level", level, LEVELS)
     # In a row, a class of no probability would be 0 / 0 without smooth.
     check_number("smooth", smooth, 0, above=form == "one_vs_rest" and level == "example")
     if level == "example":

@@ -121,7 +121,9 @@ def dsc_loss(
     """
     check_logits(input, target)
     check_parameter("alpha", alpha, target, 0)
-    params = (alpha, _flag("squared", squared), 1 - _flag("detach_weight", detach_weight))
+    if type(squared) is not bool or type(detach_weight) is not bool:
+        squared, detach_weight = bool(_flag("squared", squared)), bool(_flag("detach_weight", detach_weight))
+    params = (alpha, float(squared), 1.0 - detach_weight)
     return overlap_loss(
         "dsc_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options
     )

@@ -23,8 +23,8 @@ from ..checks import (
     check_choice,
     check_local,
     check_number,
-    compute_dtype,
     has_autocast,
+    is_dtensor,
     may_read,
 )
 from ..definition.epilogue import Epilogue
@@ -49,6 +49,7 @@ COLUMN_BYTES = 2**20
 SupConReduction: TypeAlias = Literal["mean", "mean_all", "sum", "none"]
 
 REDUCTIONS = get_args(SupConReduction)
+POSITIVES = ("out", "in")
 
 
 def _lse(s: Statistics) -> Tensor:
@@ -148,7 +149,8 @@ def supcon_loss(
         _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
 
     # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
-    scale = parameter(temperature, compute_dtype(features.dtype), features.device)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    scale = parameter(temperature, dtype, features.device)
     if group is not None:
         scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
     anchors = _prepared("features", features, normalize, scale.sqrt())
@@ -346,7 +348,8 @@ def _check_features(name: str, x: Tensor, labels_name: str, labels: Tensor | Non
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    check_local(name, value)
+    if is_dtensor(value):
+        check_local(name, value)
     if value.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         expected = f"{', '.join(names)} or {last}" if names else last
@@ -400,8 +403,9 @@ def _check_options(temperature: object, normalize: object, positives: str, reduc
                 check_number("temperature", number, 0, above=True)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be a bool, got {normalize!r}")
-    check_choice("positives", positives, ("out", "in"))
-    check_choice("reduction", reduction, REDUCTIONS)
+    if positives not in POSITIVES or reduction not in REDUCTIONS:
+        check_choice("positives", positives, POSITIVES)
+        check_choice("reduction", reduction, REDUCTIONS)
     if not isinstance(averaged, bool):
         raise TypeError(f"averaged must be a bool, got {averaged!r}")
     if averaged and reduction == "none":
@@ -409,7 +413,7 @@ def _check_options(temperature: object, normalize: object, positives: str, reduc
 
 
 def _prepared(name: str, features: Tensor, normalize: bool, root: Tensor) -> Tensor:
-    x = features.to(compute_dtype(features.dtype))
+    x = features.to(root.dtype)
     if not normalize:
         return x / root
     rows, columns = x.shape
