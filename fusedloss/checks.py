@@ -219,7 +219,7 @@ def check_candidates(candidates: object, target: Tensor) -> None:
 
 def normalized_targets(target: Tensor, ignore_index: int) -> Tensor:
     """Return int64 targets in which IGNORED stands for `ignore_index`, which goes no further."""
-    target = target.to(torch.int64)  # in which any ignore_index is a number of its own
+    target = target.to(torch.int64)  # in which any other number has room
     if ignore_index == IGNORED:
         return target
     return target.masked_fill(target == IGNORED, _NOT_IGNORED).masked_fill(target == ignore_index, IGNORED)

@@ -47,13 +47,13 @@ def row_loss(
     elif isinstance(normalizer, Tensor):
         # Over a count of no targets at all it stays 0; anything else over 0 is infinite.
         loss = loss / torch.where((normalizer == 0) & (loss != 0), 0, 1)
-    return loss if stats is None else (loss, shaped_stats(stats, target, o["ignore_index"]))
+    return loss if stats is None else (loss, shaped_stats(stats, target, o))
 
 
-def shaped_stats(stats: tuple[Tensor, ...], target: Tensor, ignore_index: int) -> RowStats:
+def shaped_stats(stats: tuple[Tensor, ...], target: Tensor, options: CallOptions) -> RowStats:
     """The argmax of an ignored row equals no target."""
     lse, log_prob, argmax, argmax_log_prob = (column.reshape(target.shape) for column in stats)
-    if ignore_index == -1:
+    if options["ignore_index"] == -1:
         argmax = argmax.masked_fill(argmax == -1, -2)
     return RowStats(lse, log_prob, argmax, argmax_log_prob)
 

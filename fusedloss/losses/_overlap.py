@@ -100,7 +100,7 @@ def overlap_loss(
     elif reduction != "none":
         result = result[0] / (1 if reduction == "sum" else call.classes)
     loss = result.to(compute_dtype(input.dtype))
-    return loss if stats is None else (loss, shaped_stats(stats, target, call.options["ignore_index"]))
+    return loss if stats is None else (loss, shaped_stats(stats, target, call.options))
 
 
 def _check_level(call: Call, level: str) -> None:
