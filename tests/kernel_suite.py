@@ -18,7 +18,7 @@ from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
-WAYS = ["cross_entropy cross_entropy", "mixed top 1", "dsc one-vs-rest", "flex dual focal"]
+WAYS = ["cross_entropy cross_entropy", "mixed_cross_entropy top 1", "dsc one-vs-rest", "flex dual focal"]
 
 #: Losses that PyTorch computes between the two passes, with class weights.
 IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
@@ -197,7 +197,7 @@ class KernelSuite:
 
     @pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
     def test_a_candidate_out_of_range_makes_its_row_nan(self, value, impl, generator, unchecked):
-        problem = Problem.make(self.EVERY_CASE["mixed 3 candidates"], (6, 300), generator, torch.float32)
+        problem = Problem.make(self.EVERY_CASE["mixed_cross_entropy 3 candidates"], (6, 300), generator, torch.float32)
         upstream = problem.upstream(generator)
         before = problem.run(impl, upstream)
         problem.own["candidates"][2, 1] = value

@@ -27,7 +27,7 @@ def compiled() -> list[compile_cuda.Compiled]:
 def test_every_kernel_is_compiled_for_every_target(compiled):
     terms = {*backends.BACKENDS["cpu"].epilogues.classes}
     kernels = {("row", loss) for loss in {"", compile_cuda.WITH_PICKS, *terms}} | {("top_rest", ""), ("scale", "")}
-    kernels |= {("sums", loss) for loss in terms if loss.endswith("over_rows")}
+    kernels |= {("class_sums", loss) for loss in terms if loss.endswith("over_rows")}
     targets, dtypes = zip(*PAIRS, strict=True)
     assert set(targets) == {*compile_cuda.TARGETS} == {"sm_80", "sm_90a", "sm_100"}
     assert set(dtypes) == {*compile_cuda.DTYPES}
@@ -47,7 +47,7 @@ def test_logits_move_by_16_bytes(compiled):
 
 def test_blocks_share_a_multiprocessor(compiled):
     """Three of 256 threads, or two in float64, or four of 128; else nothing is read while one computes."""
-    roomy = [k for k in compiled if k.dtype == "float64" or k.kernel == "sums"]
+    roomy = [k for k in compiled if k.dtype == "float64" or k.kernel == "class_sums"]
     assert [k for k in compiled if k.registers > (128 if k in roomy else 80)] == []
 
 

@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 KINDS |= {
     name: (kind, {})
     for name, kind in vars(fl.nn).items()
-    if isinstance(kind, type) and name.startswith("Linear") and kind not in {known for known, _ in KINDS.values()}
+    if name.startswith("Linear") and name.endswith("Loss") and kind not in {known for known, _ in KINDS.values()}
 }
 
 

@@ -37,6 +37,25 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
     return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype), s
 
 
+def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:
+    """Row losses (N,) of a sum over the classes, without the statistics that only other losses need."""
+    z, index, ignored, invalid = _targeted(rows, spec.form)
+    top = z.detach().argmax(-1, keepdim=True)
+    m = z.detach().gather(-1, top)
+    p, q, total = _softmax(z, top, m)
+    positive = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index[:, None], 1)
+    terms = epilogue.of_classes(p, q, positive, rows.params)
+    base = (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1)
+    lse = (m + total.log())[:, 0]
+    mean_ce = lse
+    if spec.smooths:
+        ce = lse[:, None] - z
+        mean_ce = (ce if rows.class_weight is None else ce * rows.class_weight).mean(-1)
+    s = Statistics(target=index, lse=lse, mean_ce=mean_ce)
+    loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True)
+    return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype)
+
+
 def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, classes: int, weighted: bool) -> Tensor:
     """The rows' whole losses, main * base + smooth * sum_j w_j (-log p_j) + z_loss * lse^2.
 
@@ -67,30 +86,38 @@ def class_sums(
     return terms.sum(1, dtype=torch.float64), s
 
 
+def _targeted(rows: Rows, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits in the compute dtype, those of ignored rows 0; targets that are safe; which are ignored, which invalid."""
+    logits = logits_of(rows, form)
+    if may_read(rows.target):
+        check_indices(rows.target, rows.candidates, logits.shape[-1])
+    index, ignored, invalid = Targets.of(rows.target, logits.shape[-1])
+    return logits.to(compute_dtype(logits.dtype)).masked_fill(ignored[:, None], 0), index, ignored, invalid
+
+
 def _statistics(rows: Rows, form: Form, picks: Picks) -> tuple[Tensor, Statistics, Tensor, Tensor]:
-    """Logits in the compute dtype, those of ignored rows 0; their statistics; which rows are ignored, which invalid."""
-    logits, target, weight, candidates = logits_of(rows, form), rows.target, rows.class_weight, rows.candidates
-    classes = logits.shape[-1]
-    if may_read(target):
-        check_indices(target, candidates, classes)
-    index, ignored, invalid = Targets.of(target, classes)
+    """Such logits, their statistics, which rows are ignored and which invalid."""
+    z, index, ignored, invalid = _targeted(rows, form)
+    weight, candidates, classes = rows.class_weight, rows.candidates, z.shape[-1]
     if candidates is not None:
         outside = (candidates < 0) | (candidates >= classes)
         invalid = invalid | (outside.any(-1) & ~ignored)
         candidates = candidates.masked_fill(outside, 0)
-    z = logits.to(compute_dtype(logits.dtype)).masked_fill(ignored[:, None], 0)
     columns, pick_index = dense_columns(z, index, weight, candidates, picks)
     return z, assemble(columns, index, pick_index, picks, weight), ignored, invalid
 
 
 def _probabilities(z: Tensor, s: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     """p, 1 - p and whether it is the target, of every class."""
-    top = s.top_index[:, None]
-    e = (z - s.top_logit.detach()[:, None]).exp()
+    p, q, _ = _softmax(z, s.top_index[:, None], s.top_logit.detach()[:, None])
+    return p, q, torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], 1)
+
+
+def _softmax(z: Tensor, top: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, 1 - p and sum_j exp(z_j - max), (N, 1), by the top class and its logit."""
+    e = (z - largest).exp()
     # 1 - p cancels for the one class that may have p > 0.5
     others = e.scatter(-1, top, 0).sum(-1, keepdim=True)
     total = others + e.gather(-1, top)
     p = e / total
-    q = (1 - p).scatter(-1, top, others / total)
-    positive = torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], 1)
-    return p, q, positive
+    return p, (1 - p).scatter(-1, top, others / total), total

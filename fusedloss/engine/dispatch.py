@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import backends, checks
 from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Source, Spec
 from ..definition.statistics import CE, MAX, SUM_EXP, Picks, RowStats, Statistics, Targets, assemble
-from . import functions, over_classes
+from . import dense, functions, over_classes
 from .functions import Reduction
 from .options import CallOptions
 from .prepare import Call, divisor_of, prepare
@@ -96,8 +95,12 @@ def _dispatch(
         if not return_stats:
             return loss, None
         if top_k == 0:
-            statistics, index, _ = functions.statistics_of(rows, spec, Picks(1))
+            with torch.no_grad():
+                statistics, index, _ = functions.statistics_of(rows._replace(candidates=None), spec, Picks(1))
         return loss, row_stats(statistics, index, rows.target)
+    if not unreduced and _is_dense(call, epilogue):
+        s = _top_statistics(rows, spec) if return_stats else None
+        return dense.total(rows, spec, epilogue, reduction), None if s is None else dense_row_stats(s, rows.target)
     losses, s = _in_pytorch(call, epilogue)
     return reduced(losses), dense_row_stats(s, rows.target) if return_stats else None
 
@@ -134,6 +137,12 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     return (True,)
 
 
+def _is_dense(call: Call, epilogue: Epilogue) -> bool:
+    """Whether the loss is the definition in PyTorch on a few rows of logits in hand at a time."""
+    kind = epilogue.over == "classes" and call.spec.impl != "reference"
+    return kind and call.shards is None and not call.rows.is_linear and not call.inplace
+
+
 def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """Row losses (N,) of which a part, or all, is PyTorch code, and statistics with the top class where asked for."""
     rows, spec = call.rows, call.spec
@@ -141,6 +150,9 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
         return reference.row_losses(rows, epilogue, spec)
     if epilogue.over == "rows":
         return _composed(call, epilogue)
+    compiled = call.shards is not None and has_compiled(epilogue.name, call)
+    if call.inplace and not compiled:
+        raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
     if call.shards is not None:
         return _over_ranks(call, epilogue)
     if rows.is_linear:
@@ -148,16 +160,7 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
             "a linear form over the classes needs a compiled epilogue, which a loss function over the classes and "
             "parameters that require grad have not; compute the logits and use the row form"
         )
-    if call.inplace:
-        raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-
-    def losses(z: Tensor, target: Tensor, *params: Tensor) -> Tensor:
-        some = rows._replace(hidden=[z], target=target, params=list(params))
-        return reference.row_losses(some, epilogue, spec)[0]
-
-    loss = torch.cat(in_chunks(losses, rows.classes, rows.logits, rows.target, *rows.params))
-    if not loss.requires_grad:
-        loss = loss + rows.logits[:0].sum()  # a constant has a gradient of 0
+    loss = dense.losses(rows, spec, epilogue)
     return loss, _top_statistics(rows, spec) if call.options["return_stats"] else Statistics()
 
 
@@ -193,23 +196,6 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     base, s = over_classes.row_losses(call, epilogue)
     loss = reference.with_common_terms(base, s, call.rows, call.spec, call.classes, weighted=True)
     return loss.masked_fill(call.rows.target == checks.IGNORED, 0), s
-
-
-#: Bytes of probabilities that a loss over the classes in PyTorch holds at a time.
-DENSE_BYTES = 2 * 2**20
-
-
-def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns: Tensor | None) -> list[Tensor]:
-    """Results for a few of the rows of `x` at a time, once more in the backward. Columns are 0-d or (N,)."""
-    if torch.compiler.is_compiling():
-        return [function(x, *columns)]
-    rows = max(1, DENSE_BYTES // (max(1, classes) * 4))
-    parts = [None if c is None or c.dim() == 0 else c.split(rows) for c in columns]
-    results = []
-    for i, part in enumerate(x.split(rows)):
-        own = [c if split is None else split[i] for c, split in zip(columns, parts, strict=True)]
-        results.append(checkpoint(function, part, *own, use_reentrant=False))
-    return results
 
 
 def row_stats(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, ...]:

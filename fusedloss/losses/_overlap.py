@@ -22,9 +22,9 @@ from ..definition.epilogue import Overlap
 from ..definition.projection import Projection
 from ..definition.rows import Source
 from ..definition.statistics import Picks
-from ..engine import functions, over_classes
+from ..engine import dense, functions, over_classes
 from ..engine.constants import parameter
-from ..engine.dispatch import dense_row_stats, has_compiled, in_chunks, row_loss, row_stats, shaped_stats
+from ..engine.dispatch import dense_row_stats, has_compiled, row_loss, row_stats, shaped_stats
 from ..engine.options import CLASS_LOSSES_LACK, CallOptions
 from ..engine.prepare import Call, prepare
 
@@ -143,11 +143,11 @@ def _over_rows(
         sums, statistics, index = functions.class_sums(rows, spec, row_weight, overlap, call.inplace)
     else:
 
-        def dense(z: Tensor, target: Tensor, weight: Tensor | None, *params: Tensor) -> Tensor:
-            some = rows._replace(hidden=[z], target=target, params=list(params))
-            return reference.class_sums(some, weight, overlap.function)[0]
+        def some(z: Tensor, target: Tensor, weight: Tensor | None, *params: Tensor) -> Tensor:
+            part = rows._replace(hidden=[z], target=target, params=list(params))
+            return reference.class_sums(part, weight, overlap.function)[0]
 
-        parts = in_chunks(dense, rows.classes, rows.logits, rows.target, row_weight, *rows.params)
+        parts = dense.in_chunks(some, rows.classes, rows.logits, rows.target, row_weight, *rows.params)
         sums = torch.stack(parts).sum(0)
         if return_stats:
             detached = rows._replace(hidden=[rows.logits.detach()], class_weight=None)

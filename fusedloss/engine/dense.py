@@ -1,0 +1,123 @@
+"""Losses over the classes that no backend has compiled: their definition in PyTorch, on a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..backends import new_buffer
+from ..definition import reference
+from ..definition.epilogue import Epilogue
+from ..definition.rows import Rows, Spec
+from .functions import Reduction, differentiable, scaled_once
+
+#: Bytes of probabilities that are held at a time.
+DENSE_BYTES = 2 * 2**20
+
+
+class _OwnGradientsError(Exception):
+    """The loss function uses a tensor that requires grad and is none of its arguments."""
+
+
+def losses(rows: Rows, spec: Spec, epilogue: Epilogue) -> Tensor:
+    """Row losses (N,), whose parts are made once more for their gradient."""
+
+    def some(z: Tensor, target: Tensor, *params: Tensor) -> Tensor:
+        part = rows._replace(hidden=[z], target=target, params=list(params))
+        return reference.losses_over_classes(part, epilogue, spec)
+
+    loss = torch.cat(in_chunks(some, rows.classes, rows.logits, rows.target, *rows.params))
+    # A constant has a gradient of 0.
+    return loss if loss.requires_grad else loss + rows.logits[:0].sum()
+
+
+def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> Tensor:
+    """Their reduction; the gradient by the logits is made with it where that is all that there is to differentiate."""
+    differentiated = [*rows.params, *(x for x in reduction if isinstance(x, Tensor))]
+    if (
+        torch.is_grad_enabled()
+        and rows.logits.requires_grad
+        and not any(x.requires_grad for x in differentiated)
+        # Where losses are scaled because gradients underflow, so would this one before it is.
+        and rows.logits.dtype != torch.float16
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    ):
+        try:
+            return _Total.apply(rows, spec, epilogue, reduction, rows.logits)
+        except _OwnGradientsError:
+            pass
+    return reduction.of(losses(rows, spec, epilogue))
+
+
+def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns: Tensor | None) -> list[Tensor]:
+    """Results for a few of the rows of `x` at a time, once more in the backward. Columns are 0-d or (N,)."""
+    if torch.compiler.is_compiling():
+        return [function(x, *columns)]
+    step = _step(classes)
+    parts = [None if c is None or c.dim() == 0 else c.split(step) for c in columns]
+    results = []
+    for i, part in enumerate(x.split(step)):
+        own = [c if split is None else split[i] for c, split in zip(columns, parts, strict=True)]
+        results.append(checkpoint(function, part, *own, use_reentrant=False))
+    return results
+
+
+def _step(classes: int) -> int:
+    return max(1, DENSE_BYTES // (max(1, classes) * 4))
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction, logits: Tensor) -> Tensor:
+        row_weight, step = reduction.upstream(rows), _step(rows.classes)
+        gradient, parts = new_buffer(logits, logits.shape), []
+        for begin in range(0, max(1, len(rows.target)), step):
+            part = slice(begin, begin + step)
+            with torch.enable_grad():
+                z = logits[part].detach().requires_grad_()
+                params = [x[part] if x.dim() else x for x in rows.params]
+                some = rows._replace(hidden=[z], target=rows.target[part], params=params)
+                loss = reference.losses_over_classes(some, epilogue, spec)
+            _check_sources(loss, z)
+            upstream = torch.ones_like(loss) if row_weight is None else row_weight[part]
+            if loss.requires_grad:
+                (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)
+            else:
+                gradient[part] = 0
+            parts.append(loss.detach())
+        ctx.save_for_backward(logits, gradient)
+        ctx.settings = rows._replace(hidden=[]), spec, epilogue, reduction
+        return reduction.of(torch.cat(parts))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        logits, gradient = ctx.saved_tensors
+        rows, spec, epilogue, reduction = ctx.settings
+        grad_output = grad_output.to(torch.promote_types(logits.dtype, torch.float32))
+        if torch.is_grad_enabled():
+
+            def outputs(z: Tensor) -> list[Tensor]:
+                return [reduction.of(reference.losses_over_classes(rows._replace(hidden=[z]), epilogue, spec))]
+
+            (by_logits,) = differentiable([logits], [True], outputs, [grad_output])
+        else:
+            by_logits = scaled_once(gradient, grad_output, spec.impl, logits.dtype)
+        return None, None, None, None, by_logits
+
+
+def _check_sources(value: Tensor, only: Tensor) -> None:
+    """Raise where the graph of `value` has another leaf."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", only) is not only:
+            raise _OwnGradientsError
+        nodes += [source for source, _ in node.next_functions]
