@@ -41,7 +41,7 @@ BLOCK, SPAN = launch.tile(300, 4).block, launch.SPAN * launch.tile(300, 4).block
 SUITES = {
     "cross_entropy": test_cross_entropy.TestRowLoss,
     "focal": test_focal.TestRowLoss,
-    "mixed": test_mixed_cross_entropy.TestRowLoss,
+    "mixed_cross_entropy": test_mixed_cross_entropy.TestRowLoss,
     "dsc": test_dsc.TestRowLoss,
     "flex": test_flex.TestRowLoss,
 }
@@ -64,7 +64,7 @@ class TestRowLoss(RowLossSuite):
 
     CASES: ClassVar = [
         CASES["cross_entropy cross_entropy"],
-        CASES["mixed top 2"],
+        CASES["mixed_cross_entropy top 2"],
         CASES["dsc one-vs-rest"],
         CASES["flex dual focal"],
     ]
