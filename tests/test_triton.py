@@ -141,7 +141,7 @@ def test_its_epilogues_are_those_of_the_engine():
 
 SPLIT = [BLOCK - 1, BLOCK, BLOCK + 1, SPAN - 1, SPAN, SPAN + 1, 2 * SPAN + BLOCK + 3]
 #: Each with the most columns of all, the other numbers of them by turns.
-SPLIT_WAYS = ["cross_entropy cross_entropy", "mixed top 2", "flex dual focal", "dsc one-vs-rest"]
+SPLIT_WAYS = ["cross_entropy cross_entropy", "mixed_cross_entropy top 2", "flex dual focal", "dsc one-vs-rest"]
 
 
 @pytest.mark.parametrize(
