@@ -224,7 +224,7 @@ class Job:
         first, target, candidates = rows.hidden[0], rows.target, rows.candidates
         picks = spec.top_k + spec.below + (0 if candidates is None else candidates.shape[1])
         count, dtype = target.shape[0], torch.float64 if first.dtype == torch.float64 else torch.float32
-        statistics = first.new_empty((STATISTICS + picks + spec.top_q, count), dtype=dtype)
+        statistics = first.new_empty((STATISTICS + picks + int(spec.top_q), count), dtype=dtype)
         index = target.new_empty((picks, count))
         if not spec.epilogue:
             return Job(rows, spec, statistics, index)
