@@ -1,5 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here: what the compiler makes of them is held to what they need."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -18,6 +19,10 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
+#: Of the oldest release the report has some targets and dtypes alone, even where it is the installed one.
+of_all_targets = pytest.mark.skipif(
+    importlib.metadata.version("triton") == tritons.OLDEST, reason=f"triton {tritons.OLDEST} compiles fewer kernels here"
+)
 #: Of the main loop of a kernel for sm_90 with 32000 classes, by either Triton: the most instructions for each logit,
 #: barriers and shuffles. A gradient has no such loop, and the whole program is counted.
 BOUNDS = {
@@ -77,6 +82,7 @@ def products(everything) -> list[dict[str, Any]]:
     return [row for row in everything if "product" in row["loss"] and row["dtype"] == "bfloat16"]
 
 
+@of_all_targets
 def test_every_target_is_compiled_for(everything):
     assert {row["target"] for row in everything} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     split = {f"{kernel}, {role}" for kernel in ("statistics_pass", "class_terms_pass") for role in ("split", "merge")}
@@ -142,6 +148,7 @@ def test_two_programs_or_more_share_a_multiprocessor(compiled):
     assert [row for row in compiled if row["programs"] is not None and row["programs"] < 2] == []
 
 
+@of_all_targets
 def test_products_are_the_tensor_cores_work(products):
     assert {row["target"] for row in products} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert [row for row in products if (row["products"] == 0) != ("merge" in row["kernel"])] == []
