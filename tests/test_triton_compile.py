@@ -21,7 +21,8 @@ if find_spec("triton") is None:
 ROOT = Path(__file__).parents[1]
 #: Of the oldest release the report has some targets and dtypes alone, even where it is the installed one.
 of_all_targets = pytest.mark.skipif(
-    importlib.metadata.version("triton") == tritons.OLDEST, reason=f"triton {tritons.OLDEST} compiles fewer kernels here"
+    importlib.metadata.version("triton") == tritons.OLDEST,
+    reason=f"triton {tritons.OLDEST} compiles fewer kernels here",
 )
 #: Of the main loop of a kernel for sm_90 with 32000 classes, by either Triton: the most instructions for each logit,
 #: barriers and shuffles. A gradient has no such loop, and the whole program is counted.
