@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import IGNORED, compute_dtype
+from ..checks import IGNORED
 
 MAX, SUM_EXP, Q, CE, TARGET_LOGIT, MEAN_CE = range(6)
 STATISTICS = 6
@@ -168,13 +168,6 @@ def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weig
         fields["candidate_logit"] = columns.pick_logit[first_candidate:].t()
         fields["candidate_ce"] = columns.pick_ce[first_candidate:].t()
     return Statistics(**fields)
-
-
-def new_statistics(like: Tensor, target: Tensor, picks: int, more: int = 0) -> tuple[Tensor, Tensor]:
-    """Statistics, with so many rows more, and pick indices to be written, for logits or what makes them."""
-    rows = target.shape[0]
-    statistics = like.new_empty((STATISTICS + picks + more, rows), dtype=compute_dtype(like.dtype))
-    return statistics, target.new_empty((picks, rows))
 
 
 def new_losses(statistics: Tensor, picks: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..checks import IGNORED, check_int
-from ..definition.rows import Rows, Source
+from ..definition.rows import Job, Rows, Source, Spec
 from ..definition.statistics import (
     MAX,
     MEAN_CE,
@@ -30,7 +30,6 @@ from ..definition.statistics import (
     TARGET_LOGIT,
     Picks,
     Q,
-    new_statistics,
     of_target,
 )
 from . import batch, collectives
@@ -175,9 +174,10 @@ def differentiated_once(*gradients: Tensor | None) -> None:
         )
 
 
-def nothing_here(logits: Tensor, target: Tensor, picks: int) -> tuple[Tensor, Tensor]:
+def nothing_here(rows: Rows) -> tuple[Tensor, Tensor]:
     """Statistics and indices of rows without a class."""
-    statistics, index = new_statistics(logits, target, picks)
+    job = Job.new(rows, Spec(""))
+    statistics, index = job.statistics, job.index
     statistics.zero_()
     statistics[MAX] = -torch.inf
     statistics[STATISTICS:] = -torch.inf

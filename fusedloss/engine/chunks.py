@@ -186,8 +186,7 @@ class _Chunks:
         budget = form.budget or budgets.DEFAULT_BUDGET
         if not form.budget and of_weight and first.device.type != "cpu":
             budget = budgets.default_budget(first.device, first.dtype, count * row, elements, of_weight)
-        self.count = max(1, -(-count // max(1, budget // row))) if row else 1
-        self.size = -(-count // self.count)
+        self.count, self.size = budgets.chunk_rows(count, row, budget) if row else (1, count)
         self.buffers: list[Tensor] = []
         for _ in range(copies):
             self.buffers.append(new_buffer(first, (self.size, classes)))
@@ -237,7 +236,7 @@ class _Chunks:
         return rows._replace(hidden=[logits], weight=[], bias=None)
 
     def with_gradient(self, job: Job) -> _RowGradients:
-        """Run the forward pass too."""
+        """Run the forward pass and the gradient pass."""
         if self.backend.makes_logits or self._has_units:
             # The units come from the coefficients, between the passes.
             self.backend.forward(job)
@@ -443,7 +442,7 @@ def _chunks(rows: Rows, spec: Spec, backend: Backend) -> tuple[Tensor | None, _C
 
 
 def _part(rows: Rows, which: slice | Tensor, hidden: list[Tensor]) -> Rows:
-    """Some of the rows, of these hidden states."""
+    """Select some of the rows; `hidden` are their hidden states."""
     target, candidates, params = rows.target[which], rows.candidates, []
     for x in rows.params:
         params.append(x[which] if x.dim() else x)

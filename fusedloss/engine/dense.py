@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .. import transforms
 from ..backends import new_buffer
 from ..definition import reference
 from ..definition.epilogue import Epilogue
@@ -24,7 +25,7 @@ class _OwnGradientsError(Exception):
 
 
 def losses(rows: Rows, spec: Spec, epilogue: Epilogue) -> Tensor:
-    """Row losses (N,), whose parts are made once more for their gradient."""
+    """Compute row losses (N,), a few rows at a time, which the backward computes again."""
 
     def some(z: Tensor, target: Tensor, *params: Tensor) -> Tensor:
         part = rows._replace(hidden=[z], target=target, params=list(params))
@@ -36,7 +37,7 @@ def losses(rows: Rows, spec: Spec, epilogue: Epilogue) -> Tensor:
 
 
 def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> Tensor:
-    """Their reduction; the gradient by the logits is made with it where that is all that there is to differentiate."""
+    """Compute their reduction, and with it the gradient by the logits where nothing else is differentiated."""
     differentiated = [*rows.params, *(x for x in reduction if isinstance(x, Tensor))]
     if (
         torch.is_grad_enabled()
@@ -45,7 +46,7 @@ def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> T
         # Where losses are scaled because gradients underflow, so would this one before it is.
         and rows.logits.dtype != torch.float16
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not transforms.traced()
     ):
         try:
             return _Total.apply(rows, spec, epilogue, reduction, rows.logits)
@@ -55,7 +56,7 @@ def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> T
 
 
 def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns: Tensor | None) -> list[Tensor]:
-    """Results for a few of the rows of `x` at a time, once more in the backward. Columns are 0-d or (N,)."""
+    """Compute results of a few rows of `x` at a time, and again in the backward. Columns are 0-d or (N,)."""
     if torch.compiler.is_compiling():
         return [function(x, *columns)]
     step = _step(classes)

@@ -94,13 +94,14 @@ def _dispatch(
             loss, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, reduction)
         if not return_stats:
             return loss, None
-        if top_k == 0:
-            with torch.no_grad():
-                statistics, index, _ = functions.statistics_of(rows._replace(candidates=None), spec, Picks(1))
-        return loss, row_stats(statistics, index, rows.target)
-    if not unreduced and _is_dense(call, epilogue):
-        s = _top_statistics(rows, spec) if return_stats else None
-        return dense.total(rows, spec, epilogue, reduction), None if s is None else dense_row_stats(s, rows.target)
+        return loss, top_stats(rows, spec) if top_k == 0 else row_stats(statistics, index, rows.target)
+    if epilogue.over == "classes" and call.shards is None and spec.impl != "reference":
+        _check_dense(call)
+        if unreduced:
+            loss = reduced(dense.losses(rows, spec, epilogue))
+        else:
+            loss = dense.total(rows, spec, epilogue, reduction)
+        return loss, top_stats(rows, spec) if return_stats else None
     losses, s = _in_pytorch(call, epilogue)
     return reduced(losses), dense_row_stats(s, rows.target) if return_stats else None
 
@@ -137,39 +138,25 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     return (True,)
 
 
-def _is_dense(call: Call, epilogue: Epilogue) -> bool:
-    """Whether the loss is the definition in PyTorch on a few rows of logits in hand at a time."""
-    kind = epilogue.over == "classes" and call.spec.impl != "reference"
-    return kind and call.shards is None and not call.rows.is_linear and not call.inplace
+_NOT_IN_PLACE = "inplace_backward needs a compiled epilogue, which this loss over the classes has not"
 
 
-def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
-    """Row losses (N,) of which a part, or all, is PyTorch code, and statistics with the top class where asked for."""
-    rows, spec = call.rows, call.spec
-    if spec.impl == "reference":
-        return reference.row_losses(rows, epilogue, spec)
-    if epilogue.over == "rows":
-        return _composed(call, epilogue)
-    compiled = call.shards is not None and has_compiled(epilogue.name, call)
-    if call.inplace and not compiled:
-        raise ValueError("inplace_backward needs a compiled epilogue, which this loss over the classes has not")
-    if call.shards is not None:
-        return _over_ranks(call, epilogue)
-    if rows.is_linear:
+def _check_dense(call: Call) -> None:
+    """Refuse what the definition in PyTorch cannot do on a few rows of logits at a time."""
+    if call.inplace:
+        raise ValueError(_NOT_IN_PLACE)
+    if call.rows.is_linear:
         raise ValueError(
             "a linear form over the classes needs a compiled epilogue, which a loss function over the classes and "
             "parameters that require grad have not; compute the logits and use the row form"
         )
-    loss = dense.losses(rows, spec, epilogue)
-    return loss, _top_statistics(rows, spec) if call.options["return_stats"] else Statistics()
 
 
-def _top_statistics(rows: Rows, spec: Spec) -> Statistics:
-    """Detached statistics of the top class."""
-    logits = rows.logits.detach()
-    statistics, index, _ = functions.statistics_of(rows._replace(hidden=[logits]), spec, Picks(1))
-    lse, ce, top_ce, top_index = over_classes.columns_of(statistics, index, rows.target)
-    return Statistics(lse=lse, ce=ce, top_ce=top_ce, top_index=top_index)
+def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
+    """Row losses (N,) of which a part, or all, is PyTorch code, and statistics with the top class where asked for."""
+    if call.spec.impl == "reference":
+        return reference.row_losses(call.rows, epilogue, call.spec)
+    return _composed(call, epilogue) if epilogue.over == "rows" else _over_ranks(call, epilogue)
 
 
 def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
@@ -189,6 +176,8 @@ def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
 def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A class term over the classes of all ranks, of which each sums its own."""
     if not has_compiled(epilogue.name, call):
+        if call.inplace:
+            raise ValueError(_NOT_IN_PLACE)
         raise ValueError(
             "with a group, a loss over the classes needs a compiled epilogue, which a loss function over the classes "
             "and parameters that require grad have not; compute all logits on each rank, or use a loss over the rows"
@@ -196,6 +185,13 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     base, s = over_classes.row_losses(call, epilogue)
     loss = reference.with_common_terms(base, s, call.rows, call.spec, call.classes, weighted=True)
     return loss.masked_fill(call.rows.target == checks.IGNORED, 0), s
+
+
+def top_stats(rows: Rows, spec: Spec) -> tuple[Tensor, ...]:
+    """Compute the columns of RowStats by another statistics pass, where the loss did not look for the top class."""
+    with torch.no_grad():
+        statistics, index, _ = functions.statistics_of(rows._replace(candidates=None), spec, Picks(1))
+    return row_stats(statistics, index, rows.target)
 
 
 def row_stats(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, ...]:

@@ -48,7 +48,7 @@ class Reduction(NamedTuple):
         return total if self.divisor is None else total / self.divisor
 
     def upstream(self, rows: Rows, grad_output: Tensor | None = None) -> Tensor | None:
-        """The derivative by the loss of each row, (N,), times that by the result; None for all ones."""
+        """Return the derivative of the result by each row's loss, (N,), times `grad_output`; None stands for ones."""
         like = rows.hidden[0]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if grad_output is None:
@@ -137,7 +137,7 @@ class _Loss(torch.autograd.Function):
             upstream = reduction.upstream(rows, grad_output) if settings.total else grad_output
             statistics, index, coefficients = results
             grads = gradients(rows, spec, needed, statistics, index, coefficients, upstream, settings.inplace)
-        return _of_inputs(ctx, 3, grads)
+        return of_inputs(ctx, 3, grads)
 
 
 def _spread(needed: Sequence[bool], gradients: Any) -> tuple[Tensor | None, ...]:
@@ -146,7 +146,7 @@ def _spread(needed: Sequence[bool], gradients: Any) -> tuple[Tensor | None, ...]
     return tuple(next(rest) if need else None for need in needed)
 
 
-def _of_inputs(ctx: Any, before: int, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def of_inputs(ctx: Any, before: int, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     """The gradients of a function's inputs from those of its sources, which come after so many others."""
     after = len(ctx.needs_input_grad) - before - len(gradients)
     return (*(None,) * before, *gradients, *(None,) * after)
@@ -239,8 +239,7 @@ def merged_statistics(
         here = picks._replace(top_k=min(picks.top_k, own))
         statistics, index, own_top = statistics_of(vocabulary.rows_here(shards, rows), spec, here, top_q)
     else:
-        count = 0 if rows.candidates is None else rows.candidates.shape[1]
-        statistics, index = vocabulary.nothing_here(rows.hidden[0], rows.target, count)
+        statistics, index = vocabulary.nothing_here(rows)
         own_top = statistics[Q] if top_q else None
     return vocabulary.merge(shards, rows, statistics, index, picks, own_top)
 
@@ -297,17 +296,17 @@ class _RowStatistics(torch.autograd.Function):
                 z = z.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
                 return dense_columns(z, safe, rows.class_weight, rows.candidates, picks)[0]
 
-            return _of_inputs(ctx, 1, differentiable(rows.sources, needed, columns, grads[:-1]))
+            return of_inputs(ctx, 1, differentiable(rows.sources, needed, columns, grads[:-1]))
         classes = rows.classes if shards is None else shards.classes
         coefficients = _coefficients(statistics, rows, index, Columns(*grads[:-1]), classes)
         if shards is not None:
             if not rows.classes and not rows.is_linear:
-                return _of_inputs(ctx, 1, [torch.zeros_like(rows.logits)])
+                return of_inputs(ctx, 1, [torch.zeros_like(rows.logits)])
             here = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
             rows = rows._replace(target=here, class_weight=shards.weight(rows.class_weight))
             index = shards.here(index)[0]
         saved = (statistics, index, coefficients, None)
-        return _of_inputs(ctx, 1, gradients(rows, spec, needed, *saved, inplace))
+        return of_inputs(ctx, 1, gradients(rows, spec, needed, *saved, inplace))
 
 
 def _target_at(counts: tuple[int, int, int, int]) -> int:
@@ -373,7 +372,7 @@ class _ClassSums(torch.autograd.Function):
             def sums(w: Tensor | None, z: Tensor) -> list[Tensor]:
                 return [reference.class_sums(rows.with_sources([z]), w, overlap.function)[0]]
 
-            return _of_inputs(ctx, 1, differentiable((row_weight, rows.logits), needed, sums, [grad_sums]))
+            return of_inputs(ctx, 1, differentiable((row_weight, rows.logits), needed, sums, [grad_sums]))
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(rows.logits.dtype)).contiguous().unbind()
         agreement = agreement[Targets.of(rows.target, rows.classes).safe]
@@ -383,4 +382,4 @@ class _ClassSums(torch.autograd.Function):
         if needed[1]:
             saved = (statistics, index, coefficients, row_weight)
             (gradient,) = gradients(rows, spec, (True,), *saved, inplace)
-        return _of_inputs(ctx, 1, [loss if needed[0] else None, gradient])
+        return of_inputs(ctx, 1, [loss if needed[0] else None, gradient])

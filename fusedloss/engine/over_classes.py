@@ -119,7 +119,7 @@ class _Here(NamedTuple):
 
     @staticmethod
     def of(rows: Rows, spec: Spec, shards: VocabularyShards) -> tuple[_Here, Tensor]:
-        """Also the top class among all."""
+        """Return what a rank keeps, and the top class among the classes of all ranks."""
         statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
         assert top_q is not None
         ignored, first, classes = rows.target == IGNORED, shards.own.start, rows.classes
@@ -166,7 +166,7 @@ class _RowLosses(torch.autograd.Function):
         terms = _RowLosses._terms(ctx.settings, ctx.shards, rows, _Here(*ctx.saved_tensors[-len(_Here._fields) :]))
         needed = ctx.needs_input_grad[2 : 2 + len(rows.sources)]
         g = torch.zeros_like(sums[LOSS]) if grad_loss is None else grad_loss
-        return None, None, *_padded(ctx, 2, terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace))
+        return functions.of_inputs(ctx, 2, terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace))
 
     @staticmethod
     def _terms(settings: Settings, shards: VocabularyShards, rows: Rows, here: _Here) -> Terms:
@@ -178,10 +178,6 @@ class _RowLosses(torch.autograd.Function):
 
         rows = rows._replace(target=here.target, class_weight=weight)
         return Terms(function, rows, settings.spec, here.statistics, here.top, here.top_q)
-
-
-def _padded(ctx: Any, before: int, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return (*gradients, *(None,) * (len(ctx.needs_input_grad) - before - len(gradients)))
 
 
 class _Sums(NamedTuple):
@@ -252,7 +248,7 @@ class _OverRows(torch.autograd.Function):
         gradient: tuple[Tensor | None, ...] = (None,)
         if ctx.needs_input_grad[2]:
             gradient = terms.gradients((True,), g, by_rows, None, x.inplace)
-        return None, by_rows[LOSS] if ctx.needs_input_grad[1] else None, *_padded(ctx, 2, gradient)
+        return functions.of_inputs(ctx, 1, (by_rows[LOSS] if ctx.needs_input_grad[1] else None, *gradient))
 
     @staticmethod
     def _by_sums(x: _Sums, rows: Rows, here: _Here, sums: Tensor, upstream: Tensor) -> Terms:

@@ -21,10 +21,9 @@ from ..definition import reference
 from ..definition.epilogue import Overlap
 from ..definition.projection import Projection
 from ..definition.rows import Source
-from ..definition.statistics import Picks
 from ..engine import dense, functions, over_classes
 from ..engine.constants import parameter
-from ..engine.dispatch import dense_row_stats, has_compiled, row_loss, row_stats, shaped_stats
+from ..engine.dispatch import dense_row_stats, has_compiled, row_loss, row_stats, shaped_stats, top_stats
 from ..engine.options import CLASS_LOSSES_LACK, CallOptions
 from ..engine.prepare import Call, prepare
 
@@ -149,7 +148,5 @@ def _over_rows(
 
         parts = dense.in_chunks(some, rows.classes, rows.logits, rows.target, row_weight, *rows.params)
         sums = torch.stack(parts).sum(0)
-        if return_stats:
-            detached = rows._replace(hidden=[rows.logits.detach()], class_weight=None)
-            statistics, index, _ = functions.statistics_of(detached, spec, Picks(1))
+        return of_classes(sums), top_stats(rows, spec) if return_stats else None
     return of_classes(sums), row_stats(statistics, index, rows.target) if return_stats else None
