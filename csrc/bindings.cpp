@@ -1,9 +1,6 @@
-// Python bindings of the CPU engine. Tensors arrive as integer addresses, so that nothing here links torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// Python bindings of the CPU engine.
 #include <stdexcept>
-#include <utility>
+#include <string>
 #include <vector>
 
 #if defined(__linux__)
@@ -12,20 +9,10 @@
 
 #include "bindings.h"
 #include "cpu/parallel.h"
-#include "engine.h"
 
 namespace py = pybind11;
 
 namespace fusedloss {
-
-template <typename... Row, typename... Terms>
-EpilogueKind find_kind(const std::string& name, FunctorList<Row...>, FunctorList<Terms...>) {
-    if (((name == Row::name) || ...)) return EpilogueKind::row;
-    if (((name == Terms::name) || ...)) return EpilogueKind::class_term;
-    return EpilogueKind::none;
-}
-
-EpilogueKind epilogue_kind(const std::string& name) { return find_kind(name, RowEpilogues{}, ClassTerms{}); }
 
 namespace {
 
@@ -34,11 +21,11 @@ namespace {
 struct InstructionSet {
     const char* name;
     bool available;
-    void (*forward)(const Rows&, const Epilogue&, const Outputs&);
-    void (*backward)(const Rows&, const Epilogue&, const Gradient&);
-    void (*class_sums)(const Rows&, const Epilogue&, const ClassSums&);
-    void (*class_terms)(const Rows&, const Epilogue&, const Outputs&);
-    void (*term_sums)(const Rows&, const Epilogue&, const ClassSums&);
+    void (*forward)(const Job&);
+    void (*backward)(const Job&);
+    void (*class_sums)(const Job&);
+    void (*class_terms)(const Job&);
+    void (*term_sums)(const Job&);
 };
 
 #define FUSEDLOSS_PASSES(isa) isa::forward, isa::backward, isa::class_sums, isa::class_terms, isa::term_sums
@@ -86,24 +73,6 @@ std::vector<std::string> available_sets() {
 
 // --- arguments ---
 
-using Address = std::uintptr_t;
-
-template <typename T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// The caller has seen to the name and to the number of the parameters.
-Epilogue make_epilogue(const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                       Address common = 0) {
-    Epilogue epilogue{name, {}, {}, static_cast<int>(params.size()), at<void>(common)};
-    for (size_t k = 0; k < params.size(); ++k) {
-        epilogue.param[k] = at<void>(params[k].first);
-        epilogue.param_stride[k] = params[k].second;
-    }
-    return epilogue;
-}
-
 // The first index in [0, count) whose class is outside [lowest, classes) and not `ignored`; -1: none.
 int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ignored, int64_t lowest) {
     const int64_t* t = at<const int64_t>(target);
@@ -135,71 +104,18 @@ PYBIND11_MODULE(_engine, module) {
     watch_forks();
     use_instruction_set("");
 
-    py::class_<Rows>(module, "Rows")
-        .def(py::init([](int dtype, Address logits, int64_t rows, int64_t classes, int64_t row_stride, Address target,
-                         Address candidates, int candidate_count, int top_k, bool below, bool mean,
-                         Address class_weight, double weight_sum, int threads) {
-            return Rows{static_cast<DType>(dtype),
-                        at<void>(logits),
-                        rows,
-                        classes,
-                        row_stride,
-                        at<const int64_t>(target),
-                        at<const int64_t>(candidates),
-                        candidate_count,
-                        top_k,
-                        below,
-                        mean,
-                        at<void>(class_weight),
-                        weight_sum,
-                        threads_after_fork() ? threads_after_fork() : threads};
-        }));
-
-    module.def("forward",
-               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                  Address common, Address loss, Address statistics, Address index, Address coefficients) {
-                   const Epilogue epilogue = make_epilogue(name, params, common);
-                   const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
-                   py::gil_scoped_release release;
-                   current->forward(rows, epilogue, out);
-               });
-    module.def("backward",
-               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                  Address statistics, Address index, Address coefficients, Address grad_output,
-                  int64_t grad_output_stride, Address grad, int64_t grad_row_stride) {
-                   const Epilogue epilogue = make_epilogue(name, params);
-                   const Gradient gradient{at<void>(statistics),  at<const int64_t>(index), at<void>(coefficients),
-                                           at<void>(grad_output), grad_output_stride,       at<void>(grad),
-                                           grad_row_stride};
-                   py::gil_scoped_release release;
-                   current->backward(rows, epilogue, gradient);
-               });
-    module.def("class_sums",
-               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                  Address statistics, Address index, Address row_weight, int64_t row_weight_stride, Address top_q,
-                  Address sums) {
-                   const Epilogue epilogue = make_epilogue(name, params);
-                   const ClassSums out{at<void>(statistics), at<const int64_t>(index), at<void>(row_weight),
-                                       row_weight_stride,    at<void>(top_q),          at<double>(sums)};
-                   py::gil_scoped_release release;
-                   current->class_sums(rows, epilogue, out);
-               });
-    module.def("term_sums", [](const Rows& rows, const std::string& name,
-                               const std::vector<std::pair<Address, int64_t>>& params, Address statistics,
-                               Address index, Address sums) {
-        const Epilogue epilogue = make_epilogue(name, params);
-        const ClassSums out{at<void>(statistics), at<const int64_t>(index), nullptr, 0, nullptr, at<double>(sums)};
-        py::gil_scoped_release release;
-        current->term_sums(rows, epilogue, out);
-    });
-    module.def("class_terms",
-               [](const Rows& rows, const std::string& name, const std::vector<std::pair<Address, int64_t>>& params,
-                  Address statistics, Address index, Address loss, Address coefficients) {
-                   const Epilogue epilogue = make_epilogue(name, params);
-                   const Outputs out{at<void>(loss), at<void>(statistics), at<int64_t>(index), at<void>(coefficients)};
-                   py::gil_scoped_release release;
-                   current->class_terms(rows, epilogue, out);
-               });
+    bind_job<Job>(module, "Job");
+    const auto def = [&](const char* name, void (*InstructionSet::*pass)(const Job&)) {
+        module.def(name, [pass](const Job& job) {
+            py::gil_scoped_release release;
+            (current->*pass)(job);
+        });
+    };
+    def("forward", &InstructionSet::forward);
+    def("backward", &InstructionSet::backward);
+    def("class_sums", &InstructionSet::class_sums);
+    def("term_sums", &InstructionSet::term_sums);
+    def("class_terms", &InstructionSet::class_terms);
     module.def("first_invalid", &first_invalid, py::arg("target"), py::arg("count"), py::arg("classes"),
                py::arg("ignored"), py::arg("lowest") = 0);
     module.def("advise_huge_pages", &advise_huge_pages);

@@ -1,4 +1,4 @@
-class Rows:
+class Job:
     def __init__(
         self,
         dtype: int,
@@ -13,55 +13,29 @@ class Rows:
         below: bool,
         mean: bool,
         class_weight: int,
-        weight_sum: float,
+        weight_sum: int,
+        epilogue: int,
+        class_term: bool,
+        params: list[tuple[int, int]],
+        common: int,
+        loss: int,
+        statistics: int,
+        index: int,
+        coefficients: int,
+        grad: int,
+        grad_row_stride: int,
+        upstream: int,
+        upstream_stride: int,
+        sums: int,
+        top_q: int,
         threads: int,
     ) -> None: ...
 
-def forward(
-    rows: Rows,
-    epilogue: str,
-    params: list[tuple[int, int]],
-    common: int,
-    loss: int,
-    statistics: int,
-    index: int,
-    coefficients: int,
-) -> None: ...
-def backward(
-    rows: Rows,
-    epilogue: str,
-    params: list[tuple[int, int]],
-    statistics: int,
-    index: int,
-    coefficients: int,
-    grad_output: int,
-    grad_output_stride: int,
-    grad: int,
-    grad_row_stride: int,
-) -> None: ...
-def class_sums(
-    rows: Rows,
-    epilogue: str,
-    params: list[tuple[int, int]],
-    statistics: int,
-    index: int,
-    row_weight: int,
-    row_weight_stride: int,
-    top_q: int,
-    sums: int,
-) -> None: ...
-def term_sums(
-    rows: Rows, epilogue: str, params: list[tuple[int, int]], statistics: int, index: int, sums: int
-) -> None: ...
-def class_terms(
-    rows: Rows,
-    epilogue: str,
-    params: list[tuple[int, int]],
-    statistics: int,
-    index: int,
-    loss: int,
-    coefficients: int,
-) -> None: ...
+def forward(job: Job) -> None: ...
+def backward(job: Job) -> None: ...
+def class_sums(job: Job) -> None: ...
+def term_sums(job: Job) -> None: ...
+def class_terms(job: Job) -> None: ...
 def first_invalid(target: int, count: int, classes: int, ignored: int, lowest: int = 0) -> int: ...
 def advise_huge_pages(address: int, bytes: int) -> None: ...
 def epilogues() -> tuple[dict[str, int], dict[str, int], dict[str, int]]: ...

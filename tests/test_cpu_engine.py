@@ -289,16 +289,18 @@ OUT_OF_MEMORY = """
 import os, resource
 import torch
 from fusedloss import _engine
+from fusedloss.backends.native import native
+from fusedloss.definition.rows import Job, Rows, Spec
 
 ROWS, CLASSES = 16, 2000
 torch.set_num_threads(2)
 logits, target = torch.zeros(ROWS, CLASSES), torch.zeros(ROWS, dtype=torch.int64)
 
-def forward(picks, outputs, candidates, threads=2):
-    rows = _engine.Rows(1, logits.data_ptr(), ROWS, CLASSES, CLASSES, target.data_ptr(),
-                        candidates.data_ptr(), picks, 0, False, False, 0, 0.0, threads)
-    loss, statistics, index, coefficients = (x.data_ptr() for x in outputs)
-    _engine.forward(rows, "cross_entropy", [], 0, loss, statistics, index, coefficients)
+def forward(picks, outputs, candidates):
+    loss, statistics, index, coefficients = outputs
+    rows = Rows.of(logits, target, candidates=candidates)
+    job = Job(rows, Spec("cpu"), statistics, index, loss, coefficients)
+    _engine.forward(native(_engine.Job, job, (0, False), given=picks))
 
 def tensors(picks):
     sizes = (1, 6 + picks, picks, 3 + picks)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedloss as fl
 from fusedloss import _engine, backends
 from fusedloss.backends import buffer_pool as memory
-from fusedloss.backends import cpu
+from fusedloss.backends import native
 
 #: Columns that the compiled passes take at a time, and those of one partial statistic.
 BLOCK, CHUNK = 2048, 8192
@@ -791,20 +791,20 @@ def test_the_dtype_and_the_backend_are_those_asked_for(
 ) -> None:
     """A bf16 path that quietly converts to another dtype, or a backend that hands the work to another one."""
     seen = []
-    rows = _engine.Rows
+    job = _engine.Job
 
     def recorded(dtype_code: int, *arguments: Any) -> Any:
         seen.append(dtype_code)
-        return rows(dtype_code, *arguments)
+        return job(dtype_code, *arguments)
 
-    monkeypatch.setattr(_engine, "Rows", recorded)
+    monkeypatch.setattr(_engine, "Job", recorded)
     z, target = problem(3, 40, generator, dtype)
     gradient(LOSSES[name], z, target, impl="reference")
     assert not kernel_calls and not seen
     gradient(LOSSES[name], z, target, impl="cpu")
     forward = "statistics" if name == "flex_loss rows" else "forward"
     assert kernel_calls == {(forward, "cpu"): 1, ("backward", "cpu"): 1}
-    assert seen == [cpu._DTYPE_CODES[dtype]] * 2
+    assert seen == [native.DTYPES[dtype]] * 2
 
 
 def test_a_missing_extension_is_not_dropped_silently() -> None:

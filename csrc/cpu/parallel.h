@@ -29,6 +29,9 @@ inline void watch_forks() {
 #endif
 }
 
+// As many threads as are asked for, or as a forked child was told to use.
+inline int threads_of(int threads) { return threads_after_fork() ? threads_after_fork() : threads; }
+
 // Calls part(i), which must not throw, for i in [0, threads) on new threads and this one.
 template <typename Part>
 void on_new_threads(int threads, const Part& part) {

@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../engine.h"
+#include "../job.h"
 #include "parallel.h"
 #include "vector.h"
 
@@ -119,7 +119,7 @@ FUSEDLOSS_INLINE V negative_term(V p, const PowerSeries<T>& series, const T* par
 }
 
 // Sums of a class term over columns that are neither the target nor the top class, whose terms are singled
-// out.
+// job_.
 struct ClassPartial {
     double rest = 0;   // sum of exp(z - max) over all but the top class
     double loss = 0;   // sum of w f(p)
@@ -150,46 +150,43 @@ class Engine {
     static constexpr int width = VectorOf<T>::width;
 
    public:
-    Engine(const Rows& rows, const Epilogue& epilogue) : rows_(rows), epilogue_(epilogue) {}
+    explicit Engine(const Job& job) : job_(job) {}
 
     template <typename Functor>
-    void forward(const Outputs& out) const {
-        if (narrow()) return side_by_side<Functor>(out);
-        over_rows(
-            [&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch, out); });
+    void forward() const {
+        if (narrow()) return side_by_side<Functor>();
+        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch); });
     }
 
     template <typename Functor>
-    void one_by_one(int64_t row, int threads, Scratch<T>& scratch, const Outputs& out) const {
-        if (ignored(row)) return write_ignored(row, out);
-        const RowStatistics<T> s = statistics(row, threads, scratch, out);
-        if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch, out);
+    void one_by_one(int64_t row, int threads, Scratch<T>& scratch) const {
+        if (ignored(row)) return write_ignored(row);
+        const RowStatistics<T> s = statistics(row, threads, scratch);
+        if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch);
     }
 
     // Threads share out the blocks of columns, and where these are few, groups of rows, whose number depends on the
     // sizes alone: so the order of every sum, hence its bits, does not depend on the threads.
     template <typename Term>
-    void class_sums(const ClassSums& out) const {
-        const int64_t blocks = (rows_.classes + kBlock - 1) / kBlock, padded = blocks * kBlock;
-        const int64_t groups = std::max<int64_t>(1, std::min(rows_.rows / kGroupRows, kParts / blocks));
-        std::vector<T> top_q(rows_.rows);
-        parallel_for(rows_.rows, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
+    void class_sums() const {
+        const int64_t blocks = (job_.classes + kBlock - 1) / kBlock, padded = blocks * kBlock;
+        const int64_t groups = std::max<int64_t>(1, std::min(job_.rows / kGroupRows, kParts / blocks));
+        std::vector<T> top_q(job_.rows);
+        parallel_for(job_.rows, threads_for(job_.rows), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
-                top_q[row] = ignored(row) ? T(0)
-                             : out.top_q  ? static_cast<const T*>(out.top_q)[row]
-                                          : top_rest(row, out);
+                top_q[row] = ignored(row) ? T(0) : job_.top_q ? static_cast<const T*>(job_.top_q)[row] : top_rest(row);
             }
         });
         std::vector<double> error(groups * padded), agreement(groups * padded);
-        parallel_for(groups * blocks, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
+        parallel_for(groups * blocks, threads_for(job_.rows), [&](int64_t begin, int64_t end) {
             while (begin < end) {
                 const int64_t group = begin / blocks, stop = std::min(end, (group + 1) * blocks);
-                const int64_t first = rows_.rows * group / groups, last = rows_.rows * (group + 1) / groups;
+                const int64_t first = job_.rows * group / groups, last = job_.rows * (group + 1) / groups;
                 for (int64_t row = first; row < last; row += kRowsAtOnce) {
                     for (int64_t block = begin - group * blocks; block < stop - group * blocks; ++block) {
                         for (int64_t i = row; i < std::min(row + kRowsAtOnce, last); ++i) {
                             if (ignored(i)) continue;
-                            add_row<Term>(i, block * kBlock, top_q[i], out, &error[group * padded],
+                            add_row<Term>(i, block * kBlock, top_q[i], &error[group * padded],
                                           &agreement[group * padded]);
                         }
                     }
@@ -197,98 +194,98 @@ class Engine {
                 begin = stop;
             }
         });
-        for (int64_t column = 0; column < rows_.classes; ++column) {
+        for (int64_t column = 0; column < job_.classes; ++column) {
             double sum[2] = {0, 0};
             for (int64_t group = 0; group < groups; ++group) {
                 sum[0] += error[group * padded + column];
                 sum[1] += agreement[group * padded + column];
             }
-            out.sums[column] = sum[0];
-            out.sums[rows_.classes + column] = sum[1];
+            job_.sums[column] = sum[0];
+            job_.sums[job_.classes + column] = sum[1];
         }
     }
 
     // The second half of forward, from statistics in hand with the top class as the only pick.
     template <typename Term>
-    void class_terms(const Outputs& out) const {
-        if (rows_.classes <= kNarrow) return side_by_side<Term>(out);  // writes the same statistics once more
+    void class_terms() const {
+        if (job_.classes <= kNarrow) return side_by_side<Term>();  // writes the same statistics once more
         over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
-            const int64_t n = rows_.rows;
+            const int64_t n = job_.rows;
             if (ignored(row)) {
-                static_cast<T*>(out.loss)[row] = T(0);
-                for (int k = 0; k <= kCoefficients; ++k) static_cast<T*>(out.coefficients)[k * n + row] = T(0);
+                static_cast<T*>(job_.loss)[row] = T(0);
+                for (int k = 0; k <= kCoefficients; ++k) static_cast<T*>(job_.coefficients)[k * n + row] = T(0);
                 return;
             }
-            const T* const statistic = static_cast<const T*>(out.statistics) + row;
+            const T* const statistic = static_cast<const T*>(job_.statistics) + row;
             RowStatistics<T> s{};
             s.max = statistic[kMax * n];
             s.sum_exp = statistic[kSumExp * n];
             s.p = s.sum_exp == T(0) ? T(0) : std::exp(statistic[kTargetLogit * n] - s.max) / s.sum_exp;
-            s.target = rows_.target[row];
+            s.target = job_.target[row];
             s.picks = 1;
-            finish<Term>(row, threads, s, scratch, out);
+            finish<Term>(row, threads, s, scratch);
         });
     }
 
     template <typename Term>
-    void term_sums(const ClassSums& out) const {
+    void term_sums() const {
         over_rows([&](int64_t row, int threads, Scratch<T>&) {
-            const int64_t n = rows_.rows;
-            out.sums[row] = out.sums[n + row] = 0;
+            const int64_t n = job_.rows;
+            job_.sums[row] = job_.sums[n + row] = 0;
             if (ignored(row)) return;
-            const T* const statistic = static_cast<const T*>(out.statistics) + row;
+            const T* const statistic = static_cast<const T*>(job_.statistics) + row;
             const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
             T params[kMaxParams];
             params_of(row, params);
             const PowerSeries<T> series(Term::exponent(params));
             const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
-                return sweep<Term>(logits(row), begin, end, max, inverse, rows_.target[row], out.index[row], params,
+                return sweep<Term>(logits(row), begin, end, max, inverse, job_.target[row], job_.index[row], params,
                                    series);
             });
-            out.sums[row] = part.loss;
-            out.sums[n + row] = part.slope;
+            job_.sums[row] = part.loss;
+            job_.sums[n + row] = part.slope;
         });
     }
 
     template <typename Functor>
-    void backward(const Gradient& gradient) const {
-        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
-            write_gradient<Functor>(row, threads, scratch, gradient);
-        });
+    void backward() const {
+        over_rows(
+            [&](int64_t row, int threads, Scratch<T>& scratch) { write_gradient<Functor>(row, threads, scratch); });
     }
 
    private:
-    const S* logits(int64_t row) const { return static_cast<const S*>(rows_.logits) + row * rows_.row_stride; }
-    const S* limit() const { return logits(rows_.rows - 1) + rows_.classes; }
-    const T* weight_limit() const { return class_weight() + rows_.classes; }
-    const T* class_weight() const { return static_cast<const T*>(rows_.class_weight); }
+    const S* logits(int64_t row) const { return static_cast<const S*>(job_.logits) + row * job_.row_stride; }
+    const S* limit() const { return logits(job_.rows - 1) + job_.classes; }
+    const T* weight_limit() const { return class_weight() + job_.classes; }
+    const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
     T weight_of(int64_t column) const { return class_weight() && column >= 0 ? class_weight()[column] : T(1); }
-    bool ignored(int64_t row) const { return rows_.target[row] == kIgnored; }
-    int64_t chunks() const { return (rows_.classes + kChunk - 1) / kChunk; }
+    bool ignored(int64_t row) const { return job_.target[row] == kIgnored; }
+    double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.classes); }
+    int64_t chunks() const { return (job_.classes + kChunk - 1) / kChunk; }
 
     void params_of(int64_t row, T* params) const {
-        for (int k = 0; k < epilogue_.param_count; ++k) {
-            params[k] = static_cast<const T*>(epilogue_.param[k])[row * epilogue_.param_stride[k]];
+        for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
+            params[k] = static_cast<const T*>(job_.param[k])[row * job_.param_stride[k]];
         }
     }
 
     int threads_for(int64_t rows) const {
         // in elements: less work than a grain is not worth a thread
         constexpr int64_t grain = 16384, row_cost = 64;
-        const int64_t useful = rows * (rows_.classes + row_cost) / grain + 1;
-        return static_cast<int>(std::min<int64_t>(rows_.threads, useful));
+        const int64_t useful = rows * (job_.classes + row_cost) / grain + 1;
+        return static_cast<int>(std::min<int64_t>(threads_of(job_.threads), useful));
     }
 
     // each(row, threads, scratch): rows in parallel, or the chunks of a row where there are few rows.
     template <typename Each>
     void over_rows(const Each& each) const {
-        const int threads = threads_for(rows_.rows);
-        if (rows_.rows < 2 * threads && chunks() > 1) {
-            Scratch<T> scratch(rows_.picks());
-            for (int64_t row = 0; row < rows_.rows; ++row) each(row, threads, scratch);
+        const int threads = threads_for(job_.rows);
+        if (job_.rows < 2 * threads && chunks() > 1) {
+            Scratch<T> scratch(job_.picks());
+            for (int64_t row = 0; row < job_.rows; ++row) each(row, threads, scratch);
         } else {
-            parallel_for(rows_.rows, threads, [&](int64_t begin, int64_t end) {
-                Scratch<T> scratch(rows_.picks());
+            parallel_for(job_.rows, threads, [&](int64_t begin, int64_t end) {
+                Scratch<T> scratch(job_.picks());
                 for (int64_t row = begin; row < end; ++row) each(row, 1, scratch);
             });
         }
@@ -297,7 +294,7 @@ class Engine {
     // Folds scan(begin, end) over the chunks of a row, from left to right.
     template <typename Part, typename Scan>
     Part fold(int threads, const Scan& scan) const {
-        const auto chunk = [&](int64_t i) { return scan(i * kChunk, std::min((i + 1) * kChunk, rows_.classes)); };
+        const auto chunk = [&](int64_t i) { return scan(i * kChunk, std::min((i + 1) * kChunk, job_.classes)); };
         if (threads == 1) {
             Part sum = chunk(0);
             for (int64_t i = 1; i < chunks(); ++i) merge(sum, chunk(i));
@@ -320,10 +317,9 @@ class Engine {
 
     // --- statistics pass ---
 
-    FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch,
-                                                   const Outputs& out) const {
+    FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch) const {
         const S* z = logits(row);
-        const int64_t target = rows_.target[row];
+        const int64_t target = job_.target[row];
         const T target_logit = read(z + target);
         const T first = read(z);
         const T reference = std::isfinite(first) ? first : T(0);
@@ -344,15 +340,15 @@ class Engine {
             s.p = T(0);
             s.ce = kInfinity<T>;
         }
-        if (rows_.mean) {
-            const double sum_ce = rows_.weight_sum * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
-            s.mean_ce = T(sum_ce / double(rows_.classes));
+        if (job_.mean) {
+            const double sum_ce = weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
+            s.mean_ce = T(sum_ce / double(job_.classes));
         } else {
             s.mean_ce = T(0);
         }
 
-        T* const statistic = static_cast<T*>(out.statistics) + row;
-        const int64_t n = rows_.rows;
+        T* const statistic = static_cast<T*>(job_.statistics) + row;
+        const int64_t n = job_.rows;
         statistic[kMax * n] = s.max;
         statistic[kSumExp * n] = s.sum_exp;
         statistic[kQ * n] = s.q;
@@ -362,16 +358,16 @@ class Engine {
         int k = 0;
         const auto pick = [&](T logit, int64_t index) {
             scratch.pick_logit[k] = statistic[(kStatistics + k) * n] = logit;
-            scratch.pick_index[k] = out.index[k * n + row] = index;
+            scratch.pick_index[k] = job_.index[k * n + row] = index;
             ++k;
         };
-        const int64_t top = rows_.top_k > 0 ? column_of(z, part.top) : -1;
+        const int64_t top = job_.top_k > 0 ? column_of(z, part.top) : -1;
         // A row of NaN alone has no largest logit; its loss is NaN, and any index will do.
-        if (rows_.top_k > 0) pick(part.top.value, std::max<int64_t>(top, 0));
-        if (rows_.top_k > 1) pick(part.second.value, column_of(z, part.second, top));
-        if (rows_.below) pick(part.below.value, column_of(z, part.below));
-        for (int c = 0; c < rows_.candidate_count; ++c) {
-            const int64_t index = rows_.candidates[row * rows_.candidate_count + c];
+        if (job_.top_k > 0) pick(part.top.value, std::max<int64_t>(top, 0));
+        if (job_.top_k > 1) pick(part.second.value, column_of(z, part.second, top));
+        if (job_.below) pick(part.below.value, column_of(z, part.below));
+        for (int c = 0; c < job_.candidate_count; ++c) {
+            const int64_t index = job_.candidates[row * job_.candidate_count + c];
             pick(read(z + index), index);
         }
         s.picks = k;
@@ -413,7 +409,7 @@ class Engine {
         base = finite_max(base);
         const bool target_here = target >= from && target < from + count;
         const int hole = target_here ? static_cast<int>(target - from) : -1;
-        if (rows_.mean) {
+        if (job_.mean) {
             return target_here || class_weight() ? sum_columns<true, true>(z, from, count, hole, base, reference)
                                                  : sum_columns<true, false>(z, from, count, hole, base, reference);
         }
@@ -472,13 +468,13 @@ class Engine {
 
     // Top, second and below are kept as values and the blocks that hold them.
     void keep_picks(const S* z, int64_t from, int64_t count, T max, T target_logit, Partial<T>& part) const {
-        const Best<T>& least = rows_.top_k > 1 ? part.second : part.top;
-        if (rows_.top_k > 0 && (least.index < 0 || max > least.value)) {
+        const Best<T>& least = job_.top_k > 1 ? part.second : part.top;
+        if (job_.top_k > 0 && (least.index < 0 || max > least.value)) {
             insert(part.top, part.second, {max, from});
-            if (rows_.top_k > 1)
+            if (job_.top_k > 1)
                 insert(part.top, part.second, {max_but(z, count, static_cast<int>(find(z, count, max))), from});
         }
-        if (rows_.below) {
+        if (job_.below) {
             const T below = max_below(z, count, target_logit);
             if (below > part.below.value) part.below = {below, from};
         }
@@ -487,7 +483,7 @@ class Engine {
     // The column of a kept pick that is not `but`; negative if there is none.
     int64_t column_of(const S* z, const Best<T>& pick, int64_t but = -1) const {
         if (pick.index < 0) return -1;
-        const int64_t count = std::min(kBlock, rows_.classes - pick.index);
+        const int64_t count = std::min(kBlock, job_.classes - pick.index);
         int64_t column = find(z + pick.index, count, pick.value);
         if (column >= 0 && pick.index + column == but) {
             const int64_t next = column + 1;
@@ -538,44 +534,43 @@ class Engine {
 
     // An ignored row is not looked at. It gets the statistics of two equal logits, one of them the target, so
     // that a user's loss function sees nothing that is not finite, and loss and coefficients of zero.
-    void write_ignored(int64_t row, const Outputs& out) const {
-        const int64_t n = rows_.rows;
-        const int picks = rows_.picks();
+    void write_ignored(int64_t row) const {
+        const int64_t n = job_.rows;
+        const int picks = job_.picks();
         const T log2 = T(0.6931471805599453);
         const T neutral[kStatistics] = {T(0), T(2), T(0.5), log2, T(0), log2};
         for (int k = 0; k < kStatistics + picks; ++k) {
-            static_cast<T*>(out.statistics)[k * n + row] = k < kStatistics ? neutral[k] : T(0);
+            static_cast<T*>(job_.statistics)[k * n + row] = k < kStatistics ? neutral[k] : T(0);
         }
-        for (int k = 0; k < picks; ++k) out.index[k * n + row] = -1;
-        if (!out.loss) return;
-        static_cast<T*>(out.loss)[row] = T(0);
-        for (int k = 0; k < kCoefficients + picks; ++k) static_cast<T*>(out.coefficients)[k * n + row] = T(0);
+        for (int k = 0; k < picks; ++k) job_.index[k * n + row] = -1;
+        if (!job_.loss) return;
+        static_cast<T*>(job_.loss)[row] = T(0);
+        for (int k = 0; k < kCoefficients + picks; ++k) static_cast<T*>(job_.coefficients)[k * n + row] = T(0);
     }
 
     // --- epilogues ---
 
-    T common(int k) const { return common_at<T>(epilogue_.common, k); }
+    T common(int k) const { return common_at<T>(job_.common, k); }
 
     Shared<T> shared() const {
         Shared<T> x;
         x.main = common(kMain);
         x.smooth = common(kSmooth);
         x.z_loss = common(kZLoss);
-        x.weight_sum = T(rows_.weight_sum);
+        x.weight_sum = T(weight_sum());
         return x;
     }
 
     template <typename Functor>
-    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch,
-                                   const Outputs& out) const {
+    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch) const {
         T params[kMaxParams];
         params_of(row, params);
-        const int64_t n = rows_.rows;
-        T* const loss = static_cast<T*>(out.loss) + row;
-        T* const coefficient = static_cast<T*>(out.coefficients) + row;
+        const int64_t n = job_.rows;
+        T* const loss = static_cast<T*>(job_.loss) + row;
+        T* const coefficient = static_cast<T*>(job_.coefficients) + row;
         if constexpr (is_class_term<Functor>(ClassTerms{})) {
             const T z_slope = add_z_loss(s, loss);
-            finish_class_term<Functor>(row, threads, s, params, z_slope, out.index[row], loss, coefficient);
+            finish_class_term<Functor>(row, threads, s, params, z_slope, job_.index[row], loss, coefficient);
             for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = T(0);
         } else {
             RowGradient<T> g;
@@ -583,7 +578,7 @@ class Engine {
             std::fill(scratch.b.begin(), scratch.b.end(), T(0));
             Functor::run(s, params, g);
             const T weight = weight_of(s.target);
-            apply_shared(s, shared(), weight, rows_.classes, g);
+            apply_shared(s, shared(), weight, job_.classes, g);
             *loss = g.loss;
             coefficient[kA * n] = g.a;
             const T smooth = common(kSmooth);
@@ -605,7 +600,7 @@ class Engine {
     void finish_class_term(int64_t row, int threads, const RowStatistics<T>& s, const T* params, T z_slope, int64_t top,
                            T* loss, T* coefficient) const {
         const S* z = logits(row);
-        const int64_t n = rows_.rows;
+        const int64_t n = job_.rows;
         const PowerSeries<T> series(Term::exponent(params));
         const T inverse = T(1) / s.sum_exp;
         const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
@@ -713,25 +708,25 @@ class Engine {
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
     bool narrow() const {
-        return rows_.classes <= kNarrow && rows_.top_k <= 1 && rows_.picks() == rows_.top_k && !rows_.mean;
+        return job_.classes <= kNarrow && job_.top_k <= 1 && job_.picks() == job_.top_k && !job_.mean;
     }
 
     template <typename Functor>
-    void side_by_side(const Outputs& out) const {
-        const int64_t groups = (rows_.rows + width - 1) / width;
-        parallel_for(groups, threads_for(rows_.rows), [&](int64_t begin, int64_t end) {
-            Scratch<T> scratch(rows_.picks());
-            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, scratch, out);
+    void side_by_side() const {
+        const int64_t groups = (job_.rows + width - 1) / width;
+        parallel_for(groups, threads_for(job_.rows), [&](int64_t begin, int64_t end) {
+            Scratch<T> scratch(job_.picks());
+            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, scratch);
         });
     }
 
     // A row without finite logits alone is left to the scalar code, and an ignored one to neither: in their lanes, and
     // in those after the last row, the logits are 0.
     template <typename Functor>
-    FUSEDLOSS_ONE_COPY void group(int64_t first, Scratch<T>& scratch, const Outputs& out) const {
+    FUSEDLOSS_ONE_COPY void group(int64_t first, Scratch<T>& scratch) const {
         using Bits = typename VectorOf<T>::Bits;
-        const int count = static_cast<int>(std::min<int64_t>(width, rows_.rows - first));
-        const int classes = static_cast<int>(rows_.classes);
+        const int count = static_cast<int>(std::min<int64_t>(width, job_.rows - first));
+        const int classes = static_cast<int>(job_.classes);
         T lane[kNarrow][width] = {}, param[kMaxParams][width], target_weight[width];
         bool alone[width] = {};
         Bits target{};
@@ -746,13 +741,13 @@ class Engine {
                 if (alone[i]) {
                     for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
                 } else {
-                    target[i] = static_cast<int>(rows_.target[row]);
+                    target[i] = static_cast<int>(job_.target[row]);
                 }
             }
             target_weight[i] = weight_of(target[i]);
             T params[kMaxParams];
             params_of(row, params);
-            for (int k = 0; k < kMaxParams; ++k) param[k][i] = k < epilogue_.param_count ? params[k] : T(0);
+            for (int k = 0; k < kMaxParams; ++k) param[k][i] = job_.param[k] ? params[k] : T(0);
         }
         V params[kMaxParams], x[kNarrow];
         for (int k = 0; k < kMaxParams; ++k) params[k] = load(param[k]);
@@ -778,8 +773,8 @@ class Engine {
         const V ce = rest < mine ? near : (max - target_logit) + log_sum;
         const V q = rest * inverse;
 
-        const int64_t n = rows_.rows;
-        T* const statistic = static_cast<T*>(out.statistics) + first;
+        const int64_t n = job_.rows;
+        T* const statistic = static_cast<T*>(job_.statistics) + first;
         const auto put = [&](T* to, V v) { count == width ? store(to, v) : store_part(to, count, v); };
         put(statistic + kMax * n, max);
         put(statistic + kSumExp * n, sum_exp);
@@ -787,9 +782,9 @@ class Engine {
         put(statistic + kCe * n, ce);
         put(statistic + kTargetLogit * n, target_logit);
         put(statistic + kMeanCe * n, V{});
-        if (rows_.top_k > 0) {
+        if (job_.top_k > 0) {
             put(statistic + kStatistics * n, max);
-            for (int i = 0; i < count; ++i) out.index[first + i] = top[i];
+            for (int i = 0; i < count; ++i) job_.index[first + i] = top[i];
         }
         const V p = mine * inverse;
         if constexpr (is_class_term<Functor>(ClassTerms{})) {
@@ -817,24 +812,24 @@ class Engine {
             const V top_gradient = top_p * (top_h - slope + z_slope);
             const V target_gradient = target == top ? top_gradient : p * (target_h / target_q - shift);
 
-            T* const coefficient = static_cast<T*>(out.coefficients) + first;
+            T* const coefficient = static_cast<T*>(job_.coefficients) + first;
             put(coefficient + kShift * n, shift);
             put(coefficient + kTopGradient * n, top_gradient);
             put(coefficient + kTargetGradient * n, target_gradient);
             put(coefficient + kCoefficients * n, V{});
-            put(static_cast<T*>(out.loss) + first, loss);
+            put(static_cast<T*>(job_.loss) + first, loss);
         } else if constexpr (!std::is_void_v<Functor>) {
             for (int i = 0; i < count; ++i) {
                 if (alone[i]) continue;
                 const int64_t index = top[i];
                 const T logit = max[i];
-                const RowStatistics<T> s{logit, sum_exp[i], log_sum[i],  ce[i],  q[i],  p[i],
-                                         T(0),  target[i],  rows_.top_k, &logit, &index};
-                finish<Functor>(first + i, 1, s, scratch, out);
+                const RowStatistics<T> s{logit, sum_exp[i], log_sum[i], ce[i],  q[i],  p[i],
+                                         T(0),  target[i],  job_.top_k, &logit, &index};
+                finish<Functor>(first + i, 1, s, scratch);
             }
         }
         for (int i = 0; i < count; ++i) {
-            if (alone[i]) one_by_one<Functor>(first + i, 1, scratch, out);
+            if (alone[i]) one_by_one<Functor>(first + i, 1, scratch);
         }
     }
 
@@ -848,32 +843,32 @@ class Engine {
     // --- sums over the rows ---
 
     // 1 - p of a row's top class, for which only p > 0.5 needs a look at the other classes.
-    T top_rest(int64_t row, const ClassSums& in) const {
-        const int64_t n = rows_.rows, top = in.index[row];
-        const T* const statistic = static_cast<const T*>(in.statistics) + row;
-        if (top == rows_.target[row]) return statistic[kQ * n];
+    T top_rest(int64_t row) const {
+        const int64_t n = job_.rows, top = job_.index[row];
+        const T* const statistic = static_cast<const T*>(job_.statistics) + row;
+        if (top == job_.target[row]) return statistic[kQ * n];
         const S* z = logits(row);
         const T max = statistic[kMax * n], sum_exp = statistic[kSumExp * n];
         if (sum_exp >= T(2)) return T(1) - T(1) / sum_exp;
         double rest = 0;
-        for (int64_t from = 0; from < rows_.classes; from += kBlock) {
-            rest += sum_block(z, from, std::min(kBlock, rows_.classes - from), top, max, T(0)).rest;
+        for (int64_t from = 0; from < job_.classes; from += kBlock) {
+            rest += sum_block(z, from, std::min(kBlock, job_.classes - from), top, max, T(0)).rest;
         }
         return T(rest) / sum_exp;
     }
 
     // Adds a row to the sums of a block of columns.
     template <typename Term>
-    void add_row(int64_t row, int64_t from, T top_q, const ClassSums& in, double* error, double* agreement) const {
-        const int64_t n = rows_.rows, count = std::min(kBlock, rows_.classes - from);
+    void add_row(int64_t row, int64_t from, T top_q, double* error, double* agreement) const {
+        const int64_t n = job_.rows, count = std::min(kBlock, job_.classes - from);
         const S* z = logits(row) + from;
-        const T* const statistic = static_cast<const T*>(in.statistics) + row;
+        const T* const statistic = static_cast<const T*>(job_.statistics) + row;
         const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
-        const T weight = in.row_weight ? static_cast<const T*>(in.row_weight)[row * in.row_weight_stride] : T(1);
+        const T weight = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
         T params[kMaxParams];
         params_of(row, params);
         const PowerSeries<T> series(Term::exponent(params));
-        const int64_t top = in.index[row], target = rows_.target[row];
+        const int64_t top = job_.index[row], target = job_.target[row];
         const auto here = [&](int64_t column) { return column >= from && column < from + count; };
         const int hole = here(top) ? static_cast<int>(top - from) : -1;
         const int other = here(target) ? static_cast<int>(target - from) : -1;
@@ -924,23 +919,20 @@ class Engine {
     // --- gradient pass ---
 
     template <typename Functor>
-    FUSEDLOSS_ONE_COPY void write_gradient(int64_t row, int threads, Scratch<T>& scratch,
-                                           const Gradient& gradient) const {
+    FUSEDLOSS_ONE_COPY void write_gradient(int64_t row, int threads, Scratch<T>& scratch) const {
         const S* z = logits(row);
-        S* grad = static_cast<S*>(gradient.grad) + row * gradient.grad_row_stride;
+        S* grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
         if (ignored(row)) {
-            std::fill(grad, grad + rows_.classes, S{});
+            std::fill(grad, grad + job_.classes, S{});
             return;
         }
-        const int64_t n = rows_.rows;
-        const T* const statistic = static_cast<const T*>(gradient.statistics) + row;
-        const T* const coefficient = static_cast<const T*>(gradient.coefficients) + row;
+        const int64_t n = job_.rows;
+        const T* const statistic = static_cast<const T*>(job_.statistics) + row;
+        const T* const coefficient = static_cast<const T*>(job_.coefficients) + row;
         const T max = statistic[kMax * n];
         const T inverse = T(1) / statistic[kSumExp * n];
-        const T upstream = gradient.grad_output
-                               ? static_cast<const T*>(gradient.grad_output)[row * gradient.grad_output_stride]
-                               : T(1);
-        const int64_t target = rows_.target[row];
+        const T upstream = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+        const int64_t target = job_.target[row];
         const T target_gradient = coefficient[kTargetGradient * n] * upstream;
 
         // Read before the logits are overwritten, written after.
@@ -951,16 +943,16 @@ class Engine {
             T params[kMaxParams];
             params_of(row, params);
             const PowerSeries<T> series(Functor::exponent(params));
-            *last++ = {gradient.index[row], coefficient[kTopGradient * n] * upstream};
+            *last++ = {job_.index[row], coefficient[kTopGradient * n] * upstream};
             const T shift = coefficient[kShift * n];
             over_chunks(threads, [&](int64_t begin, int64_t end) {
                 class_gradient<Functor>(z, grad, begin, end, max, inverse, upstream, shift, params, series);
             });
         } else {
             const T a = coefficient[kA * n] * inverse * upstream, u = coefficient[kU * n] * upstream;
-            const int picks = rows_.picks();
+            const int picks = job_.picks();
             for (int k = 0; k < picks; ++k) {
-                const int64_t column = gradient.index[k * n + row];
+                const int64_t column = job_.index[k * n + row];
                 const T b = coefficient[(kCoefficients + k) * n] * upstream;
                 if (column < 0 || b == T(0)) continue;
                 const auto same = [&](const Exception<T>& x) { return x.column == column; };
@@ -985,9 +977,9 @@ class Engine {
 
     template <typename Body>
     void over_chunks(int threads, const Body& body) const {
-        if (threads == 1) return body(int64_t(0), rows_.classes);
+        if (threads == 1) return body(int64_t(0), job_.classes);
         parallel_for(chunks(), threads,
-                     [&](int64_t begin, int64_t end) { body(begin * kChunk, std::min(end * kChunk, rows_.classes)); });
+                     [&](int64_t begin, int64_t end) { body(begin * kChunk, std::min(end * kChunk, job_.classes)); });
     }
 
     // grad[column] = formula(logits, column, columns), a vector at a time; the two may be the same memory.
@@ -1015,7 +1007,7 @@ class Engine {
     template <int Smooth>
     FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
         if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0) {
-            if (rows_.classes > kNarrow && RoundedExp::takes(a)) {
+            if (job_.classes > kNarrow && RoundedExp::takes(a)) {
                 const RoundedExp exp(a);
                 return transform<false>(z, grad, begin, end, [&](V x, int64_t, int) { return exp(x - max); });
             }
@@ -1058,17 +1050,8 @@ class Engine {
         return (std::is_same_v<Functor, Terms> || ...);
     }
 
-    const Rows& rows_;
-    const Epilogue& epilogue_;
+    const Job& job_;
 };
-
-// Calls visit.operator()<Functor>() for the functor of that name, void for the empty name.
-template <typename Visit, typename... Row, typename... Terms>
-void with_functor(const std::string& name, const Visit& visit, FunctorList<Row...>, FunctorList<Terms...>) {
-    if (name.empty()) return visit(static_cast<void*>(nullptr));
-    (void)((name == Row::name && (visit(static_cast<Row*>(nullptr)), true)) || ...);
-    (void)((name == Terms::name && (visit(static_cast<Terms*>(nullptr)), true)) || ...);
-}
 
 template <typename Visit>
 void with_storage(DType dtype, const Visit& visit) {
@@ -1084,59 +1067,49 @@ void with_storage(DType dtype, const Visit& visit) {
     }
 }
 
+// Calls pass(engine, functor) with a null pointer to the job's functor among those of the list, to void for none.
+template <typename Pass, typename... Functors>
+void run(const Job& job, int number, FunctorList<Functors...> functors, const Pass& pass) {
+    with_storage(job.dtype, [&](auto storage) {
+        const Engine<decltype(storage)> engine(job);
+        with_functor(number, [&](auto* functor) { pass(engine, functor); }, functors);
+    });
+}
+
+template <typename Pointer>
+using Pointed = std::remove_pointer_t<Pointer>;
+
 }  // namespace
 
-void forward(const Rows& rows, const Epilogue& epilogue, const Outputs& out) {
-    with_storage(rows.dtype, [&](auto storage) {
-        const Engine<decltype(storage)> engine(rows, epilogue);
-        const auto run = [&](auto* functor) { engine.template forward<std::remove_pointer_t<decltype(functor)>>(out); };
-        with_functor(epilogue.name, run, RowEpilogues{}, ClassTerms{});
+void forward(const Job& job) {
+    const auto pass = [](const auto& engine, auto* functor) { engine.template forward<Pointed<decltype(functor)>>(); };
+    job.class_term ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
+}
+
+// The gradient has the same form for every row epilogue, so that only class terms need their functor.
+void backward(const Job& job) {
+    run(job, job.class_term ? job.epilogue : -1, ClassTerms{},
+        [](const auto& engine, auto* functor) { engine.template backward<Pointed<decltype(functor)>>(); });
+}
+
+void class_sums(const Job& job) {
+    run(job, job.epilogue, SummedTerms{}, [](const auto& engine, auto* functor) {
+        using Term = Pointed<decltype(functor)>;
+        if constexpr (!std::is_void_v<Term>) engine.template class_sums<Term>();
     });
 }
 
-void backward(const Rows& rows, const Epilogue& epilogue, const Gradient& gradient) {
-    with_storage(rows.dtype, [&](auto storage) {
-        const Engine<decltype(storage)> engine(rows, epilogue);
-        const auto run = [&](auto* functor) {
-            using Functor = std::remove_pointer_t<decltype(functor)>;
-            engine.template backward<Functor>(gradient);
-        };
-        // Form A is the same for every row epilogue, so that only class terms need their functor here.
-        const bool row = epilogue_kind(epilogue.name) != EpilogueKind::class_term;
-        with_functor(row ? std::string() : epilogue.name, run, RowEpilogues{}, ClassTerms{});
+void term_sums(const Job& job) {
+    run(job, job.epilogue, ClassTerms{}, [](const auto& engine, auto* functor) {
+        using Term = Pointed<decltype(functor)>;
+        if constexpr (!std::is_void_v<Term>) engine.template term_sums<Term>();
     });
 }
 
-void class_sums(const Rows& rows, const Epilogue& epilogue, const ClassSums& out) {
-    with_storage(rows.dtype, [&](auto storage) {
-        const Engine<decltype(storage)> engine(rows, epilogue);
-        const auto run = [&](auto* functor) {
-            using Functor = std::remove_pointer_t<decltype(functor)>;
-            if constexpr (!std::is_void_v<Functor>) engine.template class_sums<Functor>(out);
-        };
-        with_functor(epilogue.name, run, FunctorList<>{}, SummedTerms{});
-    });
-}
-
-void term_sums(const Rows& rows, const Epilogue& epilogue, const ClassSums& out) {
-    with_storage(rows.dtype, [&](auto storage) {
-        const Engine<decltype(storage)> engine(rows, epilogue);
-        const auto run = [&](auto* functor) {
-            using Functor = std::remove_pointer_t<decltype(functor)>;
-            if constexpr (!std::is_void_v<Functor>) engine.template term_sums<Functor>(out);
-        };
-        with_functor(epilogue.name, run, FunctorList<>{}, ClassTerms{});
-    });
-}
-
-void class_terms(const Rows& rows, const Epilogue& epilogue, const Outputs& out) {
-    with_storage(rows.dtype, [&](auto storage) {
-        const Engine<decltype(storage)> engine(rows, epilogue);
-        const auto run = [&](auto* functor) {
-            using Functor = std::remove_pointer_t<decltype(functor)>;
-            if constexpr (!std::is_void_v<Functor>) engine.template class_terms<Functor>(out);
-        };
-        with_functor(epilogue.name, run, FunctorList<>{}, SummedTerms{});
+void class_terms(const Job& job) {
+    run(job, job.epilogue, SummedTerms{}, [](const auto& engine, auto* functor) {
+        using Term = Pointed<decltype(functor)>;
+        if constexpr (!std::is_void_v<Term>) engine.template class_terms<Term>();
     });
 }
 

@@ -1,14 +1,10 @@
-// Python bindings of the CUDA kernels. Tensors arrive as integer addresses, so that nothing here links torch.
+// Python bindings of the CUDA kernels.
 #include "../bindings.h"
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "job.h"
+#include "launch.h"
 
 namespace py = pybind11;
 
@@ -17,14 +13,14 @@ namespace cuda {
 namespace {
 
 struct Launches {
-    void (*run)(const Job&);
-    void (*sum)(const Job&);
-    void (*scale)(const Job&);
-    int (*shared_bytes)(const Job&);
+    void (*run)(const Launch&);
+    void (*sum)(const Launch&);
+    void (*scale)(const Launch&);
+    int (*shared_bytes)(const Launch&);
 };
 
-Launches launches(int dtype) {
-    switch (static_cast<DType>(dtype)) {
+Launches launches(DType dtype) {
+    switch (dtype) {
         case DType::float64:
             return {run_float64, sum_float64, scale_float64, shared_bytes_float64};
         case DType::float32:
@@ -34,15 +30,7 @@ Launches launches(int dtype) {
         case DType::float16:
             return {run_float16, sum_float16, scale_float16, shared_bytes_float16};
     }
-    throw std::invalid_argument("no dtype numbered " + std::to_string(dtype));
-}
-
-// A member that holds an address.
-template <typename Pointer>
-void add_address(py::class_<Job>& job, const char* name, Pointer Job::* member) {
-    job.def_property(
-        name, [member](const Job& x) { return reinterpret_cast<std::uintptr_t>(x.*member); },
-        [member](Job& x, std::uintptr_t address) { x.*member = reinterpret_cast<Pointer>(address); });
+    throw std::invalid_argument("no dtype numbered " + std::to_string(static_cast<int>(dtype)));
 }
 
 }  // namespace
@@ -54,52 +42,32 @@ PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     using namespace fusedloss::cuda;
     module.doc() = "fusedloss CUDA kernels: statistics and gradient passes over rows of logits";
 
-    py::class_<Job> job(module, "Job");
-    job.def(py::init([] { return Job{}; }));
-    add_address(job, "logits", &Job::logits);
-    add_address(job, "target", &Job::target);
-    add_address(job, "candidates", &Job::candidates);
-    add_address(job, "class_weight", &Job::class_weight);
-    add_address(job, "weight_sum", &Job::weight_sum);
-    add_address(job, "common", &Job::common);
-    add_address(job, "loss", &Job::loss);
-    add_address(job, "statistics", &Job::statistics);
-    add_address(job, "index", &Job::index);
-    add_address(job, "coefficients", &Job::coefficients);
-    add_address(job, "grad", &Job::grad);
-    add_address(job, "upstream", &Job::upstream);
-    add_address(job, "sums", &Job::sums);
-    add_address(job, "top_q", &Job::top_q);
-    add_address(job, "top_rest", &Job::top_rest);
-    add_address(job, "stream", &Job::stream);
-    job.def_readwrite("rows", &Job::rows)
-        .def_readwrite("row_stride", &Job::row_stride)
-        .def_readwrite("classes", &Job::classes)
-        .def_readwrite("candidate_count", &Job::candidate_count)
-        .def_readwrite("top_k", &Job::top_k)
-        .def_readwrite("below", &Job::below)
-        .def_readwrite("mean", &Job::mean)
-        .def_readwrite("epilogue", &Job::epilogue)
-        .def_readwrite("class_term", &Job::class_term)
-        .def_readwrite("forward", &Job::forward)
-        .def_readwrite("grad_row_stride", &Job::grad_row_stride)
-        .def_readwrite("upstream_stride", &Job::upstream_stride)
-        .def_readwrite("groups", &Job::groups)
-        .def_readwrite("threads", &Job::threads)
-        .def_readwrite("parts", &Job::parts)
-        .def_readwrite("slots", &Job::slots);
-    job.def("set_params", [](Job& x, const std::vector<std::pair<std::uintptr_t, int64_t>>& params) {
-        if (params.size() > kMaxParams) throw std::invalid_argument("an epilogue takes at most 4 parameters");
-        for (size_t k = 0; k < params.size(); ++k) {
-            x.param[k] = reinterpret_cast<const void*>(params[k].first);
-            x.param_stride[k] = params[k].second;
-        }
-    });
+    bind_job<Launch>(module, "Launch")
+        .def_readwrite("forward", &Launch::forward)
+        .def_readwrite("groups", &Launch::groups)
+        .def_readwrite("parts", &Launch::parts)
+        .def_readwrite("slots", &Launch::slots)
+        .def_readwrite("threads", &Launch::threads)
+        .def("set_top_rest", [](Launch& x, Address top_rest) { x.top_rest = at<void>(top_rest); })
+        .def("set_stream", [](Launch& x, Address stream) { x.stream = reinterpret_cast<Stream>(stream); });
 
-    module.def("run", [](const Job& x, int dtype) { launches(dtype).run(x); });
-    module.def("sum", [](const Job& x, int dtype) { launches(dtype).sum(x); });
-    module.def("scale", [](const Job& x, int dtype) { launches(dtype).scale(x); });
-    module.def("shared_bytes", [](const Job& x, int dtype) { return launches(dtype).shared_bytes(x); });
+    module.def("run", [](const Launch& x) { launches(x.dtype).run(x); });
+    module.def("sum", [](const Launch& x) { launches(x.dtype).sum(x); });
+    module.def("scale", [](int dtype, Address grad, int64_t count, Address factor, int blocks, Address stream) {
+        Launch x{};
+        x.grad = at<void>(grad);
+        x.rows = count;
+        x.upstream = at<void>(factor);
+        x.groups = blocks;
+        x.stream = reinterpret_cast<Stream>(stream);
+        launches(static_cast<DType>(dtype)).scale(x);
+    });
+    module.def("shared_bytes", [](int dtype, int threads, int slots) {
+        Launch x{};
+        x.threads = threads;
+        x.slots = slots;
+        return launches(static_cast<DType>(dtype)).shared_bytes(x);
+    });
     module.def("limits", [](int device) {
         const Limits x = limits(device);
         return std::make_pair(x.shared_bytes, x.clusters);

@@ -14,32 +14,32 @@ struct SummedRow {
     T max, inverse;
     int target, top;  // -1 where it is out of range
 
-    FUSEDLOSS_DEVICE SummedRow(const Job& job, int64_t row)
+    FUSEDLOSS_DEVICE SummedRow(const Launch& job, int64_t row)
         : z(static_cast<const S*>(job.logits) + row * job.row_stride),
           max(statistic(job, kMax, row)),
           inverse(T(1) / statistic(job, kSumExp, row)),
           target(column(job, job.target[row])),
           top(column(job, job.index[row])) {}
 
-    static FUSEDLOSS_DEVICE T statistic(const Job& job, int k, int64_t row) {
+    static FUSEDLOSS_DEVICE T statistic(const Launch& job, int k, int64_t row) {
         return static_cast<const T*>(job.statistics)[k * job.rows + row];
     }
-    static FUSEDLOSS_DEVICE int column(const Job& job, int64_t index) {
-        return index >= 0 && index < job.classes ? static_cast<int>(index) : -1;
+    static FUSEDLOSS_DEVICE int column(const Launch& job, int64_t index) {
+        return index >= 0 && index < job.columns() ? static_cast<int>(index) : -1;
     }
 };
 
 // 1 - p of each row's top class: a warp a row. Only a p > 0.5 of a class that is not the target needs a look at the
 // others.
 template <typename S>
-FUSEDLOSS_KERNEL void top_rest_pass(const Job job) {
+FUSEDLOSS_KERNEL void top_rest_pass(const Launch job) {
     using T = decltype(read(S{}));
     const int64_t row = block_index();
     if (job.target[row] == kIgnored) return;
     const SummedRow<S> x(job, row);
     double rest = 0;
     const bool wrong = x.top != x.target && x.inverse > T(0.5);
-    for (int i = thread_index(); wrong && i < job.classes; i += kWarp) {
+    for (int i = thread_index(); wrong && i < job.columns(); i += kWarp) {
         if (i != x.top) rest += fast_exp(read(x.z[i]) - x.max);
     }
     rest = sum_of_warp(rest);
@@ -69,7 +69,7 @@ class ColumnSums {
     // The packs of a thread in each row on its way: two, where the row does not begin at a multiple of 16 bytes.
     static constexpr int bytes = kSumThreads * (static_cast<int>(sizeof(RowNumbers<T>)) + kSumStages * 32);
 
-    FUSEDLOSS_DEVICE explicit ColumnSums(const Job& job)
+    FUSEDLOSS_DEVICE explicit ColumnSums(const Launch& job)
         : job_(job),
           numbers_(reinterpret_cast<RowNumbers<T>*>(shared_memory() + kSumThreads * kSumStages * 32)),
           begin_(static_cast<int>(block_index()) * columns + thread_index() * pack) {}
@@ -94,12 +94,12 @@ class ColumnSums {
                 slot = after(slot);
             }
         }
-        double* const sums = job_.sums + group * 2 * job_.classes;
+        double* const sums = job_.sums + group * 2 * job_.columns();
 #pragma unroll
         for (int k = 0; k < pack; ++k) {
-            if (begin_ + k >= job_.classes) continue;
+            if (begin_ + k >= job_.columns()) continue;
             sums[begin_ + k] = error_[k];
-            sums[job_.classes + begin_ + k] = agreement_[k];
+            sums[job_.columns() + begin_ + k] = agreement_[k];
         }
     }
 
@@ -133,7 +133,7 @@ class ColumnSums {
         const S* const z = static_cast<const S*>(job_.logits) + row * job_.row_stride;
         const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(z) % 16 / sizeof(S)), first = begin_ - phase;
         const int packs = phase == 0 ? pack : 2 * pack;
-        if (first >= 0 && first + packs <= job_.classes) {
+        if (first >= 0 && first + packs <= job_.columns()) {
             copy_16_bytes(in(slot), z + first);
             if (phase != 0) copy_16_bytes(in(slot) + pack, z + first + pack);
             return;
@@ -141,7 +141,7 @@ class ColumnSums {
 #pragma unroll 1
         for (int k = 0; k < pack; ++k) {
             S* const to = in(slot) + phase + k;
-            if (begin_ + k < job_.classes) {
+            if (begin_ + k < job_.columns()) {
                 *to = z[begin_ + k];
             } else {
                 write(to, -kInfinity<T>);
@@ -189,31 +189,30 @@ class ColumnSums {
         }
     }
 
-    const Job& job_;
+    const Launch& job_;
     RowNumbers<T>* const numbers_;
     const int begin_;
     double error_[pack] = {}, agreement_[pack] = {};
 };
 
 template <typename S, typename Term>
-FUSEDLOSS_KERNEL void class_sums_pass(const Job job) {
+FUSEDLOSS_KERNEL void class_sums_pass(const Launch job) {
     ColumnSums<S, Term>(job).run();
 }
 
-// job.epilogue is the term's number among SummedTerms.
 template <typename S>
-void sum(Job job) {
+void sum(Launch job) {
     if (!job.top_q) {
         launch(top_rest_pass<S>, job.rows, 1, 1, kWarp, 0, job.stream, job);
         job.top_q = job.top_rest;
     }
-    with_term(
+    with_functor(
         job.epilogue,
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;
             if constexpr (!std::is_void_v<Term>) {
                 using Sums = ColumnSums<S, Term>;
-                launch(class_sums_pass<S, Term>, (job.classes + Sums::columns - 1) / Sums::columns, job.groups, 1,
+                launch(class_sums_pass<S, Term>, (job.columns() + Sums::columns - 1) / Sums::columns, job.groups, 1,
                        kSumThreads, Sums::bytes, job.stream, job);
             }
         },

@@ -2,7 +2,7 @@
 #include "rows.h"
 #include "scale.h"
 
-void fusedloss::cuda::run_float32(const Job& job) { run<float>(job); }
-void fusedloss::cuda::sum_float32(const Job& job) { sum<float>(job); }
-void fusedloss::cuda::scale_float32(const Job& job) { scale<float>(job); }
-int fusedloss::cuda::shared_bytes_float32(const Job& job) { return shared_bytes<float>(job); }
+void fusedloss::cuda::run_float32(const Launch& job) { run<float>(job); }
+void fusedloss::cuda::sum_float32(const Launch& job) { sum<float>(job); }
+void fusedloss::cuda::scale_float32(const Launch& job) { scale<float>(job); }
+int fusedloss::cuda::shared_bytes_float32(const Launch& job) { return shared_bytes<float>(job); }

@@ -16,7 +16,7 @@
 // of a warp then wait for each other.
 #pragma once
 
-#include "job.h"
+#include "launch.h"
 #include "merge.h"
 
 namespace fusedloss {
@@ -100,7 +100,7 @@ class RowPart {
     static constexpr int items = kItemBytes / sizeof(S), columns = kWarp * items;  // of a thread, of a tile
 
    public:
-    FUSEDLOSS_DEVICE explicit RowPart(const Job& job)
+    FUSEDLOSS_DEVICE explicit RowPart(const Launch& job)
         : job_(job),
           board_(*reinterpret_cast<Board<T>*>(shared_memory())),
           thread_(thread_index()),
@@ -119,9 +119,9 @@ class RowPart {
           slots_end_(kept(shared_address(&board_ + 1) + slots_)),
           own_slot_(kept(shared_address(&board_ + 1) + warp_ * slot_bytes + lane_ * 16)),
           begin_(0),
-          end_(job.classes) {
+          end_(job.columns()) {
         if (job.parts > 1) {
-            const int packs = (job.classes + pack - 1) / pack;
+            const int packs = (job.columns() + pack - 1) / pack;
             const int64_t size = int64_t((packs + job.parts - 1) / job.parts) * pack;
             begin_ = at_most(rank_ * size);
             end_ = at_most((rank_ + 1) * size);
@@ -139,10 +139,10 @@ class RowPart {
 
    private:
     FUSEDLOSS_DEVICE int column_of(int64_t index) const {
-        return index >= 0 && index < job_.classes ? static_cast<int>(index) : -1;
+        return index >= 0 && index < job_.columns() ? static_cast<int>(index) : -1;
     }
     FUSEDLOSS_DEVICE int at_most(int64_t column) const {
-        return static_cast<int>(column < job_.classes ? column : job_.classes);
+        return static_cast<int>(column < job_.columns() ? column : job_.columns());
     }
     struct Params {
         T value[kMaxParams];
@@ -417,14 +417,14 @@ class RowPart {
         s.mean_ce = T(0);
         if (asked_mean()) {
             const double sum_ce = weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
-            s.mean_ce = T(sum_ce / double(job_.classes));
+            s.mean_ce = T(sum_ce / double(job_.columns()));
         }
         const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, target_logit, s.mean_ce};
 #pragma unroll
         for (int i = 0; i < kStatistics; ++i) put(job_.statistics, i, values[i]);
     }
 
-    FUSEDLOSS_DEVICE double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.classes); }
+    FUSEDLOSS_DEVICE double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.columns()); }
 
     FUSEDLOSS_DEVICE void finish() {
         Settled<T>& x = board_.settled;
@@ -435,7 +435,7 @@ class RowPart {
         run_epilogue(job_.epilogue, s, params().value, g, RowEpilogues{});
         const T weight = weight_of_target(), smooth = common(kSmooth);
         const Shared<T> shared = {common(kMain), smooth, common(kZLoss), T(weight_sum())};
-        apply_shared(s, shared, weight, job_.classes, g);
+        apply_shared(s, shared, weight, job_.columns(), g);
         put_coefficients(g.loss, g.a, smooth, g.d - g.a * s.q - smooth * weight);
         for (int k = 0; k < s.picks; ++k) put(job_.coefficients, kCoefficients + k, g.b[k]);
     }
@@ -681,7 +681,7 @@ class RowPart {
         }
     }
 
-    const Job& job_;
+    const Launch& job_;
     Board<T>& board_;
     const int thread_, threads_, warp_, lane_;
     const int rank_, row_;
@@ -697,32 +697,24 @@ class RowPart {
 
 // Three blocks share a multiprocessor, if registers for them do not have to be spilled.
 template <typename S, typename Term, int Asked>
-FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 ? 2 : 3) row_pass(const Job job) {
+FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 ? 2 : 3) row_pass(const Launch job) {
     RowPart<S, Term, Asked>(job).run();
 }
 
-// Calls visit with a null pointer to the class term of that number, of void for -1.
-template <typename Visit, typename... Terms>
-void with_term(int number, const Visit& visit, FunctorList<Terms...>) {
-    int k = 0;
-    if (number < 0) return visit(static_cast<void*>(nullptr));
-    (void)((k++ == number && (visit(static_cast<Terms*>(nullptr)), true)) || ...);
-}
-
 template <typename S>
-int shared_bytes(const Job& job) {
+int shared_bytes(const Launch& job) {
     return static_cast<int>(sizeof(Board<decltype(read(S{}))>)) +
            job.slots * (job.threads * kItemBytes + job.threads / kWarp * 16);
 }
 
 template <typename S>
-void run(const Job& job) {
+void run(const Launch& job) {
     const auto start = [&](auto kernel) {
         // The gradient alone needs nothing of the other parts.
         const int cluster = job.forward || job.sums ? job.parts : 1;
         launch(kernel, job.rows * job.parts, 1, cluster, job.threads, shared_bytes<S>(job), job.stream, job);
     };
-    with_term(
+    with_functor(
         job.class_term ? job.epilogue : -1,
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;

@@ -8,7 +8,7 @@ namespace cuda {
 
 // Only the device knows the factor. Where it is 1, as in most training, the gradient is not looked at.
 template <typename S>
-FUSEDLOSS_KERNEL void scale_pass(const Job job) {
+FUSEDLOSS_KERNEL void scale_pass(const Launch job) {
     using T = decltype(read(S{}));
     const T factor = *static_cast<const T*>(job.upstream);
     if (factor == T(1)) return;
@@ -28,7 +28,7 @@ FUSEDLOSS_KERNEL void scale_pass(const Job job) {
 }
 
 template <typename S>
-void scale(const Job& job) {
+void scale(const Launch& job) {
     launch(scale_pass<S>, job.groups, 1, 1, kMaxThreads, 0, job.stream, job);
 }
 

@@ -41,6 +41,16 @@ class Epilogues:
             return self.classes.get(name)
         return self.rows.get(name, self.classes.get(name))
 
+    def number(self, name: str, summed: bool = False) -> tuple[int, bool]:
+        """Return an epilogue's place among those of its kind, -1 for none, and whether it is over the classes.
+
+        `summed`: inside of a sum over the rows.
+        """
+        if not name:
+            return -1, False
+        kind = self.sums if summed else self.classes if name in self.classes else self.rows
+        return list(kind).index(name), kind is self.classes
+
     def __contains__(self, name: object) -> bool:
         return name in self.rows or name in self.classes
 
@@ -99,10 +109,3 @@ class Backend:
 def is_over_classes(backend: Backend, spec: Spec) -> bool:
     """Tell whether the epilogue is a class term: its gradient has another form than that of a row."""
     return spec.epilogue in backend.epilogues.classes
-
-
-def column(values: Tensor | None) -> tuple[int, int]:
-    """Address and stride of a number for each row."""
-    if values is None:
-        return 0, 0
-    return values.data_ptr(), values.stride(0)

@@ -1,9 +1,9 @@
-"""The CUDA kernels for the operators: how rows are cut into the blocks of a launch, and addresses handed over."""
+"""The CUDA kernels: how rows are cut into the blocks of a launch."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..checks import check_indices
 from ..definition.rows import Job
-from .base import Backend, Epilogues, column
+from .base import Backend, Epilogues
+from .native import DTYPES, native
 
 try:
     from .. import _cuda
@@ -28,11 +29,11 @@ except ImportError as error:
 #: What they were built with, and for.
 TARGETS: str | None = _cuda.targets if _cuda else None
 
-#: As csrc/cuda/job.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, bytes of a
-#: row for a block that sums over the rows.
+#: As csrc/cuda/launch.h has them: threads of a block, bytes of a tile for each, tiles on their way and in hand, bytes
+#: of a row for a block that sums over the rows.
 MAX_THREADS, ITEM_BYTES, STAGES, SUM_BYTES = 256, 32, 6, 2048
 
-#: Candidates have room in shared memory, as many as csrc/cuda/job.h says.
+#: Candidates have room in shared memory, as many as csrc/cuda/launch.h says.
 MAX_CANDIDATES = 64
 MAX_CLASSES = 2**30
 
@@ -46,8 +47,6 @@ _PARTS = (1, 2, 4, 8)
 _SUM_BLOCKS = 512
 #: Blocks that scale a gradient: as many as run at a time on a large GPU. More would take their time to do nothing.
 _SCALE_BLOCKS = 1024
-
-_DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 @cache
@@ -80,10 +79,6 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
     return Plan(threads, choices[-1], STAGES)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 class Cuda(Backend):
     name = "cuda"
     runs_on = "cuda"  # tests have a build of the kernels for the CPU
@@ -104,41 +99,25 @@ class Cuda(Backend):
         rows, spec = job.rows, job.spec
         if rows.target.device.type == "cpu":
             check_indices(rows.target, rows.candidates, rows.classes)
-        launch = self._launch_of(job)
+        count, weight_sum = 0 if rows.candidates is None else rows.candidates.shape[1], job.weight_sum()
+        if count > MAX_CANDIDATES:
+            raise ValueError(
+                f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {count}; use another "
+                "implementation"
+            )
+        epilogue = self.epilogues.number(spec.epilogue)
+        launch = native(_cuda.Launch, job, epilogue, spec.picks, count, weight_sum)
         launch.forward = True
-        if rows.candidates is not None:
-            launch.candidates, launch.candidate_count = rows.candidates.data_ptr(), rows.candidates.shape[1]
-            if launch.candidate_count > MAX_CANDIDATES:
-                raise ValueError(
-                    f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got "
-                    f"{launch.candidate_count}; use another implementation"
-                )
-        launch.top_k, launch.below, launch.mean = spec.top_k, spec.below, spec.mean
-        weight = rows.class_weight
-        weight_sum = weight.sum(dtype=torch.float64) if spec.mean and weight is not None else None
-        launch.weight_sum = _address(weight_sum)
-        if spec.epilogue:
-            launch.class_term = spec.epilogue in self.epilogues.classes
-            names = self.epilogues.classes if launch.class_term else self.epilogues.rows
-            _set_epilogue(launch, spec.epilogue, names, rows.params)
-        launch.common = _address(rows.scalars)
-        launch.loss, launch.coefficients = _address(job.loss), _address(job.coefficients)
-        if job.grad is not None:
-            _set_gradient(launch, job.grad, job.upstream)
-        self._run(launch, rows.logits, on_chip=job.grad is not None or launch.class_term)
+        self._run(launch, rows.logits, on_chip=job.grad is not None or epilogue[1])
 
     def with_gradient(self, job: Job) -> None:
         self.forward(job)
 
     def backward(self, job: Job) -> None:
-        assert job.grad is not None
-        launch = self._launch_of(job)
-        launch.candidate_count = job.index.shape[0]
-        if job.spec.epilogue in self.epilogues.classes:  # what others have of their own is in the coefficients
-            launch.class_term = True
-            _set_epilogue(launch, job.spec.epilogue, self.epilogues.classes, job.rows.params)
-        launch.coefficients = _address(job.coefficients)
-        _set_gradient(launch, job.grad, job.upstream)
+        number, is_class_term = self.epilogues.number(job.spec.epilogue)
+        # What a loss of the rows has of its own is in the coefficients.
+        epilogue = (number, True) if is_class_term else (-1, False)
+        launch = native(_cuda.Launch, job, epilogue, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)
 
     def sums(self, job: Job) -> Tensor:
@@ -147,26 +126,21 @@ class Cuda(Backend):
     def _class_sums(self, job: Job) -> Tensor:
         logits = job.rows.logits
         rows, classes = logits.shape
-        launch = self._launch_of(job)
-        launch.class_weight = 0
-        _set_epilogue(launch, job.spec.epilogue, self.epilogues.sums, job.rows.params)
-        launch.upstream, launch.upstream_stride = column(job.upstream)
+        groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes * logits.element_size() // SUM_BYTES)))
         top_rest = job.statistics.new_empty(rows)
-        launch.groups = max(1, min(rows // 64, _SUM_BLOCKS // -(-classes * logits.element_size() // SUM_BYTES)))
-        sums = logits.new_empty((launch.groups, 2, classes), dtype=torch.float64)
-        launch.top_q, launch.top_rest, launch.sums = _address(job.top_q), top_rest.data_ptr(), sums.data_ptr()
+        sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
         if rows == 0:
             return sums[0].zero_()
+        launch = native(_cuda.Launch, job, self.epilogues.number(job.spec.epilogue, summed=True), sums=sums)
+        launch.groups = groups
+        launch.set_top_rest(top_rest.data_ptr())
         self._launch(_cuda.sum, launch, logits)
-        return sums.sum(0) if launch.groups > 1 else sums[0]
+        return sums.sum(0) if groups > 1 else sums[0]
 
     def _term_sums(self, job: Job) -> Tensor:
         logits = job.rows.logits
         sums = logits.new_empty((2, logits.shape[0]), dtype=torch.float64)
-        launch = self._launch_of(job)
-        launch.class_term = True
-        _set_epilogue(launch, job.spec.epilogue, self.epilogues.classes, job.rows.params)
-        launch.sums = sums.data_ptr()
+        launch = native(_cuda.Launch, job, self.epilogues.number(job.spec.epilogue), sums=sums)
         self._run(launch, logits, on_chip=False)
         return sums
 
@@ -180,25 +154,13 @@ class Cuda(Backend):
         """The kernel reads the factor, and leaves the gradient alone where that is 1."""
         if not gradient.is_contiguous():
             raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
-        launch = _cuda.Job()
-        launch.grad, launch.rows, launch.upstream = gradient.data_ptr(), gradient.numel(), factor.data_ptr()
-        launch.groups = min(_SCALE_BLOCKS, -(-launch.rows * gradient.element_size() // (MAX_THREADS * 16)))
-        if launch.rows:
-            self._launch(_cuda.scale, launch, gradient)
+        count = gradient.numel()
+        blocks = min(_SCALE_BLOCKS, -(-count * gradient.element_size() // (MAX_THREADS * 16)))
+        if blocks:
+            with self._stream_of(gradient) as stream:
+                _cuda.scale(DTYPES[gradient.dtype], gradient.data_ptr(), count, factor.data_ptr(), blocks, stream)
 
-    def _launch_of(self, job: Job) -> _cuda.Job:
-        logits = job.rows.logits
-        launch = _cuda.Job()
-        launch.logits = logits.data_ptr()
-        launch.rows, launch.classes = logits.shape
-        launch.row_stride = logits.stride(0)
-        launch.target = job.rows.target.data_ptr()
-        launch.class_weight = _address(job.rows.class_weight)
-        launch.statistics, launch.index = job.statistics.data_ptr(), job.index.data_ptr()
-        launch.epilogue = -1
-        return launch
-
-    def _run(self, launch: _cuda.Job, logits: Tensor, on_chip: bool) -> None:
+    def _run(self, launch: _cuda.Launch, logits: Tensor, on_chip: bool) -> None:
         """`on_chip`: whether the kernel looks at the logits more than once."""
         rows, classes = logits.shape
         if rows == 0:
@@ -211,19 +173,16 @@ class Cuda(Backend):
         launch.threads, launch.parts, launch.slots = threads, parts, slots if on_chip else min(slots, STAGES)
         self._launch(_cuda.run, launch, logits)
 
-    def _launch(self, function: Callable[[_cuda.Job, int], None], launch: _cuda.Job, logits: Tensor) -> None:
-        """On the stream that is current where the logits are."""
-        on_gpu = self.runs_on == "cuda"
-        with torch.cuda.device(logits.device) if on_gpu else contextlib.nullcontext():
-            launch.stream = torch.cuda.current_stream().cuda_stream if on_gpu else 0
-            function(launch, _DTYPE_CODES[logits.dtype])
+    def _launch(self, function: Callable[[_cuda.Launch], None], launch: _cuda.Launch, logits: Tensor) -> None:
+        with self._stream_of(logits) as stream:
+            launch.set_stream(stream)
+            function(launch)
 
-
-def _set_epilogue(launch: _cuda.Job, epilogue: str, names: Iterable[str], params: list[Tensor]) -> None:
-    launch.epilogue = list(names).index(epilogue)
-    launch.set_params([(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in params])
-
-
-def _set_gradient(launch: _cuda.Job, grad: Tensor, upstream: Tensor | None) -> None:
-    launch.grad, launch.grad_row_stride = grad.data_ptr(), grad.stride(0)
-    launch.upstream, launch.upstream_stride = column(upstream)
+    @contextlib.contextmanager
+    def _stream_of(self, tensor: Tensor) -> Iterator[int]:
+        """That which is current where the tensor is."""
+        if self.runs_on != "cuda":
+            yield 0
+            return
+        with torch.cuda.device(tensor.device):
+            yield torch.cuda.current_stream().cuda_stream

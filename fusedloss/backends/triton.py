@@ -170,14 +170,14 @@ class Triton(Backend):
         spans = 1 if job.grad is not None else source.spans
         row_epilogue = tables.ROW_EPILOGUES.get(spec.epilogue)
         params = rows.params if row_epilogue else []
-        weight, picks = rows.class_weight, len(job.index)
+        picks = len(job.index)
         _run_split(
             kernels.statistics_pass,
             spans,
             source,
             rows.target,
-            weight,
-            weight.sum(dtype=torch.float64) if spec.mean and weight is not None else None,
+            rows.class_weight,
+            job.weight_sum(),
             rows.candidates,
             *_params(params),
             job.loss,

@@ -218,6 +218,11 @@ class Job:
     top_q: Tensor | None = None
     """(N,), 1 - p of the top class where the logits are not those of all classes."""
 
+    def weight_sum(self) -> Tensor | None:
+        """The sum of the class weights in float64, where ``mean_ce`` needs one; the caller keeps it alive."""
+        weight = self.rows.class_weight
+        return weight.sum(dtype=torch.float64) if self.spec.mean and weight is not None else None
+
     @staticmethod
     def new(rows: Rows, spec: Spec) -> "Job":
         """A forward pass, with outputs to be written."""

@@ -102,7 +102,7 @@ def prepare(
     if inplace:
         assert isinstance(given, Tensor)
         checks.check_no_leaf(given)
-    index = target.reshape(-1).contiguous()
+    index = (target if target.dim() == 1 else target.reshape(-1)).contiguous()
     weight = o["weight"]
     if weight is not None:
         weight = weight.to(dtype).contiguous()
@@ -161,7 +161,8 @@ def _matrix(input: Tensor, inplace: bool) -> Tensor:
                 f"{input.stride()} for shape {tuple(input.shape)}"
             )
         return matrix
-    matrix = input.reshape(math.prod(input.shape[:-1]), classes)
+    # A view of what has two dimensions already would cost a small call a twentieth of its time.
+    matrix = input if input.dim() == 2 else input.reshape(math.prod(input.shape[:-1]), classes)
     return matrix if matrix.stride(1) == 1 or classes == 1 else matrix.contiguous()
 
 
@@ -182,7 +183,11 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
         return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
     weight = rows.class_weight if mean_over_weights else None
     if weight is None:
-        return (rows.target != checks.IGNORED).sum().clamp(min=1), None
+        valid = (rows.target != checks.IGNORED).count_nonzero()
+        # Arithmetic with a number costs a small call less than with a tensor; what is traced must keep the count.
+        if checks.may_read(valid) and not (transforms.active() or transforms.traced()):
+            return max(int(valid), 1), None
+        return valid.clamp(min=1), None
     # The loss has yet to say what it thinks of targets that are out of range.
     index, ignored, _ = Targets.of(rows.target, len(weight))
     return _not_zero(weight[index].masked_fill(ignored, 0).sum()), None

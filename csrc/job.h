@@ -1,0 +1,100 @@
+// What the passes of the CPU engine and of the CUDA kernels take: addresses, sizes and strides. Nothing here allocates
+// or knows a framework.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "epilogues.h"
+
+namespace fusedloss {
+
+constexpr int64_t kIgnored = -100;  // the target of a row that counts for nothing, and is not looked at
+
+// What every loss has: the factors of its own term, of the smoothing term sum_j w_j (-log p_j) and of lse^2.
+enum Common { kMain, kSmooth, kZLoss, kCommon };
+
+// One of them, of an array or of null.
+template <typename T>
+FUSEDLOSS_HD T common_at(const void* common, int k) {
+    return common ? static_cast<const T*>(common)[k] : T(k == kMain ? 1 : 0);
+}
+
+enum class DType { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
+
+// Statistics: T [kStatistics + picks, rows]. After the named ones come the picks' logits, in the order top, second,
+// below, candidates; `index` is int64 [picks, rows], -1 where there is no such class.
+enum Statistic { kMax, kSumExp, kQ, kCe, kTargetLogit, kMeanCe, kStatistics };
+
+// Coefficients: T [kCoefficients + picks, rows].
+//   row epilogue: a, u, gradient at the target; then b of each pick. dL/dz_j = a p_j - u w_j, minus b at the picks.
+//   class term:   shift, gradient at the top class, gradient at the target. dL/dz_j = p_j (g_j - shift).
+// The gradient pass leaves out a target, top class or pick that is negative.
+enum Coefficient { kA = 0, kU = 1, kTargetGradient = 2, kCoefficients = 3, kShift = 0, kTopGradient = 1 };
+
+// A matrix of logits (rows, classes), unit stride along a row, what a pass is to find in it, and where that goes. `T`
+// is float, or double where the logits are that. A pass takes what it needs; the rest is 0.
+struct Job {
+    DType dtype;
+    const void* logits;
+    int64_t rows, classes, row_stride;
+    const int64_t* target;      // [rows]; a class or kIgnored
+    const int64_t* candidates;  // [rows, candidate_count] or null
+    int candidate_count;        // in a gradient pass all picks are like candidates
+    int top_k;                  // 0, 1 or 2 largest logits
+    bool below;                 // the largest logit strictly below the target's
+    bool mean;                  // mean_ce
+    const void* class_weight;   // T [classes] or null
+    const double* weight_sum;   // their sum, for mean_ce; null: the number of classes
+
+    int epilogue;     // its number among RowEpilogues or ClassTerms, or of sums over the rows, SummedTerms; -1: none
+    bool class_term;  // which of the first two
+    const void* param[kMaxParams];     // T; null after the last
+    int64_t param_stride[kMaxParams];  // 0: one value for all rows; 1: a value a row
+    const void* common;                // T [kCommon]; null for (1, 0, 0)
+
+    // The statistics pass writes these, other passes read them.
+    void* loss;          // T [rows]; null for statistics only
+    void* statistics;    // T [kStatistics + picks, rows]
+    int64_t* index;      // [picks, rows]
+    void* coefficients;  // T [kCoefficients + picks, rows]; null for statistics only
+
+    void* grad;  // of the logits' dtype; may be the logits themselves; null: no gradient
+    int64_t grad_row_stride;
+    const void* upstream;  // T [rows], or null for all ones; in sums over the rows their weight
+    int64_t upstream_stride;
+
+    // Sums of a class term, from statistics with the top class as the first pick. The logits may be some of the classes
+    // of which the statistics are; target and top class are then -1 where they are not among them. Over the rows:
+    // [2, classes], error and agreement of each class. Over the classes but the target and the top class: [2, rows],
+    // f and p df/dp.
+    double* sums;
+    const void* top_q;  // T [rows], 1 - p of the top class; null: found among the logits
+
+    int threads;  // of the processor, or of a block on a GPU
+
+    FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
+};
+
+// Calls visit with a null pointer to the functor of that number, to void for -1.
+template <typename Visit, typename... Functors>
+void with_functor(int number, const Visit& visit, FunctorList<Functors...>) {
+    int k = 0;
+    if (number < 0) return visit(static_cast<void*>(nullptr));
+    (void)((k++ == number && (visit(static_cast<Functors*>(nullptr)), true)) || ...);
+}
+
+// The passes of the CPU engine, once for each instruction set.
+#define FUSEDLOSS_DECLARE_PASSES(isa) \
+    namespace isa {                   \
+    void forward(const Job&);         \
+    void backward(const Job&);        \
+    void class_sums(const Job&);      \
+    void class_terms(const Job&);     \
+    void term_sums(const Job&);       \
+    }
+FUSEDLOSS_DECLARE_PASSES(generic)
+FUSEDLOSS_DECLARE_PASSES(avx2)
+FUSEDLOSS_DECLARE_PASSES(avx512)
+
+}  // namespace fusedloss

@@ -1,0 +1,69 @@
+"""What the C++ engine and the CUDA kernels are handed: addresses, sizes and strides of a job's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..definition.rows import Job
+from ..definition.statistics import Picks
+
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+_NONE = Picks()
+_Native = TypeVar("_Native")
+
+
+def native(
+    kind: Callable[..., _Native],
+    job: Job,
+    epilogue: tuple[int, bool],
+    searched: Picks = _NONE,
+    given: int = 0,
+    weight_sum: Tensor | None = None,
+    sums: Tensor | None = None,
+) -> _Native:
+    """Return the job as an extension's `kind` of it.
+
+    `epilogue` is what ``Epilogues.number`` gives, `searched` what a statistics pass is to find. `given` picks are
+    known: candidates, or in a gradient pass all of them.
+    """
+    rows = job.rows
+    logits, upstream, grad = rows.hidden[0], job.upstream, job.grad
+    count, classes = logits.shape
+    number, is_class_term = epilogue
+    top_k, below, mean = searched
+    # Conditions and not calls: a small batch is over in less time than they would take.
+    return kind(
+        DTYPES[logits.dtype],
+        logits.data_ptr(),
+        count,
+        classes,
+        logits.stride(0),
+        rows.target.data_ptr(),
+        0 if rows.candidates is None else rows.candidates.data_ptr(),
+        given,
+        top_k,
+        below,
+        mean,
+        0 if rows.class_weight is None else rows.class_weight.data_ptr(),
+        0 if weight_sum is None else weight_sum.data_ptr(),
+        number,
+        is_class_term,
+        [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in rows.params] if number >= 0 else [],
+        0 if rows.scalars is None else rows.scalars.data_ptr(),
+        0 if job.loss is None else job.loss.data_ptr(),
+        job.statistics.data_ptr(),
+        job.index.data_ptr(),
+        0 if job.coefficients is None else job.coefficients.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        0 if grad is None else grad.stride(0),
+        0 if upstream is None else upstream.data_ptr(),
+        0 if upstream is None else upstream.stride(0),
+        0 if sums is None else sums.data_ptr(),
+        0 if job.top_q is None else job.top_q.data_ptr(),
+        torch.get_num_threads(),
+    )
