@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,17 @@ class Epilogues:
     classes: Mapping[str, int]
     sums: Mapping[str, int]
     """Those over the classes whose sums over the rows are a loss's; there they lack the last of their parameters."""
+    numbers: dict[str, tuple[int, bool]] = field(init=False)
+    """The place of each among those of its kind, and whether it is over the classes; -1 of none, ""."""
+    numbers_in_sums: dict[str, tuple[int, bool]] = field(init=False)
+    """Inside of a sum over the rows."""
+
+    def __post_init__(self) -> None:
+        numbers = {"": (-1, False)}
+        for kind in (self.rows, self.classes):
+            numbers.update({name: (i, kind is self.classes) for i, name in enumerate(kind)})
+        object.__setattr__(self, "numbers", numbers)
+        object.__setattr__(self, "numbers_in_sums", {name: (i, True) for i, name in enumerate(self.sums)})
 
     @staticmethod
     def of(extension: Any) -> Epilogues:
@@ -40,16 +51,6 @@ class Epilogues:
         if kind == "sums over classes":
             return self.classes.get(name)
         return self.rows.get(name, self.classes.get(name))
-
-    def number(self, name: str, summed: bool = False) -> tuple[int, bool]:
-        """Return an epilogue's place among those of its kind, -1 for none, and whether it is over the classes.
-
-        `summed`: inside of a sum over the rows.
-        """
-        if not name:
-            return -1, False
-        kind = self.sums if summed else self.classes if name in self.classes else self.rows
-        return list(kind).index(name), kind is self.classes
 
     def __contains__(self, name: object) -> bool:
         return name in self.rows or name in self.classes

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..checks import IGNORED, check_number, raise_index_error
 from ..definition.rows import Job
-from ..definition.statistics import Picks
 from . import buffer_pool
 from .base import Backend, Epilogues
 from .native import native
@@ -75,11 +74,13 @@ class Cpu(Backend):
         rows, spec, target, classes = job.rows, job.spec, job.rows.target, job.rows.hidden[0].shape[1]
         if _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED) >= 0:
             _check("target", target, classes, IGNORED)
-        count, weight_sum = 0, job.weight_sum()
+        count, weight_sum = 0, job.weight_sum() if spec.mean else None
         if rows.candidates is not None:
             _check("candidate", rows.candidates, classes, 0)
             count = rows.candidates.shape[1]
-        _engine.forward(native(_engine.Job, job, self.epilogues.number(spec.epilogue), spec.picks, count, weight_sum))
+        searched = (spec.top_k, spec.below, spec.mean)
+        number = self.epilogues.numbers[spec.epilogue]
+        _engine.forward(native(_engine.Job, job, number, searched, count, weight_sum))
 
     def backward(self, job: Job) -> None:
         target, index, classes = job.rows.target, job.index, job.rows.hidden[0].shape[1]
@@ -89,20 +90,20 @@ class Cpu(Backend):
             or _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, _LOWEST) >= 0
         ):
             _check_saved(job)
-        _engine.backward(native(_engine.Job, job, self.epilogues.number(job.spec.epilogue), given=index.shape[0]))
+        _engine.backward(native(_engine.Job, job, self.epilogues.numbers[job.spec.epilogue], given=index.shape[0]))
 
     def sums(self, job: Job) -> Tensor:
         rows, over_rows = job.rows, job.spec.over_rows
         sums = rows.logits.new_empty((2, rows.classes if over_rows else len(rows.target)), dtype=torch.float64)
-        epilogue = self.epilogues.number(job.spec.epilogue, over_rows)
+        epilogue = (self.epilogues.numbers_in_sums if over_rows else self.epilogues.numbers)[job.spec.epilogue]
         (_engine.class_sums if over_rows else _engine.term_sums)(native(_engine.Job, job, epilogue, sums=sums))
         return sums
 
     def terms(self, job: Job) -> None:
         _check("target", job.rows.target, job.rows.classes, IGNORED)
         _check_saved(job)
-        epilogue = self.epilogues.number(job.spec.epilogue, summed=True)
-        _engine.class_terms(native(_engine.Job, job, epilogue, Picks(top_k=1)))
+        epilogue = self.epilogues.numbers_in_sums[job.spec.epilogue]
+        _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False)))
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         return new_memory(logits.shape, logits.dtype)

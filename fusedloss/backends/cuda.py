@@ -105,7 +105,7 @@ class Cuda(Backend):
                 f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {count}; use another "
                 "implementation"
             )
-        epilogue = self.epilogues.number(spec.epilogue)
+        epilogue = self.epilogues.numbers[spec.epilogue]
         launch = native(_cuda.Launch, job, epilogue, spec.picks, count, weight_sum)
         launch.forward = True
         self._run(launch, rows.logits, on_chip=job.grad is not None or epilogue[1])
@@ -114,7 +114,7 @@ class Cuda(Backend):
         self.forward(job)
 
     def backward(self, job: Job) -> None:
-        number, is_class_term = self.epilogues.number(job.spec.epilogue)
+        number, is_class_term = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
         epilogue = (number, True) if is_class_term else (-1, False)
         launch = native(_cuda.Launch, job, epilogue, given=job.index.shape[0])
@@ -131,7 +131,7 @@ class Cuda(Backend):
         sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
         if rows == 0:
             return sums[0].zero_()
-        launch = native(_cuda.Launch, job, self.epilogues.number(job.spec.epilogue, summed=True), sums=sums)
+        launch = native(_cuda.Launch, job, self.epilogues.numbers_in_sums[job.spec.epilogue], sums=sums)
         launch.groups = groups
         launch.set_top_rest(top_rest.data_ptr())
         self._launch(_cuda.sum, launch, logits)
@@ -140,7 +140,7 @@ class Cuda(Backend):
     def _term_sums(self, job: Job) -> Tensor:
         logits = job.rows.logits
         sums = logits.new_empty((2, logits.shape[0]), dtype=torch.float64)
-        launch = native(_cuda.Launch, job, self.epilogues.number(job.spec.epilogue), sums=sums)
+        launch = native(_cuda.Launch, job, self.epilogues.numbers[job.spec.epilogue], sums=sums)
         self._run(launch, logits, on_chip=False)
         return sums
 

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ..definition.rows import Job
-from ..definition.statistics import Picks
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
-_NONE = Picks()
 _Native = TypeVar("_Native")
 
 
@@ -21,21 +19,24 @@ def native(
     kind: Callable[..., _Native],
     job: Job,
     epilogue: tuple[int, bool],
-    searched: Picks = _NONE,
+    searched: tuple[int, bool, bool] = (0, False, False),
     given: int = 0,
     weight_sum: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> _Native:
     """Return the job as an extension's `kind` of it.
 
-    `epilogue` is what ``Epilogues.number`` gives, `searched` what a statistics pass is to find. `given` picks are
-    known: candidates, or in a gradient pass all of them.
+    `epilogue` is its place in ``Epilogues.numbers``, `searched` are the ``Picks`` that a statistics pass is to find, and
+    so many `given` ones are known: candidates, or in a gradient pass all picks.
     """
     rows = job.rows
     logits, upstream, grad = rows.hidden[0], job.upstream, job.grad
     count, classes = logits.shape
     number, is_class_term = epilogue
     top_k, below, mean = searched
+    params = []
+    for p in rows.params if number >= 0 else ():
+        params.append((p.data_ptr(), p.stride(0) if p.dim() else 0))
     # Conditions and not calls: a small batch is over in less time than they would take.
     return kind(
         DTYPES[logits.dtype],
@@ -53,7 +54,7 @@ def native(
         0 if weight_sum is None else weight_sum.data_ptr(),
         number,
         is_class_term,
-        [(p.data_ptr(), p.stride(0) if p.dim() else 0) for p in rows.params] if number >= 0 else [],
+        params,
         0 if rows.scalars is None else rows.scalars.data_ptr(),
         0 if job.loss is None else job.loss.data_ptr(),
         job.statistics.data_ptr(),

@@ -184,8 +184,9 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
     weight = rows.class_weight if mean_over_weights else None
     if weight is None:
         valid = (rows.target != checks.IGNORED).count_nonzero()
-        # Arithmetic with a number costs a small call less than with a tensor; what is traced must keep the count.
-        if checks.may_read(valid) and not (transforms.active() or transforms.traced()):
+        # Arithmetic with a number costs a small call less than with a tensor. A trace and a transform keep the tensor.
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if call.spec.impl != "reference" and not traced and checks.may_read(valid):
             return max(int(valid), 1), None
         return valid.clamp(min=1), None
     # The loss has yet to say what it thinks of targets that are out of range.
