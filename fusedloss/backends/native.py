@@ -26,8 +26,8 @@ def native(
 ) -> _Native:
     """Return the job as an extension's `kind` of it.
 
-    `epilogue` is its place in ``Epilogues.numbers``, `searched` are the ``Picks`` that a statistics pass is to find, and
-    so many `given` ones are known: candidates, or in a gradient pass all picks.
+    `epilogue` is its place in ``Epilogues.numbers``, `searched` are the ``Picks`` that a statistics pass is to find;
+    so many `given` picks are known: candidates, or in a gradient pass all of them.
     """
     rows = job.rows
     logits, upstream, grad = rows.hidden[0], job.upstream, job.grad
