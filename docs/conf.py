@@ -6,6 +6,9 @@ import re
 from importlib.metadata import version as version_of
 from typing import Any
 
+from fusedloss import nn
+from fusedloss.losses._registry import LOSSES
+
 project = "fusedloss"
 author = "fusedloss contributors"
 version = release = version_of("fusedloss")
@@ -33,6 +36,23 @@ napoleon_custom_sections = ["Shapes", ("Options of every row loss", "params_styl
 _REPEATED = re.compile(r"^(?:The row form|The function), (:func:`.+`):$", re.M)
 #: The arguments that it has in common with it.
 _AS_BELOW = re.compile(r"^ {4}\w+(?:,\s+\w+)*:\s+as\s+below\b", re.M)
+
+
+_MODULES = [name for name, x in vars(nn).items() if name[0] != "_" and getattr(x, "__module__", "") == nn.__name__]
+
+#: What pages of the reference list by these names, but for what they have by its own.
+_LISTS = {
+    "row forms": [f".. autofunction:: {name}" for name in LOSSES],
+    "linear forms": [f".. autofunction:: {loss.linear.__name__}" for loss in LOSSES.values() if loss.linear],
+    "modules": [f".. autoclass:: {name}" for name in _MODULES if not name.startswith("Linear")],
+    "linear modules": [f".. autoclass:: {name}" for name in _MODULES if name.startswith("Linear")],
+}
+
+
+def _listed(app: Any, page: str, source: list[str]) -> None:
+    for name, lines in _LISTS.items():
+        own = set(source[0].splitlines())
+        source[0] = source[0].replace(f"%{name}%", "\n".join(line for line in lines if line not in own))
 
 
 def _as_rst(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
@@ -69,4 +89,5 @@ def _marked_up(lines: list[str]) -> list[str]:
 
 
 def setup(app: Any) -> None:
+    app.connect("source-read", _listed)
     app.connect("autodoc-process-docstring", _as_rst, priority=100)  # before napoleon
