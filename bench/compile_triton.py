@@ -109,8 +109,8 @@ class _Driver:
 
 def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "statistics": all that there are. After a comma "plain": without label smoothing,
-    "few rows", "weighted" by class, "in one": a chunk's loss and gradient, "candidates", "product": of hidden states,
-    or "whole product": with bias, softcap and masked targets too."""
+    "few rows", "weighted" by class, "in one": a chunk's loss and gradient, which is scaled, "candidates", "product": of
+    hidden states, or "whole product": with bias, softcap and masked targets too."""
     loss, _, variant = loss.partition(", ")
     count = FEW_ROWS if variant == "few rows" else ROWS
     is_term, over_rows, is_loss = loss in epilogues.CLASS_TERMS, loss.endswith("over_rows"), loss in LOSSES
@@ -140,6 +140,8 @@ def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     if variant.endswith("in one"):
         job.grad, job.upstream = logits, upstream
         run.with_gradient(job)
+        if variant == "in one":
+            run.scale_(logits, scalar)
         return
     if over_rows:
         run.forward(Job(rows._replace(class_weight=None, params=[]), spec._replace(epilogue=""), *saved))
@@ -153,6 +155,8 @@ def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     if not is_loss:
         job.coefficients = torch.empty(9, count, dtype=compute)
     job.grad, job.upstream = torch.empty_like(logits), upstream
+    if dtype == torch.float16:
+        run.units_(job, scalar, scalars, scalars)
     run.backward(job)
 
 
@@ -162,26 +166,23 @@ def launches(
     """The kernels of `run_passes` for that GPU, or one of them, each with a function that returns its binary."""
     found: list[tuple[Launch, Callable[[], Any]]] = []
 
-    def find_instead(
-        kernel: Any, grid: tuple[int, ...], tile: launch.Tile, where: tuple[Any, ...], *arguments: Any, **constants: Any
-    ) -> None:
-        options = backend.launch_options(kernel, tile, where, constants)
+    def find_instead(kernel: Any, grid: tuple[int, ...], device: Any, *arguments: Any, **constants: Any) -> None:
+        depth, registers = getattr(constants.get("SOURCE"), "depth", 0), constants.get("maxnreg")
         role = next((f", {role.lower()}" for role in ("SPLIT", "MERGE") if constants.get(role)), "")
-        shown = f"{tile.rows} × {tile.block}{f' × {tile.depth}' * bool(tile.depth)}, {tile.warps} warps"
-        if "maxnreg" in options:
-            shown += f", at most {options['maxnreg']}"
+        shown = f"{constants.get('ROWS', 1)} × {constants['BLOCK']}{f' × {depth}' * bool(depth)}"
+        shown += f", {constants['num_warps']} warps{f', at most {registers}' * bool(registers)}"
         one = Launch(target, f"{kernel.fn.__name__}{role}", loss, str(dtype)[6:], classes, shown)
         if only in ("", one.kernel):
-            call = partial(kernel.warmup, where, *arguments, grid=grid, **constants, **options)
+            call = partial(kernel.warmup, *arguments, grid=grid, **constants)
             found.append((one, call))
 
-    launched: Callable[..., None] = backend._run
+    launched: Callable[..., None] = backend._launch
     driver.set_active(_Driver(TARGETS[target]))  # type: ignore[arg-type]
-    backend._run = find_instead
+    backend._launch = find_instead
     try:
         run_passes(loss, dtype, classes)
     finally:
-        backend._run = launched
+        backend._launch = launched
     yield from found
 
 
@@ -281,6 +282,8 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_90", "dsc_over_rows", halves, ODD_CLASSES, "class_sums_pass"
     yield "sm_90", "dsc_over_rows", halves, 64, "top_rest_pass"
     yield "sm_80", "dsc_over_rows", halves, CLASSES, "class_terms_pass"
+    yield "sm_90", "cross_entropy", torch.float16, CLASSES, "units_pass"
+    yield "sm_90", "cross_entropy, in one", halves, CLASSES, "scale_pass"
     yield from (
         ("sm_100", "dsc_one_vs_rest, whole product", halves, CLASSES, kernel)
         for kernel in ("class_terms_pass, split", "gradient_pass")

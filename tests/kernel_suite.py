@@ -14,7 +14,7 @@ from torch import Tensor
 import fusedloss as fl
 from fusedloss import backends
 from fusedloss.definition import reference
-from fusedloss.definition.rows import Rows, Spec
+from fusedloss.definition.rows import Job, Rows, Spec
 from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
@@ -166,6 +166,47 @@ class KernelSuite:
             assert torch.equal(memory, right)
         with pytest.raises(ValueError, match=r"must be contiguous, got strides \(2,\)"):
             ops.scale_(memory[::2], factor, impl)
+
+    # --- units of float16 rows ---
+
+    @pytest.mark.parametrize("upstream", ["none", "one", "rows"])
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("loss", ["focal", "mixed_cross_entropy", "dsc_one_vs_rest"])
+    def test_units(self, loss, weighted, upstream, impl, generator):
+        """By the formula in float64: the bound of a row's gradient over its unit lies between 2^14 and 2^15."""
+        count, backend = 150, backends.BACKENDS[impl]
+        spread = torch.exp2(-40 * torch.rand(count, generator=generator))
+        coefficients = torch.randn(5, count, generator=generator) * spread
+        coefficients[:, :5] = torch.tensor([0, torch.inf, torch.nan, 1e-30, 1e30])
+        q, weight = torch.rand(count, generator=generator), torch.tensor(3.0) if weighted else None
+        factor = torch.randn(count, generator=generator)
+        factor = {"none": None, "one": factor[:1].expand(count), "rows": factor}[upstream]
+        rows = Rows.of(torch.empty(count, 3, dtype=torch.float16), torch.zeros(count, dtype=torch.int64))
+        job = Job(rows, Spec(impl, loss), torch.stack([q] * 6), None, None, coefficients.clone(), upstream=factor)
+        norms, scales = torch.tensor([5.0, 0.0, 2.0**15]), torch.tensor([0.0, 1.0, 2.0**-120])
+        before = scales.clone()
+        unit, factors, changes = backend.units_(job, weight, norms, scales)
+
+        wide, by = coefficients.double().abs(), 1 if factor is None else factor.double()
+        if loss == "dsc_one_vs_rest":
+            bound = wide[:3].sum(0) + 64 * (3 if weighted else 1)
+        else:
+            bound = wide[0] * q + wide[1] * (3 if weighted else 1) + wide[2:].sum(0)
+        share = bound * abs(by) / unit
+        finite = bound.isfinite()
+        assert not finite[[1, 2]].any() and (unit[[1, 2]] == 2.0**-14).all()
+        small = finite & (share < 2.0**14 * (1 - 1e-6))
+        assert (unit[small] == 2.0**-78).all() and small.sum() == (0 if loss == "dsc_one_vs_rest" else 2)
+        assert (share[finite] < 2.0**15 * (1 + 1e-6)).all()
+        assert torch.equal(job.upstream, (torch.ones(count) * by / unit).float())
+        assert torch.equal(job.coefficients.nan_to_num(7), coefficients.nan_to_num(7))
+
+        needed = torch.exp2((norms * unit.max()).double().log2().floor() - 14).clamp(min=2.0**-114)
+        assert torch.equal(scales, torch.maximum(needed.float(), before))
+        assert torch.equal(changes, before / scales)
+        assert torch.equal(factors, unit / scales[:, None])
+        for x in (unit, scales):
+            assert (x.frexp().mantissa == 0.5).all()
 
     # --- what is out of range ---
 

@@ -113,22 +113,17 @@ def _work(arch: int, tiny: bool, share: int, workers: int) -> dict[str, Any]:
     def count(cache_hit: bool, **_: Any) -> None:
         counts["hits" if cache_hit else "compiled"] += 1
 
-    def compiled(
-        kernel: Any, grid: tuple[int, ...], tile: Any, where: tuple[Any, ...], *arguments: Any, **constants: Any
-    ) -> None:
-        if 0 in grid:
-            return
-        constants |= backend.launch_options(kernel, tile, where, constants)
-        key = repr((kernel.__name__, _signature((where, *arguments)), sorted(constants.items(), key=repr)))
+    def compiled(kernel: Any, grid: tuple[int, ...], device: Any, *arguments: Any, **constants: Any) -> None:
+        key = repr((kernel.__name__, _signature(arguments), sorted(constants.items(), key=repr)))
         if key in seen:
             return
         seen.add(key)
         if zlib.crc32(key.encode()) % workers != share:
             return
         try:
-            binary = kernel.warmup(where, *arguments, grid=grid, **constants)
+            binary = kernel.warmup(*arguments, grid=grid, **constants)
         except Exception as error:
-            failures[f"{kernel.__name__}, {tile}: {type(error).__name__}: {error}"[:300]] = None
+            failures[f"{kernel.__name__}, {constants}: {type(error).__name__}: {error}"[:300]] = None
             return
         if launcher is not None:
             launcher(binary.src, binary.metadata)
@@ -137,7 +132,7 @@ def _work(arch: int, tiny: bool, share: int, workers: int) -> dict[str, Any]:
     triton.knobs.compilation.listener = count
     launcher = _launcher()
     with (
-        patch.object(backend, "_run", compiled),
+        patch.object(backend, "_launch", compiled),
         patch.object(backend, "_multiprocessors", lambda device: MULTIPROCESSORS, create=True),
     ):
         for run in _everything(tiny):

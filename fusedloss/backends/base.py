@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..definition.rows import Job, Spec
+from ..definition.statistics import COEFFICIENTS, A, Q, U
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,39 @@ class Backend:
         """Multiply a gradient by a 0-d factor, which the host does not read."""
         gradient.mul_(factor)
 
+    def units_(
+        self, job: Job, largest_weight: Tensor | None, norms: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Divide each row's upstream gradient by a power of two, its unit, so that its gradient fills float16's range.
+
+        A gradient that is made with the loss comes before the loss scale, and has small token weights, class weights or
+        focal factors in it already: in float16 it would underflow.
+
+        Each of T sums has factors of magnitudes up to its norm, times the units. Its scale, a power of two by which
+        they are divided, is raised to what float16 needs. Return the units (N,), the units over the scales (T, N), and
+        the scales before over those now (T,).
+        """
+        coefficients, upstream = job.coefficients, job.upstream
+        assert coefficients is not None
+        bounds = coefficients.clone() if upstream is None else coefficients * upstream
+        if is_over_classes(self, job.spec):
+            # Beside the target and the top class p df/dp is below 64 times the class weight, in all of float32's range.
+            terms = bounds.new_full((), 64) if largest_weight is None else 64 * largest_weight
+            terms = terms if upstream is None else terms * upstream.abs()
+            bound = torch.linalg.vector_norm(bounds[:COEFFICIENTS], 1, dim=0).add_(terms)
+        else:
+            bounds[A].mul_(job.statistics[Q])  # the most that the probability of another class can be
+            if largest_weight is not None:
+                bounds[U].mul_(largest_weight)
+            bound = torch.linalg.vector_norm(bounds, 1, dim=0)
+        # The bound over its unit lies between 2^14 and 2^15. A row that is not finite must not decide for the others.
+        unit = _power_of_two(bound.mul_(2.0**-14)).clamp_(min=2.0**-78).nan_to_num_(posinf=2.0**-14)
+        job.upstream = 1 / unit if upstream is None else upstream / unit
+        before = scales.clone()
+        needed = _power_of_two(norms * (unit.amax() * 2.0**-14)).clamp_(min=2.0**-114)
+        torch.maximum(before, needed, out=scales)
+        return unit, unit / scales[:, None], before / scales
+
     def new_gradient(self, logits: Tensor) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -110,3 +144,8 @@ class Backend:
 def is_over_classes(backend: Backend, spec: Spec) -> bool:
     """Tell whether the epilogue is a class term: its gradient has another form than that of a row."""
     return spec.epilogue in backend.epilogues.classes
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """Round positive float32 numbers down to powers of two, and what is not finite to infinity."""
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)

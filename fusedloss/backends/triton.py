@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..checks import check_indices
 from ..definition.rows import Job
-from .base import Backend, Epilogues
+from ..definition.statistics import COEFFICIENTS, Q
+from .base import Backend, Epilogues, is_over_classes
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -79,9 +80,16 @@ def _run(
     kernel: Any, grid: tuple[int, ...], tile: Any, where: tuple[Any, ...], *arguments: Any, **constants: Any
 ) -> None:
     """Launches a kernel on the device of the logits."""
-    if 0 not in grid:
-        constants |= launch_options(kernel, tile, where, constants)
-        _launch(kernel, grid, where[0].device, where, *arguments, **constants)
+    if 0 in grid:
+        return
+    constants |= {"ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps, "enable_fp_fusion": True}
+    if tile.stages:
+        constants["num_stages"] = tile.stages
+    searches, means = constants.get("TOP_K", 0) > 0, constants.get("MEAN", False)
+    registers = _modules()[1].registers(kernel.__name__, searches, means, where[0].element_size(), tile)
+    if registers is not None:
+        constants["maxnreg"] = registers
+    _launch(kernel, grid, where[0].device, where, *arguments, **constants)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
@@ -93,16 +101,6 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments
     else:
         with torch.cuda.device(device):
             kernel[grid](*arguments, **constants)
-
-
-def launch_options(kernel: Any, tile: Any, where: tuple[Any, ...], constants: dict[str, Any]) -> dict[str, Any]:
-    options = {"ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps, "enable_fp_fusion": True}
-    if tile.stages:
-        options["num_stages"] = tile.stages
-    searches = constants.get("TOP_K", 0) > 0
-    itemsize = where[0].element_size()
-    registers = _modules()[1].registers(kernel.__name__, searches, constants.get("MEAN", False), itemsize, tile)
-    return options if registers is None else options | {"maxnreg": registers}
 
 
 def _run_split(kernel: Any, spans: int, source: _Source, *arguments: Any, merge: bool = True, **constants: Any) -> None:
@@ -205,7 +203,8 @@ class Triton(Backend):
 
     def with_gradient(self, job: Job) -> None:
         """Of one read where programs have whole rows."""
-        if job.spec.epilogue in _modules()[0].ROW_EPILOGUES and _source(job, "TILES").spans == 1:
+        in_hand = not self.makes_logits and job.spec.epilogue in _modules()[0].ROW_EPILOGUES
+        if in_hand and _source(job, "TILES").spans == 1:
             self.forward(job)
         else:
             super().with_gradient(job)
@@ -256,6 +255,40 @@ class Triton(Backend):
             arguments = (gradient, factor, gradient.numel())
             options = {"BLOCK": scale.BLOCK, "num_warps": 4, "enable_fp_fusion": True}
             _launch(scale.scale_pass, (programs,), gradient.device, *arguments, **options)
+
+    def units_(
+        self, job: Job, largest_weight: Tensor | None, norms: Tensor, scales: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In one launch of one program: a chunk's rows are few beside its logits."""
+        from ..triton_kernels import scale
+
+        assert job.coefficients is not None
+        over_classes, upstream, count = is_over_classes(self, job.spec), job.upstream, job.statistics.shape[1]
+        found = job.statistics.new_empty((2 + len(norms), count))
+        changes = torch.empty_like(scales)
+        _launch(
+            scale.units_pass,
+            (1,),
+            scales.device,
+            job.coefficients,
+            job.statistics[Q],
+            upstream,
+            0 if upstream is None else upstream.stride(0),
+            largest_weight,
+            norms,
+            scales,
+            changes,
+            found,
+            count,
+            SUMMED=COEFFICIENTS if over_classes else len(job.coefficients),
+            OVER_CLASSES=over_classes,
+            SUMS=len(norms),
+            BLOCK=scale.UNIT_BLOCK,
+            num_warps=scale.UNIT_WARPS,
+            enable_fp_fusion=True,
+        )
+        job.upstream = found[1]
+        return found[0], found[2:], changes
 
 
 def _class_terms_pass(job: Job) -> Tensor:

@@ -7,16 +7,16 @@ their gradient, and give way to the next one's. Nothing here knows a loss or a d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import new_buffer
-from ..backends.base import Backend, is_over_classes
+from ..backends.base import Backend
 from ..checks import IGNORED
 from ..definition.rows import Job, Rows, Spec
-from ..definition.statistics import COEFFICIENTS, A, Q, U
+from ..definition.statistics import Q
 from ..distributed import sequence
 from . import budgets
 
@@ -69,7 +69,7 @@ def forward(
             backend.forward(job)
         else:
             job.upstream = None if row_weight is None else row_weight[part]
-            gradients.add(part, chunks.with_gradient(job))
+            gradients.add(part, job, with_loss=True)
         if gradients is not None and part.start >= chunks.valid:
             gradients.add_nothing(part)
         if spec.top_q:
@@ -109,7 +109,7 @@ def backward(
         saved = [x[:, part].contiguous() for x in (statistics, index, coefficients)]
         job = Job(chunks.rows_of(part), spec, saved[0], saved[1], None, saved[2])
         job.upstream = None if upstream is None else upstream[part]
-        gradients.add(part, chunks.gradient(job))
+        gradients.add(part, job)
     return gradients.finish(order)
 
 
@@ -126,51 +126,12 @@ def sums(rows: Rows, statistics: Tensor, index: Tensor, spec: Spec, backend: Bac
     return whole if order is None else torch.empty_like(whole).index_copy_(1, order, whole)
 
 
-class _RowGradients(NamedTuple):
-    """The gradients of a chunk's logits by the products, before the softcap."""
-
-    values: Tensor  # (n, V)
-    unit: Tensor | None
-    """What each row of the values is to be multiplied by, (n,) powers of two in float32; None for 1."""
-
-
-def _units(
-    weight: Tensor | None, statistics: Tensor, coefficients: Tensor, upstream: Tensor | None, over_classes: bool
-) -> Tensor:
-    """Compute the power of two by which each row's gradient is divided, so that it fills the range of float16.
-
-    A gradient that is made with the loss comes before the loss scale, and has small token weights, class weights or
-    focal factors in it already: in float16 it would underflow.
-    """
-    bounds = coefficients.clone() if upstream is None else coefficients * upstream
-    largest_weight = None if weight is None else weight.abs().amax()
-    if over_classes:
-        # Beside the target and the top class p df/dp is below 64 times the class weight, for all that float32 can hold.
-        terms = bounds.new_full((), 64) if largest_weight is None else 64 * largest_weight
-        terms = terms if upstream is None else terms * upstream.abs()
-        bound = torch.linalg.vector_norm(bounds[:COEFFICIENTS], 1, dim=0).add_(terms)
-    else:
-        bounds[A].mul_(statistics[Q])  # the most that the probability of another class can be
-        if largest_weight is not None:
-            bounds[U].mul_(largest_weight)
-        bound = torch.linalg.vector_norm(bounds, 1, dim=0)
-    # The bound over its unit lies between 2^14 and 2^15. A row that is not finite must not decide for the others.
-    unit = _power_of_two(bound.mul_(2.0**-14).clamp_(min=2.0**-78))
-    return unit.nan_to_num_(posinf=2.0**-14)
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """Round positive float32 numbers down to powers of two, and what is not finite to infinity."""
-    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-
-
 class _Chunks:
     """Chunks of logits, each in the place of the one before; or, where the backend makes them, of gradients alone."""
 
     def __init__(self, rows: Rows, spec: Spec, backend: Backend, valid: int) -> None:
         self.rows, self.spec, self.backend, self.valid = rows, spec, backend, valid
         first, form, gradient = rows.hidden[0], spec.form, any(spec.needed)
-        self._has_units = first.dtype == torch.float16
         count, (classes, features) = rows.target.shape[0], rows.weight[0].shape
         # The logits and, where the softcap's derivative is needed, that.
         copies = 2 if gradient and form.softcap else 1
@@ -229,38 +190,19 @@ class _Chunks:
             if softcap:
                 logits.div_(softcap).tanh_()
                 for buffer in self.buffers[1:]:
-                    torch.mul(logits, logits, out=buffer[: first.shape[0]]).neg_().add_(1)
+                    torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=buffer[: first.shape[0]])
                 logits.mul_(softcap)
             if self.spec.form.mask_target:
                 logits.scatter_(1, rows.target.clamp(min=0)[:, None], -torch.inf)
         return rows._replace(hidden=[logits], weight=[], bias=None)
 
-    def with_gradient(self, job: Job) -> _RowGradients:
-        """Run the forward pass and the gradient pass."""
-        if self.backend.makes_logits or self._has_units:
-            # The units come from the coefficients, between the passes.
-            self.backend.forward(job)
-            return self.gradient(job)
-        job.grad = job.rows.hidden[0]
-        self.backend.with_gradient(job)
-        return _RowGradients(self._before_softcap(job.grad) if self.spec.form.softcap else job.grad, None)
-
-    def gradient(self, job: Job) -> _RowGradients:
-        """Write it where the logits are, if they are stored."""
-        memory = self.buffers[0][: job.rows.target.shape[0]]
-        unit = None
-        if self._has_units:
-            weight, coefficients = job.rows.class_weight, job.coefficients
-            assert coefficients is not None
-            over_classes = is_over_classes(self.backend, self.spec)
-            unit = _units(weight, job.statistics, coefficients, job.upstream, over_classes)
-            job.upstream = 1 / unit if job.upstream is None else job.upstream / unit
-        job.grad = memory
-        self.backend.backward(job)
-        return _RowGradients(self._before_softcap(memory), unit)
-
-    def _before_softcap(self, gradient: Tensor) -> Tensor:
-        """The gradient of a chunk's logits as that of its products, in place."""
+    def gradient(self, job: Job, with_loss: bool) -> Tensor:
+        """Write the gradient of a chunk's products; where its logits are stored, in their place."""
+        gradient = job.grad = self.buffers[0][: job.rows.target.shape[0]]
+        if with_loss:
+            self.backend.with_gradient(job)
+        else:
+            self.backend.backward(job)
         for slope in self.buffers[1:]:
             gradient.mul_(slope[: gradient.shape[0]])
         return gradient
@@ -284,41 +226,40 @@ class _Gradients:
             self._weight.append(new_buffer(x, x.shape, of_weight) if next(needed) else None)
         bias = rows.bias
         self._bias = bias.new_zeros(bias.shape[0], dtype=dtype) if bias is not None and next(needed) else None
-        self._scaled: list[_ScaledSum | None] = []
+        self._scaled: _ScaledSums | None = None
         if storage == torch.float16:
-            totals = [*self._weight, None if self._bias is None else self._bias[:, None]]
-            self._scaled = [None if x is None else _ScaledSum(x, chunks.backend) for x in totals]
+            self._scaled = _ScaledSums(chunks, [*self._weight, None if self._bias is None else self._bias[:, None]])
         self._pending: list[Any] = []
 
-    def add(self, part: slice, gradient: _RowGradients) -> None:
-        chunks, first = self._chunks, part.start == 0
+    def add(self, part: slice, job: Job, with_loss: bool = False) -> None:
+        """Make the gradients of a chunk, from its coefficients or with its loss."""
+        chunks, hidden, first, scaled = self._chunks, self._chunks.hidden(part), part.start == 0, self._scaled
+        if scaled is not None:
+            if with_loss:
+                chunks.backend.forward(job)
+            unit, with_loss = scaled.units(job, hidden), False  # between the passes: it comes from the coefficients
+        gradient = chunks.gradient(job, with_loss)
         arriving: list[Any] = []
         for total, weight in zip(self._hidden, chunks.rows.weight, strict=True):
             if total is None:
                 continue
             whole = chunks.spec.form.row_parts == 1
-            some = total[part] if whole else total.new_empty(gradient.values.shape[0], total.shape[1])
-            _product(gradient.values, weight, some)
-            if gradient.unit is not None:
-                some.mul_(gradient.unit[:, None])
+            some = total[part] if whole else total.new_empty(gradient.shape[0], total.shape[1])
+            _product(gradient, weight, some)
+            if scaled is not None:
+                some.mul_(unit[:, None])
             if not whole:
                 arriving += sequence.send_rows(some, part, total, chunks.spec.form.group)
             elif chunks.spec.form.group:
                 self._sum_over_ranks(total, part)
-        if gradient.unit is not None:
-            *of_weights, of_bias = self._scaled
-            unit = gradient.unit[:, None]
-            for scaled, hidden in zip(of_weights, chunks.hidden(part), strict=True):
-                if scaled is not None:
-                    scaled.add(gradient.values, hidden * unit)
-            if of_bias is not None:
-                of_bias.add(gradient.values, unit)
+        if scaled is not None:
+            scaled.add(gradient, hidden, first)
         else:
-            for total, hidden in zip(self._weight, chunks.hidden(part), strict=True):
+            for total, h in zip(self._weight, hidden, strict=True):
                 if total is not None:
-                    _add_weight(total, gradient.values.t(), hidden, first)
+                    _add_weight(total, gradient.t(), h, first)
             if self._bias is not None:
-                self._bias.add_(gradient.values.sum(0, dtype=self._bias.dtype))
+                self._bias.add_(gradient.sum(0, dtype=self._bias.dtype))
         for arrive in arriving:
             arrive()
 
@@ -336,9 +277,8 @@ class _Gradients:
     def finish(self, order: Tensor | None) -> list[Tensor]:
         """Return the gradients as the operators hand them over, when all rows are through."""
         self._chunks.buffers.clear()  # which makes room for the weight's gradient beside its sum
-        for scaled in self._scaled:
-            if scaled is not None:
-                scaled.finish()
+        if self._scaled is not None:
+            self._scaled.finish()
         for work in self._pending:
             work.wait()
         result = []
@@ -370,30 +310,51 @@ def _add_weight(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) ->
         some.add_(torch.addmm(product, part, hidden, beta=-1))
 
 
-class _ScaledSum:
-    """A sum over chunks of float16 gradients (n, V), transposed, times float32 factors (n, K).
+class _ScaledSums:
+    """Sums over chunks of float16 gradients (n, V), transposed, times hidden states (n, D) and the units of the rows.
 
     The products are those of float16, so that the largest factor goes to the top of its range, where small ones keep
-    their digits. What it was divided by grows with the factors, and the sum shrinks; at last it is multiplied by it.
+    their digits. The power of two that factors are divided by grows with them, and the sum shrinks; at last the sum is
+    multiplied by it.
     """
 
-    def __init__(self, total: Tensor, backend: Backend):
-        self._total, self._backend = total, backend
-        self._unit: Tensor | None = None
+    def __init__(self, chunks: _Chunks, totals: list[Tensor | None]) -> None:
+        """The last of the totals (V, D) is the bias's, of hidden states that are 1."""
+        self._totals, self._backend, weight = totals, chunks.backend, chunks.rows.class_weight
+        self._norms = chunks.rows.hidden[0].new_ones(len(totals), dtype=torch.float32)
+        self._scales = torch.zeros_like(self._norms)
+        self._largest_weight = None if weight is None else _put_norm(weight, torch.ones_like(self._norms[0]))
 
-    def add(self, gradient: Tensor, factor: Tensor) -> None:
-        before = self._unit
-        largest = torch.linalg.vector_norm(factor, torch.inf) if factor.numel() else factor.new_ones(())
-        unit = _power_of_two((largest * 2.0**-14).clamp_(min=2.0**-114 if before is None else before))
-        self._unit = unit  # a power of two, so that nothing is rounded by it
-        if before is not None:
-            self._backend.scale_(self._total, before / unit)
-        scaled = torch.div(factor, unit, out=torch.empty_like(factor, dtype=gradient.dtype))
-        _product(gradient.t(), scaled, self._total, add=before is not None)
+    def units(self, job: Job, hidden: list[Tensor]) -> Tensor:
+        """Divide the job's upstream gradient by the units of its rows, and return them."""
+        for norm, total, h in zip(self._norms, self._totals[:-1], hidden, strict=False):
+            if total is not None:
+                _put_norm(h, norm)
+        unit, *self._changes = self._backend.units_(job, self._largest_weight, self._norms, self._scales)
+        return unit
+
+    def add(self, gradient: Tensor, hidden: list[Tensor], first: bool) -> None:
+        for total, h, factor, change in zip(self._totals, [*hidden, None], *self._changes, strict=True):
+            if total is None:
+                continue
+            scaled = gradient.new_empty(gradient.shape[0], total.shape[1])
+            if h is None:
+                scaled.copy_(factor[:, None])
+            else:
+                torch.mul(h, factor[:, None], out=scaled)
+            if not first:
+                self._backend.scale_(total, change)
+            _product(gradient.t(), scaled, total, add=not first)
 
     def finish(self) -> None:
-        if self._unit is not None:
-            self._backend.scale_(self._total, self._unit)
+        for total, scale in zip(self._totals, self._scales, strict=True):
+            if total is not None:
+                self._backend.scale_(total, scale)
+
+
+def _put_norm(x: Tensor, norm: Tensor) -> Tensor:
+    """Write the largest magnitude; where there is none, leave what is there."""
+    return torch.linalg.vector_norm(x, torch.inf, dtype=norm.dtype, out=norm) if x.numel() else norm
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
