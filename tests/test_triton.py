@@ -26,10 +26,12 @@ from torch.utils._pytree import tree_leaves
 import fusedloss as fl
 from fusedloss import backends
 from fusedloss.backends import triton
-from fusedloss.definition.projection import Form, Projection
+from fusedloss.definition.projection import Form, Projection, dense_logits
 from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import operators as ops
+from fusedloss.engine.dispatch import row_loss
 from fusedloss.losses._registry import EXAMPLES
+from fusedloss.losses.supcon import LOG_SUM_EXP
 
 if backends.unavailable("triton", torch.device("cpu")) is not None:
     pytest.skip(f"triton: {backends.unavailable('triton', torch.device('cpu'))}", allow_module_level=True)
@@ -406,6 +408,20 @@ def test_opcheck_of_products(masked, generator):
     _, *saved, _, _ = ops.forward(*rows, None, spec._replace(epilogue="", top_k=1).encode())
     spec = spec._replace(epilogue="dsc_one_vs_rest")
     torch.library.opcheck(ops.sums, (*dsc, *saved, None, None, spec.encode()))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("impl", ["cpu", "triton", "triton_fused"])
+def test_a_masked_target_under_a_softcap(impl, reduction, generator):
+    """Its logit is -inf, of which the softcap's slope must not be taken."""
+    sources = [torch.randn(n, 8, generator=generator, dtype=torch.float64).requires_grad_() for n in (5, 300)]
+    target, form = torch.tensor([3, 299, -100, 0, 7]), Form(2.0, drop_ignored=False, mask_target=True)
+    options = {"ignore_index": -100, "reduction": reduction, "impl": impl}
+    loss = row_loss("masked", Projection(*sources, None, form), target, LOG_SUM_EXP, **options)
+    expected = dense_logits(sources[:1], sources[1:], None, form, target).logsumexp(-1)[target >= 0]
+    torch.testing.assert_close(loss.sum(), expected.sum())
+    got, true = (torch.autograd.grad(x.sum(), sources) for x in (loss, expected))
+    torch.testing.assert_close(got, true)
 
 
 @pytest.mark.compile

@@ -636,7 +636,7 @@ def _write_gradient(
             gradient = tl.where(columns == pick, gradient - b, gradient)
     if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
         if SOURCE.softcap > 0:
-            share = z / SOURCE.softcap
+            share = tl.maximum(z / SOURCE.softcap, -1.0)  # that of a masked target is -inf
             gradient *= 1.0 - share * share
     if TERM is not None or SOURCE is not None or class_weight is not None:
         gradient = tl.where(live, gradient, 0.0)

@@ -133,7 +133,7 @@ class _Chunks:
         self.rows, self.spec, self.backend, self.valid = rows, spec, backend, valid
         first, form, gradient = rows.hidden[0], spec.form, any(spec.needed)
         count, (classes, features) = rows.target.shape[0], rows.weight[0].shape
-        # The logits and, where the softcap's derivative is needed, that.
+        # The logits and, where the softcap's derivative is needed, its tanh.
         copies = 2 if gradient and form.softcap else 1
         if backend.makes_logits:
             copies = int(gradient)
@@ -188,10 +188,8 @@ class _Chunks:
             for h, w in zip(others, other_weights, strict=True):
                 logits.addmm_(h, w.t())
             if softcap:
-                logits.div_(softcap).tanh_()
-                for buffer in self.buffers[1:]:
-                    torch.addcmul(logits.new_ones(()), logits, logits, value=-1, out=buffer[: first.shape[0]])
-                logits.mul_(softcap)
+                tanh = torch.tanh(logits.div_(softcap), out=self.buffers[-1][: first.shape[0]])
+                torch.mul(tanh, softcap, out=logits)
             if self.spec.form.mask_target:
                 logits.scatter_(1, rows.target.clamp(min=0)[:, None], -torch.inf)
         return rows._replace(hidden=[logits], weight=[], bias=None)
@@ -203,8 +201,8 @@ class _Chunks:
             self.backend.with_gradient(job)
         else:
             self.backend.backward(job)
-        for slope in self.buffers[1:]:
-            gradient.mul_(slope[: gradient.shape[0]])
+        for tanh in self.buffers[1:]:
+            torch.ops.aten.tanh_backward.grad_input(gradient, tanh[: gradient.shape[0]], grad_input=gradient)
         return gradient
 
 
