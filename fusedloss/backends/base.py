@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..definition.rows import Job, Spec
-from ..definition.statistics import COEFFICIENTS, A, Q, U
+from ..definition.statistics import COEFFICIENTS, TARGET_GRADIENT, A, Q, U
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,17 @@ class Backend:
         they are divided, is raised to what float16 needs. Return the units (N,), the units over the scales (T, N), and
         the scales before over those now (T,).
         """
-        coefficients, upstream = job.coefficients, job.upstream
-        assert coefficients is not None
-        bounds = coefficients.clone() if upstream is None else coefficients * upstream
+        assert job.coefficients is not None
+        upstream, sizes, weight = job.upstream, job.coefficients.abs(), 1 if largest_weight is None else largest_weight
         if is_over_classes(self, job.spec):
             # Beside the target and the top class p df/dp is below 64 times the class weight, in all of float32's range.
-            terms = bounds.new_full((), 64) if largest_weight is None else 64 * largest_weight
-            terms = terms if upstream is None else terms * upstream.abs()
-            bound = torch.linalg.vector_norm(bounds[:COEFFICIENTS], 1, dim=0).add_(terms)
-        else:
-            bounds[A].mul_(job.statistics[Q])  # the most that the probability of another class can be
-            if largest_weight is not None:
-                bounds[U].mul_(largest_weight)
-            bound = torch.linalg.vector_norm(bounds, 1, dim=0)
+            bound = sizes[:COEFFICIENTS].sum(0) + 64 * weight
+        else:  # q is the most that the probability of another class can be
+            bound = sizes[A] * job.statistics[Q] + sizes[U] * weight + sizes[TARGET_GRADIENT:].sum(0)
+        if upstream is not None:
+            bound *= upstream.abs()
         # The bound over its unit lies between 2^14 and 2^15. A row that is not finite must not decide for the others.
-        unit = _power_of_two(bound.mul_(2.0**-14)).clamp_(min=2.0**-78).nan_to_num_(posinf=2.0**-14)
+        unit = _power_of_two(bound * 2.0**-14).clamp_(min=2.0**-78).nan_to_num_(posinf=2.0**-14)
         job.upstream = 1 / unit if upstream is None else upstream / unit
         before = scales.clone()
         needed = _power_of_two(norms * (unit.amax() * 2.0**-14)).clamp_(min=2.0**-114)
