@@ -75,6 +75,8 @@ def triton(python: str) -> None:
     print(f"{found['compiled']} kernels for sm_{ARCH} and launchers for {found['launchers']}")
     for why in found["failures"]:
         print(f"failed: {why}", file=sys.stderr)
+    if found["stopped"]:
+        sys.exit(f"{found['stopped']} of the processes that compile did not end; nothing was packed")
     ask = "from gpu.precompile import cache_key; print(cache_key())"
     asked = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True, env=environment)
     key = asked.stdout.strip()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from gpu import bundle, part, tables, timing, tools
+import gpu_prebuild
+from gpu import bundle, part, precompile, tables, timing, tools
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench/gpu_report.py"
@@ -164,3 +165,16 @@ def test_an_extension_of_other_sources_is_left_aside(tmp_path, monkeypatch, caps
     bundle.unpacked()
     assert f"{stale.name} is left aside: ValueError: it was built from other sources" in capsys.readouterr().err
     assert not (ROOT / "fusedloss" / stale.name).exists()
+
+
+def test_half_a_cache_is_not_packed(tmp_path, monkeypatch):
+    """Where a process that compiles was killed: the machine with the GPU would be told that all is there."""
+    for name in ("CACHE", "SCRATCH", "ARCHIVE"):
+        monkeypatch.setattr(bundle, name, tmp_path / name)
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"]
+    popen = subprocess.Popen
+    monkeypatch.setattr(precompile.subprocess, "Popen", lambda _, **options: popen(command, **options))
+    monkeypatch.setattr(gpu_prebuild.subprocess, "run", lambda *_, **__: None)  # the C compiler
+    with pytest.raises(SystemExit, match="processes that compile did not end; nothing was packed"):
+        gpu_prebuild.triton(sys.executable)
+    assert not bundle.ARCHIVE.exists()

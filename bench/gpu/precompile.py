@@ -67,7 +67,10 @@ def kernels(part: Part) -> None:
 def compile_all(
     python: str, arch: int, environment: dict[str, str], tiny: bool = False, seconds: float = 3600
 ) -> dict[str, Any]:
-    """Return how many were in the cache, how many were compiled, and what failed. Stop after so many seconds."""
+    """Return how many were in the cache and how many were compiled, what failed, and how many processes were stopped.
+
+    They have so many seconds.
+    """
     workers = 1 if tiny else os.cpu_count() or 1
     environment = {name: x for name, x in environment.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     command = [python, "-m", "gpu.precompile", str(arch), "tiny" if tiny else "all"]
@@ -78,7 +81,7 @@ def compile_all(
         "text": True,
     }
     processes = [subprocess.Popen([*command, str(share), str(workers)], **options) for share in range(workers)]
-    found: dict[str, Any] = {"hits": 0, "compiled": 0, "launchers": 0, "failures": []}
+    found: dict[str, Any] = {"hits": 0, "compiled": 0, "launchers": 0, "failures": [], "stopped": 0}
     end = time.monotonic() + seconds
     for process in processes:
         try:
@@ -86,7 +89,8 @@ def compile_all(
             of_one = json.loads(said.splitlines()[-1])
         except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
             process.kill()
-            of_one = {"failures": [f"a process that compiles: {type(error).__name__}, exit status {process.wait()}"]}
+            why = f"a process that compiles: {type(error).__name__}, exit status {process.wait()}"
+            of_one = {"failures": [why], "stopped": 1}
         for name, value in of_one.items():
             found[name] += value
     return found
