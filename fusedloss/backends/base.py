@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..definition.rows import Job, Spec
-from ..definition.statistics import COEFFICIENTS, TARGET_GRADIENT, A, Q, U
+from ..definition.statistics import COEFFICIENTS, A, Q, U
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,15 @@ class Backend:
         the scales before over those now (T,).
         """
         assert job.coefficients is not None
-        upstream, sizes, weight = job.upstream, job.coefficients.abs(), 1 if largest_weight is None else largest_weight
+        upstream, sizes = job.upstream, job.coefficients.abs()
         if is_over_classes(self, job.spec):
             # Beside the target and the top class p df/dp is below 64 times the class weight, in all of float32's range.
-            bound = sizes[:COEFFICIENTS].sum(0) + 64 * weight
-        else:  # q is the most that the probability of another class can be
-            bound = sizes[A] * job.statistics[Q] + sizes[U] * weight + sizes[TARGET_GRADIENT:].sum(0)
+            bound = sizes[:COEFFICIENTS].sum(0) + 64 * (1 if largest_weight is None else largest_weight)
+        else:
+            sizes[A] *= job.statistics[Q]  # the most that the probability of another class can be
+            if largest_weight is not None:
+                sizes[U] *= largest_weight
+            bound = sizes.sum(0)
         if upstream is not None:
             bound *= upstream.abs()
         # The bound over its unit lies between 2^14 and 2^15. A row that is not finite must not decide for the others.
