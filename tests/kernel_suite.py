@@ -7,8 +7,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from row_suite import DTYPES, Case, Problem, assert_same_bits, compute_dtype, logits_and_targets, with_gradient
-from test_traps import _far_apart_rows
+from row_suite import (
+    DTYPES,
+    Case,
+    Problem,
+    assert_same_bits,
+    compute_dtype,
+    far_apart_rows,
+    logits_and_targets,
+    with_gradient,
+)
 from torch import Tensor
 
 import fusedloss as fl
@@ -280,7 +288,7 @@ class KernelSuite:
         """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
         problem = Problem.make(self.EVERY_CASE[name], (3, 300), generator, torch.bfloat16)
         upstream = problem.upstream(generator)
-        far = _far_apart_rows(problem.z, 2**31 + 5)
+        far = far_apart_rows(problem.z, 2**31 + 5)
         expected = problem.run(impl, upstream)
         assert_same_bits(problem.run(impl, upstream, far), expected)
         assert_same_bits(problem.run(impl, upstream, far, inplace_backward=True), expected)

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -104,9 +105,7 @@ def quarters(rows: int, generator: torch.Generator, low: int, high: int) -> Tens
     return torch.randint(low * 4, high * 4 + 1, (rows,), generator=generator).double() / 4
 
 
-def logits_and_targets(
-    rows: int, classes: int, generator: torch.Generator, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def logits_and_targets(rows: int, classes: int, generator: Any, dtype: Any = torch.float64) -> tuple[Tensor, Tensor]:
     """Logits over some 15 units, every second target with a probability that is not small."""
     z = 2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
     target = torch.randint(classes, (rows,), generator=generator)
@@ -128,9 +127,7 @@ def of_rows(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Argum
     return {k: function(v) if isinstance(v, Tensor) and v.dim() else v for k, v in arguments.items()}
 
 
-def with_gradient(
-    function: Callable[[Tensor], Tensor], z: Tensor, upstream: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def with_gradient(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Any = None) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient by `z` for the upstream gradient (all ones by default)."""
     z = z.detach().requires_grad_() if z.grad_fn is None else z
     loss = function(z)
@@ -150,14 +147,7 @@ class Problem:
     shared: Arguments
 
     @classmethod
-    def make(
-        cls,
-        case: Case,
-        shape: tuple[int, int],
-        generator: torch.Generator,
-        dtype: torch.dtype = torch.float64,
-        options: str = "plain",
-    ) -> "Problem":
+    def make(cls, case: Case, shape: Any, generator: Any, dtype: Any = torch.float64, options: str = "plain") -> Any:
         rows, classes = shape
         z, target = logits_and_targets(rows, classes, generator, dtype)
         shared = OPTIONS[options](case, classes, generator)
@@ -179,17 +169,13 @@ class Problem:
         arguments = cast({**self.own, **self.shared}, z.dtype) | {"reduction": "none"} | options
         return oracle.loss(self.case.base, z, self.target, weighted_mean=self.case.weighted_mean, **arguments)
 
-    def run(
-        self, impl: str, upstream: Tensor | None = None, z: Tensor | None = None, **options: Any
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, impl: str, upstream: Any = None, z: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
         """The package's loss and gradient."""
         z = self.z if z is None else z
         z = computed(z) if options.get("inplace_backward") else z
         return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
 
-    def truth(
-        self, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64, **options: Any
-    ) -> tuple[Tensor, Tensor]:
+    def truth(self, upstream: Any = None, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Tensor, Tensor]:
         """The oracle's loss and gradient."""
         return with_gradient(lambda x: self.formula(x, **options), self.z.to(dtype), upstream)
 
@@ -220,9 +206,7 @@ class Problem:
         assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, self.scale(slope, upstream))
 
 
-def assert_same_bits(
-    ours: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], rows: Any = ..., about: str = ""
-) -> None:
+def assert_same_bits(ours: Any, others: Any, rows: Any = ..., about: str = "") -> None:
     """Of losses and gradients."""
     assert torch.equal(ours[0][rows], others[0][rows]), f"losses differ: {about}"
     assert torch.equal(ours[1][rows], others[1][rows]), f"gradients differ: {about}"
@@ -238,28 +222,27 @@ def layouts(z: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "misaligned", z.new_empty(rows * classes + 1)[1:].view(rows, classes).copy_(z)
 
 
+def far_apart_rows(values: Tensor, stride: int) -> Tensor:
+    """`values` (N, V) as rows `stride` elements apart in memory that is reserved but, all between, never used."""
+    rows, classes = values.shape
+    count = (rows - 1) * stride + classes
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, count * values.element_size(), flags=flags)
+    flat = torch.frombuffer(memory, dtype=values.dtype, count=count)
+    return flat.as_strided((rows, classes), (stride, 1)).copy_(values)
+
+
 # --- rows in which one class takes all ---
 
-GAPS = [
-    0,
-    1,
-    5,
-    10,
-    14,
-    17,
-    20,
-    25,
-    30,
-    40,
-    60,
-    85,
-]  # from 17 on float32 has p = 1; at 85, exp(-86.75) of the least logit is near the end of its range
+#: From 17 on float32 has p = 1; at 85, exp(-86.75) of the least logit is near the end of its range.
+GAPS = torch.tensor([0, 1, 5, 10, 14, 17, 20, 25, 30, 40, 60, 85])
 
 
 def certain_rows() -> tuple[Tensor, Tensor]:
     """One logit above the others by each gap; the target is that class, or another one."""
     z = torch.tensor([-0.5, 0, -1.25, 0, -1.75], dtype=torch.float64).repeat(2 * len(GAPS), 1)
-    z[:, 1] += torch.tensor(GAPS).repeat(2)
+    z[:, 1] += GAPS.repeat(2)
     return z, torch.tensor([1, 3]).repeat_interleave(len(GAPS))
 
 
@@ -286,31 +269,47 @@ def over(*options: str, where: Callable[[Case], Any] = lambda case: True) -> Cal
     return mark
 
 
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
 class RowLossSuite:
     """Tests of each `case` in CASES, some with each of some shared `options`, unless the loss has no such option."""
 
     CASES: ClassVar[list[Case]]
     #: Cases whose arguments are numbers, for rows in which one class takes all.
     CERTAIN: ClassVar[list[Case]]
+    #: Losses of the example's rows, to eight digits: the loss, its arguments, the values.
+    KNOWN: ClassVar[list[tuple[Callable[..., Any], Arguments, list[float]]]] = []
+    #: Two functions of logits, targets and shared options that are the same loss, by name.
+    TWINS: ClassVar[dict[str, tuple[Callable[..., Any], Callable[..., Any]]]] = {}
+    #: A loss, its formula, the names of parameters that may be learnt, and other arguments.
+    LEARNT: ClassVar[list[tuple[Callable[..., Any], Callable[..., Tensor], tuple[str, ...], Arguments]]] = []
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        where = getattr(metafunc.function, "where", lambda case: True)
-        cases = [case for case in self.CASES if where(case)]
-        if hasattr(metafunc.function, "options"):
-            pairs = [
-                (case, name)
-                for case in cases
-                for name in metafunc.function.options
-                if case.smoothing or not name.startswith("smoothing")
-            ]
-            metafunc.parametrize("case, options", pairs, ids=[f"{case}-{name}" for case, name in pairs])
-        elif "case" in metafunc.fixturenames:
-            metafunc.parametrize("case", cases, ids=str)
-        elif "certain" in metafunc.fixturenames:
-            metafunc.parametrize("certain", self.CERTAIN, ids=str)
+        where, names = (getattr(metafunc.function, x, None) for x in ("where", "options"))
+        cases = [case for case in self.CASES if where is None or where(case)]
+        if names is not None:
+            pairs = []
+            for i, case in enumerate(cases):
+                allowed = [name for name in names if case.smoothing or not name.startswith("smoothing")]
+                # Each case and each of the options once, where there are more of the others.
+                for j, name in enumerate(allowed):
+                    marks = () if i % len(allowed) == j % len(cases) else pytest.mark.exhaustive
+                    pairs.append(pytest.param(case, name, marks=marks, id=f"{case}-{name}"))
+            metafunc.parametrize("case, options", pairs)
+        for name, values in (("case", cases), ("certain", self.CERTAIN)):
+            if name in metafunc.fixturenames and names is None:
+                metafunc.parametrize(name, values, ids=str)
+        if "known" in metafunc.fixturenames:
+            metafunc.parametrize("known", self.KNOWN, ids=lambda known: str(known[1]))
+        if "twin" in metafunc.fixturenames:
+            metafunc.parametrize("twin", self.TWINS.values(), ids=self.TWINS.keys())
+        if "learnt" in metafunc.fixturenames:
+            metafunc.parametrize("learnt", self.LEARNT, ids=lambda learnt: f"{learnt[2]} {learnt[3]}")
 
     # --- values and gradients ---
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_float64_equals_the_formula(self, case, shape, impl, generator):
         if shape[1] < case.least_classes:
@@ -319,6 +318,7 @@ class RowLossSuite:
         upstream = problem.upstream(generator)
         problem.check(*problem.run(impl, upstream), upstream)
 
+    @pytest.mark.covering(1)
     @over(where=lambda case: case.large)
     @pytest.mark.parametrize("shape", LONG, ids=str)
     def test_long_rows(self, case, shape, impl, generator):
@@ -327,13 +327,11 @@ class RowLossSuite:
         upstream = problem.upstream(generator)
         problem.check(*problem.run(impl, upstream), upstream)
 
-    @pytest.mark.parametrize(
-        ("dtype", "options"),
-        [(torch.float32, "plain"), (torch.float32, "everything"), (torch.bfloat16, "plain"), (torch.float16, "plain")],
-        ids=str,
-    )
+    @pytest.mark.covering(1)
+    @pytest.mark.parametrize("options", ["plain", "everything"])
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
     @pytest.mark.parametrize("shape", FEW, ids=str)
-    def test_as_accurate_as_eager(self, case, dtype, options, shape, impl, generator, kernel_calls):
+    def test_as_accurate_as_eager(self, case, shape, dtype, options, impl, generator, kernel_calls):
         problem = Problem.make(case, shape, generator, dtype, options)
         upstream = problem.upstream(generator)
         loss, gradient = problem.run(impl, upstream)
@@ -347,24 +345,17 @@ class RowLossSuite:
         upstream = problem.upstream(generator)
         problem.check(*problem.run(impl, upstream), upstream)
 
-    @over("plain", "everything")
+    @pytest.mark.covering(1)
+    @pytest.mark.parametrize("normalizer", [None, 12.5, torch.tensor(12.5), torch.tensor(3)], ids=repr)
     @pytest.mark.parametrize("reduction", ["mean", "sum"])
-    def test_reductions(self, case, options, reduction, impl, generator):
-        problem = Problem.make(case, (7, 19), generator, options=options)
-        upstream = problem.upstream(generator)[0]
-        loss, gradient = problem.run(impl, upstream, reduction=reduction)
-        truth, slope = problem.truth(upstream, reduction=reduction)
-        torch.testing.assert_close(loss, truth, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(gradient, slope, rtol=1e-11, atol=1e-14)
-
-    @pytest.mark.parametrize("normalizer", [12.5, torch.tensor(12.5), torch.tensor(3)], ids=repr)
-    def test_normalizer_is_the_divisor_of_mean(self, case, normalizer, impl, generator):
+    def test_reductions(self, case, reduction, normalizer, impl, generator):
         problem = Problem.make(case, (7, 19), generator, options="everything")
-        loss, gradient = problem.run(impl, reduction="mean", normalizer=normalizer)
-        truth, slope = problem.truth(reduction="sum")
-        torch.testing.assert_close(loss, truth / float(normalizer), rtol=1e-12, atol=0)
-        torch.testing.assert_close(gradient, slope / float(normalizer), rtol=1e-11, atol=1e-15)
+        upstream = problem.upstream(generator)[0]
+        options = {"reduction": reduction} | ({"normalizer": normalizer} if reduction == "mean" else {})
+        ours, truth = problem.run(impl, upstream, **options), problem.truth(upstream, **options)
+        torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-14)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("reduction", ["none", "none of a strided vector", "none of a scalar", "mean", "sum"])
     def test_upstream_gradient(self, case, reduction, impl, generator):
         problem = Problem.make(case, (7, 129), generator, torch.float32, "everything")
@@ -379,9 +370,19 @@ class RowLossSuite:
             divisor = problem.shared["weight"][counted].sum() if case.weighted_mean else len(counted)
         upstream = (given.double() / divisor).expand(7)
         _, gradient = problem.run(impl, given, reduction=reduction.split()[0])
-        _, slope = problem.truth(upstream)
-        _, eager = problem.truth(upstream, torch.float32)
+        (_, slope), (_, eager) = problem.truth(upstream), problem.truth(upstream, torch.float32)
         assert_as_accurate_as(gradient, eager, slope, 16, problem.scale(slope, upstream))
+
+    def test_known_values(self, known, impl, example):
+        loss, own, expected = known
+        result = loss(*example, reduction="none", impl=impl, **own)
+        torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=5e-9)
+
+    def test_losses_that_are_the_same(self, twin, impl, generator):
+        z, target = logits_and_targets(6, 40, generator)
+        target[3] = -100
+        ours, same = (with_gradient(lambda x, f=f: f(x, target, impl=impl), z) for f in twin)
+        torch.testing.assert_close(ours, same, rtol=1e-11, atol=1e-15)
 
     # --- derivatives ---
 
@@ -392,22 +393,29 @@ class RowLossSuite:
         assert torch.autograd.gradcheck(lambda x: problem.loss(x, impl), z)
         assert torch.autograd.gradgradcheck(lambda x: problem.loss(x, impl), z)
 
-    @over("plain", "everything")
-    def test_second_derivative(self, case, options, impl, generator):
-        problem = Problem.make(case, (3, 37), generator, options=options)
-        direction = torch.randn(3, 37, generator=generator).double()
-        upstream = problem.upstream(generator).requires_grad_()
+    @pytest.mark.parametrize("shape", [(), (3,)], ids=["0-d", "of each row"])
+    def test_parameters_are_differentiable(self, learnt, shape, impl, generator):
+        loss, base, names, options = learnt
+        z, target = logits_and_targets(3, 7, generator)
+        target[1] = -100
+        params = [0.2 + 0.6 * torch.rand(shape, generator=generator).double() for _ in names]
+        leaves = [x.requires_grad_() for x in (z, *params)]
+        options = {"weight": class_weights(7, generator), "z_loss": 0.01, "reduction": "none", **options}
 
-        def second(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-            z = problem.z.detach().requires_grad_()
-            (first,) = torch.autograd.grad(function(z), z, upstream, create_graph=True)
-            return torch.autograd.grad((first * direction).sum(), (z, upstream))
+        def ours(x, *params):
+            return loss(x, target, impl=impl, **dict(zip(names, params, strict=True)), **options)
 
-        for ours, truth in zip(second(lambda z: problem.loss(z, impl)), second(problem.formula), strict=True):
-            torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-13)
+        upstream = torch.randn(3, generator=generator).double()
+        expected = oracle.loss(base, z, target, **dict(zip(names, params, strict=True)), **options)
+        truth = torch.autograd.grad(expected, leaves, upstream, materialize_grads=True)
+        result = torch.autograd.grad(ours(*leaves), leaves, upstream, materialize_grads=True)
+        torch.testing.assert_close(result, truth, rtol=1e-11, atol=1e-14)
+        assert torch.autograd.gradcheck(ours, leaves)
+        assert torch.autograd.gradgradcheck(ours, leaves)
 
     # --- rows that do not count ---
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize(
         ("ignore_index", "dtype"),
         [
@@ -415,7 +423,6 @@ class RowLossSuite:
             (-1, torch.int64),  # also what says "no such class" inside
             (4, torch.int64),  # a padding index in the vocabulary
             (0, torch.int32),
-            (-100, torch.int32),
             (500, torch.int64),  # beyond the vocabulary
         ],
         ids=str,
@@ -431,31 +438,30 @@ class RowLossSuite:
         dirty[4] = torch.inf
         upstream = problem.upstream(generator)
         for reduction, given in (("none", upstream), ("mean", upstream[0])):
-            loss, gradient = problem.run(impl, given, dirty, reduction=reduction)
-            truth, slope = problem.truth(given, reduction=reduction)
-            torch.testing.assert_close(loss, truth, rtol=1e-12, atol=1e-15)
-            torch.testing.assert_close(gradient, slope, rtol=1e-11, atol=1e-15)
-            assert not gradient[1::3].any()
+            ours = problem.run(impl, given, dirty, reduction=reduction)
+            torch.testing.assert_close(ours, problem.truth(given, reduction=reduction), rtol=1e-11, atol=1e-15)
+            assert not ours[1][1::3].any()
 
+    @pytest.mark.covering(1)
+    @pytest.mark.parametrize("shape", [(0,), (3, 0), (5,)], ids=["empty batch", "empty rows", "all ignored"])
     @over("plain", "everything")
-    @pytest.mark.parametrize("rows", [0, 5], ids=["empty batch", "all ignored"])
-    def test_nothing_to_count(self, case, options, rows, impl, generator):
+    def test_nothing_to_count(self, case, options, shape, impl, generator):
+        rows = math.prod(shape)
         problem = Problem.make(case, (5, 19), generator, torch.float32, options)
-        problem.z, problem.target = problem.z[:rows].requires_grad_(), problem.target[:rows]
-        problem.own = of_rows(problem.own, lambda v: v[:rows])
-        problem.target.fill_(problem.shared.get("ignore_index", -100))
+        problem.z = problem.z[:rows].fill_(torch.nan).view(*shape, 19).requires_grad_()
+        problem.target = problem.target[:rows].fill_(problem.shared.get("ignore_index", -100)).view(shape)
+        problem.own = of_rows(problem.own, lambda v: v[:rows].view(*shape, *v.shape[1:]))
         for reduction in ("none", "mean", "sum"):
-            loss = problem.loss(problem.z, impl, reduction=reduction)
-            assert loss.dtype == torch.float32
-            assert loss.shape == ((rows,) if reduction == "none" else ())
-            assert loss.requires_grad  # attached, so that a backward over it runs
-            assert not loss.any()
+            loss, stats = problem.loss(problem.z, impl, reduction=reduction, return_stats=True)
+            assert loss.dtype == torch.float32 and loss.shape == (shape if reduction == "none" else ())
+            assert loss.requires_grad and not loss.any()  # attached, so that a backward over it runs
+            assert stats.lse.shape == shape and stats.lse.isnan().all() and (stats.argmax < 0).all()
             (gradient,) = torch.autograd.grad(loss, problem.z, torch.full_like(loss, 0.37))
-            assert gradient.shape == problem.z.shape
-            assert not gradient.any()
+            assert gradient.shape == problem.z.shape and not gradient.any()
 
     # --- shapes and memory ---
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 3)], ids=str)
     def test_any_rank(self, case, shape, impl, generator):
         flat = Problem.make(case, (torch.Size(shape).numel(), 19), generator)
@@ -465,8 +471,8 @@ class RowLossSuite:
         shaped = Problem(case, flat.z.reshape(*shape, 19), flat.target.reshape(shape), own, flat.shared)
         rows = (loss.reshape(shape), gradient.reshape(*shape, 19))
         assert_same_bits(shaped.run(impl, upstream.reshape(shape)), rows)
-        assert shaped.loss(shaped.z, impl, reduction="sum").shape == ()
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize(
         ("shape", "dtype"),
         [((6, 37), torch.float32), ((6, 37), torch.bfloat16), ((3, 8200), torch.bfloat16)],  # the last: shared rows
@@ -478,16 +484,11 @@ class RowLossSuite:
         contiguous = problem.run(impl, upstream)
         for name, z in layouts(problem.z):
             assert_same_bits(problem.run(impl, upstream, z), contiguous, about=name)
+        problem.z = problem.z[2].expand(*shape)
+        copied = problem.run(impl, upstream, problem.z.clone())
+        assert_same_bits(problem.run(impl, upstream), copied, about="expanded")
 
-    def test_expanded_rows(self, case, impl, generator):
-        problem = Problem.make(case, (5, 37), generator, torch.float32)
-        upstream = problem.upstream(generator).float()
-        row = problem.z[2].clone()
-        loss, gradient = with_gradient(lambda z: problem.loss(z.expand(5, 37), impl), row, upstream)
-        repeated = problem.run(impl, upstream, row.repeat(5, 1))
-        assert torch.equal(loss, repeated[0])
-        torch.testing.assert_close(gradient, repeated[1].sum(0))
-
+    @over(where=lambda case: case.large)
     def test_targets_of_any_kind(self, case, impl, generator):
         problem = Problem.make(case, (6, 37), generator, torch.float32, "everything")
         upstream = problem.upstream(generator)
@@ -495,7 +496,6 @@ class RowLossSuite:
         one = target[:1]
         for name, other, same in (
             ("strided", torch.full((6, 3), 10**9)[:, 1].copy_(target), target),
-            ("int32", target.int(), target),
             ("strided int32", torch.full((12,), 10**9, dtype=torch.int32)[::2].copy_(target), target),
             ("expanded", one.expand(6), one.repeat(6)),
         ):
@@ -506,9 +506,11 @@ class RowLossSuite:
 
     # --- options that change no number ---
 
+    @pytest.mark.covering(1)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @over("plain", "everything")
-    def test_return_stats(self, case, options, impl, generator):
-        problem = Problem.make(case, (7, 137), generator, torch.float32, options)
+    def test_return_stats(self, case, options, dtype, impl, generator):
+        problem = Problem.make(case, (7, 137), generator, dtype, options)
         problem.target[3] = ignored = problem.shared.get("ignore_index", -100)
         upstream = problem.upstream(generator).float()
         bare = problem.run(impl, upstream)
@@ -516,7 +518,7 @@ class RowLossSuite:
         loss, stats = problem.loss(z, impl, return_stats=True)
         found = (loss, *torch.autograd.grad(loss, z, upstream))
         if impl == "triton":  # which columns a lane has depends on whether the top class is searched
-            torch.testing.assert_close(found, bare, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(found, bare, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-8)
         else:
             assert_same_bits(found, bare)
 
@@ -529,20 +531,18 @@ class RowLossSuite:
             argmax_log_prob=log_p.amax(-1),
         )
         for name, ours, right in zip(fl.RowStats._fields, stats, truth, strict=True):
-            assert ours.shape == problem.target.shape, name
-            assert not ours.requires_grad, name
+            assert ours.shape == problem.target.shape and not ours.requires_grad, name
             if name == "argmax":
-                assert ours.dtype == torch.int64
-                assert torch.equal(ours[kept], right[kept])
-                assert (ours[~kept] < 0).all()
-                assert (ours[~kept] != problem.target[~kept]).all()
+                assert ours.dtype == torch.int64 and torch.equal(ours[kept], right[kept])
+                assert (ours[~kept] < 0).all() and (ours[~kept] != problem.target[~kept]).all()
             else:
-                assert ours.dtype == torch.float32
+                assert ours.dtype == torch.float32 and ours[~kept].isnan().all(), name
                 torch.testing.assert_close(ours[kept].double(), right[kept], rtol=1e-6, atol=2e-7)
-                assert ours[~kept].isnan().all(), name
 
-    @over("plain", "everything", where=lambda case: "backward" in case.kernels)
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.covering(1)
+    @over(where=lambda case: "backward" in case.kernels)
+    @pytest.mark.parametrize("options", ["plain", "everything"])
+    @each_dtype
     @pytest.mark.parametrize("shape", [(6, 37), (3, 8200)], ids=str)  # the second: threads share a row
     def test_inplace_backward_gives_the_same_bits(self, case, options, shape, dtype, compiled_impl, generator):
         problem = Problem.make(case, shape, generator, dtype, options)
@@ -568,7 +568,8 @@ class RowLossSuite:
         for offset in (1e4, -1e4):
             assert_same_bits(problem.run(impl, upstream, problem.z + offset), truth, about=str(offset))
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.covering(1)
+    @each_dtype
     def test_masked_vocabulary(self, case, dtype, impl, generator):
         problem = Problem.make(case, (6, 2100), generator, dtype)
         j = torch.arange(2100)
@@ -595,26 +596,36 @@ class RowLossSuite:
         upstream = problem.upstream(generator)
         before = problem.run(impl, upstream)
         problem.z[2, problem.target[2]] = -torch.inf
+        problem.z[4] = -torch.inf  # there is no softmax of such a row
         loss, gradient = problem.run(impl, upstream)
+        assert not loss[4] < 0
         if case.infinite:
             assert loss[2] == torch.inf
         else:
             truth, slope = problem.truth(upstream)
             torch.testing.assert_close(loss[2].double(), truth[2], rtol=1e-6, atol=0)
             torch.testing.assert_close(gradient[2].double(), slope[2], rtol=1e-5, atol=2e-8)  # of terms up to 0.1
-        assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
+        assert_same_bits((loss, gradient), before, torch.tensor([0, 1, 3, 5]))
 
-    @pytest.mark.parametrize("column", [0, 36, "target"], ids=str)
-    def test_nan_stays_in_its_row(self, case, column, impl, generator):
-        problem = Problem.make(case, (6, 37), generator, torch.float32)
+    # A quiet NaN may carry any payload; arithmetic on the bits of floats can lose those with low bits set.
+    @pytest.mark.covering(1)
+    @pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7FFFFFFF, -0x3FFEDD], ids=hex)
+    @pytest.mark.parametrize("column", [0, 2083, "target"], ids=str)
+    @pytest.mark.parametrize("classes", [37, 2084])
+    def test_nan_stays_in_its_row(self, case, classes, column, bits, impl, generator):
+        problem = Problem.make(case, (6, classes), generator, torch.float32)
         upstream = problem.upstream(generator)
+        if column != 0 and classes > 2048:  # in a block behind one that an online softmax may have to skip
+            problem.z[2, :2048], problem.target[2] = -torch.inf, 2060
         before = problem.run(impl, upstream)
-        problem.z[2, problem.target[2] if column == "target" else column] = torch.nan
+        column = int(problem.target[2]) if column == "target" else min(column, classes - 1)
+        problem.z.view(torch.int32)[2, column] = bits
+        assert problem.z.isnan().sum() == 1
         loss, gradient = problem.run(impl, upstream)
-        assert loss[2].isnan()
-        assert gradient[2].isnan().any()
+        assert loss[2].isnan() and gradient[2].isnan().any()
         assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
 
+    @pytest.mark.covering(1)
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     def test_one_class_takes_all(self, certain, dtype, impl, generator):
         z, target = certain_rows()
@@ -629,6 +640,20 @@ class RowLossSuite:
         assert_as_accurate_as(loss, truth, truth, 24)
         ulps = 32 if impl.startswith("triton") else 24  # exp(z - m) is off by |z - m| / 2 ulps, up to 62 apart
         assert_as_accurate_as(gradient, slope, slope, 1 if dtype in HALVES else ulps, scale)
+
+    @pytest.mark.covering(1)
+    @each_dtype
+    def test_beyond_the_range_of_exp(self, certain, dtype, impl):
+        """Where one class has all of the probability, nothing is left to move, and nothing is NaN."""
+        z = torch.zeros(4, 5, dtype=dtype)
+        z[:, 2] = torch.tensor([1e3, 5e4, 1e3, 5e4], dtype=dtype)
+        target = torch.tensor([2, 2, 0, 0])
+        loss, gradient = with_gradient(lambda x: certain.loss(x, target, reduction="none", impl=impl, **certain.own), z)
+        truth = certain.base(z.double(), target, **certain.own)
+        truth = truth.sum(-1) if truth.dim() == 2 else truth
+        torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=1e-30)
+        assert gradient.isfinite().all()
+        assert not (gradient[:2].any() and (certain.of_probabilities or truth[0] == 0))
 
 
 def modules_of_losses() -> dict[str, Any]:
