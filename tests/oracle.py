@@ -65,15 +65,7 @@ def dsc(z: Tensor, t: Tensor, **own: Any) -> Tensor:
     return dsc_of_probabilities(log_probabilities(z).exp(), t, **own)
 
 
-def dsc_of_probabilities(
-    p: Tensor,
-    t: Tensor,
-    alpha: float | Tensor = 0.01,
-    smooth: float = 1.0,
-    squared: bool = True,
-    form: str = "one_vs_rest",
-    detach_weight: bool = False,
-) -> Tensor:
+def dsc_of_probabilities(p, t, alpha=0.01, smooth=1.0, squared=True, form="one_vs_rest", detach_weight=False) -> Tensor:
     if isinstance(alpha, Tensor) and alpha.dim():
         alpha = alpha[:, None]
     factor = (1 - p) ** alpha
@@ -87,14 +79,7 @@ def tversky(z: Tensor, t: Tensor, **own: Any) -> Tensor:
     return tversky_of_probabilities(log_probabilities(z).exp(), t, **own)
 
 
-def tversky_of_probabilities(
-    p: Tensor,
-    t: Tensor,
-    alpha: float | Tensor = 0.6,
-    beta: float | Tensor | None = None,
-    smooth: float = 1.0,
-    form: str = "one_vs_rest",
-) -> Tensor:
+def tversky_of_probabilities(p, t, alpha=0.6, beta=None, smooth=1.0, form="one_vs_rest") -> Tensor:
     beta = 1 - alpha if beta is None else beta
     if form == "target":
         return _tversky(at(p, t), 1.0, 0.0, beta, smooth)
@@ -102,9 +87,7 @@ def tversky_of_probabilities(
     return _tversky(p, torch.nn.functional.one_hot(t, p.shape[-1]), alpha, beta, smooth)
 
 
-def cancelling(
-    of_probabilities: Callable[..., Tensor],
-) -> Callable[[Tensor, Tensor, dict[str, Any]], Tensor]:
+def cancelling(of_probabilities: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of dL/dz_j = p_j (g_j - sum_k p_k g_k), the size of what cancels there, g = dL/dp."""
 
     def terms(z: Tensor, t: Tensor, own: dict[str, Any]) -> Tensor:
@@ -123,16 +106,7 @@ tversky_terms = cancelling(tversky_of_probabilities)
 # --- the losses of sums over rows: one for each class (V,), or one number ---
 
 
-def dsc_over_rows(
-    p: Tensor,
-    t: Tensor,
-    level: str,
-    row_weight: Tensor | None = None,
-    alpha: float | Tensor = 0.01,
-    smooth: float = 1.0,
-    squared: bool = True,
-    detach_weight: bool = False,
-) -> Tensor:
+def dsc_over_rows(p, t, level, row_weight=None, alpha=0.01, smooth=1.0, squared=True, detach_weight=False) -> Tensor:
     """Of the probabilities of rows (N, V)."""
     y = torch.nn.functional.one_hot(t, p.shape[-1]).to(p.dtype)
     factor = (1 - p) ** (alpha[:, None] if isinstance(alpha, Tensor) and alpha.dim() else alpha)
@@ -141,15 +115,7 @@ def dsc_over_rows(
     return 1 - (2 * both + smooth) / (sizes + smooth)
 
 
-def tversky_over_rows(
-    p: Tensor,
-    t: Tensor,
-    level: str,
-    row_weight: Tensor | None = None,
-    alpha: float | Tensor = 0.6,
-    beta: float | Tensor | None = None,
-    smooth: float = 1.0,
-) -> Tensor:
+def tversky_over_rows(p, t, level, row_weight=None, alpha=0.6, beta=None, smooth=1.0) -> Tensor:
     y = torch.nn.functional.one_hot(t, p.shape[-1]).to(p.dtype)
     beta = 1 - alpha if beta is None else beta
     alpha, beta = (x[:, None] if isinstance(x, Tensor) and x.dim() else x for x in (alpha, beta))
@@ -158,16 +124,7 @@ def tversky_over_rows(
 
 
 def level_loss(
-    over_rows: Callable[..., Tensor],
-    z: Tensor,
-    target: Tensor,
-    *,
-    level: str,
-    ignore_index: int = -100,
-    weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    reduction: str = "mean",
-    **own: Any,
+    over_rows, z, target, *, level, ignore_index=-100, weight=None, token_weight=None, reduction="mean", **own
 ) -> Tensor:
     """The loss of logits (N, V) at a level above the rows; `over_rows` is one of the two functions above."""
     kept = target.ne(ignore_index).nonzero()[:, 0]
@@ -193,22 +150,9 @@ def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
     return -((1 - at(p, t) + below) ** gamma) * at(log_p, t)
 
 
-def supervised_contrastive(
-    x: Tensor,
-    y: Tensor | None,
-    temperature: float | Tensor,
-    positives: str = "out",
-    normalize: bool = True,
-    contrast: Tensor | None = None,
-    contrast_labels: Tensor | None = None,
-    self_index: Tensor | None = None,
-    contrast_includes_batch: bool = False,
-    positive_mask: Tensor | None = None,
-) -> Tensor:
-    """(N,) from the whole matrix of similarities, an anchor at a time."""
-    positive, itself = positive_pairs(
-        x, y, contrast, contrast_labels, self_index, contrast_includes_batch, positive_mask
-    )
+def supervised_contrastive(x, y, temperature, positives="out", normalize=True, contrast=None, **pairs) -> Tensor:
+    """(N,) from the whole matrix of similarities, an anchor at a time; `pairs` are those of `positive_pairs`."""
+    positive, itself = positive_pairs(x, y, contrast, **pairs)
     others = x if contrast is None else contrast
     if normalize:
         x, others = (v / v.square().sum(1, keepdim=True).sqrt() for v in (x, others))
@@ -225,13 +169,7 @@ def supervised_contrastive(
 
 
 def positive_pairs(
-    x: Tensor,
-    y: Tensor | None,
-    contrast: Tensor | None = None,
-    contrast_labels: Tensor | None = None,
-    self_index: Tensor | None = None,
-    contrast_includes_batch: bool = False,
-    positive_mask: Tensor | None = None,
+    x, y, contrast=None, contrast_labels=None, self_index=None, contrast_includes_batch=False, positive_mask=None
 ) -> tuple[Tensor, Tensor]:
     """Which of the others are an anchor's positives, and which is the anchor itself, (N, M) each."""
     labels, others = (y, x) if contrast is None else (contrast_labels, contrast)
@@ -259,17 +197,7 @@ def smoothing_coefficients(label_smoothing: float, smoothing_over: str, classes:
     return 1 - label_smoothing - share, share  # the target is among the V that get a share
 
 
-def row_losses(
-    base: Callable[..., Tensor],
-    z: Tensor,
-    t: Tensor,
-    *,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    smoothing_over: str = "all",
-    z_loss: float = 0.0,
-    **own: Any,
-) -> Tensor:
+def row_losses(base, z, t, *, weight=None, label_smoothing=0.0, smoothing_over="all", z_loss=0.0, **own) -> Tensor:
     classes = z.shape[-1]
     w = torch.ones_like(z[0]) if weight is None else weight
     main, share = smoothing_coefficients(label_smoothing, smoothing_over, classes)
@@ -283,16 +211,16 @@ def row_losses(
 
 
 def loss(
-    base: Callable[..., Tensor],
-    z: Tensor,
-    target: Tensor,
+    base,
+    z,
+    target,
     *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    normalizer: float | Tensor | None = None,
-    weighted_mean: bool = False,
-    weight: Tensor | None = None,
-    **options: Any,
+    ignore_index=-100,
+    reduction="mean",
+    normalizer=None,
+    weighted_mean=False,
+    weight=None,
+    **options,
 ) -> Tensor:
     """The loss of logits (*, V); `base` is one of the functions above, `options` its own and those of row_losses."""
     flat = target.reshape(-1).long()
@@ -346,31 +274,14 @@ def _(p: list[Any], fixed: list[Any], t: int, alpha: float, top_k: int = 1) -> A
 
 
 @_exact(dsc)
-def _(
-    p: list[Any],
-    fixed: list[Any],
-    t: int,
-    alpha: float = 0.01,
-    smooth: float = 1.0,
-    squared: bool = True,
-    form: str = "one_vs_rest",
-    detach_weight: bool = False,
-) -> Any:
+def _(p, fixed, t, alpha=0.01, smooth=1.0, squared=True, form="one_vs_rest", detach_weight=False):
     factors = [(1 - x) ** alpha for x in (fixed if detach_weight else p)]
     classes = [t] if form == "target" else range(len(p))
     return sum(_dice(factors[j] * p[j], int(j == t), smooth, squared) for j in classes)
 
 
 @_exact(tversky)
-def _(
-    p: list[Any],
-    fixed: list[Any],
-    t: int,
-    alpha: float = 0.6,
-    beta: float | None = None,
-    smooth: float = 1.0,
-    form: str = "one_vs_rest",
-) -> Any:
+def _(p, fixed, t, alpha=0.6, beta=None, smooth=1.0, form="one_vs_rest"):
     beta = 1 - alpha if beta is None else beta
     classes = [t] if form == "target" else range(len(p))
     return sum(_tversky(p[j], int(j == t), alpha, beta, smooth) for j in classes)

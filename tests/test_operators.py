@@ -129,33 +129,32 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 #: By case: the forms that are opchecked. Few cases of a linear form differ in its operators' code.
 OF_PRODUCTS = {
-    **dict.fromkeys(("plain", "float16"), (0, 1, 2)),
-    **dict.fromkeys(
-        ("class weights and mean", "class term", "bfloat16", "float64", "apart, the target masked"), (0, 1)
-    ),
+    **dict.fromkeys(("plain", "float16"), (1, 2)),
+    **dict.fromkeys(("class term", "bfloat16", "apart, the target masked"), (1,)),
     **dict.fromkeys(("every statistic", "1 - p of the top class"), (0, 1)),
 }
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize(("name", "pairs"), [(name, pairs) for name in CASES for pairs in OF_PRODUCTS.get(name, (0,))])
-def test_opcheck(name: str, pairs: int) -> None:
+def test_opcheck(name, pairs):
     for operator, arguments in CASES[name].calls(pairs):
         torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck_of_scale(dtype: torch.dtype) -> None:
+def test_opcheck_of_scale(dtype):
     torch.library.opcheck(
         ops.scale_, (torch.ones(5, 3, dtype=dtype), torch.tensor(0.5, dtype=compute_dtype(dtype)), "cpu")
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("count", [ROWS, 1, 0])
 @each_form
 @each_case
-def test_fakes_agree_with_kernels(case: Case, pairs: int, count: int) -> None:
+def test_fakes_agree_with_kernels(case, pairs, count):
     """In shapes, dtypes, strides and devices; and no kernel leaves memory unwritten."""
     for operator, arguments in case.calls(pairs, count):
         mode = FakeTensorMode()
@@ -169,9 +168,10 @@ def test_fakes_agree_with_kernels(case: Case, pairs: int, count: int) -> None:
                 assert not (r.isnan() if r.is_floating_point() else r >= CLASSES).any()
 
 
+@pytest.mark.covering(1)
 @each_form
 @each_case
-def test_gradients_made_with_the_loss_are_those_of_the_backward(case: Case, pairs: int) -> None:
+def test_gradients_made_with_the_loss_are_those_of_the_backward(case, pairs):
     """To the bit, by the row weights; and so is the one that takes the logits' memory."""
     if not case.epilogue:
         return
@@ -189,7 +189,7 @@ def test_gradients_made_with_the_loss_are_those_of_the_backward(case: Case, pair
         assert torch.equal(own, found[4][0])
 
 
-def test_every_operator_has_a_fake_and_declares_what_it_writes() -> None:
+def test_every_operator_has_a_fake_and_declares_what_it_writes():
     names = ("forward", "backward", "backward_", "sums", "terms", "scale_", "gather", "sum_over_ranks")
     for name in names:
         operator = getattr(torch.ops.fusedloss, name).default
@@ -205,7 +205,7 @@ VALUES = {str: "focal", int: 2, bool: True, float: 1e-30, tuple[bool, ...]: (Fal
 
 
 @pytest.mark.parametrize("kind", [Spec, Form])
-def test_a_spec_comes_back_as_it_was(kind: Any) -> None:
+def test_a_spec_comes_back_as_it_was(kind):
     """By each of its fields, whose name a group's may hold anything."""
     texts = {Spec("cpu").encode()}
     for name, type_of in get_type_hints(kind).items():
@@ -221,7 +221,7 @@ GOOD = Spec("cpu", "focal", needed=(True,)).encode()
 
 
 @pytest.mark.parametrize("change", [("|0|", "|zero|"), ("|0|", "||"), ("|1|", "|2|"), (GOOD, "")])
-def test_what_is_no_spec_is_refused(change: tuple[str, str]) -> None:
+def test_what_is_no_spec_is_refused(change):
     text, rows = GOOD.replace(*change, 1), CASES["a parameter for each row"].rows(0)
     for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode, pytest.raises(ValueError, match=r"spec must be what Spec\.encode\(\) gives.* got '"):
@@ -229,15 +229,14 @@ def test_what_is_no_spec_is_refused(change: tuple[str, str]) -> None:
 
 
 @each_form
-@each_case
-def test_rows_come_back_as_they_were(case: Case, pairs: int) -> None:
-    rows = case.rows(pairs)
-    counts, flat = rows.flatten()
-    for a, b in zip(Rows.unflatten(counts, [*flat, None]), rows, strict=True):
-        assert type(a) is type(b)
-        assert all(x is y for x, y in zip(*((x if isinstance(x, list) else [x]) for x in (a, b)), strict=True))
-    for a, b in zip(rows.with_sources(rows.sources), rows, strict=True):
-        assert all(x is y for x, y in zip(*((x if isinstance(x, list) else [x]) for x in (a, b)), strict=True))
+def test_rows_come_back_as_they_were(pairs):
+    for case in CASES.values():
+        rows = case.rows(pairs)
+        counts, flat = rows.flatten()
+        for again in (Rows.unflatten(counts, [*flat, None]), rows.with_sources(rows.sources)):
+            for a, b in zip(again, rows, strict=True):
+                assert type(a) is type(b)
+                assert all(x is y for x, y in zip(*((x if isinstance(x, list) else [x]) for x in (a, b)), strict=True))
 
 
 # --- what is refused ---
@@ -297,7 +296,7 @@ def _changes(pairs: int) -> dict[str, list[Callable[[Any], Any]]]:
     return {
         "hidden": [*(at(last, change) for change in of_hidden), lambda x: [], lambda x: [*x, x[0]]],
         "weight": [*(at(last, change) for change in of_weight), lambda x: [*x, torch.ones(CLASSES, 4)]],
-        "bias": [Tensor.double, lambda x: x[:-1], lambda x: x[None], meta] if pairs else [lambda x: torch.zeros(21)],
+        "bias": [Tensor.double, lambda x: x[:-1], lambda x: x[None], meta] if pairs else [],
         "teacher": [lambda x: [torch.zeros(ROWS, CLASSES)]],
         "target": [Tensor.int, strided, lambda x: x[:-1], lambda x: x[None], meta],
         "class_weight": [Tensor.double, strided, lambda x: x[:-1], lambda x: x[None], meta],
@@ -324,17 +323,13 @@ OR = {
 
 
 @each_operator
-def test_arguments_that_are_not_as_the_kernels_take_them_are_refused(name: str, pairs: int) -> None:
+def test_arguments_that_are_not_as_the_kernels_take_them_are_refused(name, pairs):
     """Each by itself, with the operator and the argument named; also where only shapes are computed."""
     operator, good, _ = good_arguments(name, pairs)
     operator(*good.values())
     mode = FakeTensorMode()
     for argument, changes in _changes(pairs).items():
-        if (
-            argument not in good
-            or (argument == "candidates" and name != "forward")
-            or (argument == "bias" and not pairs)
-        ):
+        if argument not in good or (argument == "candidates" and name != "forward"):
             continue
         for change in changes:
             arguments = good_arguments(name, pairs)[1]
@@ -347,7 +342,7 @@ def test_arguments_that_are_not_as_the_kernels_take_them_are_refused(name: str, 
 
 
 @each_operator
-def test_specs_and_numbers_of_parameters_that_do_not_fit_are_refused(name: str, pairs: int) -> None:
+def test_specs_and_numbers_of_parameters_that_do_not_fit_are_refused(name, pairs):
     operator, good, spec = good_arguments(name, pairs)
     few, many = len(good["params"]), [*good["params"], torch.ones(())]
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
@@ -380,7 +375,7 @@ def test_specs_and_numbers_of_parameters_that_do_not_fit_are_refused(name: str, 
 
 
 @pytest.mark.parametrize("name", OF_LOGITS)
-def test_what_takes_logits_in_hand_refuses_a_weight(name: str) -> None:
+def test_what_takes_logits_in_hand_refuses_a_weight(name):
     """There are as many features as classes, so that no size is wrong."""
     operator, arguments, spec = good_arguments(name, 0)
     arguments |= {"weight": [torch.zeros(CLASSES, CLASSES)], "spec": spec._replace(needed=()).encode()}
@@ -388,7 +383,7 @@ def test_what_takes_logits_in_hand_refuses_a_weight(name: str) -> None:
         operator(*arguments.values())
 
 
-def test_gradients_are_not_written_to_rows_that_overlap() -> None:
+def test_gradients_are_not_written_to_rows_that_overlap():
     operator, arguments, _ = good_arguments("backward_", 0)
     for logits in (torch.zeros(CLASSES).expand(ROWS, -1), torch.zeros(50).as_strided((ROWS, CLASSES), (4, 1))):
         ops.backward(*(arguments | {"hidden": [logits]}).values())
@@ -397,7 +392,7 @@ def test_gradients_are_not_written_to_rows_that_overlap() -> None:
 
 
 @pytest.mark.parametrize("impl", ["cpu", "triton", "triton_fused"])
-def test_every_backend_is_behind_the_same_check(impl: str) -> None:
+def test_every_backend_is_behind_the_same_check(impl):
     if backends.unavailable(impl, torch.device("cpu")) is not None:
         pytest.skip(str(backends.unavailable(impl, torch.device("cpu"))))
     operator, arguments, spec = good_arguments("forward", 1, impl)
@@ -413,7 +408,7 @@ def test_every_backend_is_behind_the_same_check(impl: str) -> None:
 
 
 @each_form
-def test_a_gradient_is_not_written_outside_of_its_rows(pairs: int) -> None:
+def test_a_gradient_is_not_written_outside_of_its_rows(pairs):
     operator, arguments, _ = good_arguments("backward", pairs)
     for argument, kind in (("target", "target"), ("index", "pick")):
         for bad in (CLASSES, 2**40):
@@ -429,7 +424,7 @@ def test_a_gradient_is_not_written_outside_of_its_rows(pairs: int) -> None:
                 operator(*arguments.values())
 
 
-def test_scale() -> None:
+def test_scale():
     gradient = torch.ones(3, 4)
     for factor in (torch.ones(1), torch.ones((), dtype=torch.float64), torch.ones((), device="meta")):
         with pytest.raises(
@@ -443,12 +438,12 @@ def test_scale() -> None:
 
 
 @pytest.mark.compile
-def test_a_compiled_gradient_is_not_written_outside_of_its_rows() -> None:
+def test_a_compiled_gradient_is_not_written_outside_of_its_rows():
     """Fakes do not look at the values of indices."""
     torch._dynamo.reset()
     operator, arguments, _ = good_arguments("backward", 0)
 
-    def step(index: Tensor) -> Tensor:
+    def step(index):
         return 2 * operator(*(arguments | {"index": index}).values())[0]
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
@@ -459,7 +454,7 @@ def test_a_compiled_gradient_is_not_written_outside_of_its_rows() -> None:
     torch._dynamo.reset()
 
 
-def test_a_strided_bias_is_read_right_where_kernels_make_the_logits() -> None:
+def test_a_strided_bias_is_read_right_where_kernels_make_the_logits():
     if backends.unavailable("triton_fused", torch.device("cpu")) is not None:
         pytest.skip(str(backends.unavailable("triton_fused", torch.device("cpu"))))
     rows = CASES["plain"].rows(1)

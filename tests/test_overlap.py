@@ -1,7 +1,7 @@
 """Losses of overlap at the levels of classes and of the set, whatever the loss."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,12 +12,13 @@ from kernel_suite import check_parts_of_the_classes
 from oracle import assert_as_accurate_as
 from row_losses import LEVELED, computed
 from row_suite import (
-    DTYPES,
     HALVES,
+    assert_same_bits,
     cast,
     certain_rows,
     class_weights,
     compute_dtype,
+    each_dtype,
     layouts,
     logits_and_targets,
     of_rows,
@@ -30,10 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.definition.rows import Rows, Spec
-from fusedloss.definition.statistics import Picks
-from fusedloss.engine import functions
-from fusedloss.engine import operators as ops
 
 LEVELS = ["class", "set"]
 IGNORED = 1
@@ -70,7 +67,6 @@ each_level = pytest.mark.parametrize("level", LEVELS)
 #: Rows and classes, with what each is there for.
 SHAPES = {
     (1, 1): "one class: p = 1, nothing to learn",
-    (1, 9): "one row",
     (7, 2): "less than a vector of any type",
     (40, 129): "a tail of one column",
     (5000, 9): "several groups of rows, which add up apart",
@@ -90,14 +86,7 @@ class Problem(NamedTuple):
     options: dict[str, Any]
 
     @staticmethod
-    def make(
-        name: str,
-        level: str,
-        shape: tuple[int, int],
-        generator: torch.Generator,
-        dtype: torch.dtype = torch.float64,
-        plain: bool = False,
-    ) -> "Problem":
+    def make(name, level, shape, generator, dtype=torch.float64, plain=False) -> "Problem":
         rows, classes = shape
         z, target = logits_and_targets(rows, classes, generator, dtype)
         options = {"level": level, **CASES[name].own(rows, generator)}
@@ -156,16 +145,10 @@ class Problem(NamedTuple):
         assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, slope.abs() + self.scale(upstream))
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 # --- values and gradients ---
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @each_level
 @each_case
@@ -175,6 +158,7 @@ def test_float64_equals_the_formula(name, level, shape, impl, generator):
     problem.check(*problem.run(impl, upstream), upstream)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
 @pytest.mark.parametrize("shape", [(7, 3), (1500, 9), (33, 1000), (5, 2049), (6, 20001)], ids=str)
@@ -190,32 +174,32 @@ def test_as_accurate_as_eager(name, level, shape, plain, dtype, impl, generator,
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@each_of_few
-def test_reductions_are_over_the_classes(name, reduction, impl, generator):
-    problem = Problem.make(name, "class", (12, 19), generator)
+def test_reductions_are_over_the_classes(reduction, impl, generator):
+    problem = Problem.make("dsc", "class", (12, 19), generator)
     upstream = torch.tensor(-0.37, dtype=torch.float64)
     ours = problem.run(impl, upstream, reduction=reduction)
-    truth = problem.truth(upstream, reduction=reduction)
-    torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(ours, problem.truth(upstream, reduction=reduction), rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.parametrize("shape", [(), (4, 3), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 3, 2)], ids=str)
 def test_any_rank(shape, impl, generator):
     flat = Problem.make("dsc", "class", (torch.Size(shape).numel(), 19), generator)
     shaped = {k: v.reshape(shape) if k == "token_weight" else v for k, v in flat.options.items()}
-    ours = fl.dsc_loss(flat.z.reshape(*shape, 19), flat.target.reshape(shape), impl=impl, **shaped)
-    assert torch.equal(ours, flat.loss(flat.z, impl))
-    loss, stats = fl.dsc_loss(flat.z.reshape(*shape, 19), flat.target.reshape(shape), level="set", impl=impl,
-                              return_stats=True)  # fmt: skip
+    z, target = flat.z.reshape(*shape, 19), flat.target.reshape(shape)
+    assert torch.equal(fl.dsc_loss(z, target, impl=impl, **shaped), flat.loss(flat.z, impl))
+    loss, stats = fl.dsc_loss(z, target, level="set", impl=impl, return_stats=True)
     assert loss.shape == () and stats.argmax.shape == shape
+    assert torch.equal(loss, fl.dsc_loss(z, target, level="set", impl=impl))
+    expected = fl.dsc_loss(z, target, impl=impl, return_stats=True)[1]
+    torch.testing.assert_close(tuple(stats), tuple(expected), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("loss", "own"),
     [
-        *((fl.dsc_loss, {"alpha": a, "squared": s}) for a in (0.01, 0.5, 1.0) for s in (True, False)),
-        (fl.dsc_loss, {"alpha": 0.5, "detach_weight": True}),
+        (fl.dsc_loss, {"alpha": 0.01}),
+        (fl.dsc_loss, {"alpha": 0.5, "detach_weight": True, "squared": False}),
         *((loss, {"alpha": 0.25}) for loss in FEW.values()),
     ],
     ids=lambda x: getattr(x, "__name__", str(x)),
@@ -224,99 +208,60 @@ def test_one_row_has_the_losses_of_an_example(loss, own, dtype, impl):
     """One row's classes are then as accurate as those of a row loss, which is held to 250 digits where p -> 1."""
     z, target = certain_rows()
     for row, t in zip(z.to(dtype)[:, None], target[:, None], strict=True):
-        ours = with_gradient(lambda x, t=t: loss(x, t, level="class", reduction="sum", impl=impl, **own), row)
-        rows = with_gradient(lambda x, t=t: loss(x, t, reduction="sum", impl=impl, **own), row)
+        ours, rows = (
+            with_gradient(lambda x, t=t, v=v: loss(x, t, level=v, reduction="sum", impl=impl, **own), row)
+            for v in ("class", "example")
+        )
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(ours[0], rows[0], rtol=24 * eps, atol=0)
         torch.testing.assert_close(ours[1], rows[1], rtol=24 * eps, atol=24 * eps * float(rows[1].abs().max()))
 
 
-def test_many_rows_keep_the_digits_of_float32(impl, generator):
+@each_level
+def test_many_rows_keep_the_digits_of_float32(level, impl, generator):
     """Sums of 10^5 numbers of one sign, which in float32 one by one would lose three digits."""
     z, target = logits_and_targets(100_003, 3, generator, torch.float32)
-    for level in LEVELS:
-        problem = Problem(CASES["dsc"], z, target, {"level": level})
-        loss, gradient = problem.run(impl)
-        truth, slope = problem.truth()
-        torch.testing.assert_close(loss.double(), truth, rtol=3e-7, atol=0)
-        torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=4e-6 * float(slope.abs().max()))
+    problem = Problem(CASES["dsc"], z, target, {"level": level})
+    (loss, gradient), (truth, slope) = problem.run(impl), problem.truth()
+    torch.testing.assert_close(loss.double(), truth, rtol=3e-7, atol=0)
+    torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=4e-6 * float(slope.abs().max()))
 
 
 # --- derivatives ---
 
 
+@pytest.mark.covering(1)
 @each_level
 @pytest.mark.parametrize("name", SMOOTH_CASES)
-def test_gradcheck(name, level, impl, generator):
+@pytest.mark.parametrize("learnt", [None, (), (5,)], ids=["", "alpha", "alpha of each row"])
+def test_gradcheck(name, level, learnt, impl, generator):
     problem = Problem.make(name, level, (5, 4), generator)
-    z = problem.z.requires_grad_()
-    weight = problem.options.pop("token_weight").add(0.25).requires_grad_()
+    leaves = [problem.z, problem.options.pop("token_weight").add(0.25)]
+    names = ["token_weight"]
+    if learnt is not None and name in FEW and name != "dice":
+        leaves.append(0.25 + 0.5 * torch.rand(learnt, generator=generator).double())
+        names.append("alpha")
+    leaves = [x.requires_grad_() for x in leaves]
 
-    def loss(x: Tensor, w: Tensor) -> Tensor:
-        return problem.loss(x, impl, token_weight=w)
+    def loss(x, *params):
+        return problem.loss(x, impl, **dict(zip(names, params, strict=True)))
 
-    assert torch.autograd.gradcheck(loss, (z, weight))
-    assert torch.autograd.gradgradcheck(loss, (z, weight))
-
-
-@each_level
-@each_case
-def test_second_derivative(name, level, impl, generator):
-    problem = Problem.make(name, level, (7, 37), generator)
-    direction = torch.randn(7, 37, generator=generator).double()
-    upstream = problem.upstream(generator).requires_grad_()
-
-    def second(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        z = problem.z.detach().requires_grad_()
-        (first,) = torch.autograd.grad(function(z), z, upstream, create_graph=True)
-        return torch.autograd.grad((first * direction).sum(), (z, upstream))
-
-    for ours, truth in zip(second(lambda z: problem.loss(z, impl)), second(problem.formula), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.covering(2)
-@pytest.mark.parametrize("shape", [(), (6,)], ids=["0-d", "of each row"])
-@each_level
-@each_of_few
-def test_alpha_is_differentiable(name, level, shape, impl, generator):
-    z, target = logits_and_targets(6, 7, generator)
-    z.requires_grad_()
-    target[4] = IGNORED
-    alpha = (0.25 + 0.5 * torch.rand(shape, generator=generator).double()).requires_grad_()
-    weight = torch.rand(6, generator=generator).double().requires_grad_()
-    case = CASES[name]
-
-    def ours(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
-        return case.loss(x, target, alpha=a, token_weight=w, level=level, ignore_index=IGNORED, impl=impl)
-
-    leaves = (z, alpha, weight)
-    truth = oracle.level_loss(
-        case.over_rows, z, target, alpha=alpha, token_weight=weight, level=level, ignore_index=IGNORED
-    )
-    expected = torch.autograd.grad(truth, leaves)
-    torch.testing.assert_close(torch.autograd.grad(ours(*leaves), leaves), expected, rtol=1e-10, atol=1e-15)
-    assert torch.autograd.gradcheck(ours, leaves)
-    assert torch.autograd.gradgradcheck(ours, leaves)
+    expected = problem.formula(leaves[0], **dict(zip(names, leaves[1:], strict=True)))
+    upstream = problem.upstream(generator)
+    slopes = (torch.autograd.grad(x, leaves, upstream) for x in (loss(*leaves), expected))
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-15)
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
 
 
 @each_level
 def test_a_learnt_alpha_of_many_rows_goes_a_few_at_a_time(level, impl, generator):
     z, target = logits_and_targets(90, 30_000, generator, torch.float32)  # 70 rows fit into the buffer
-    alpha = torch.tensor(0.5, requires_grad=True)
-    whole = with_gradient(lambda x: fl.dsc_loss(x, target, alpha=0.5, level=level, impl=impl), z)
-    parts = with_gradient(lambda x: fl.dsc_loss(x, target, alpha=alpha, level=level, impl=impl), z)
+    whole, parts = (
+        with_gradient(lambda x, a=a: fl.dsc_loss(x, target, alpha=a, level=level, impl=impl), z)
+        for a in (0.5, torch.tensor(0.5, requires_grad=True))
+    )
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-9)
-
-
-@each_level
-def test_backward_twice_gives_the_same_bits(level, impl, generator):
-    problem = Problem.make("dsc", level, (9, 37), generator, torch.float32)
-    upstream = problem.upstream(generator).float()
-    z = problem.z.requires_grad_()
-    loss = problem.loss(z, impl)
-    first = torch.autograd.grad(loss, z, upstream, retain_graph=True)[0].clone()
-    assert torch.equal(torch.autograd.grad(loss, z, upstream)[0], first)
 
 
 @each_level
@@ -345,10 +290,13 @@ def test_ignored_rows_are_not_looked_at(name, level, impl, generator):
     dirty[1], dirty[4] = torch.nan, torch.inf
     problem.options["token_weight"][1::3] = torch.nan
     after = problem.run(impl, upstream, dirty)
-    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+    assert_same_bits(after, before)
     assert not after[1][1::3].any()
+    dirty[2, 5] = torch.nan
+    assert problem.loss(dirty, impl).isnan().any()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("smooth", [1.0, 0.0])
 @pytest.mark.parametrize("rows", [0, 5], ids=["empty batch", "all ignored"])
 @pytest.mark.parametrize("learnt", [False, True], ids=["", "learnt alpha"])
@@ -356,109 +304,73 @@ def test_ignored_rows_are_not_looked_at(name, level, impl, generator):
 @each_of_few
 def test_nothing_to_count(name, level, learnt, rows, smooth, impl, generator):
     z = torch.randn(rows, 19, generator=generator, requires_grad=True)
+    own = {"alpha": torch.tensor(0.5, requires_grad=learnt), "smooth": smooth, "level": level}
     target = torch.full((rows,), -100)
-    alpha = torch.tensor(0.5, requires_grad=learnt)
-    loss, stats = CASES[name].loss(z, target, alpha=alpha, smooth=smooth, level=level, impl=impl, return_stats=True)
+    loss, stats = CASES[name].loss(z, target, impl=impl, return_stats=True, **own)
     assert loss.shape == () and loss.dtype == torch.float32 and stats.lse.shape == (rows,)
-    assert loss.requires_grad
-    assert loss == 0
+    assert loss.requires_grad and loss == 0
     (gradient,) = torch.autograd.grad(loss, z)
-    assert gradient.shape == z.shape
-    assert not gradient.any()
+    assert gradient.shape == z.shape and not gradient.any()
 
 
 @each_level
-@each_of_few
-def test_without_smooth(name, level, impl, generator):
+def test_without_smooth(level, impl, generator):
     """Classes that no row has as target have no agreement: loss 1. Those of no probability either: nothing, 0."""
     z, target = logits_and_targets(30, 7, generator)
     z[:, 5] = -torch.inf
     target[(target == 5) | (target == 6)] = 0
     own = {"level": level, "smooth": 0.0, "reduction": "none" if level == "class" else "mean"}
-    ours = with_gradient(lambda x: CASES[name].loss(x, target, impl=impl, **own), z)
-    truth = with_gradient(
-        lambda x: oracle.level_loss(CASES[name].over_rows, x, target, **own), torch.where(z.isinf(), -300.0, z)
-    )
+    loss, gradient = with_gradient(lambda x: fl.dsc_loss(x, target, impl=impl, **own), z)
+    near = torch.where(z.isinf(), -300.0, z)
+    truth, slope = with_gradient(lambda x: oracle.level_loss(oracle.dsc_over_rows, x, target, **own), near)
     if level == "class":
-        assert ours[0][6] == 1 and ours[0][5] == 0
-        truth[0][5] = 0
-    torch.testing.assert_close(ours[0], truth[0], rtol=1e-12, atol=0)
+        assert loss[6] == 1 and loss[5] == 0
+        truth[5] = 0
+    torch.testing.assert_close(loss, truth, rtol=1e-12, atol=0)
     others = torch.arange(7) != 5
-    torch.testing.assert_close(ours[1][:, others], truth[1][:, others], rtol=1e-10, atol=1e-15)
-    assert not ours[1][:, 5].any()
-
-
-@each_level
-def test_nan_reaches_the_loss(level, impl, generator):
-    z, target = logits_and_targets(9, 37, generator)
-    z[3, 5] = torch.nan
-    assert fl.dsc_loss(z, target, level=level, impl=impl).isnan()
-    target[3] = -100
-    assert fl.dsc_loss(z, target, level=level, impl=impl).isfinite()
+    torch.testing.assert_close(gradient[:, others], slope[:, others], rtol=1e-10, atol=1e-15)
+    assert not gradient[:, 5].any()
 
 
 # --- the algebra of sums ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.covering(1)
+@each_dtype
 @pytest.mark.parametrize("shape", [(5000, 9), (37, 9000), (3, 25_000)], ids=str)
 @each_level
 @each_of_few
-def test_bits_do_not_depend_on_threads(name, level, shape, dtype, compiled_impl, generator, threads):
+def test_bits_do_not_depend_on_threads(name, level, shape, dtype, compiled_impl, generator):
     problem = Problem.make(name, level, shape, generator, dtype)
-    upstream = problem.upstream(generator)
-    results = []
-    for count in (1, 2, 2, 3):
-        threads(count)
-        results.append(problem.run(compiled_impl, upstream))
-    for loss, gradient in results[1:]:
-        assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+    upstream, before, results = problem.upstream(generator), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(problem.run(compiled_impl, upstream))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
 
 
-@each_level
-@each_of_few
-def test_the_order_of_rows_does_not_matter(name, level, impl, generator):
-    problem = Problem.make(name, level, (2100, 9), generator, torch.float32)
-    upstream = problem.upstream(generator)
-    loss, gradient = problem.run(impl, upstream)
-    order = torch.randperm(2100, generator=generator)
-    options = problem.options | {"token_weight": problem.options["token_weight"][order]}
-    shuffled = Problem(problem.case, problem.z[order], problem.target[order], options).run(impl, upstream)
-    torch.testing.assert_close(shuffled[0], loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(shuffled[1], gradient[order], rtol=1e-5, atol=1e-6 * float(gradient.abs().max()))
-
-
-def _sums(z: Tensor, target: Tensor, weight: Tensor, impl: str) -> Tensor:
-    params = [torch.tensor(x) for x in (0.5, 1.0, 1.0)]
-    saved = functions.statistics_of(Rows.of(z, target), Spec(impl), Picks(1))[:2]
-    spec = Spec(impl, "dsc_over_rows", over_rows=True)
-    return ops.sums(*Rows.of(z, target, params=params), *saved, weight, None, spec.encode())
-
-
-@pytest.mark.parametrize("split", [0, 1, 5, 40])
-def test_sums_of_parts_merge(split, compiled_impl, generator):
-    z, target = logits_and_targets(40, 2100, generator, torch.float32)
-    weight = torch.rand(40, generator=generator)
-    parts = sum(_sums(z[i], target[i], weight[i], compiled_impl) for i in (slice(split), slice(split, None)))
-    torch.testing.assert_close(parts, _sums(z, target, weight, compiled_impl), rtol=1e-14, atol=0)
-
-
-def test_permuted_classes_permute_losses_and_gradients(impl, generator):
-    problem = Problem.make("dsc", "class", (12, 19), generator)
+def test_the_order_of_rows_and_of_classes_does_not_matter(impl, generator):
+    problem = Problem.make("dsc", "class", (2100, 9), generator)
     upstream = problem.upstream(generator)
     loss, gradient = problem.run(impl, upstream)
-    order = torch.randperm(19, generator=generator)
-    place = order.argsort()
-    options = problem.options | {"weight": problem.options["weight"][order], "ignore_index": int(place[IGNORED])}
-    permuted = Problem(problem.case, problem.z[:, order], place[problem.target], options)
+    order, row_order = torch.randperm(9, generator=generator), torch.randperm(2100, generator=generator)
+    place, options = order.argsort(), dict(problem.options)
+    options |= {"weight": options["weight"][order], "token_weight": options["token_weight"][row_order]}
+    options["ignore_index"] = int(place[IGNORED])
+    permuted = Problem(problem.case, problem.z[row_order][:, order], place[problem.target][row_order], options)
     ours = permuted.run(impl, upstream[order])
-    torch.testing.assert_close(ours, (loss[order], gradient[:, order]), rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(ours, (loss[order], gradient[row_order][:, order]), rtol=1e-11, atol=1e-15)
 
 
 # --- memory ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.covering(1)
+@each_dtype
 @pytest.mark.parametrize("shape", [(6, 37), (3, 8200)], ids=str)
 @each_level
 @each_of_few
@@ -467,21 +379,37 @@ def test_layouts_and_inplace_backward_give_the_same_bits(name, level, shape, dty
     upstream = problem.upstream(generator)
     fresh = problem.run(compiled_impl, upstream)
     for layout, z in layouts(problem.z):
-        loss, gradient = problem.run(compiled_impl, upstream, z)
-        assert torch.equal(loss, fresh[0]) and torch.equal(gradient, fresh[1]), layout
+        assert_same_bits(problem.run(compiled_impl, upstream, z), fresh, about=layout)
         if z.stride(1) == 1:
             loss, gradient = problem.run(compiled_impl, upstream, z, inplace_backward=True)
             assert gradient.data_ptr() == z.data_ptr(), layout
-            assert torch.equal(loss, fresh[0]) and torch.equal(gradient, fresh[1]), layout
+            assert_same_bits((loss, gradient), fresh, about=layout)
 
 
-def test_inplace_backward_twice_raises(compiled_impl):
-    z, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 3, 1, 4])
-    logits = z * 1
-    loss = fl.dsc_loss(logits, target, level="class", inplace_backward=True, impl=compiled_impl)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+def test_backward_twice(impl, generator):
+    """Gives the same bits, and raises where the first was in place."""
+    problem = Problem.make("dsc", "class", (9, 37), generator, torch.float32)
+    upstream, z = problem.upstream(generator).float(), problem.z.requires_grad_()
+    loss = problem.loss(z, impl)
+    first = torch.autograd.grad(loss, z, upstream, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(loss, z, upstream)[0], first)
+    if impl != "reference":
+        loss = problem.loss(z * 1, impl, inplace_backward=True).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_gradient_penalty_takes_no_gradient_in_place(compiled_impl, generator):
+    problem = Problem.make("dsc", "set", (9, 37), generator)
+
+    def penalty(impl, **options):
+        logits = problem.z.requires_grad_() * 1
+        (slope,) = torch.autograd.grad(problem.loss(logits, impl, **options), logits, create_graph=True)
+        assert torch.equal(logits, problem.z)
+        return torch.autograd.grad(slope.square().sum(), problem.z)
+
+    torch.testing.assert_close(penalty(compiled_impl, inplace_backward=True), penalty("reference"))
 
 
 class _Large(TorchDispatchMode):
@@ -492,10 +420,10 @@ class _Large(TorchDispatchMode):
         self.size, self.found = size, Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result, name = func(*args, **(kwargs or {})), func.__name__.split(".")[0]
         for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, Tensor) and x.numel() >= self.size and x.untyped_storage().nbytes() >= self.size:
-                self.found[func.__name__.split(".")[0]] += 1
+            if isinstance(x, Tensor) and x.numel() >= self.size and name not in ("view", "_unsafe_view", "detach"):
+                self.found[name] += 1
         return result
 
 
@@ -505,35 +433,21 @@ def test_nothing_but_the_gradient_is_as_large_as_the_logits(level, compiled_impl
     z.requires_grad_()
     with _Large(z.numel()) as large:
         loss = fl.dsc_loss(z, target, level=level, token_weight=torch.rand(50), impl=compiled_impl)
-        assert not set(large.found) - {"view", "_unsafe_view", "detach"}
+        assert not large.found
         loss.backward()
-    assert {name: count for name, count in large.found.items() if name not in ("view", "_unsafe_view", "detach")} == {
-        "backward": 1
-    }
+    assert large.found == {"backward": 1}
 
 
-# --- statistics, instruction sets, the compiler ---
-
-
-@each_level
-def test_return_stats(level, impl, generator):
-    z, target = logits_and_targets(9, 137, generator, torch.float32)
-    target[3] = -100
-    loss, stats = fl.dsc_loss(z, target, level=level, impl=impl, return_stats=True)
-    assert torch.equal(loss, fl.dsc_loss(z, target, level=level, impl=impl))
-    expected = fl.dsc_loss(z, target, impl=impl, return_stats=True)[1]
-    for ours, right in zip(stats, expected, strict=True):
-        torch.testing.assert_close(ours, right, rtol=0, atol=0, equal_nan=True)
+# --- instruction sets, the compiler ---
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@each_of_few
-def test_instruction_sets_agree(name, dtype, generator):
+@each_dtype
+def test_instruction_sets_agree(dtype, generator):
     from fusedloss import _engine
 
     before = _engine.instruction_set()
-    problem = Problem.make(name, "class", (23, 2100), generator, dtype)
+    problem = Problem.make("dsc", "class", (23, 2100), generator, dtype)
     upstream = problem.upstream(generator)
     try:
         for instruction_set in _engine.instruction_sets():
@@ -544,53 +458,25 @@ def test_instruction_sets_agree(name, dtype, generator):
 
 
 @pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.covering(2)
+@each_dtype
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("loss", FEW)
 @pytest.mark.parametrize("shape", [(4, 3), (40, 64), (5, 2049), (3, 20001)], ids=str)
 def test_parts_of_the_classes(shape, loss, dtype, generator):
     check_parts_of_the_classes(shape, loss, dtype, "cpu", generator)
 
 
-@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "row weights"])
-def test_opcheck(weighted, dtype, generator):
-    z, target = logits_and_targets(5, 21, generator, dtype)
-    target[2] = -100
-    compute = compute_dtype(dtype)
-    row_weight = torch.rand(5, generator=generator).to(compute) if weighted else None
-    params = [torch.tensor(x, dtype=compute) for x in (0.5, 1.0, 1.0)]
-    saved = functions.statistics_of(Rows.of(z, target), Spec("cpu"), Picks(1))[:2]
-    rows, spec = Rows.of(z, target, params=params), Spec("cpu", "dsc_over_rows", over_rows=True)
-    for top_q in (None, torch.rand(5, generator=generator).to(compute)):
-        torch.library.opcheck(ops.sums, (*rows, *saved, row_weight, top_q, spec.encode()))
-    params.append(torch.rand(5, generator=generator).to(compute))
-    weight = torch.rand(21, generator=generator).to(compute)
-    terms = Rows.of(z, target, weight, params=params)
-    torch.library.opcheck(ops.terms, (*terms, *saved, spec.encode()))
-    over_classes = spec._replace(over_rows=False)
-    torch.library.opcheck(ops.sums, (*terms, *saved, None, None, over_classes.encode()))
-    known = ", ".join(f"'{name}_over_rows'" for name in FEW)
-    known = f"sums: no epilogue named 'dsc_one_vs_rest'; there are {known}"
-    with pytest.raises(ValueError, match=known):
-        ops.sums(*rows, *saved, row_weight, None, spec._replace(epilogue="dsc_one_vs_rest").encode())
-    with pytest.raises(ValueError, match="sums: no epilogue named 'focal'"):
-        ops.sums(*terms, *saved, None, None, over_classes._replace(epilogue="focal").encode())
-
-
 @pytest.mark.compile
 @each_level
-@each_of_few
-def test_compiled_once_for_any_rows_and_any_alpha(name, level, generator):
+def test_compiled_once_for_any_rows_and_any_alpha(level, generator):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
-    def step(z: Tensor, target: Tensor, alpha: Tensor, weight: Tensor) -> Tensor:
-        return CASES[name].loss(z, target, alpha=alpha, token_weight=weight, level=level, ignore_index=IGNORED)
+    def step(z, target, alpha, weight):
+        return fl.dsc_loss(z, target, alpha=alpha, token_weight=weight, level=level, ignore_index=IGNORED)
 
     compiled = torch.compile(step, backend=counter, fullgraph=True)
-    for rows, alpha in ((5, 0.1), (7, 0.2), (64, 0.9)):
+    for rows, alpha in ((5, 0.1), (64, 0.9)):
         z, target = logits_and_targets(rows, 33, generator, torch.float32)
         weight = torch.rand(rows, generator=generator)
         for tensor in (z, target, weight):
@@ -599,4 +485,3 @@ def test_compiled_once_for_any_rows_and_any_alpha(name, level, generator):
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
         torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in losses), rtol=1e-6, atol=1e-9)
     assert counter.frame_count == 1
-    torch._dynamo.reset()
