@@ -441,6 +441,8 @@ class RowLossSuite:
             ours = problem.run(impl, given, dirty, reduction=reduction)
             torch.testing.assert_close(ours, problem.truth(given, reduction=reduction), rtol=1e-11, atol=1e-15)
             assert not ours[1][1::3].any()
+        argmax = problem.loss(dirty, impl, return_stats=True)[1].argmax[1::3]
+        assert (argmax < 0).all() and (argmax != ignore_index).all()
 
     @pytest.mark.covering(1)
     @pytest.mark.parametrize("shape", [(0,), (3, 0), (5,)], ids=["empty batch", "empty rows", "all ignored"])

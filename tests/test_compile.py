@@ -82,35 +82,43 @@ CASES: dict[str, Callable[..., Tensor]] = {
     "row, the two largest": lambda logits: fl.mixed_cross_entropy(
         logits, TARGET, alpha=0.25, top_k=2, weight=CLASS_WEIGHT, label_smoothing=0.1
     ),
-    "classes, a learnt number": lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, reduction="none"),
-    "one class, a learnt number": lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, form="target"),
-    "each class over the rows": lambda logits, token_weight: fl.dsc_loss(
+    "row, a counted divisor": lambda logits: fl.cross_entropy(logits, TARGET, normalizer=fl.normalizer(TARGET)),
+    "class": lambda logits: fl.dsc_loss(logits, TARGET, alpha=0.5, weight=CLASS_WEIGHT),
+    "class, a learnt number": lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, reduction="none"),
+    "class of the target, a learnt number": lambda logits, alpha: fl.dsc_loss(
+        logits, TARGET, alpha=alpha, form="target"
+    ),
+    "class over the rows": lambda logits, token_weight: fl.dsc_loss(
         logits, TARGET, alpha=0.5, level="class", reduction="none", token_weight=token_weight
     ),
-    "each class over the rows, a learnt number": lambda logits, alpha: fl.dsc_loss(
+    "class over the rows, a learnt number": lambda logits, alpha: fl.dsc_loss(
         logits, TARGET, alpha=alpha, level="class"
     ),
-    "all of them over the rows": lambda logits: fl.dice_loss(logits, TARGET, level="set"),
+    "class, all of them over the rows": lambda logits: fl.dice_loss(logits, TARGET, level="set"),
     "flex": lambda logits, gamma: fl.flex_loss(
         logits, TARGET, lambda s: gamma * _picks(s), statistics=("top", "second", "mean"), weight=CLASS_WEIGHT
     ),
     "flex, a candidate": lambda logits: fl.flex_loss(
         logits, TARGET, lambda s: s.ce - s.candidate_ce[:, 0] / 2, candidates=TARGET.clamp(min=0) // 2, reduction="sum"
     ),
-    "flex over classes": lambda logits, gamma: fl.flex_loss(
+    "flex, over classes": lambda logits, gamma: fl.flex_loss(
         logits, TARGET, lambda *x: gamma * _brier(*x), over="classes", label_smoothing=0.1
     ),
     "linear": lambda hidden, weight, bias: fl.linear_cross_entropy(
         hidden, weight, TARGET, linear_bias=bias, softcap=3.0, normalizer=_number(5)
     ),
+    "linear, each its own": lambda hidden, weight: fl.linear_dsc_loss(
+        hidden, weight, TARGET, alpha=0.5, reduction="none"
+    ),
     "linear, token weights": lambda hidden, weight, token_weight: fl.linear_focal_loss(
         hidden, weight, TARGET, token_weight=token_weight
     ),
     "linear, a learnt number": lambda hidden, weight, gamma: fl.linear_focal_loss(hidden, weight, TARGET, gamma=gamma),
-    "linear flex": lambda hidden, weight, bias: fl.linear_flex_loss(
+    "linear, flex": lambda hidden, weight, bias: fl.linear_flex_loss(
         hidden, weight, TARGET, _picks, statistics=("top", "second", "mean"), linear_bias=bias
     ),
     "contrastive": _supcon(),
+    "contrastive, each its own": _supcon(reduction="none", positives="in"),
     "contrastive, as they are, in": _supcon(normalize=False, positives="in", reduction="sum"),
     "contrastive, a memory bank": _memory_bank("out"),
     "contrastive, a memory bank, in": _memory_bank("in"),
@@ -124,21 +132,27 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def assert_same_gradients(loss: Callable[..., Tensor], fullgraph: bool = True) -> None:
-    names = inspect.signature(loss).parameters
+def assert_same_gradients(*losses, fullgraph=True):
+    """Of several losses in one graph, each with leaves of its own."""
+    names = [list(inspect.signature(loss).parameters) for loss in losses]
+
+    def every(*leaves):
+        rest = iter(leaves)
+        return [loss(*(1 * next(rest) for _ in own)) for loss, own in zip(losses, names, strict=True)]
+
     results = []
-    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)):
-        leaves = [LEAVES[name].clone().requires_grad_() for name in names]
-        value = function(*(1 * x for x in leaves))
-        upstream = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view(value.shape)
-        results.append((value.detach(), *torch.autograd.grad(value, leaves, upstream)))
+    for function in (every, torch.compile(every, backend="aot_eager", fullgraph=fullgraph)):
+        leaves = [LEAVES[name].clone().requires_grad_() for own in names for name in own]
+        values = function(*leaves)
+        upstream = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view(x.shape) for x in values]
+        results.append([*(x.detach() for x in values), *torch.autograd.grad(values, leaves, upstream)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
-    assert all(gradient.any() for gradient in results[0][1:])
+    assert all(gradient.any() for gradient in results[0][len(losses) :])
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_row_linear_and_contrastive_losses(name):
-    assert_same_gradients(CASES[name])
+@pytest.mark.parametrize("kind", ["row", "class", "flex", "linear", "contrastive"])
+def test_row_linear_and_contrastive_losses(kind):
+    assert_same_gradients(*(loss for name, loss in CASES.items() if name.startswith(kind)))
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +181,6 @@ OF_SHARDS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OF_SHARDS)
-def test_losses_of_shards(name, group):
-    assert_same_gradients(OF_SHARDS[name](fl.VocabularyShards(group, [CLASSES])))
+def test_losses_of_shards(group):
+    shards = fl.VocabularyShards(group, [CLASSES])
+    assert_same_gradients(*(of(shards) for of in OF_SHARDS.values()))

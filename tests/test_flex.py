@@ -355,6 +355,7 @@ def test_terms_of_classes_are_made_once(reduction, generator, compiled_impl):
 
 
 @pytest.mark.compile
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("of_logits", [True, False], ids=["logits too", "that alone"])

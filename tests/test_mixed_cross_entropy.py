@@ -66,10 +66,7 @@ class TestRowLoss(RowLossSuite):
             )
             for k in (1, 2)
         },
-        "alpha=1 learns from the prediction": (
-            partial(fl.mixed_cross_entropy, alpha=1.0),
-            _learns_from_the_prediction,
-        ),
+        "alpha=1 learns from the prediction": (partial(fl.mixed_cross_entropy, alpha=1.0), _learns_from_the_prediction),
     }
     LEARNT: ClassVar = [
         (fl.mixed_cross_entropy, oracle.mixed_cross_entropy, ("alpha",), {"label_smoothing": 0.1, **picks})

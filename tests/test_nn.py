@@ -216,7 +216,7 @@ def test_subclass(name, batch):
 
 
 @pytest.mark.compile
-@each_of_few
+@pytest.mark.parametrize("name", ["FocalLoss", "LinearMixedCrossEntropyLoss"])
 def test_compiles(name, batch):
     torch._dynamo.reset()
     hidden, target, token_weight = batch
@@ -249,13 +249,11 @@ def test_values_in_the_call_stand_in(batch):
 def test_values_that_are_tensors(batch):
     hidden, target, _ = batch
     z, target = hidden.detach(), target.clamp(0, 4)
-    learnt = fl.nn.FocalLoss(gamma=nn.Parameter(torch.tensor(1.5)))
-    assert [name for name, _ in learnt.named_parameters()] == ["gamma"]
+    learnt, held = (fl.nn.FocalLoss(gamma=gamma(torch.tensor(1.5))) for gamma in (nn.Parameter, Tensor.clone))
+    assert [name for name, _ in learnt.named_parameters()] == ["gamma"] and not list(held.parameters())
     learnt(z, target).backward()
     assert learnt.gamma.grad is not None and learnt.gamma.grad != 0
-    held = fl.nn.FocalLoss(gamma=torch.tensor(1.5))
-    assert list(held.state_dict()) == ["gamma"] and not list(held.parameters())
-    assert repr(held) == "FocalLoss(gamma=1.5)"
+    assert list(held.state_dict()) == ["gamma"] and repr(held) == "FocalLoss(gamma=1.5)"
     torch.testing.assert_close(held(z, target), learnt(z, target))
 
 
@@ -286,40 +284,32 @@ def test_flex_module_of_a_module(batch):
 
 
 def test_schedule_counts_when_told(batch):
+    """It goes on where it was after a load, and modules share it."""
     hidden, target, _ = batch
-    module = fl.nn.MixedCrossEntropyLoss(alpha=AlphaSchedule(4, maximum=0.6), ignore_index=IGNORED)
-    target = target.clamp(max=4)
+    target, schedule = target.clamp(max=4), AlphaSchedule(4, maximum=0.6)
+    modules = nn.ModuleList(fl.nn.MixedCrossEntropyLoss(alpha=schedule, top_k=k, ignore_index=IGNORED) for k in (1, 2))
     for step in range(6):
-        alpha = module.alpha()
+        alpha = schedule()
         assert alpha.dtype == torch.float64 and float(alpha) == fl.alpha_schedule(step, 4, 0.6)
         for _ in range(2):  # a forward is not an update
-            got = module(hidden, target)
+            got = modules[0](hidden, target)
             assert torch.equal(got, fl.mixed_cross_entropy(hidden, target, alpha=alpha, ignore_index=IGNORED))
-        module.alpha.step()
-    assert "AlphaSchedule(updates=6, total_steps=4, maximum=0.6)" in repr(module)
+        schedule.step()
+    assert "AlphaSchedule(updates=6, total_steps=4, maximum=0.6)" in repr(modules[1])
+    copies = copy.deepcopy(modules)
+    assert copies[0].alpha is copies[1].alpha is not schedule
 
 
 def test_schedule_goes_on_where_it_was():
-    first = fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10))
+    first, second = (fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10)) for _ in range(2))
     for _ in range(3):
         first.alpha.step()
     state = first.state_dict()
     assert state["alpha.updates"].dtype == torch.int64 and set(state) == {"linear.weight", "alpha.updates"}
-    second = fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10))
     second.load_state_dict(state)
-    for module in (first, second):
-        module.alpha.step()
-        assert float(module.alpha()) == fl.alpha_schedule(4, 10)
+    second.alpha.step()
+    assert float(second.alpha()) == fl.alpha_schedule(4, 10)
     assert second.to(torch.bfloat16).alpha.updates.dtype == torch.int64
-
-
-def test_schedule_is_shared():
-    schedule = AlphaSchedule(10)
-    losses = nn.ModuleList(fl.nn.MixedCrossEntropyLoss(alpha=schedule, top_k=k) for k in (1, 2))
-    schedule.step()
-    assert [float(loss.alpha()) for loss in losses] == [0.05, 0.05]
-    copies = copy.deepcopy(losses)
-    assert copies[0].alpha is copies[1].alpha is not schedule
 
 
 @pytest.mark.compile
@@ -341,7 +331,6 @@ def test_schedule_does_not_compile_anew(batch):
     [
         ((0,), ValueError, "total_steps must be greater than 0, got 0"),
         (("ten",), TypeError, "total_steps must be a number, got 'ten'"),
-        ((10, 1.5), ValueError, "maximum must be between 0 and 1, got 1.5"),
     ],
 )
 def test_schedule_refuses(arguments, error, message):
@@ -378,20 +367,23 @@ class Tagger(nn.Module):
         return self.loss(self.embedding(tokens), target)
 
 
-@each_linear
+@pytest.mark.parametrize("name", ["LinearFocalLoss", "LinearFlexLoss"])
 def test_tied_gradient_is_the_sum_of_both_uses(name, generator):
+    """And the loss holds nothing of its own."""
     model = Tagger(name)
     tokens, target = torch.randint(CLASSES, (2, ROWS), generator=generator)
-    assert [key for key, _ in model.named_parameters()] == ["embedding.weight"]
     model(tokens, target).backward()
     weights = [model.embedding.weight.detach().clone().requires_grad_() for _ in range(2)]
     positional, keywords = own(name)
-    loss = model.loss._function(
-        nn.functional.embedding(tokens, weights[0]), weights[1], target, *positional, **keywords, ignore_index=IGNORED
-    )
+    hidden = nn.functional.embedding(tokens, weights[0])
+    loss = model.loss._function(hidden, weights[1], target, *positional, **keywords, ignore_index=IGNORED)
     parts = torch.autograd.grad(loss, weights)
     assert all(part.any() for part in parts)
     torch.testing.assert_close(model.embedding.weight.grad, parts[0] + parts[1])
+    assert [key for key, _ in model.named_parameters()] == list(model.state_dict()) == ["embedding.weight"]
+    assert list(model.loss.parameters()) == [] and list(model.loss.children()) == []
+    assert list(safetensors.torch.load(safetensors.torch.save(model.state_dict()))) == ["embedding.weight"]
+    assert repr(model.loss).endswith(f"tied to Embedding({CLASSES}, {FEATURES}))")
 
 
 class TiedFirst(Tagger):
@@ -400,14 +392,6 @@ class TiedFirst(Tagger):
     def __init__(self, name: str):
         super().__init__(name)
         self._modules["embedding"] = self._modules.pop("embedding")
-
-
-def test_tied_holds_nothing():
-    model = Tagger("LinearFocalLoss")
-    assert list(model.loss.parameters()) == [] and list(model.loss.children()) == []
-    assert list(model.state_dict()) == ["embedding.weight"]
-    assert list(safetensors.torch.load(safetensors.torch.save(model.state_dict()))) == ["embedding.weight"]
-    assert repr(model.loss).endswith(f"tied to Embedding({CLASSES}, {FEATURES}))")
 
 
 @pytest.mark.parametrize("kind", [Tagger, TiedFirst])
@@ -610,7 +594,7 @@ class Model(nn.Module):
         self.head = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
         self.loss = fl.nn.LinearFocalLoss.tied(self.head, ignore_index=IGNORED)
 
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+    def forward(self, hidden, target):
         return self.loss(hidden, target)
 
 
@@ -654,7 +638,7 @@ def test_what_may_hold_a_tied_layer(batch):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("what", ["forward", "post"])
+@pytest.mark.parametrize("what", ["post"])
 def test_a_layer_that_is_more_raises_while_compiling(what, batch):
     torch._dynamo.reset()
     hidden, target, _ = batch
@@ -710,24 +694,16 @@ def test_a_layer_whose_weight_is_all(make_layer, batch):
     ("name", "arguments", "error", "message"),
     [
         ("FocalLoss", {"gamma": -1.0}, ValueError, "gamma must be at least 0, got -1.0"),
-        ("FocalLoss", {"gamma": torch.ones(3)}, ValueError, "gamma must be a number, a 0-d tensor"),
         ("FocalLoss", {"gama": 1.0}, TypeError, r"^FocalLoss.__init__\(\) got an unexpected keyword argument 'gama'$"),
         ("FocalLoss", {"token_weight": torch.ones(3)}, TypeError, "'token_weight'"),
         ("FocalLoss", {"normalizer": 2.0, "reduction": "sum"}, ValueError, "reduction='sum'"),
-        ("FocalLoss", {"normalizer": "tokens"}, ValueError, "'tokens'"),
         ("CrossEntropyLoss", {"reduction": "average"}, ValueError, "'average'"),
         ("CrossEntropyLoss", {"weight": [1.0, 2.0]}, TypeError, "weight must be a floating point tensor, got list"),
-        ("CrossEntropyLoss", {"weight": torch.ones(2, 2)}, ValueError, r"got shape \(2, 2\)"),
-        ("CrossEntropyLoss", {"weight": torch.tensor(1.0)}, ValueError, r"got shape \(\)"),
-        ("CrossEntropyLoss", {"label_smoothing": 1.1}, ValueError, "1.1"),
         ("CrossEntropyLoss", {"impl": "fast"}, ValueError, "'fast'"),
         ("MixedCrossEntropyLoss", {}, TypeError, r"MixedCrossEntropyLoss.__init__\(\) missing .*'alpha'"),
         ("MixedCrossEntropyLoss", {"alpha": AlphaSchedule(10), "top_k": 3}, ValueError, "top_k must be 1 or 2, got 3"),
         ("MixedCrossEntropyLoss", {"alpha": nn.Linear(1, 1)}, TypeError, "argument"),
-        ("DSCLoss", {"form": "all"}, ValueError, "'all'"),
-        ("DiceLoss", {"label_smoothing": 0.1}, TypeError, "'label_smoothing'"),
         ("FlexLoss", {"loss_fn": "ce"}, TypeError, "loss_fn must be callable, got 'ce'"),
-        ("FlexLoss", {"loss_fn": poly1, "statistics": ("entropy",)}, ValueError, "'entropy'"),
     ],
 )  # fmt: skip
 def test_refused_at_construction(name, arguments, error, message):
@@ -740,7 +716,6 @@ def test_refused_at_construction(name, arguments, error, message):
     [
         ({"in_features": 2.5}, TypeError, "in_features must be an int, got 2.5"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"softcap": -1.0}, ValueError, "softcap must be greater than 0, got -1.0"),
         ({"budget": 10}, ValueError, "budget of 10 bytes is too small"),
         ({"weight": torch.ones(CLASSES - 1)}, ValueError, rf"weight must be \({CLASSES},\)"),
         ({"inplace_backward": True}, TypeError, "'inplace_backward'"),

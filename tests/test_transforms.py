@@ -129,10 +129,7 @@ SCENES = {
     "set": (lambda t, z: fl.dice_loss(z, t, level="set"), (LOGITS,)),
     "statistics": (lambda t, z: fl.cross_entropy(z, t, return_stats=True)[0], (LOGITS,)),
     "module": (lambda t, z: SCHEDULED(z, t), (LOGITS,)),
-    "linear, mean": (
-        lambda t, h, w, b: fl.linear_focal_loss(h, w, t, linear_bias=b, softcap=2.0, budget=100),
-        LAYER,
-    ),
+    "linear, mean": (lambda t, h, w, b: fl.linear_focal_loss(h, w, t, linear_bias=b, softcap=2.0, budget=100), LAYER),
     "linear, rows": (
         lambda t, h, w, b: fl.linear_dsc_loss(h, w, t, linear_bias=b, reduction="none").square().sum(),
         LAYER,
