@@ -176,13 +176,6 @@ def test_compiled_inplace_backward(generator):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.compile
-def test_the_reference_compiles_too(generator):
-    z, target = problem(6, 33, generator)
-    target[2] = -100
-    assert_compiles(lambda z, target: fl.dsc_loss(z, target, impl="reference"), z, target)
-
-
 # The rest of PyTorch
 
 

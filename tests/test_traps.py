@@ -516,26 +516,3 @@ def test_fork_after_threads_does_not_hang(shape, generator):
         _check_losses(z, target, expected)  # and the parent still has its threads
     finally:
         torch.set_num_threads(threads)
-
-
-class _Scored(torch.utils.data.Dataset):
-    """Items that are losses, computed where the item is asked for."""
-
-    def __init__(self, z, target):
-        self.z, self.target = z, target
-
-    def __len__(self):
-        return len(self.target)
-
-    def __getitem__(self, i):
-        torch.set_num_threads(2)  # a worker has one, which would hide the hazard
-        return fl.cross_entropy(self.z[i], self.target[i], impl="cpu")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_data_loader_worker_after_threads_does_not_hang(generator):
-    """The same where it happens to users: a worker that scores its examples after the parent has trained a step."""
-    z, target = problem(4, 40_000, generator)
-    expected = fl.cross_entropy(z, target, reduction="none", impl="cpu")
-    options = {"batch_size": 2, "num_workers": 1, "multiprocessing_context": "fork", "timeout": 60}
-    assert torch.equal(torch.cat(list(torch.utils.data.DataLoader(_Scored(z, target), **options))), expected)
