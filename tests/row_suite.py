@@ -436,9 +436,10 @@ class RowLossSuite:
         dirty = problem.z.clone()
         dirty[1] = torch.nan  # an ignored row is not looked at
         dirty[4] = torch.inf
+        token_weight = torch.ones(7).double().index_fill_(0, torch.tensor([1, 4]), torch.nan)
         upstream = problem.upstream(generator)
         for reduction, given in (("none", upstream), ("mean", upstream[0])):
-            ours = problem.run(impl, given, dirty, reduction=reduction)
+            ours = problem.run(impl, given, dirty, reduction=reduction, token_weight=token_weight)
             torch.testing.assert_close(ours, problem.truth(given, reduction=reduction), rtol=1e-11, atol=1e-15)
             assert not ours[1][1::3].any()
         argmax = problem.loss(dirty, impl, return_stats=True)[1].argmax[1::3]
