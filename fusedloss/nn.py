@@ -35,6 +35,7 @@ from .engine.options import (
     LinearModuleOptions,
     ModuleOptions,
 )
+from .engine.output_layer import beside_products, described, is_lora, products
 from .engine.project import project
 from .losses._overlap import Form, Level
 from .losses._registry import argument_names, options_of
@@ -52,9 +53,6 @@ if TYPE_CHECKING:
 
 #: Options of the layer that a linear loss has.
 _LAYER_DEFAULTS: dict[str, Any] = {"bias": False, "device": None, "dtype": None}
-
-#: Layers whose forward looks up inputs, so that the weight is all that an output layer can share with them.
-_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
 _DOC = """{summary}
 
@@ -94,34 +92,6 @@ def _sample(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value if value.device.type == "cpu" else torch.ones_like(value, device="cpu")
     return _called if callable(value) else value
-
-
-def _beside_weight(layer: nn.Module) -> str | None:
-    """What changes the logits of an output layer beside its weight and bias, or None."""
-    kind = type(layer)
-    if isinstance(layer, _LOOKUPS):
-        # Pruning and the old weight_norm make the weight in a hook before the forward.
-        return _hooks(layer) if "weight" in layer.__dict__ and layer._forward_pre_hooks else None
-    own = layer.__dict__.get("forward")
-    # Who took a forward of theirs away may have left the class's own in its place.
-    if own is not None and not (getattr(own, "__func__", None) is kind.forward and own.__self__ is layer):
-        return "a forward that was put on the instance"
-    if kind.forward is nn.Linear.forward:
-        return _hooks(layer)
-    # A module without a forward does nothing but hold the weight.
-    return None if kind.forward is nn.Module.forward else "a forward of its own"
-
-
-def _hooks(layer: nn.Module) -> str | None:
-    """The first hook around a layer's forward, but for torch.distributed's, which move weights and hidden states."""
-    pre, post, backward_pre, backward = (
-        layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
-    )  # fmt: skip
-    if pre or post or backward_pre or backward:
-        for hook in (*pre.values(), *post.values(), *backward_pre.values(), *backward.values()):
-            if not str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
-                return f"the hook {hook!r}"
-    return None
 
 
 #: By layer, the losses that are tied to it.
@@ -301,7 +271,7 @@ class _LinearLoss(_Loss):
     _layer_doc = """\
     in_features, num_classes, bias, device, dtype: of the child ``linear``, a :class:`torch.nn.Linear`, which holds the
         output layer's weight (V, D) and bias. :meth:`tied` takes another module's layer instead. Only weight and bias
-        of ``linear`` are read: a layer that does more (LoRA, a forward of its own, hooks, pruning) raises.
+        of ``linear``, and LoRA's, are read: a layer that does more (a forward of its own, hooks, pruning) raises.
 """
     _example = ("64, 1000", "hidden", 64)
 
@@ -325,8 +295,8 @@ class _LinearLoss(_Loss):
         The layer stays its owner's. The loss refers to it weakly as ``linear``: it has none of its parameters and none
         of its keys in a state_dict, and it follows the layer through `.to()` and a new weight. A deepcopy or a pickle
         of a module that holds both is tied likewise; one of the loss alone has lost its layer, and says so when it is
-        called. If a module that has taken the layer's place since holds the layer, such as an adapter, the loss raises
-        when it is called.
+        called. LoRA of PEFT may be on the layer, or take its place later. If another module that has taken the layer's
+        place since holds the layer, the loss raises when it is called.
         """
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
@@ -364,9 +334,9 @@ class _LinearLoss(_Loss):
 
     @classmethod
     def _check_layer(cls, layer: nn.Module) -> None:
-        what = _beside_weight(layer)
+        what = beside_products(layer)
         if what is not None:
-            cls._refuse(f"the {type(layer).__module__}.{type(layer).__qualname__} has {what}")
+            cls._refuse(f"the {described(layer)} has {what}")
 
     @classmethod
     def _refuse(cls, what: str) -> NoReturn:
@@ -418,7 +388,8 @@ class _LinearLoss(_Loss):
 
     def _with_layer(self, function: Callable[[Tensor], Any], input: Tensor) -> Any:
         """Call a function that reads the output layer while the layer is whole."""
-        return fsdp.as_forward(self.linear, function, input) if fsdp.is_unit(self.linear) else function(input)
+        layer = self._output_layer()
+        return fsdp.as_forward(layer, function, input) if fsdp.is_unit(layer) else function(input)
 
     def logits(self, input: Tensor) -> Tensor:
         """All the logits (*, V) of hidden states (*, D), to evaluate or to generate with."""
@@ -426,28 +397,29 @@ class _LinearLoss(_Loss):
 
     def _logits(self, input: Tensor) -> Tensor:
         form: Any = (self.softcap, self.budget, self.drop_ignored)
-        return project(*local_projection(input, *self._layer(), None, False)[:3], *form).logits()
+        return project(*local_projection(*products(self._layer(), input), None, False)[:3], *form).logits()
 
     def _given(self, input: Tensor) -> dict[str, Any]:
-        weight, bias = self._layer()
-        return {"input": input, "linear_weight": weight, "linear_bias": bias}
+        hidden, weight, bias = products(self._layer(), input)
+        return {"input": hidden, "linear_weight": weight, "linear_bias": bias}
 
     def _one_row(self) -> dict[str, Any]:
-        weight, _ = self._layer()
+        weight = self._layer().weight
         weight = torch.zeros(len(weight), 1, dtype=weight.dtype, device="cpu")
         return {"input": weight[0], "linear_weight": weight}
 
-    def _layer(self) -> tuple[Any, Any]:
-        """Weight and bias of the output layer, which must be all that makes its logits."""
-        layer = self.linear
+    def _output_layer(self) -> Any:
+        """Return the layer, or the LoRA that has taken its place since the loss was tied to it."""
+        holder: Any = None if self._holder is None else self._holder()
+        return holder if is_lora(holder) and holder.base_layer is self.linear else self.linear
+
+    def _layer(self) -> Any:
+        """Return the output layer, whose products and bias must be all that makes its logits."""
+        layer, holder = self._output_layer(), None if self._holder is None else self._holder()
         self._check_layer(layer)
-        holder = None if self._holder is None else self._holder()
-        if _poses_as_layer(holder):
-            self._refuse(
-                f"its layer is now inside a {type(holder).__module__}.{type(holder).__qualname__}, which has taken "
-                "the layer's place"
-            )
-        return layer.weight, getattr(layer, "bias", None)
+        if layer is not holder and _poses_as_layer(holder):
+            self._refuse(f"its layer is now inside a {described(holder)}, which has taken the layer's place")
+        return layer
 
     def extra_repr(self) -> str:
         tied = "" if "linear" in self._modules else f"tied to {(self._tie and self._tie())!r}"

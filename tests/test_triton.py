@@ -400,8 +400,8 @@ def test_products_are_for_linear_forms():
 def test_opcheck_of_products(masked, generator):
     shapes = (5, 8), (21, 8), (21,)
     form = Form(mask_target=True) if masked else Form(2.0)
-    source = Projection(*(torch.randn(shape, generator=generator) for shape in shapes), form)
-    rows = Rows.of(source, torch.tensor([3, 20, -100, 0, 7]))
+    hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    rows = Rows.of(Projection([hidden], [weight], bias, form), torch.tensor([3, 20, -100, 0, 7]))
     spec = Spec("triton_fused", "log_sum_exp" if masked else "cross_entropy", form=form)
     check_operators(rows, spec, generator)
     dsc = rows._replace(params=[torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)])

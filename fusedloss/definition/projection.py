@@ -28,20 +28,20 @@ class Form(NamedTuple):
 
 
 class Projection:
-    """The logits hidden @ weight.T + bias, (*, V), before they are made. A loss takes it in place of logits."""
+    """The logits sum_i hidden[i] @ weight[i].T + bias, (*, V), not made yet. A loss takes it in place of logits."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form) -> None:
+    def __init__(self, hidden: list[Tensor], weight: list[Tensor], bias: Tensor | None, form: Form) -> None:
         self.hidden, self.weight, self.bias, self.form = hidden, weight, bias, form
-        first, *others = *hidden.shape[:-1], weight.shape[0]
+        first, *others = *hidden[0].shape[:-1], weight[0].shape[0]
         self.shape = torch.Size((first * form.row_parts, *others))
-        self.dtype, self.device = hidden.dtype, hidden.device
+        self.dtype, self.device = hidden[0].dtype, hidden[0].device
 
     def dim(self) -> int:
         return len(self.shape)
 
     def logits(self) -> Tensor:
         """All of them, differentiable."""
-        return dense_logits([self.hidden], [self.weight], self.bias, self.form, None)
+        return dense_logits(self.hidden, self.weight, self.bias, self.form, None)
 
 
 def dense_logits(

@@ -53,10 +53,10 @@ class Rows(NamedTuple):
         scalars: Tensor | None = None,
     ) -> "Rows":
         if isinstance(source, Projection):
-            hidden, weight, bias = source.hidden, [source.weight], source.bias
+            hidden, weight, bias = source.hidden, source.weight, source.bias
         else:
-            hidden, weight, bias = source, [], None
-        return Rows([hidden], weight, bias, [], target, class_weight, candidates, list(params), scalars)
+            hidden, weight, bias = [source], [], None
+        return Rows(hidden, weight, bias, [], target, class_weight, candidates, list(params), scalars)
 
     @property
     def logits(self) -> Tensor:

@@ -44,18 +44,19 @@ def local_rows(target: Any) -> Tensor:
 
 
 def local_projection(
-    hidden: Any, weight: Any, bias: Any, group: Any, sequence_parallel: Any
-) -> tuple[Any, Any, Any, Any, Any]:
+    hidden: list[Any], weight: list[Any], bias: Any, group: Any, sequence_parallel: Any
+) -> tuple[list[Any], list[Any], Any, Any, Any]:
     """Of DTensors, what this rank has, with the group that they say. Others pass through."""
+    every = (*hidden, *weight) if bias is None else (*hidden, *weight, bias)
     # Beneath a transform there may be one, too.
-    plain = type(hidden) is Tensor and type(weight) in _PLAIN and type(bias) in _PLAIN and not transforms.active()
-    if plain or not any(map(is_dtensor, (hidden, weight, bias))):
+    plain = not transforms.active()
+    for x in every:
+        plain = plain and type(x) in _PLAIN
+    if plain or not any(map(is_dtensor, every)):
         return hidden, weight, bias, group, sequence_parallel
-    if not is_dtensor(weight) or not is_dtensor(hidden) or (bias is not None and not is_dtensor(bias)):
-        kinds = ", ".join(
-            f"{name} a {type(x).__name__}"
-            for name, x in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias))
-        )
+    if not all(map(is_dtensor, every)):
+        names = ["input"] * len(hidden) + ["linear_weight"] * len(weight) + ["linear_bias"]
+        kinds = ", ".join(f"{name} a {type(x).__name__}" for name, x in zip(names, every, strict=False))
         raise ValueError(
             f"input, linear_weight and linear_bias must all be DTensors or all be tensors of this rank, got {kinds}. "
             "A weight that FSDP has sharded is whole within the forward of its unit alone: use a Linear* module of "
@@ -64,25 +65,29 @@ def local_projection(
         )
     if group is not None:
         raise ValueError(f"group is for tensors of this rank, and DTensors name their own, got {group!r}")
-    mesh = weight.device_mesh
-    if hidden.device_mesh != mesh or (bias is not None and bias.device_mesh != mesh):
+    mesh, placements = weight[0].device_mesh, hidden[0].placements
+    if any(x.device_mesh != mesh for x in every):
         raise ValueError("input, linear_weight and linear_bias must be DTensors on the same mesh")
-    placements = hidden.placements
-    weight, shards = local_part("linear_weight", weight, 0)
+    local = [local_part("linear_weight", w, 0) for w in weight]
+    shards = local[0][1]
     if bias is not None:
         bias, bias_shards = local_part("linear_bias", bias, 0)
         if bias_shards != shards:
             raise ValueError("linear_bias must be placed as linear_weight is")
+    for h, (_, its_shards) in zip(hidden, local, strict=True):
+        if its_shards != shards or h.placements != placements:
+            raise ValueError("of an adapter, lora_B must be placed as linear_weight is, and lora_A's output as input")
     by_rows = [placement.is_shard(0) for placement in placements]
     if shards is not None and any(by_rows):
         if mesh.get_group(by_rows.index(True)).group_name != shards.name:
             raise ValueError("input is sharded over another dimension of the mesh than linear_weight")
         sequence_parallel = True
     if not all(p.is_replicate() or rows for p, rows in zip(placements, by_rows, strict=True)) or (
-        any(by_rows) and (shards is None or sum(by_rows) > 1 or len(hidden) % len(shards.sizes))
+        any(by_rows) and (shards is None or sum(by_rows) > 1 or len(hidden[0]) % len(shards.sizes))
     ):
         raise ValueError(
             f"input is a DTensor with placements {tuple(placements)}; it must be replicated, or sharded evenly on its "
             "first dimension where linear_weight is sharded on the classes"
         )
-    return hidden.to_local(grad_placements=placements), weight, bias, shards, sequence_parallel
+    own = [h.to_local(grad_placements=placements) for h in hidden]
+    return own, [w for w, _ in local], bias, shards, sequence_parallel

@@ -75,8 +75,14 @@ def prepare(
     form = Form()
     if isinstance(input, Projection):
         form = input.form
-        if impl != "reference" and type(input.weight) not in (Tensor, torch.nn.Parameter):
-            checks.check_readable("linear_weight", input.weight)
+        if len(input.weight) > 1 and impl in backends.PRODUCT_IMPLS:
+            raise ValueError(
+                f"{backends.named_by(o['impl'])}={impl!r} multiplies one weight on the chip, but LoRA makes "
+                f"{len(input.weight)} of the output layer; take impl='triton', or merge the adapters"
+            )
+        for w in input.weight:
+            if impl != "reference" and type(w) not in (Tensor, torch.nn.Parameter):
+                checks.check_readable("linear_weight", w)
     if shards is not None:
         if impl == "reference":
             source = backends.named_by(o["impl"])
@@ -91,8 +97,8 @@ def prepare(
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if isinstance(input, Projection):
         logits: Source = input
-        if input.hidden.dim() != 2 or form is not input.form:
-            hidden = input.hidden.reshape(-1, input.hidden.shape[-1])
+        if input.hidden[0].dim() != 2 or form is not input.form:
+            hidden = [h.reshape(-1, h.shape[-1]) for h in input.hidden]
             logits = Projection(hidden, input.weight, input.bias, form)
     else:
         logits = _matrix(input, o["inplace_backward"])

@@ -15,49 +15,55 @@ from . import budgets
 
 
 def project(
-    hidden: Tensor,
-    weight: Tensor,
+    hidden: list[Tensor],
+    weight: list[Tensor],
     bias: Tensor | None,
     softcap: float | None,
     budget: int | None,
     drop_ignored: bool | None,
     row_parts: int = 1,
 ) -> Projection:
-    """Checks what makes the logits and casts it under autocast."""
-    for name, value in (("input", hidden), ("linear_weight", weight), ("linear_bias", bias)):
-        if value is None and name == "linear_bias":
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dtype not in DTYPES:  # of a quantized weight, whose numbers autocast would take for its values
-            check_dtype(name, value)
-    check_whole(weight)
-    if hidden.dim() < 1 or weight.dim() != 2:
-        raise ValueError(
-            f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"input has D = {hidden.shape[-1]} features, but linear_weight {weight.shape[1]}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"linear_bias must be ({weight.shape[0]},), one a class, got shape {tuple(bias.shape)}")
-    if hidden.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        hidden, weight, bias = _autocast(hidden, weight, bias)
-    for name, value in (("linear_weight", weight), ("linear_bias", bias)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, but input on {hidden.device}")
-        if value.dtype != hidden.dtype:
-            raise ValueError(f"{name} is {value.dtype}, but input {hidden.dtype}")
+    """Check what makes the logits and cast it under autocast. The pairs after the first are those of adapters."""
+    for h, w in zip(hidden, weight, strict=True):
+        for name, value in (("input", h), ("linear_weight", w), ("linear_bias", bias)):
+            if value is None and name == "linear_bias":
+                continue
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if value.dtype not in DTYPES:  # of a quantized weight, whose numbers autocast would take for its values
+                check_dtype(name, value)
+        check_whole(w)
+        if h.dim() < 1 or w.dim() != 2:
+            raise ValueError(
+                f"input must be (*, D) and linear_weight (V, D), got shapes {tuple(h.shape)} and {tuple(w.shape)}"
+            )
+        if h.shape[-1] != w.shape[1]:
+            raise ValueError(f"input has D = {h.shape[-1]} features, but linear_weight {w.shape[1]}")
+        if w.shape[0] != weight[0].shape[0]:
+            raise ValueError(f"the output layer has {weight[0].shape[0]} classes, but an adapter of it {w.shape[0]}")
+    if bias is not None and bias.shape != weight[0].shape[:1]:
+        raise ValueError(f"linear_bias must be ({weight[0].shape[0]},), one a class, got shape {tuple(bias.shape)}")
+    if hidden[0].device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        *pairs, bias = _autocast(*hidden, *weight, bias)
+        hidden, weight = pairs[: len(hidden)], pairs[len(hidden) :]
+    first = hidden[0]
+    for name, values in (("input of an adapter", hidden), ("linear_weight", weight), ("linear_bias", [bias])):
+        for value in values:
+            if value is None:
+                continue
+            if value.device != first.device:
+                raise ValueError(f"{name} is on {value.device}, but input on {first.device}")
+            if value.dtype != first.dtype:
+                raise ValueError(f"{name} is {value.dtype}, but input {first.dtype}")
     if softcap is not None:
         check_number("softcap", softcap, 0, above=True)
         if softcap == math.inf:  # as a compiler can ask too
             raise ValueError(f"softcap must be finite, got {softcap!r}")
-    budget = budgets.checked_budget(budget, weight.shape[0] * hidden.element_size() * (1 if softcap is None else 2))
+    budget = budgets.checked_budget(budget, weight[0].shape[0] * first.element_size() * (1 if softcap is None else 2))
     if row_parts > 1:
         drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
-        drop_ignored = hidden.device.type == "cpu"
+        drop_ignored = first.device.type == "cpu"
     return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
 
 

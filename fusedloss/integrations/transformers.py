@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fusedloss
 
 from ..distributed import fsdp
+from ..engine.output_layer import beside_lora, described, is_lora, products
 from ..losses._registry import argument_names
 
 try:
@@ -128,8 +129,8 @@ def fuse(
     and to fuse a fused model exchanges its loss, also within a Trainer.
 
     Fuse before wrapping the model (accelerate, DDP, torch.compile). PEFT may come before (fuse what
-    ``get_base_model()`` returns) or after. An adapter on the output layer itself, such as LoRA, is refused in training
-    until it is merged, since the layer is then more than one product. torch.nn.DataParallel and pickling are refused.
+    ``get_base_model()`` returns) or after. LoRA on the output layer itself adds its products to the logits; any other
+    adapter there is refused in training until it is merged. torch.nn.DataParallel and pickling are refused.
     Under torch.compile, evaluation with labels and models that call torch.nn.CrossEntropyLoss break the graph.
 
     Args:
@@ -233,7 +234,7 @@ class _Loss(NamedTuple):
         own = {name: value for name, value in self.arguments.items() if name not in _LINEAR_ONLY}
         return self.row(logits, target, **_current(own), **options)
 
-    def of_hidden(self, hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    def of_hidden(self, hidden: list[Tensor], weight: list[Tensor], target: Tensor, **options: Any) -> Tensor:
         return self.linear(hidden, weight, target, **_current(self.arguments), **options)
 
 
@@ -275,6 +276,9 @@ class _Fusion:
 
     def attach(self, head: nn.Module) -> None:
         """Compute the loss of what this output layer projects, from now on."""
+        before = self.__dict__.get("head")
+        if before is not None and _is_replaced(before):
+            del before.forward
         # No method, which torch.compile cannot set. In a copy of the layer it is the copy's, as a method would be.
         _replace_forward(head, functools.partial(_head_forward, head))
         self.head = head
@@ -392,7 +396,16 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if under_way.way == "row":
         return forward(head, *args, **kwargs).as_subclass(_RowLogits)
     hidden, *others = args
-    return forward(head, _Hidden(under_way, hidden), *others, **kwargs)
+    if not is_lora(head):
+        return forward(head, _Hidden(under_way, hidden), *others, **kwargs)
+    what = f"the arguments {', '.join(kwargs)}" if kwargs else beside_lora(head)
+    if what is not None:
+        raise ValueError(
+            f"the fused loss adds up the products of an output layer with LoRA, but the {described(head)} has {what}; "
+            "merge the adapter, or leave the layer out of target_modules"
+        )
+    hiddens, weights, bias = products(head, hidden)
+    return _Logits(under_way, hiddens, weights, len(weights[0]), bias)
 
 
 _head_forward.of_fuse = _head_forward  # type: ignore[attr-defined]
@@ -524,9 +537,12 @@ class _Hidden(_NoTensor):
 
     @classmethod
     def refusal(cls, what: str) -> AttributeError:
+        under_way = _under_way()
+        layer = "the layer" if under_way is None else f"a {described(under_way.head)}"
         return AttributeError(
-            f"{what!r} of the output layer's input is not understood by the fused loss, for which the layer must be "
-            "one linear(input, weight, bias); merge an adapter of the layer, or leave the layer out of target_modules"
+            f"{what!r} of the output layer's input is not understood by the fused loss, for which {layer} must be one "
+            "linear(input, weight, bias), or plain LoRA on one; merge an adapter of the layer, or leave the layer out "
+            "of target_modules"
         )
 
     @classmethod
@@ -539,17 +555,19 @@ class _Hidden(_NoTensor):
 
 
 def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Logits:
-    return _Logits(input.under_way, input.hidden, weight, len(weight), bias)
+    return _Logits(input.under_way, [input.hidden], [weight], len(weight), bias)
 
 
 class _Logits(_NoTensor):
-    """z = scale * (hidden @ weight.T + bias) or softcap * tanh(z / softcap), (*, V), of which only the loss is made."""
+    """z = scale * (sum_i hidden[i] @ weight[i].T + bias) or softcap * tanh(z / softcap), (*, V), of which only the loss
+    is made.
+    """
 
     def __init__(
         self,
         under_way: _Pass,
-        hidden: Tensor,
-        weight: Tensor,
+        hidden: list[Tensor],
+        weight: list[Tensor],
         classes: int,
         bias: Tensor | None,
         scale: float = 1.0,
@@ -558,7 +576,7 @@ class _Logits(_NoTensor):
     ) -> None:
         self.under_way, self.hidden, self.weight, self.classes, self.bias = under_way, hidden, weight, classes, bias
         self.scale, self.softcap = scale, softcap
-        self.dtype = dtype or _product_dtype(hidden)
+        self.dtype = dtype or _product_dtype(hidden[0])
 
     @classmethod
     def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
@@ -567,7 +585,7 @@ class _Logits(_NoTensor):
     def loss(self, loss: _Loss, target: Tensor, **options: Any) -> Tensor:
         hidden, bias = self.hidden, self.bias
         if not math.isclose(self.scale, 1.0, rel_tol=1e-12):  # dividing by a cap and multiplying by it leaves almost 1
-            hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
+            hidden, bias = [h * self.scale for h in hidden], None if bias is None else bias * self.scale
         return loss.of_hidden(hidden, self.weight, target, linear_bias=bias, softcap=self.softcap, **options)
 
     def _but(self, **changed: Any) -> _Logits:
@@ -578,21 +596,21 @@ class _Logits(_NoTensor):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.hidden.shape[:-1], self.classes))
+        return torch.Size((*self.hidden[0].shape[:-1], self.classes))
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self.hidden.dim()
+        return self.hidden[0].dim()
 
     @property
     def ndim(self) -> int:
-        return self.hidden.dim()
+        return self.dim()
 
     @property
     def device(self) -> torch.device:
-        return self.hidden.device
+        return self.hidden[0].device
 
     # Casts, which the loss does not need: it computes in float32, and in float64 for float64
 
@@ -617,7 +635,7 @@ class _Logits(_NoTensor):
             shape = tuple(shape[0])
         if not shape or shape[-1] != self.shape[-1]:
             raise self.refusal(f"view{shape}", f"logits of shape {tuple(self.shape)}")
-        return self._but(hidden=self.hidden.reshape(*shape[:-1], self.hidden.shape[-1]))
+        return self._but(hidden=[h.reshape(*shape[:-1], h.shape[-1]) for h in self.hidden])
 
     reshape = view
 
@@ -628,7 +646,7 @@ class _Logits(_NoTensor):
         whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
         if any(part is None for part in parts) or taken > self.dim() or (last and not whole):
             raise self.refusal(f"[{index}]", f"logits of shape {tuple(self.shape)}")
-        return self._but(hidden=self.hidden[index])
+        return self._but(hidden=[h[index] for h in self.hidden])
 
     # Arithmetic that the linear form knows
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from ..distributed.dtensor import local_projection
 from ..distributed.sequence import row_parts
 from ..engine.project import project
 
 
 def projected(
-    input: Tensor, linear_weight: Tensor, return_stats: bool, options: Mapping[str, Any]
+    input: Any, linear_weight: Any, return_stats: bool, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Check what makes the logits. Return it as one projection, and the options that are left for the row form."""
+    """Check what makes the logits. Return it as one projection, and the options that are left for the row form.
+
+    Modules hand over lists of hidden states and weights, whose products are summed.
+    """
+    hidden, weight = (input, linear_weight) if type(input) is list else ([input], [linear_weight])
     rest = {"return_stats": return_stats, **options}
     bias, softcap, budget = rest.pop("linear_bias", None), rest.pop("softcap", None), rest.pop("budget", None)
     drop_ignored, split = rest.pop("drop_ignored", None), rest.pop("sequence_parallel", False)
-    input, linear_weight, bias, group, split = local_projection(input, linear_weight, bias, rest.get("group"), split)
+    hidden, weight, bias, group, split = local_projection(hidden, weight, bias, rest.get("group"), split)
     if group is not None:
         rest["group"] = group
     parts = 1 if split is False else row_parts(split, group)
-    return project(input, linear_weight, bias, softcap, budget, drop_ignored, parts), rest
+    return project(hidden, weight, bias, softcap, budget, drop_ignored, parts), rest

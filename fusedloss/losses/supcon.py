@@ -707,7 +707,7 @@ def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: An
     return row_loss(
         "supcon_loss",
         # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
-        Projection(anchors, others.view_as(others), bias, form),
+        Projection([anchors], [others.view_as(others)], bias, form),
         torch.where(compared, index, IGNORED),
         LOG_SUM_EXP,
         reduction="none" if share is None else "sum",
