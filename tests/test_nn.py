@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.utils.prune
+from products import Products
 from row_losses import shared_options
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -613,16 +614,13 @@ def test_an_adapter_that_takes_a_tied_layer_raises(copied, batch):
     assert used(hidden, target) == expected
 
 
-def test_peft_after_a_tie_raises(batch):
+def test_a_copy_of_a_tied_layer_that_peft_trains_raises(batch):
     peft = pytest.importorskip("peft")
     hidden, target, _ = batch
     model = nn.ModuleDict({"body": nn.Linear(FEATURES, FEATURES, dtype=torch.float64), "model": Model()})
-    expected = model["model"](hidden, target)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["head"]))
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
     with pytest.raises(ValueError, match=r"is now inside a peft\."):
         model["model"](hidden, target)
-    adapted.merge_and_unload()
-    torch.testing.assert_close(model["model"](hidden, target), expected)  # the adapter's B is 0
 
 
 def test_what_may_hold_a_tied_layer(batch):
@@ -751,3 +749,232 @@ def test_refused_in_the_call():
         module(z, target, gamma=-1.0)
     with pytest.raises(IndexError, match="target 3 is out of range"):
         module(z, target + 1)
+
+
+# --- LoRA on the output layer ---
+
+
+def with_lora(layer: nn.Linear, *, more: bool = False, **options: Any) -> tuple[nn.Module, Any]:
+    """A model whose layer ``head`` has an adapter, perhaps two; and PEFT's model around it."""
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"head": layer})
+    config = peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False, **options)
+    torch.manual_seed(2)
+    adapted = peft.get_peft_model(model, config)
+    if more:
+        adapted.add_adapter("more", peft.LoraConfig(r=3, target_modules=["head"], init_lora_weights=False))
+        adapted.base_model.set_adapter(["default", "more"])
+    return model, adapted
+
+
+#: Options of the adapter; whether the layer has a bias, and whether it is trained as well.
+LORA: dict[str, tuple[dict[str, Any], bool, bool]] = {
+    "frozen": ({}, False, False),
+    "trained, with bias": ({"lora_bias": True, "lora_alpha": 3}, True, True),
+    "bias of the adapter alone": ({"lora_bias": True}, False, False),
+    "dropout": ({"lora_dropout": 0.5}, True, False),
+    "two": ({"more": True, "lora_dropout": 0.3}, True, False),
+}
+LORA_LOSSES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+    ("LinearFocalLoss", (), {"gamma": 1.5, "label_smoothing": 0.1}),
+    ("LinearFocalLoss", (), {"softcap": 2.0, "reduction": "sum"}),
+    ("LinearDSCLoss", (), {"alpha": 0.5, "reduction": "sum"}),
+    ("LinearMixedCrossEntropyLoss", (), {"alpha": 0.3, "reduction": "none"}),
+    ("LinearFlexLoss", (poly1,), {}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize("first", ["tie", "peft"])
+@pytest.mark.parametrize("kind", LORA)
+def test_lora_is_what_pefts_layer_computes(kind: str, first: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, token_weight = batch
+    options, bias, trained = LORA[kind]
+    layer = nn.Linear(FEATURES, CLASSES, bias=bias, dtype=torch.float64)
+    losses: list[Any] = []
+
+    def tie(layer: nn.Module) -> None:
+        for name, values, own in LORA_LOSSES:
+            budget = 3 * CLASSES * 8 * (1 + ("softcap" in own))  # three rows at a time
+            losses.append(MODULES[name].tied(layer, *values, ignore_index=IGNORED, budget=budget, **own))
+
+    if first == "tie":
+        tie(layer)
+    model, _ = with_lora(layer, **options)
+    head = model["head"]
+    assert type(head).__module__.startswith("peft.")
+    if first == "peft":
+        tie(head)
+    if trained:
+        layer.requires_grad_(True)
+    sources = [hidden, *(x for x in head.parameters() if x.requires_grad)]
+    adapters = 1 + (kind == "two")
+    assert len(sources) == 1 + adapters * (2 + bool(options.get("lora_bias"))) + trained * (1 + bias)
+    for loss, (name, values, own) in zip(losses, LORA_LOSSES, strict=True):
+        form = dict(own)
+        softcap = form.pop("softcap", None)
+        torch.manual_seed(4)
+        z = head(hidden)
+        z = z if softcap is None else softcap * (z / softcap).tanh()
+        row = getattr(fl, loss._function.__name__.removeprefix("linear_"))
+        expected = row(z, target, *values, ignore_index=IGNORED, token_weight=token_weight, impl="reference", **form)
+        torch.manual_seed(4)
+        got = loss(hidden, target, token_weight=token_weight)
+        torch.testing.assert_close(got, expected)
+        upstream = torch.rand_like(expected)
+        for mine, theirs in zip(
+            torch.autograd.grad(got, sources, upstream), torch.autograd.grad(expected, sources, upstream), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, msg=lambda m, name=name: f"{name}: {m}")
+        torch.manual_seed(4)
+        torch.testing.assert_close(loss.logits(hidden), z)
+
+
+@pytest.mark.parametrize("wider", [False, True], ids=["", "float32 adapters"])
+def test_lora_in_half_precision(wider: bool, generator: torch.Generator) -> None:
+    """PEFT keeps adapters of bfloat16 models in float32; their products are in the layer's dtype, as in autocast."""
+    rows, features, classes = 64, 16, 50
+    layer = nn.Linear(features, classes, bias=False, dtype=torch.bfloat16)
+    model, _ = with_lora(layer)
+    head = model["head"]
+    if not wider:
+        head.to(torch.bfloat16)
+    assert head.lora_A["default"].weight.dtype == (torch.float32 if wider else torch.bfloat16)
+    loss = fl.nn.LinearCrossEntropyLoss.tied(head, budget=9 * classes * 2)
+    hidden = torch.randn(rows, features, generator=generator).bfloat16().requires_grad_()
+    target = torch.randint(classes, (rows,), generator=generator)
+    exact = copy.deepcopy(model).double()["head"]
+    results = []
+    for module, function in ((head, loss), (head, None), (exact, None)):
+        own = hidden.detach().to(torch.float64 if module is exact else hidden.dtype).requires_grad_()
+        value = fl.cross_entropy(module(own), target, impl="reference") if function is None else function(own, target)
+        sources = [own, *(x for x in module.parameters() if x.requires_grad)]
+        results.append([value, *torch.autograd.grad(value, sources)])
+    assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]]
+    for mine, theirs, truth in zip(*results, strict=True):
+        errors = [(x.double() - truth).abs().max().item() for x in (mine, theirs)]
+        assert errors[0] <= 2 * errors[1] + 2**-8 * truth.abs().max().item()
+
+
+def test_lora_that_adds_nothing_and_that_comes_and_goes(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    model = Model()
+    plain = model(hidden, target)
+    wrapped, adapted = with_lora(model.head)
+    adapters, layer = wrapped["head"], model.head
+    model.head = adapters
+    loss, copied = model(hidden, target), copy.deepcopy(model)
+    assert abs(loss - plain) > 1e-3 and copied(hidden, target) == loss
+    with torch.no_grad():
+        copied.head.lora_B["default"].weight.zero_()
+    assert copied(hidden, target) == plain and model(hidden, target) == loss
+    with adapted.disable_adapter():
+        assert model(hidden, target) == plain
+    adapted.merge_adapter()
+    torch.testing.assert_close(model(hidden, target), loss)
+    with adapted.disable_adapter():  # for which PEFT unmerges them
+        torch.testing.assert_close(model(hidden, target), plain)
+    assert not adapters.merged
+    adapters.set_adapter([])
+    torch.testing.assert_close(model(hidden, target), plain)
+    model.head = layer
+    torch.testing.assert_close(model(hidden, target), plain)
+
+
+def test_a_frozen_layer_under_lora_costs_no_product(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, target, _ = batch
+    model, _ = with_lora(nn.Linear(FEATURES, CLASSES, bias=False, dtype=torch.float64))
+    loss = fl.nn.LinearFocalLoss.tied(model["head"], ignore_index=IGNORED)
+    for trained, expected in ((False, 6), (True, 7)):  # lora_A; two make the logits; two by hidden states; lora_B
+        model["head"].base_layer.weight.requires_grad_(trained)
+        with Products(CLASSES) as products:
+            loss(hidden, target)
+        assert products.calls.total() == expected
+
+
+def test_what_a_loss_with_lora_returns(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Statistics, and second derivatives."""
+    hidden, target, _ = batch
+    model, _ = with_lora(nn.Linear(FEATURES, CLASSES, dtype=torch.float64))
+    head = model["head"]
+    loss = fl.nn.LinearFocalLoss.tied(head, ignore_index=IGNORED)
+    value, stats = loss(hidden, target, return_stats=True)
+    expected, theirs = fl.focal_loss(head(hidden), target, ignore_index=IGNORED, return_stats=True)
+    for mine, other in zip((value, *stats), (expected, *theirs), strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True)
+    sources = [hidden, *(x for x in head.parameters() if x.requires_grad)]
+    second = []
+    for x in (value, expected):
+        first = torch.autograd.grad(x, sources, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), sources))
+    for mine, other in zip(*second, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+class Quantized(nn.Linear):
+    """As bitsandbytes has them: the weight is not what the forward multiplies by."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+LORA_REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dora": (
+        lambda: with_lora(embedding_like(), use_dora=True)[0]["head"],
+        "'default', which is no plain LoRA but a Dora",
+    ),
+    "quantized": (
+        lambda: with_lora(Quantized(FEATURES, CLASSES))[0]["head"],
+        "Quantized as its base_layer, which has a f",
+    ),
+    "hook": (
+        lambda: changed(
+            lambda x: x.lora_B["default"].register_forward_hook(look), with_lora(embedding_like())[0]["head"]
+        ),
+        r"Linear as its lora_B\['default'\], which has the hook <function look",
+    ),
+}
+
+
+def embedding_like() -> nn.Linear:
+    return nn.Linear(FEATURES, CLASSES, bias=False, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", LORA_REFUSED)
+def test_lora_that_is_more_than_products_is_refused(kind: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    make, message = LORA_REFUSED[kind]
+    head = make()
+    with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*lora.*{message}"):
+        fl.nn.LinearFocalLoss.tied(head)
+    owner = fl.nn.LinearFocalLoss(FEATURES, CLASSES)
+    owner.linear = head
+    with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*lora.*{message}"):
+        owner(batch[0], batch[1])
+
+
+def test_products_on_the_chip_are_refused_with_lora(
+    batch: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = with_lora(embedding_like())
+    loss = fl.nn.LinearFocalLoss.tied(model["head"], ignore_index=IGNORED)
+    monkeypatch.setattr(fl.backends, "resolve", lambda *_: "triton_fused")
+    with pytest.raises(ValueError, match="impl='triton_fused' multiplies one weight on the chip, but LoRA makes 2"):
+        loss(*batch[:2])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("first", ["tie", "peft"])
+def test_lora_compiles_without_a_break(first: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    torch._dynamo.reset()
+    hidden, target, _ = batch
+    layer = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+    loss = fl.nn.LinearFocalLoss.tied(layer, ignore_index=IGNORED) if first == "tie" else None
+    model, _ = with_lora(layer, more=True)
+    loss = loss or fl.nn.LinearFocalLoss.tied(model["head"], ignore_index=IGNORED)
+    sources = [hidden, *(x for x in model.parameters() if x.requires_grad)]
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        value = function(hidden, target)
+        results.append([value, *torch.autograd.grad(value, sources)])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 #: Layers whose forward looks up inputs, so that the weight is all that an output layer can share with them.
 _LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 
-#: Module and name of the forward that adds products to those of a layer. PEFT is told by it and never imported.
-_LORA = ("peft.tuners.lora.layer", "Linear.forward")
+#: Module and name of the class whose forward adds products to those of a layer. PEFT is never imported.
+_LORA = ("peft.tuners.lora.layer", "Linear")
 
 
 def is_lora(layer: object) -> bool:
-    """Tell whether a module is a layer with plain adapters of PEFT, whose base layer may be one that is not read."""
-    forward = getattr(type(layer), "forward", None)
-    return (getattr(forward, "__module__", None), getattr(forward, "__qualname__", None)) == _LORA
+    """Tell whether a module is PEFT's LoRA of a linear layer, with the forward of that."""
+    for kind in type(layer).__mro__:
+        if kind.__name__ == _LORA[1] and kind.__module__ == _LORA[0]:
+            return type(layer).forward is kind.forward  # type: ignore[attr-defined]
+    return False
 
 
 def products(layer: Any, input: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
