@@ -15,7 +15,7 @@ from fusedloss.checks import IGNORED, compute_dtype
 from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Rows, Spec
 from fusedloss.definition.statistics import Picks
-from fusedloss.engine import functions
+from fusedloss.engine import chunks, functions
 from fusedloss.engine.functions import Reduction
 from fusedloss.losses.focal import FOCAL
 
@@ -143,3 +143,32 @@ def test_a_pair_that_needs_no_gradient_costs_no_product(needed, with_the_loss):
         gradients(losses.sum(), rows.sources)
     # Two make the logits, once more for a backward: a chunk does not outlive its forward pass.
     assert products.calls.total() == (2 if with_the_loss else 4) + sum(needed[:4])
+
+
+@pytest.mark.parametrize("cached", [1, 2 * CLASSES * 8, 2**30], ids=["rows", "two rows", "all"])
+def test_products_of_few_columns_go_through_rows_that_stay_in_the_cache(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks.budgets, "CACHED", cached)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    rows = make_rows(NEEDED[0], torch.float64)
+    spec = spec_of(Form(budget=5 * CLASSES * 8), NEEDED[0])
+    loss = functions.loss(rows, spec, FOCAL, False, Reduction(None, None))[0]
+    with Products(CLASSES) as products:
+        got = gradients(functions.loss(rows, spec, FOCAL, False, Reduction(None, None))[0], rows.sources)
+    torch.testing.assert_close(got, gradients(dense(rows, rows.sources, 0.0).sum(), rows.sources))
+    assert all(x.is_contiguous() for x in got) and loss == got[0]
+    blocks = {1: 11, 2 * CLASSES * 8: 3 + 2 + 1, 2**30: 3}[cached]  # of chunks of 4, 4 and 3 rows
+    assert products.calls.total() == 3 * 4 + 2 * blocks
+
+
+@pytest.mark.parametrize(("needed", "features"), [(NEEDED[0], sum(FEATURES)), (NEEDED[1], 3), (NEEDED[3], 0)], ids=str)
+def test_a_budget_counts_the_weights_whose_gradient_is_summed(
+    needed: Sequence[int], features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows(needed, torch.float32)
+    meta = rows.with_sources([x.to("meta") for x in rows.sources])
+    asked = []
+    monkeypatch.setattr(chunks.budgets, "default_budget", lambda *values: asked.append(values[3:]) or 2**20)
+    chunks._Chunks(meta, spec_of(Form(), needed), backends.BACKENDS["cpu"], ROWS)
+    assert asked == [(CLASSES * features, features > 0)]

@@ -784,7 +784,6 @@ WRAPPED: dict[str, tuple[dict[str, Any], bool]] = {
     "some tokens of tied weights": ({"trainable_token_indices": [1, 2, 3]}, True),
     "left alone": ({}, False),
 }
-ADAPTED: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}
 
 
 def _with_adapter(model: Any, targets: tuple[str, ...] = ("q_proj",), **options: Any) -> Any:
@@ -822,38 +821,6 @@ def test_an_output_layer_that_peft_wraps(kind: str, first: str, training: bool, 
     assert not any("forward" in module.__dict__ for module in adapted.modules())
     adapted.unload()
     assert _attributes(model) == before
-
-
-@pytest.mark.parametrize("first", ["fuse", "peft"])
-@pytest.mark.parametrize("kind", ADAPTED)
-def test_an_adapter_of_the_output_layer_is_refused_in_training(kind: str, first: str, batch: dict[str, Tensor]) -> None:
-    """Merged or switched off it is one product again, and in evaluation there are logits."""
-    model = _llama().double()
-    if first == "fuse":
-        fuse(model, "focal_loss")
-    adapted = _with_adapter(model, ("q_proj", "lm_head"), **ADAPTED[kind]).train()
-    message = "of the output layer's input is not understood.*merge an adapter of the layer, or leave .*target_modules"
-    with pytest.raises((AttributeError, ValueError), match=message):
-        _ = adapted(**batch) if first == "fuse" else fuse(model, "focal_loss")
-    adapted.merge_adapter()
-    if first == "peft":
-        fuse(model, "focal_loss")
-    merged = adapted(**batch).loss
-    adapted.unmerge_adapter()
-    with pytest.raises(AttributeError, match=message):
-        adapted(**batch)
-    evaluated = adapted.eval()(**batch).loss
-    with adapted.disable_adapter():
-        plain = adapted.train()(**batch).loss
-        assert isinstance(adapted(**batch).logits, integration.UnbuiltLogits)
-    unfuse(model)
-    expected = _reference_loss(adapted.eval(), batch, base=oracle.focal)
-    for loss in (merged, evaluated):
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)
-    with adapted.disable_adapter():
-        without = _reference_loss(adapted, batch, base=oracle.focal)
-    torch.testing.assert_close(plain, without, rtol=1e-6, atol=0)
-    assert abs(expected - without) > 1e-3
 
 
 # Beside what training does
@@ -1361,3 +1328,141 @@ def test_without_transformers_the_import_says_what_to_install() -> None:
 def test_examples_in_docstrings_run() -> None:
     result = doctest.testmod(integration)
     assert result.attempted > 5 and not result.failed
+
+
+# LoRA on the output layer
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.5},
+    "bias": {"lora_bias": True},
+    "two": {"lora_dropout": 0.3},
+    "tied weights": {},
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`lora_bias=True` was passed", "ignore:Model has `tie_word_embeddings=True`", "ignore:Model with `tie_word"
+)
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+@pytest.mark.parametrize("kind", LORA)
+def test_lora_on_the_output_layer(kind: str, first: str, batch: dict[str, Tensor]) -> None:
+    model = (_gemma2() if kind == "dropout" else _llama(tie_word_embeddings=kind == "tied weights")).double()
+    before = _attributes(model)
+    chosen = {"loss": "focal_loss", "gamma": 1.5, "budget": 4 * VOCABULARY * 8 * 2}  # a few rows at a time
+    if first == "fuse":
+        fuse(model, **chosen)
+    adapted = _with_adapter(model, ("q_proj", "lm_head"), **LORA[kind])
+    if kind == "two":
+        adapted.add_adapter("more", adapted.peft_config["default"])
+        adapted.base_model.set_adapter(["default", "more"])
+    if kind == "tied weights":
+        model.get_input_embeddings().weight.requires_grad_(True)
+    if first == "peft":
+        fuse(model, **chosen)
+    assert "lora" in type(model.get_output_embeddings()).__module__
+    results = []
+    for fused in (True, False):
+        if not fused:
+            assert unfuse(model) is model
+            assert not any("forward" in module.__dict__ for module in adapted.modules())
+        adapted.train()
+        torch.manual_seed(6)
+        loss = adapted(**batch).loss if fused else _reference_loss(adapted, batch, base=oracle.focal, gamma=1.5)
+        results.append((loss, _gradients(loss, adapted)))
+        if not fused:
+            continue
+        same = []
+        if kind in ("plain", "two"):  # others PEFT cannot merge, or it changes the embedding with them
+            adapted.merge_adapter()
+            same.append(adapted(**batch).loss)
+            adapted.unmerge_adapter()
+        with adapted.disable_adapter():
+            plain = adapted(**batch).loss
+            assert isinstance(adapted(**batch).logits, integration.UnbuiltLogits)
+        same.append(adapted.eval()(**batch).loss)
+    (loss, gradients), (expected, references) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)
+    assert all(x.abs().max() > 0 for x in references)
+    _assert_close(gradients, references, 1e-6)
+    adapted.eval()
+    expected = _reference_loss(adapted, batch, base=oracle.focal, gamma=1.5)
+    for value in same:
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0, check_dtype=False)
+    with adapted.disable_adapter():
+        without = _reference_loss(adapted, batch, base=oracle.focal, gamma=1.5)
+    torch.testing.assert_close(plain, without, rtol=1e-6, atol=0, check_dtype=False)
+    assert abs(expected - without) > 1e-4
+    adapted.unload()
+    assert _attributes(model) == before
+
+
+class _Quantized(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.nn.functional.linear(input.clone(), self.weight)
+
+
+LORA_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "the adapter 'default', which is no plain LoRA but a DoraLinearVariant; merge"),
+    "quantized": ({}, "a test_integrations_transformers._Quantized as its base_layer, which has a forward of its"),
+}
+
+
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+@pytest.mark.parametrize("kind", LORA_REFUSED)
+def test_lora_that_is_more_than_products_is_refused(kind: str, first: str, batch: dict[str, Tensor]) -> None:
+    """In training: in evaluation there are logits."""
+    options, message = LORA_REFUSED[kind]
+    model = _llama().double()
+    if first == "fuse":
+        fuse(model, "focal_loss")
+    adapted = _with_adapter(model, ("q_proj", "lm_head"), **options)
+    if kind == "quantized":
+        model.lm_head.base_layer.__class__ = _Quantized
+    if first == "peft":
+        with pytest.raises(ValueError, match=f"cannot be fused: .*Linear has {message}"):
+            fuse(model, "focal_loss")
+        if kind == "quantized":
+            return
+        adapted.merge_adapter()
+        fuse(model, "focal_loss")
+        adapted.unmerge_adapter()
+    with pytest.raises(ValueError, match=f"Linear has {message}"):
+        adapted.train()(**batch)
+    evaluated = adapted.eval()(**batch).loss
+    unfuse(model)
+    torch.testing.assert_close(
+        evaluated, _reference_loss(adapted, batch, base=oracle.focal), rtol=1e-6, atol=0, check_dtype=False
+    )
+
+
+def test_an_adapter_for_each_sequence_is_refused(batch: dict[str, Tensor]) -> None:
+    adapted = _with_adapter(_llama(), ("lm_head",)).eval()
+    fuse(adapted.get_base_model(), eval_logits=False)
+    with pytest.raises(
+        ValueError, match="Linear has the arguments adapter_names; merge the adapter, or leave the layer"
+    ):
+        adapted(**batch, adapter_names=["default"] * BATCH)
+
+
+def test_a_quantized_output_layer_is_refused_by_name() -> None:
+    model = _llama()
+    model.lm_head.__class__ = _Quantized
+    with pytest.raises(
+        ValueError, match=r"cannot be fused: 'clone' of .* a test_integrations_transformers\._Quantized must"
+    ):
+        fuse(model)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("first", ["fuse", "peft"])
+def test_lora_on_the_output_layer_compiles(first: str, batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    model = _llama()
+    adapted = _with_adapter(fuse(model, "focal_loss") if first == "fuse" else model, ("lm_head",)).train()
+    if first == "peft":
+        fuse(model, "focal_loss")
+    expected = adapted(**batch).loss
+    loss = torch.compile(adapted, backend="aot_eager", fullgraph=True)(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    _assert_close(_gradients(loss, adapted), _gradients(expected, adapted), 1e-5)

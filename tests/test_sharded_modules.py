@@ -1,6 +1,7 @@
 """The linear modules behind DistributedDataParallel and fully_shard: real processes over gloo, against one process."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fusedloss as fl
@@ -249,6 +250,85 @@ def _a_layer_sharded_on_the_classes(rank: int, world: int) -> None:
         torch.testing.assert_close(loss.linear.weight.grad.full_tensor(), alone["loss"].linear.weight.grad)
 
 
+class _Adapted(nn.Module):
+    """A layer, and an output layer with LoRA to which the loss was tied before or after."""
+
+    def __init__(self, first: str, classes: int = CLASSES) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, classes)
+        loss = fl.nn.LinearFocalLoss.tied(self.head) if first == "tie" else None
+        import peft  # which takes seconds
+
+        config = peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False)
+        peft.get_peft_model(self, config)
+        self.loss = loss or fl.nn.LinearFocalLoss.tied(self.head)
+        self.requires_grad_(True).double()
+
+    def forward(self, hidden: Tensor, target: Tensor, **tensors: Any) -> Tensor:
+        return self.loss(self.body(hidden).tanh(), target, **tensors)
+
+
+def _adapted_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(sum(SIZES), FEATURES, generator=generator, dtype=torch.float64)
+    return hidden, torch.arange(sum(SIZES)) % CLASSES
+
+
+def _lora_of_a_sharded_layer(rank: int, world: int) -> None:
+    hidden, target = _adapted_batch()
+    own = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
+    for first in ("tie", "peft"):
+        alone = _Adapted(first)
+        alone(hidden, target).backward()
+        for parts in ((), ("head",), ("body", "head")):
+            model = _Adapted(first)
+            for part in parts:
+                fully_shard(model.get_submodule(part))
+            fully_shard(model)
+            n = fl.normalizer(target[own], group=dist.group.WORLD, averaged=True)
+            model(hidden[own], target[own], normalizer=n).backward()
+            _equals(model, alone)
+
+
+def _lora_of_a_layer_sharded_on_the_classes(rank: int, world: int) -> None:
+    """By a group of plain tensors, whose lora_A every rank has, and by DTensors."""
+    hidden, target = _adapted_batch()
+    alone = _Adapted("peft")
+    expected = alone(hidden, target)
+    expected.backward()
+    right = {name: p.grad for name, p in alone.named_parameters()}
+    on_classes = ("head.base_layer.weight", "head.base_layer.bias", "head.lora_B.default.weight")
+    mine = slice(0, 6) if rank == 0 else slice(6, CLASSES)
+    for split in (False, True):
+        model = _Adapted("peft", mine.stop - mine.start)
+        state = {name: p[mine] if name in on_classes else p for name, p in alone.state_dict().items()}
+        model.load_state_dict(state)
+        rows = slice(rank * 7, rank * 7 + 7) if split else slice(None)
+        model.loss.sequence_parallel, model.loss.budget = split, 4 * CLASSES * 8
+        got = model(hidden[rows], target, group=dist.group.WORLD)
+        torch.testing.assert_close(got, expected)
+        got.backward()
+        for name, p in model.named_parameters():
+            if split and name not in on_classes:
+                dist.all_reduce(p.grad)  # of the rows that this rank has
+            torch.testing.assert_close(p.grad, right[name][mine] if name in on_classes else right[name], msg=name)
+
+    mesh, model = init_device_mesh("cpu", (world,)), _Adapted("peft")
+    for name, p in list(model.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        placement = Shard(0) if name in on_classes else Replicate()
+        setattr(model.get_submodule(owner), own, nn.Parameter(distribute_tensor(p.detach(), mesh, [placement])))
+    got = model(distribute_tensor(hidden, mesh, [Replicate()]), target)
+    torch.testing.assert_close(got, expected)
+    got.backward()
+    _equals(model, alone)
+    up = model.head.lora_B["default"]
+    up.weight = nn.Parameter(distribute_tensor(up.weight.detach().full_tensor(), mesh, [Replicate()]))
+    with pytest.raises(ValueError, match="of an adapter, lora_B must be placed as linear_weight is"):
+        model(distribute_tensor(hidden, mesh, [Replicate()]), target)
+
+
 def _an_old_state_dict_of_a_tied_loss(rank: int, world: int) -> None:
     """It holds the sharded layer twice."""
     model, other = fully_shard(_Model("focal", True)), fully_shard(_Model("focal", True))
@@ -274,6 +354,8 @@ SCENES: list[ranks.Scene] = [
     _an_old_state_dict_of_a_tied_loss,
     _a_layer_that_is_a_unit_of_fsdp1_raises,
 ]
+if importlib.util.find_spec("peft") is not None:
+    SCENES += [_lora_of_a_sharded_layer, _lora_of_a_layer_sharded_on_the_classes]
 
 
 @pytest.mark.slow

@@ -23,14 +23,6 @@ from . import budgets
 #: Classes of a block of the weight's gradient in half precision: the product that is added to its sum stays small.
 WEIGHT_BLOCK = 4096
 
-#: The most columns of an adapter's matrix whose gradient a CPU's BLAS writes faster by columns: of 8, MKL does so in a
-#: fifth of the time.
-NARROW = 32
-
-#: Bytes of a chunk for each thread that stay in its cache during a product with such a matrix, which does little else
-#: than read and write the chunk.
-CACHED = 2**21
-
 #: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
 PRODUCT_BLOCK = 1024
 
@@ -307,19 +299,15 @@ class _Gradients:
             self._pending.append(sequence.sum_in_place(total, self._chunks.spec.form.group))
 
 
-def _is_narrow(x: Tensor) -> bool:
-    return x.shape[1] <= NARROW and x.device.type == "cpu" and x.element_size() >= 4
-
-
 def _by_columns(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return memory for the gradient of an adapter's matrix, column after column where that is faster."""
-    return new_buffer(x, shape[::-1], dtype).t() if _is_narrow(x) else new_buffer(x, shape, dtype)
+    return new_buffer(x, shape[::-1], dtype).t() if budgets.is_narrow(x) else new_buffer(x, shape, dtype)
 
 
 def _rows_in_cache(chunk: Tensor, factor: Tensor) -> Iterator[slice]:
     """Yield the rows of a chunk, all at once or, for a product with few columns, as many as stay in the cache."""
     rows, row = chunk.shape[0], max(1, chunk.shape[1] * chunk.element_size())
-    step = max(1, CACHED * torch.get_num_threads() // row) if _is_narrow(factor) else max(1, rows)
+    step = max(1, budgets.CACHED * torch.get_num_threads() // row) if budgets.is_narrow(factor) else max(1, rows)
     for begin in range(0, max(1, rows), step):
         yield slice(begin, begin + step)
 
