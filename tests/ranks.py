@@ -1,16 +1,25 @@
-"""Real processes over gloo, each of which runs the scenes of a test file one after the other."""
+"""Real processes over gloo, which all tests of a pytest worker share: a test sends one scene to as many as it needs."""
 
+import atexit
 import multiprocessing
 import os
 import sys
+import tempfile
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import interpreted
+import pytest
 import torch
 import torch.distributed as dist
+
+MOST = 4
+#: Seconds for a scene, in which the ranks may import what they have not imported before.
+LIMIT = 240
 
 #: What torch.compile says of its own code, as in pyproject.toml.
 COMPILER_WARNINGS = (
@@ -24,34 +33,96 @@ COMPILER_WARNINGS = (
 Scene = Callable[[int, int], None]
 
 
-def _rank(rank: int, world: int, store: str, scenes: Sequence[Scene]) -> None:
-    """A process of its own, in which a deprecated function is an error as everywhere in these tests."""
-    warnings.simplefilter("error")
-    for message in COMPILER_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+def each(scenes: Mapping[Scene, Sequence[int]]) -> pytest.MarkDecorator:
+    """Parametrise a test with `scene` and `world`, of scenes that each name their numbers of ranks."""
+    cases = [
+        pytest.param(scene, world, id=f"{scene.__name__.strip('_')}-{world}")
+        for scene, worlds in scenes.items()
+        for world in worlds
+    ]
+    return pytest.mark.parametrize(("scene", "world"), cases)
+
+
+def run(scene: Scene, world: int, limit: float = LIMIT) -> None:
+    """Run a scene on ranks; what one of them raises first is raised here. After a failure others take their place."""
+    pipes = _started()[:world]
+    with tempfile.TemporaryDirectory() as folder:
+        for pipe in pipes:
+            pipe.send((scene, world, os.path.join(folder, "store")))
+        waiting: list[Any] = list(pipes)
+        while waiting:
+            ready = wait(waiting, limit)
+            failure = None if ready else f"{scene.__name__} was stopped after {limit} s: ranks wait for each other"
+            for pipe in ready:
+                try:
+                    failure = failure or pipe.recv()
+                except EOFError:
+                    failure = f"rank {pipes.index(pipe)} of {world} died in {scene.__name__}"
+                waiting.remove(pipe)
+            if failure is not None:
+                _stop()
+                pytest.fail(failure, pytrace=False)
+
+
+_ranks: list[tuple[Any, Connection]] = []
+
+
+def _started() -> list[Connection]:
+    """Where processes can be forked, the ranks are copies of one that has nothing but the imports behind it."""
+    if not _ranks:
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        modules = ["torch.distributed.tensor", "torch.distributed.fsdp", "fusedloss"]
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            modules.append("triton.runtime.interpreter")
+        multiprocessing.set_forkserver_preload(modules)
+        context: Any = multiprocessing.get_context(method)
+        for rank in range(MOST):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there), daemon=True)
+            process.start()
+            there.close()
+            _ranks.append((process, here))
+    return [pipe for _, pipe in _ranks]
+
+
+@atexit.register
+def _stop() -> None:
+    for process, pipe in _ranks:
+        process.kill()
+        process.join()
+        pipe.close()
+    _ranks.clear()
+
+
+def _serve(rank: int, pipe: Connection) -> None:
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreted.prepare()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=2)
-    )
-    for scene in scenes:
+    environment = dict(os.environ)
+    while True:
+        try:
+            scene, world, store = pipe.recv()
+            _play(scene, rank, world, store)
+            answer = None
+        except EOFError:
+            return
+        except BaseException:  # of pytest's own, too
+            answer = f"rank {rank}: {traceback.format_exc()}"
+        pipe.send(answer)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _play(scene: Scene, rank: int, world: int, store: str) -> None:
+    """In a process group of its own; a deprecated function is an error as everywhere in these tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for message in COMPILER_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        torch.use_deterministic_algorithms(True)  # uninitialised memory holds NaN
+        timeout = timedelta(seconds=LIMIT)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
         scene(rank, world)
-    dist.destroy_process_group()
-
-
-def run(scenes: Sequence[Scene], world: int, tmp_path: Path) -> None:
-    """All the scenes in one start of the processes, which costs more than they do; a traceback names the scene.
-
-    Where processes can be forked, they are copies of one that has nothing but the imports behind it.
-    """
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    modules = ["torch.distributed.tensor", "torch.distributed.fsdp", "fusedloss"]
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        modules.append("triton.runtime.interpreter")
-    multiprocessing.set_forkserver_preload(modules)
-    arguments = (world, str(tmp_path / "store"), list(scenes))
-    torch.multiprocessing.start_processes(_rank, arguments, world, start_method=method)
+        dist.destroy_process_group()

@@ -35,30 +35,14 @@ BATCH, LENGTH = 2, 12
 BUDGET = 3 * VOCABULARY * 8
 
 DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
 SEQ2SEQ = {
-    "vocab_size": VOCABULARY,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "decoder_start_token_id": 0,
-    "eos_token_id": 1,
-    "forced_eos_token_id": 1,
-    "dropout": 0.0,
-}
+    "vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
+    "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1, "forced_eos_token_id": 1, "dropout": 0.0,
+}  # fmt: skip
 
 
 def _llama(kind: type[Any] | None = None, **options: Any) -> Any:
@@ -102,11 +86,11 @@ def _granite() -> Any:
     return transformers.GraniteForCausalLM(transformers.GraniteConfig(**DECODER, logits_scaling=0.25))
 
 
-def _bert() -> Any:
-    names = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+def _bert(tied: bool = True) -> Any:
+    names = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": tied}
     decoder = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**decoder, **names))
-    nn.init.normal_(model.cls.predictions.bias)
+    nn.init.normal_(model.cls.predictions.bias if tied else model.cls.predictions.decoder.bias)
     return model
 
 
@@ -172,56 +156,47 @@ def _assert_close(got: list[Tensor], expected: list[Tensor], tolerance: float) -
         assert (a - b).abs().max().item() <= tolerance * largest
 
 
-LOSSES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
-    "cross_entropy": ("cross_entropy", {}, {"base": oracle.cross_entropy}),
-    "smoothed": (fl.linear_cross_entropy, {"label_smoothing": 0.1}, {"base": oracle.cross_entropy}),
-    "focal": (fl.focal_loss, {"gamma": 1.5}, {"base": oracle.focal}),
-    "mixed": ("linear_mixed_cross_entropy", {"alpha": 0.3, "z_loss": 1e-3}, {"base": oracle.mixed_cross_entropy}),
-}
+#: By name or function, with arguments, and the formula.
+LOSSES: list[tuple[Any, dict[str, Any], Callable[..., Tensor]]] = [
+    ("cross_entropy", {}, oracle.cross_entropy),
+    (fl.linear_cross_entropy, {"label_smoothing": 0.1}, oracle.cross_entropy),
+    (fl.focal_loss, {"gamma": 1.5}, oracle.focal),
+    ("linear_mixed_cross_entropy", {"alpha": 0.3, "z_loss": 1e-3}, oracle.mixed_cross_entropy),
+]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@each_family
-def test_gradients_of_all_parameters_in_float64(make: Callable[[], Any], loss: str, batch: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        pytest.param(make, loss, id=name, marks=() if i % len(LOSSES) == j else pytest.mark.exhaustive)
+        for i, (name, make) in enumerate(FAMILIES.items())
+        for j, loss in enumerate(LOSSES)
+    ],
+)
+def test_training(make: Callable[[], Any], loss: tuple[Any, ...], batch: dict[str, Tensor]) -> None:
+    """Gradients of all parameters, in float64; num_items_in_batch, also where the model itself takes the mean."""
+    chosen, own, formula = loss
     model = make().double().train()
-    chosen, own, expected = LOSSES[loss]
-    reference = _reference(model, batch, **own, **expected)
+    reference = _reference(model, batch, formula, **own)
+    of_items = _reference(model, batch, formula, normalizer=77.0, **own)
     fuse(model, chosen, budget=BUDGET, **own)
     outputs = model(**batch)
     torch.testing.assert_close(outputs.loss, reference[0], rtol=1e-12, atol=0)
     _assert_close(_gradients(outputs.loss, model), reference[1], 1e-10)
+    for items in (77, torch.tensor(77)):
+        loss = model(**batch, num_items_in_batch=items).loss
+        torch.testing.assert_close(loss, of_items[0], rtol=1e-6, atol=0)  # 1 / 77 as float32
+    _assert_close(_gradients(loss, model), of_items[1], 1e-6)
 
-
-@each_family
-def test_gradients_in_float32_are_those_of_the_model_itself(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
-    model = make().train()
-    loss = model(**batch).loss
-    expected = _gradients(loss, model)
-    fused = fuse(model)(**batch).loss
-    torch.testing.assert_close(fused, loss, rtol=1e-6, atol=0)
-    _assert_close(_gradients(fused, model), expected, 1e-5)
-
-
-@pytest.mark.parametrize("kind", [int, torch.tensor])
-@each_family
-def test_num_items_in_batch_divides_the_sum(
-    make: Callable[[], Any], kind: Callable[[int], Any], batch: dict[str, Tensor]
-) -> None:
-    """Also where the model itself takes the mean, which a Trainer would add up."""
-    model = make().double().train()
-    expected = _reference(model, batch, base=oracle.cross_entropy, normalizer=77.0)
-    fuse(model)
-    loss = model(**batch, num_items_in_batch=kind(77)).loss
-    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)  # 1 / 77 as float32
-    _assert_close(_gradients(loss, model), expected[1], 1e-6)
-
-
-def test_shifted_labels_are_taken_as_they_are(batch: dict[str, Tensor]) -> None:
-    model = _llama().train()
-    shifted = torch.randint(VOCABULARY, batch["labels"].shape)
-    expected = model(**batch, shift_labels=shifted).loss
-    assert abs(expected.item() - model(**batch).loss.item()) > 1e-4
-    torch.testing.assert_close(fuse(model)(**batch, shift_labels=shifted).loss, expected)
+    logits = outputs.logits
+    assert logits.shape == (BATCH, LENGTH, VOCABULARY)
+    for name in ("argmax", "__getitem__", "softmax", "__add__", "__len__", "__eq__", "__bool__"):
+        with pytest.raises(AttributeError, match="never built"):
+            getattr(logits, name)(0) if name in ("__getitem__", "__eq__") else getattr(logits, name)()
+    with pytest.raises(AttributeError, match="never built"):
+        torch.stack([logits])
+    assert isinstance(model.forward(**batch).logits, integration.UnbuiltLogits)  # as some wrappers call it
+    assert sum(isinstance(x, integration.UnbuiltLogits) for x in model(**batch, return_dict=False)) == 1
 
 
 class Largest(TorchDispatchMode):
@@ -239,95 +214,108 @@ class Largest(TorchDispatchMode):
         return result
 
 
+def _attributes(model: Any) -> list[Any]:
+    return [
+        (name, type(module), sorted(module.__dict__), dict(module._forward_pre_hooks), dict(module._forward_hooks))
+        for name, module in model.named_modules()
+    ]
+
+
 @each_family
-def test_logits_are_never_built_in_training(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
+def test_no_logits_are_built_and_unfuse_restores_the_model(
+    make: Callable[[], Any], batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """In float32, the model's own loss and gradients; what is saved is the same to the last byte."""
     model = make().train()
     weight = max(parameter.numel() for parameter in model.parameters())
     with Largest() as unfused:
-        model(**batch).loss.backward()
-    tokens = BATCH * (LENGTH - 1)
-    assert unfused.elements >= tokens * VOCABULARY > weight
-    model.zero_grad()
-    fuse(model, "focal_loss", budget=2 * BUDGET)
+        loss = model(**batch).loss
+        expected = _gradients(loss, model)
+    assert unfused.elements >= BATCH * (LENGTH - 1) * VOCABULARY > weight
+    model.save_pretrained(tmp_path / "before")
+    before, keys = _attributes(model), list(model.state_dict())
+    assert fuse(model, budget=2 * BUDGET) is model
+    assert type(model) is before[0][1] and list(model.state_dict()) == keys
     with Largest() as fused:
-        model(**batch).loss.backward()
+        got = model(**batch).loss
+        gradients = _gradients(got, model)
     assert fused.elements <= max(weight, 2 * BUDGET // 4)
+    torch.testing.assert_close(got, loss, rtol=1e-6, atol=0)
+    _assert_close(gradients, expected, 1e-5)
+
+    model.save_pretrained(tmp_path / "fused")
+    names = sorted(path.name for path in (tmp_path / "before").iterdir())
+    assert {"config.json", "model.safetensors"} <= set(names)
+    assert sorted(path.name for path in (tmp_path / "fused").iterdir()) == names
+    assert filecmp.cmpfiles(tmp_path / "before", tmp_path / "fused", names, shallow=False)[0] == names
+    for _ in range(2):  # the second time there is nothing left to take back
+        assert unfuse(model) is model
+        assert _attributes(model) == before
+    assert torch.equal(model(**batch).loss, loss)
 
 
 @each_family
-def test_logits_of_training_say_that_they_are_not_there(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
-    model = fuse(make().train())
-    logits = model(**batch).logits
-    assert logits.shape == (BATCH, LENGTH, VOCABULARY)
-    for use in (
-        lambda: logits.argmax(-1),
-        lambda: logits[0],
-        lambda: torch.softmax(logits, -1),
-        lambda: logits + 1,
-        lambda: torch.stack([logits]),
-        lambda: len(logits),
-        lambda: logits == batch["labels"],
-        lambda: bool(logits),
-    ):
-        with pytest.raises((AttributeError, TypeError), match=r"never built|UnbuiltLogits"):
-            use()
-    assert isinstance(model.forward(**batch).logits, integration.UnbuiltLogits)  # as some wrappers call it
-    assert sum(isinstance(x, integration.UnbuiltLogits) for x in model(**batch, return_dict=False)) == 1
-
-
-@each_family
-def test_without_labels_nothing_changes(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
-    model = make().eval()
-    inputs = {"input_ids": batch["input_ids"]}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = batch["input_ids"]
+def test_evaluation_takes_the_row_form_and_generation_does_not_change(
+    make: Callable[[], Any], batch: dict[str, Tensor]
+) -> None:
+    model = make().double().eval()
+    expected, _ = _reference(model, batch, oracle.focal, gamma=1.5)
+    inputs = dict.fromkeys(
+        ["input_ids", "decoder_input_ids"][: 1 + model.config.is_encoder_decoder], batch["input_ids"]
+    )
 
     @torch.no_grad()
     def answers() -> list[Tensor]:
-        logits = model(**inputs).logits
+        logits = [model(**inputs).logits, model(**batch).logits]
         if not model.can_generate():
-            return [logits]
-        return [logits, model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)]
+            return logits
+        return [*logits, model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)]
 
-    expected = answers()
-    fuse(model, "focal_loss")
-    for got, want in zip(answers(), expected, strict=True):
-        assert type(got) is Tensor and torch.equal(got, want)
-
-
-@each_family
-def test_evaluation_builds_the_logits_and_takes_the_row_form(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
-    model = make().double().eval()
-    expected, _ = _reference(model, batch, base=oracle.focal, gamma=1.5)
-    with torch.no_grad():
-        logits = model(**batch).logits
+    before = answers()
     fuse(model, "focal_loss", gamma=1.5)
+    for got, want in zip(answers(), before, strict=True):
+        assert type(got) is Tensor and torch.equal(got, want)
     with torch.no_grad():
-        outputs = model(**batch)
-    assert type(outputs.logits) is Tensor and type(outputs.loss) is Tensor
-    assert torch.equal(outputs.logits, logits)
+        loss = model(**batch).loss
+    assert type(loss) is Tensor
     # models cast their logits to float32
-    torch.testing.assert_close(outputs.loss, expected.detach(), rtol=1e-6, atol=0, check_dtype=False)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0, check_dtype=False)
 
 
-def test_evaluation_without_logits_where_asked_for(batch: dict[str, Tensor]) -> None:
+def test_shifted_labels_are_taken_as_they_are(batch: dict[str, Tensor]) -> None:
+    """And those of the logits that are kept, in training and in evaluation."""
+    model = _llama().train()
+    shifted = torch.randint(VOCABULARY, batch["labels"].shape)
+    last = shifted[:, -4:].clone()
+    kept = {"input_ids": batch["input_ids"], "logits_to_keep": 4, "labels": last}
+    calls = ({**batch, "shift_labels": shifted}, {**kept, "shift_labels": last})
+    expected = [model(**inputs).loss for inputs in calls]
+    assert abs(expected[0].item() - model(**batch).loss.item()) > 1e-4
+    fuse(model)
+    for training in (True, False):
+        model.train(training)
+        for inputs, right in zip(calls, expected, strict=True):
+            torch.testing.assert_close(model(**inputs).loss, right)
+        with pytest.raises((ValueError, RuntimeError), match=r"rows|batch_size|shape"):
+            model(**kept | {"labels": batch["labels"]})
+
+
+def test_evaluation_without_logits_and_training_without_labels(batch: dict[str, Tensor]) -> None:
     model = fuse(_llama().eval(), eval_logits=False)
     with torch.no_grad():
         loss = model(**batch).loss
         assert isinstance(model(**batch).logits, integration.UnbuiltLogits)
-        torch.testing.assert_close(unfuse(model)(**batch).loss, loss)
-
-
-def test_training_without_labels_builds_logits_and_warns(batch: dict[str, Tensor]) -> None:
-    model = fuse(_llama().train())
     with pytest.warns(UserWarning, match="LlamaForCausalLM is fused, but in training without labels"):
-        logits = model(batch["input_ids"]).logits
+        logits = model.train()(batch["input_ids"]).logits
     assert logits.shape == (BATCH, LENGTH, VOCABULARY) and logits.requires_grad
+    ignored = model(batch["input_ids"], labels=torch.full_like(batch["labels"], -100)).loss
+    assert ignored.item() == 0 and not any(gradient.any() for gradient in _gradients(ignored, model))
+    torch.testing.assert_close(unfuse(model.eval())(**batch).loss, loss)
 
 
 def test_arguments_may_change_from_step_to_step(batch: dict[str, Tensor]) -> None:
     model = _llama().double().train()
-    references = [_reference(model, batch, base=oracle.mixed_cross_entropy, alpha=a)[0] for a in (0.1, 0.4)]
+    references = [_reference(model, batch, oracle.mixed_cross_entropy, alpha=a)[0] for a in (0.1, 0.4)]
     assert abs(references[0] - references[1]) > 1e-4
     now = torch.tensor(0.1, dtype=torch.float64)
     fuse(model, fl.linear_mixed_cross_entropy, alpha=lambda: now.item())
@@ -342,7 +330,7 @@ def test_arguments_may_change_from_step_to_step(batch: dict[str, Tensor]) -> Non
 
 def test_fusing_again_exchanges_the_loss(batch: dict[str, Tensor]) -> None:
     model = _llama().double().train()
-    expected = [_reference(model, batch, base=base)[0] for base in (oracle.cross_entropy, oracle.focal)]
+    expected = [_reference(model, batch, base)[0] for base in (oracle.cross_entropy, oracle.focal)]
     model = fuse(fuse(model), "focal_loss")
     torch.testing.assert_close(model(**batch).loss, expected[1])
     with pytest.raises(ValueError, match="gamma must be at least 0"):
@@ -353,62 +341,22 @@ def test_fusing_again_exchanges_the_loss(batch: dict[str, Tensor]) -> None:
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 
 
-def test_a_loss_of_ones_own(batch: dict[str, Tensor]) -> None:
-    def poly(s: fl.Statistics) -> Tensor:
-        return s.ce + s.q
-
+def test_a_loss_of_ones_own_with_tied_weights(batch: dict[str, Tensor]) -> None:
     def formula(z: Tensor, t: Tensor) -> Tensor:
         ce = oracle.cross_entropy(z, t)
         return ce + 1 - (-ce).exp()
 
     model = _gpt2().double().train()
-    expected = _reference(model, batch, base=formula)
-    loss = fuse(model, "flex_loss", loss_fn=poly)(**batch).loss
+    expected = _reference(model, batch, formula)
+    loss = fuse(model, "flex_loss", loss_fn=lambda s: s.ce + s.q)(**batch).loss
     torch.testing.assert_close(loss, expected[0], rtol=1e-12, atol=0)
     _assert_close(_gradients(loss, model), expected[1], 1e-10)
-
-
-def test_an_ignored_batch_is_0_with_gradients_of_0(batch: dict[str, Tensor]) -> None:
-    model = fuse(_llama().train())
-    loss = model(batch["input_ids"], labels=torch.full_like(batch["labels"], -100)).loss
-    assert loss.item() == 0
-    assert not any(gradient.any() for gradient in _gradients(loss, model))
-
-
-# What fuse leaves, and what unfuse takes back
-
-
-def _attributes(model: Any) -> list[Any]:
-    return [
-        (name, type(module), sorted(module.__dict__), dict(module._forward_pre_hooks), dict(module._forward_hooks))
-        for name, module in model.named_modules()
-    ]
-
-
-@each_family
-def test_unfuse_restores_the_model(make: Callable[[], Any], batch: dict[str, Tensor], tmp_path: Path) -> None:
-    model = make().train()
-    loss = model(**batch).loss
-    model.save_pretrained(tmp_path / "before")
-    before, keys = _attributes(model), list(model.state_dict())
-    assert fuse(model, "focal_loss") is model
-    assert type(model) is before[0][1] and list(model.state_dict()) == keys
-    model.save_pretrained(tmp_path / "fused")
-    names = sorted(path.name for path in (tmp_path / "before").iterdir())
-    assert {"config.json", "model.safetensors"} <= set(names)
-    assert sorted(path.name for path in (tmp_path / "fused").iterdir()) == names
-    assert filecmp.cmpfiles(tmp_path / "before", tmp_path / "fused", names, shallow=False)[0] == names
-    for _ in range(2):  # the second time there is nothing left to take back
-        assert unfuse(model) is model
-        assert _attributes(model) == before
-    assert torch.equal(model(**batch).loss, loss)
-
-
-def test_tied_weights_stay_tied(batch: dict[str, Tensor]) -> None:
-    model = fuse(_gpt2().train())
     assert model.lm_head.weight is model.transformer.wte.weight
     model(**batch).loss.backward()
     assert model.lm_head.weight.grad is model.transformer.wte.weight.grad
+
+
+# What fuse leaves, and what unfuse takes back
 
 
 class Noisy(transformers.LlamaForCausalLM):
@@ -451,25 +399,21 @@ def test_a_copy_is_a_fused_model_of_its_own(batch: dict[str, Tensor]) -> None:
     losses = model(**batch).loss, copied(**batch).loss
     assert abs(losses[0] - losses[1]) > 1e-3
     assert isinstance(copied(**batch).logits, integration.UnbuiltLogits)
-    expected, _ = _reference(unfuse(copied), batch, base=oracle.focal)
+    expected, _ = _reference(unfuse(copied), batch, oracle.focal)
     torch.testing.assert_close(losses[1], expected)
     assert "forward" not in copied.lm_head.__dict__ and "forward" in model.lm_head.__dict__
     assert torch.equal(model(**batch).loss, losses[0])
 
 
-def test_pickling_is_refused() -> None:
-    model = fuse(_llama())
+def test_pickling_and_data_parallel_are_refused(batch: dict[str, Tensor]) -> None:
+    model = fuse(_llama().train())
     with pytest.raises(TypeError, match="a fused model cannot be pickled"):
         pickle.dumps(model)
-    assert pickle.loads(pickle.dumps(unfuse(model))).lm_head
-
-
-def test_data_parallel_is_refused(batch: dict[str, Tensor]) -> None:
-    model = fuse(_llama().train())
     replica = model._replicate_for_data_parallel()
     replica._is_replica = True
     with pytest.raises(RuntimeError, match="DataParallel; use DistributedDataParallel"):
         replica(**batch)
+    assert pickle.loads(pickle.dumps(unfuse(model))).lm_head
 
 
 # What fuse refuses
@@ -544,77 +488,49 @@ def test_known_work_on_the_logits_goes_into_the_linear_form(change: str, batch: 
     _assert_close(_gradients(fused, model), expected, 1e-5)
 
 
-class Adapted(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + F.dropout(input, 0.1) @ self.weight.T
-
-
-def test_an_output_layer_of_another_kind_is_refused() -> None:
-    model = _llama()
-    model.lm_head = Adapted(16, VOCABULARY, bias=False)
-    with pytest.raises(ValueError, match="'dropout' of the output layer's input is not understood"):
-        fuse(model)
-
-
-class Bypass(transformers.LlamaForCausalLM):
-    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
-        logits = F.linear(self.model(input_ids).last_hidden_state, self.lm_head.weight)
-        return {"loss": self.loss_function(logits, labels, self.vocab_size), "logits": logits}
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
-def test_a_model_that_goes_past_its_output_layer_is_refused(loss: str) -> None:
-    with pytest.raises(ValueError, match="Bypass cannot be fused: Bypass computed its loss by itself"):
-        fuse(_llama(Bypass), loss)
-
-
 class Weighted(transformers.LlamaForCausalLM):
     options: ClassVar[dict[str, Any]] = {}
 
     def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
-        logits = self.lm_head(self.model(input_ids).last_hidden_state)
-        if self.options.get("transposed"):
+        hidden, own = self.model(input_ids).last_hidden_state, dict(self.options)
+        logits = F.linear(hidden, self.lm_head.weight) if own.pop("past", False) else self.lm_head(hidden)
+        if own.pop("transposed", False):
             return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-        loss = F.cross_entropy(logits.view(-1, self.vocab_size), labels.view(-1), **self.options)
+        loss = F.cross_entropy(logits.view(-1, self.vocab_size), labels.view(-1), **own)
         return {"loss": loss, "logits": logits}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
+def test_a_cross_entropy_of_another_kind_is_refused() -> None:
+    model = _llama(Weighted)
+    for options, message in (
         ({"weight": torch.ones(VOCABULARY)}, "cross_entropy with weight"),
         ({"label_smoothing": 0.1}, "smooths its labels by 0.1; pass label_smoothing to fuse"),
         ({"size_average": False}, "cross_entropy with size_average"),
         ({"transposed": True}, "3 dimensions instead of"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
-def test_a_cross_entropy_of_another_kind_is_refused(options: dict[str, Any], message: str) -> None:
-    model = _llama(Weighted)
-    model.options = options
-    with pytest.raises(ValueError, match=message):
-        fuse(model, "focal_loss")
+        ({"past": True}, "Weighted cannot be fused: Weighted computed its loss by itself"),
+    ):
+        model.options = options
+        for loss in ("focal_loss", "cross_entropy")[: 1 + ("past" in options)]:
+            with pytest.raises(ValueError, match=message):
+                fuse(model, loss)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
 def test_a_difference_is_named(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration._Logits, "__truediv__", lambda logits, divisor: logits)
-    model = _granite()
-    with pytest.raises(
-        ValueError, match=r"GraniteForCausalLM cannot be fused: the loss differs by [0-9.e-]+ from that"
-    ):
-        fuse(model, loss)
-    assert "forward" not in model.__dict__
-
-
-def test_a_difference_of_a_gradient_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def frozen(input: list[Tensor], weight: list[Tensor], target: Tensor, **options: Any) -> Any:
         return fl.linear_cross_entropy(input[0], weight[0].detach(), target, **options)
 
-    loss = integration._Loss(fl.cross_entropy, frozen, {})
-    monkeypatch.setattr(integration._Loss, "of", lambda *_: loss)
+    model = _granite()
+    with monkeypatch.context() as patch:
+        patch.setattr(integration._Logits, "__truediv__", lambda logits, divisor: logits)
+        with pytest.raises(ValueError, match=r"Granite.* cannot be fused: the loss differs by [0-9.e-]+ from that"):
+            fuse(model, loss)
+    assert "forward" not in model.__dict__
+    wrong = integration._Loss(fl.cross_entropy, frozen, {})
+    monkeypatch.setattr(integration._Loss, "of", lambda *_: wrong)
     with pytest.raises(ValueError, match=r"the gradient of output layer.weight differs by"):
-        fuse(_llama())
+        fuse(model)
 
 
 def test_a_model_that_cannot_be_fused_is_refused() -> None:
@@ -629,28 +545,20 @@ def test_a_model_that_cannot_be_fused_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' of LlamaForCausalLM is on the meta device"):
         fuse(empty)
 
-
-@pytest.mark.parametrize("name", ["", "lm_head"])
-def test_a_forward_of_others_is_left_alone(name: str) -> None:
-    model = _llama()
-    wrapped = model.get_submodule(name)
-    wrapped.forward = wrapped.forward
-    before = _attributes(model)
-    with pytest.raises(ValueError, match=f"the forward of {type(wrapped).__name__} is replaced already"):
-        fuse(model)
-    assert _attributes(model) == before
+    for name in ("", "lm_head"):
+        model = _llama()
+        wrapped = model.get_submodule(name)
+        wrapped.forward = wrapped.forward
+        before = _attributes(model)
+        with pytest.raises(ValueError, match=f"the forward of {type(wrapped).__name__} is replaced already"):
+            fuse(model)
+        assert _attributes(model) == before
 
 
-def test_more_tokens_embedded_than_predicted(batch: dict[str, Tensor]) -> None:
-    model = _llama().train()
-    model.set_input_embeddings(nn.Embedding(VOCABULARY + 3001, 16))
-    expected = model(**batch).loss
-    torch.testing.assert_close(fuse(model)(**batch).loss, expected)
-
-
-def test_a_model_with_all_parameters_frozen(batch: dict[str, Tensor]) -> None:
+def test_more_tokens_embedded_than_predicted_and_all_parameters_frozen(batch: dict[str, Tensor]) -> None:
     """As before an adapter is added; the probe compares the gradient of its hidden states."""
     model = _llama().train().requires_grad_(False)
+    model.set_input_embeddings(nn.Embedding(VOCABULARY + 3001, 16).requires_grad_(False))
     expected = model(**batch).loss
     torch.testing.assert_close(fuse(model)(**batch).loss, expected)
     model.model.layers.requires_grad_()
@@ -659,6 +567,11 @@ def test_a_model_with_all_parameters_frozen(batch: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal_loss"])
 def test_a_loss_that_needs_more_than_labels_asks_for_a_probe(loss: str, batch: dict[str, Tensor]) -> None:
+    other = _llama(type("Embedded", (transformers.LlamaForCausalLM,), {"main_input_name": "inputs_embeds"}))
+    with pytest.raises(ValueError, match="Embedded takes inputs_embeds; pass inputs with labels as probe"):
+        fuse(other)
+    embeds = other.get_input_embeddings()(batch["input_ids"]).detach()
+    assert fuse(other, probe={"inputs_embeds": embeds, "labels": batch["labels"]}) is other
     config = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
     model = transformers.BertForPreTraining(transformers.BertConfig(**config)).eval()
     message = "BertForPreTraining computes no loss from input_ids and labels alone.*probe="
@@ -710,28 +623,14 @@ def test_a_new_output_layer_is_followed(training: bool, batch: dict[str, Tensor]
     assert "forward" not in old.__dict__ and old(torch.zeros(1, 16)).shape == (1, VOCABULARY)
 
 
-def test_inputs_of_other_names_come_as_a_probe(batch: dict[str, Tensor]) -> None:
-    class Embedded(transformers.LlamaForCausalLM):
-        main_input_name = "inputs_embeds"
-
-    model = _llama(Embedded)
-    with pytest.raises(ValueError, match="Embedded takes inputs_embeds; pass inputs with labels as probe"):
-        fuse(model)
-    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
-    assert fuse(model, probe={"inputs_embeds": embeds, "labels": batch["labels"]}) is model
-
-
 # Hooks of the output layer
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("training", [True, False])
-def test_hooks_of_the_output_layer_receive_the_hidden_states(
-    training: bool, when: str, batch: dict[str, Tensor]
-) -> None:
-    model = _llama().train(training)
+def test_hooks_of_the_output_layer(training: bool, batch: dict[str, Tensor]) -> None:
+    """They receive the hidden states, registered before or after; what they change is in the loss."""
+    model = _llama().double().train(training)
     head, seen = model.lm_head, []
-    expected = model(**batch, output_hidden_states=True).hidden_states[-1]
 
     def register() -> None:
         head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
@@ -739,25 +638,16 @@ def test_hooks_of_the_output_layer_receive_the_hidden_states(
         head.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0] + 0))
         head.register_forward_hook(lambda _, inputs, kwargs, output: seen.append(inputs[0].clone()), with_kwargs=True)
 
-    if when == "before":
-        register()
-    fuse(model)
-    if when == "after":
-        register()
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3 - 1,))
+    head.register_forward_hook(lambda _, inputs, output: output * 0.5)
+    hidden = model(**batch, output_hidden_states=True).hidden_states[-1] * 3 - 1
+    expected, gradients = _reference(model, batch, oracle.focal)
+    register()
+    fuse(model, "focal_loss")
+    register()
     seen.clear()
-    model(**batch)
-    assert len(seen) == 4
-    for hidden in seen:
-        assert type(hidden) is Tensor and torch.equal(hidden, expected)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_what_hooks_of_the_output_layer_change_is_in_the_loss(training: bool, batch: dict[str, Tensor]) -> None:
-    model = _llama().double().train(training)
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 3 - 1,))
-    model.lm_head.register_forward_hook(lambda _, inputs, output: output * 0.5)
-    expected, gradients = _reference(model, batch, base=oracle.focal)
-    loss = fuse(model, "focal_loss")(**batch).loss
+    loss = model(**batch).loss
+    assert len(seen) == 8 and all(type(x) is Tensor and torch.equal(x, hidden) for x in seen)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)  # evaluation is in float32
     _assert_close(_gradients(loss, model), gradients, 1e-6)
 
@@ -815,7 +705,7 @@ def test_an_output_layer_that_peft_wraps(kind: str, first: str, training: bool, 
     loss = adapted(**batch).loss
     gradients = _gradients(loss, adapted)
     assert unfuse(adapted.get_base_model()) is model
-    expected, references = _reference(adapted, batch, base=oracle.focal, gamma=1.5)
+    expected, references = _reference(adapted, batch, oracle.focal, gamma=1.5)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0, check_dtype=False)  # evaluation is in float32
     _assert_close(gradients, references, 1e-6)
     assert not any("forward" in module.__dict__ for module in adapted.modules())
@@ -882,7 +772,7 @@ def test_autocast(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("make", [_llama, _gemma2])
+@pytest.mark.parametrize("make", [_llama, pytest.param(_gemma2, marks=pytest.mark.exhaustive)])
 def test_training_compiles_without_a_break(make: Callable[[], Any], batch: dict[str, Tensor]) -> None:
     torch._dynamo.reset()
     model = fuse(make().train(), "focal_loss", gamma=1.5)
@@ -929,27 +819,19 @@ def test_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> 
 # Sharded by FSDP2, on two ranks
 
 
-def _tied_llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER, tie_word_embeddings=True))
-
-
-def _untied_bert() -> Any:
-    decoder = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
-    names = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "tie_word_embeddings": False}
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**decoder, **names))
-    nn.init.normal_(model.cls.predictions.decoder.bias)
-    return model
-
-
 #: The model, the modules that are a unit below the model, and whether that is resharded after its forward.
 UNITS: dict[str, tuple[Callable[[], Any], list[str], bool]] = {
     "the head": (_llama, ["lm_head"], True),
     "the head and what is before it": (_llama, ["model.norm", "lm_head"], True),
     "kept until the backward": (_llama, ["model.norm", "lm_head"], False),
     "the model alone": (_llama, [], True),
-    "tied, with the embedding": (_tied_llama, ["model.embed_tokens", "model.norm", "lm_head"], True),
-    "tied, in the model": (_tied_llama, ["model.norm"], True),
-    "a bias, within a larger unit": (_untied_bert, ["cls"], True),
+    "tied, with the embedding": (
+        functools.partial(_llama, tie_word_embeddings=True),
+        ["model.embed_tokens", "model.norm", "lm_head"],
+        True,
+    ),
+    "tied, in the model": (functools.partial(_llama, tie_word_embeddings=True), ["model.norm"], True),
+    "a bias, within a larger unit": (functools.partial(_bert, False), ["cls"], True),
     "scaled": (_granite, ["lm_head"], True),
 }
 
@@ -1054,14 +936,13 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
         model(**batch)
 
 
-@pytest.mark.slow
-def test_ranks(tmp_path: Path) -> None:
-    scenes: list[ranks.Scene] = [
-        _sharded_models_train_as_in_one_process,
-        _in_mixed_precision,
-        _a_weight_that_others_have_freed_raises,
-    ]
-    ranks.run(scenes, 2, tmp_path)
+@ranks.each({
+    _sharded_models_train_as_in_one_process: (2,),
+    _in_mixed_precision: (2,),
+    _a_weight_that_others_have_freed_raises: (2,),
+})  # fmt: skip
+def test_scene(scene: ranks.Scene, world: int) -> None:
+    ranks.run(scene, world)
 
 
 # Trainer
@@ -1085,39 +966,19 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {**inputs, "decoder_input_ids": self.rows[-1 - index]} if self.decoder else inputs
 
 
-def _trainer(
-    model: Any,
-    folder: Path,
-    compute_loss_func: Any = None,
-    compute_metrics: Any = None,
-    kind: type[Any] = transformers.Trainer,
-    **arguments: Any,
-) -> Any:
+def _trainer(model: Any, folder: Path, *compute: Any, kind: type[Any] = transformers.Trainer, **arguments: Any) -> Any:
+    """Of `compute_loss_func` and `compute_metrics`."""
     settings: dict[str, Any] = {
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 0.1,
-        "optim": "sgd",
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "max_grad_norm": 0.0,
-        **arguments,
-    }
-    of_kind = transformers.TrainingArguments
-    if kind is transformers.Seq2SeqTrainer:
-        of_kind = transformers.Seq2SeqTrainingArguments
-    return kind(
-        model,
-        of_kind(str(folder), **settings),
-        train_dataset=Rows(12, model.config.is_encoder_decoder),
-        eval_dataset=Rows(4, model.config.is_encoder_decoder),
-        compute_loss_func=compute_loss_func,
-        compute_metrics=compute_metrics,
-    )
+        "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.1,
+        "optim": "sgd", "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "dataloader_pin_memory": False, "max_grad_norm": 0.0, **arguments,
+    }  # fmt: skip
+    seq2seq = kind is transformers.Seq2SeqTrainer
+    of_kind = transformers.Seq2SeqTrainingArguments if seq2seq else transformers.TrainingArguments
+    decoder = model.config.is_encoder_decoder
+    loss, metrics = (*compute, None, None)[:2]
+    data = {"train_dataset": Rows(12, decoder), "eval_dataset": Rows(4, decoder)}
+    return kind(model, of_kind(str(folder), **settings), compute_loss_func=loss, compute_metrics=metrics, **data)
 
 
 def _train(*args: Any, **kwargs: Any) -> Any:
@@ -1126,36 +987,45 @@ def _train(*args: Any, **kwargs: Any) -> Any:
     return trainer
 
 
-def _difference(model: Any, other: Any) -> float:
-    pairs = zip(model.parameters(), other.parameters(), strict=True)
-    return max((a - b).abs().max().item() for a, b in pairs)
-
-
-def test_a_trainer_with_accumulation_goes_the_unfused_way(tmp_path: Path) -> None:
-    models = [_llama() for _ in range(3)]
+def _alike(make: Callable[[], Any]) -> list[Any]:
+    models = [make() for _ in range(3)]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
-    trainers = [_train(models[0], tmp_path), _train(fuse(models[1]), tmp_path)]
-    moved = _difference(models[0], models[2])
-    assert moved > 1e-3 and _difference(models[0], models[1]) < 1e-5 * moved
+    return models
+
+
+def _assert_trained_alike(models: list[Any], tolerance: float = 1e-5) -> None:
+    """The first two, which have moved away from the third."""
+
+    def difference(model: Any, other: Any) -> float:
+        return max((a - b).abs().max().item() for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+    moved = difference(models[0], models[2])
+    assert moved > 1e-4 and difference(models[0], models[1]) <= tolerance * moved
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_a_trainer_with_accumulation_goes_the_unfused_way(smoothing: float, tmp_path: Path) -> None:
+    models = _alike(_llama)
+    own = {"label_smoothing": smoothing} if smoothing else {}
+    trainers = [_train(models[0], tmp_path, label_smoothing_factor=smoothing), _train(fuse(models[1], **own), tmp_path)]
+    _assert_trained_alike(models)
     losses = [trainer.evaluate()["eval_loss"] for trainer in trainers]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("make", [_llama, _t5, _marian])
 @pytest.mark.parametrize("how", ["fuse", "trainer_loss"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(make: Callable[[], Any], how: str, tmp_path: Path) -> None:
-    models = [make().double() for _ in range(3)]
-    for model in models[1:]:
-        model.load_state_dict(models[0].state_dict())
+    models = _alike(lambda: make().double())
     for model, parts in zip(models, (1, 4), strict=False):
         compute = trainer_loss(fl.focal_loss, shift=make is _llama, gamma=1.5) if how == "trainer_loss" else None
         if how == "fuse":
             fuse(model, "focal_loss", gamma=1.5)
         sizes = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts, "max_steps": 1}
         _train(model, tmp_path, compute, **sizes)
-    moved = _difference(models[0], models[2])
-    assert moved > 1e-4 and _difference(models[0], models[1]) < 1e-6 * moved
+    _assert_trained_alike(models, 1e-6)
 
 
 def test_a_trainer_in_bf16_and_back(tmp_path: Path, batch: dict[str, Tensor]) -> None:
@@ -1187,16 +1057,6 @@ def test_a_trainer_that_smooths_by_itself_is_refused(loss: str, tmp_path: Path) 
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_smoothing_by_fuse_is_that_of_the_trainer(tmp_path: Path) -> None:
-    models = [_llama() for _ in range(3)]
-    for model in models[1:]:
-        model.load_state_dict(models[0].state_dict())
-    _train(models[0], tmp_path, label_smoothing_factor=0.25)
-    _train(fuse(models[1], label_smoothing=0.25), tmp_path)
-    moved = _difference(models[0], models[2])
-    assert moved > 1e-3 and _difference(models[0], models[1]) < 1e-5 * moved
-
-
 class Copied(transformers.Trainer):
     """Written down anew, as many do."""
 
@@ -1207,46 +1067,36 @@ class Copied(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def test_a_compute_loss_of_ones_own_that_smooths_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"pass label_smoothing=0\.1 to fuse"):
-        _train(fuse(_llama()), tmp_path, kind=Copied, label_smoothing_factor=0.1)
-
-
 @pytest.mark.compile
-def test_a_compiled_model_knows_its_trainer_too(tmp_path: Path) -> None:
+def test_smoothing_that_does_not_arrive_is_refused(tmp_path: Path) -> None:
+    """By a compute_loss of one's own, by a compiled model, and by trainer_loss."""
     torch._dynamo.reset()
-    with pytest.raises(ValueError, match=r"pass label_smoothing=0\.1 to fuse"):
-        _train(
-            fuse(_llama()), tmp_path, label_smoothing_factor=0.1, torch_compile=True, torch_compile_backend="aot_eager"
-        )
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    for more in ({"kind": Copied}, compiled):
+        with pytest.raises(ValueError, match=r"pass label_smoothing=0\.1 to fuse"):
+            _train(fuse(_llama()), tmp_path, label_smoothing_factor=0.1, **more)
+    with pytest.raises(ValueError, match=r"factor=0\.1 does not reach .*label_smoothing=0\.1 to trainer"):
+        _train(_llama(), tmp_path, trainer_loss(fl.focal_loss, shift=True), label_smoothing_factor=0.1)
 
 
 def test_a_compute_loss_func_takes_the_logits_of_a_fused_model(tmp_path: Path) -> None:
     """The caller's loss is asked for by name, so that a warning does; label_smoothing_factor is not for it."""
-    models = [_llama() for _ in range(3)]
-    for model in models[1:]:
-        model.load_state_dict(models[0].state_dict())
+    models = _alike(_llama)
     compute = trainer_loss(fl.focal_loss, shift=True, label_smoothing=0.1)
     _train(models[0], tmp_path, compute)
     with pytest.warns(UserWarning, match="is fused, but in training without labels"):
         _train(fuse(models[1]), tmp_path, compute, label_smoothing_factor=0.1)
-    moved = _difference(models[0], models[2])
-    assert moved > 1e-3 and _difference(models[0], models[1]) == 0
-
-
-def test_a_smoothing_factor_that_trainer_loss_does_not_get_is_refused(tmp_path: Path) -> None:
-    compute = trainer_loss(fl.focal_loss, shift=True)
-    with pytest.raises(ValueError, match=r"factor=0\.1 does not reach .*label_smoothing=0\.1 to trainer"):
-        _train(_llama(), tmp_path, compute, label_smoothing_factor=0.1)
-
-
-def _count(prediction: Any) -> dict[str, float]:
-    return {"predictions": len(prediction.predictions)}
+    _assert_trained_alike(models, 0.0)
 
 
 def test_a_trainer_that_collects_logits_needs_them(tmp_path: Path) -> None:
+    """And one that generates does not."""
+
+    def _count(prediction: Any) -> dict[str, float]:
+        return {"predictions": len(prediction.predictions)}
+
     model = fuse(_llama(), eval_logits=False)
-    trainer = _trainer(model, tmp_path, compute_metrics=_count)
+    trainer = _trainer(model, tmp_path, None, _count)
     for collect in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
         with pytest.raises(ValueError, match=r"eval_logits=False, but the Trainer collects logits.*eval_logits=True"):
             collect()
@@ -1255,25 +1105,10 @@ def test_a_trainer_that_collects_logits_needs_them(tmp_path: Path) -> None:
     metrics = trainer.evaluate()
     assert metrics["eval_predictions"] == 4 and metrics["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
-
-def test_a_trainer_that_generates_needs_no_logits(tmp_path: Path) -> None:
     arguments = {"predict_with_generate": True, "generation_max_length": 6}
     model = fuse(_t5(), "focal_loss", eval_logits=False)
-    trainer = _trainer(model, tmp_path, kind=transformers.Seq2SeqTrainer, compute_metrics=_count, **arguments)
-    metrics = trainer.evaluate()
+    metrics = _trainer(model, tmp_path, None, _count, kind=transformers.Seq2SeqTrainer, **arguments).evaluate()
     assert metrics["eval_predictions"] == 4 and metrics["eval_loss"] > 0
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_logits_to_keep_are_those_of_the_loss(training: bool, batch: dict[str, Tensor]) -> None:
-    model = _llama().train(training)
-    kept = {"input_ids": batch["input_ids"], "logits_to_keep": 4}
-    shifted = batch["labels"][:, -4:].clone()
-    expected = model(**kept, labels=shifted, shift_labels=shifted).loss
-    fuse(model)
-    torch.testing.assert_close(model(**kept, labels=shifted, shift_labels=shifted).loss, expected)
-    with pytest.raises((ValueError, RuntimeError), match=r"rows|batch_size|shape"):
-        model(**kept, labels=batch["labels"])
 
 
 # The row forms as a Trainer's loss
@@ -1312,15 +1147,10 @@ def test_trainer_loss_refuses_what_it_cannot_do() -> None:
 # The module
 
 
-def test_the_package_does_not_import_transformers() -> None:
-    code = "import sys, fusedloss; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_without_transformers_the_import_says_what_to_install() -> None:
-    code = "import sys; sys.modules['transformers'] = None; import fusedloss.integrations.transformers"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
+def test_the_package_does_not_import_transformers_and_says_what_to_install() -> None:
+    code = "import sys, fusedloss; assert 'transformers' not in sys.modules; sys.modules['transformers'] = None\n"
+    command = [sys.executable, "-c", code + "import fusedloss.integrations.transformers"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert "ImportError: fusedloss.integrations.transformers needs transformers: pip install" in done.stderr
     assert "'fusedloss[transformers]'" in done.stderr
 

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from .. import transforms
 from ..checks import is_dtensor
+from . import collectives
 from .vocabulary import VocabularyShards
 
 _PLAIN = (Tensor, Parameter, type(None))
@@ -79,7 +80,7 @@ def local_projection(
             raise ValueError("of an adapter, lora_B must be placed as linear_weight is, and lora_A's output as input")
     by_rows = [placement.is_shard(0) for placement in placements]
     if shards is not None and any(by_rows):
-        if mesh.get_group(by_rows.index(True)).group_name != shards.name:
+        if collectives.name_of(mesh.get_group(by_rows.index(True))) != shards.name:
             raise ValueError("input is sharded over another dimension of the mesh than linear_weight")
         sequence_parallel = True
     if not all(p.is_replicate() or rows for p, rows in zip(placements, by_rows, strict=True)) or (
