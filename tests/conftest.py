@@ -81,22 +81,23 @@ def _poisoned_memory() -> Iterator[None]:
 SHARED = [name for name in backends.IMPLS if name != "cuda"]
 
 
-@pytest.fixture(params=SHARED)
-def impl(request: pytest.FixtureRequest) -> str:
-    """Each implementation that is ready on this machine."""
+def _ready(request: pytest.FixtureRequest) -> str:
     reason = backends.unavailable(request.param, torch.device("cpu"))
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture(params=SHARED)
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation that is ready on this machine."""
+    return _ready(request)
 
 
 @pytest.fixture(params=[name for name in SHARED if name != "reference"])
 def compiled_impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that is ready and has kernels of its own."""
-    reason = backends.unavailable(request.param, torch.device("cpu"))
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
+    return _ready(request)
 
 
 @pytest.fixture

@@ -119,13 +119,20 @@ def _layer_sharded_with_the_one_before(model: _Model) -> nn.Module:
     return fully_shard(model)
 
 
+def _loss_sharded_apart(model: _Model) -> Callable[..., Tensor]:
+    """Called after the model's forward, as where the loss is no part of it."""
+    body = fully_shard(nn.Sequential(model.embedding, model.body, nn.Tanh()))
+    fully_shard(model.criterion)
+    return lambda tokens, target, **tensors: model.criterion(body(tokens), target, **tensors)
+
+
 def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
-    ways: list[tuple[Callable[[_Model], nn.Module], bool]] = [
+    ways: list[tuple[Callable[[_Model], Any], bool]] = [
         (_ddp, False), (_ddp, True),
         (_whole_model_sharded, False), (_whole_model_sharded, True),
         (_each_part_sharded, False),
         (_layer_sharded, False), (_layer_sharded, True),
-        (_layer_sharded_with_the_one_before, False),
+        (_loss_sharded_apart, False), (_layer_sharded_with_the_one_before, False),
     ]  # fmt: skip
     tokens, target = _batch(rank)
     for kind in KINDS:
@@ -159,18 +166,6 @@ def _training_goes_on_as_in_one_process(rank: int, world: int) -> None:
         for p, right in zip(model.parameters(), alone.parameters(), strict=True):
             value = p.full_tensor() if isinstance(p, DTensor) else p
             torch.testing.assert_close(value, right, rtol=1e-9, atol=1e-10)
-
-
-def _a_loss_sharded_apart_from_the_model(rank: int, world: int) -> None:
-    """Called after the model's forward, as where the loss is no part of it."""
-    alone = _alone("focal", False)
-    model = _Model("focal", False)
-    body = fully_shard(nn.Sequential(model.embedding, model.body, nn.Tanh()))
-    fully_shard(model.criterion)
-    tokens, target = _batch(rank)
-    n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
-    model.criterion(body(tokens), target, normalizer=n).backward()
-    _equals(model, alone)
 
 
 def _in_mixed_precision(rank: int, world: int) -> None:
@@ -349,7 +344,6 @@ LORA = [_lora_of_a_sharded_layer, _lora_of_a_layer_sharded_on_the_classes] if im
 @ranks.each({
     _gradients_are_those_of_one_process: (2,),
     _training_goes_on_as_in_one_process: (2,),
-    _a_loss_sharded_apart_from_the_model: (2,),
     _in_mixed_precision: (2,),
     _gradients_accumulate: (2,),
     _logits_of_a_sharded_layer: (2,),

@@ -93,12 +93,10 @@ class Division:
             value, stats = value if isinstance(value, tuple) else (value, ())
             if group is None:
                 upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
-                if value.dim():
-                    value_here, mine = value[of_result], upstream[of_result]
-                else:
-                    value_here, mine = value, upstream
-            gradients = torch.autograd.grad(value, leaves, mine if group else upstream, allow_unused=True)
-            results.append((value if group else value_here, stats, gradients))
+            here = of_result if value.dim() and group is None else ...
+            gradients = torch.autograd.grad(value, leaves, upstream, allow_unused=True)
+            results.append((value[here], stats, gradients))
+            upstream = upstream[here]
         (expected, expected_stats, gradients), (got, stats, own) = results
 
         def close(x: Tensor, y: Tensor) -> None:
