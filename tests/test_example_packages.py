@@ -32,14 +32,6 @@ def test_a_file_and_a_folder_are_made_once_and_whole(packages, tmp_path):
         assert (packages.cached("two", folder) / "b" / "c").read_text() == "text"
     assert len(made) == 1 and not made[0].exists()
 
-    def broken(scratch):
-        (scratch / "half").write_text("te")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        packages.cached("three.txt", broken)
-    assert sorted(path.name for path in packages.cache_folder().iterdir()) == ["one.txt", "two"]
-
 
 def test_a_wheel_is_fetched_and_not_installed(packages, monkeypatch, tmp_path):
     shelf, folder = tmp_path / "shelf", tmp_path / "into"

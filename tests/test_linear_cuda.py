@@ -141,12 +141,17 @@ def test_the_backward_scales_in_one_launch(dtype: torch.dtype, counting: None) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @each_shape
-def test_peak_memory(shape: tuple[int, ...], dtype: torch.dtype, counting: None) -> None:
-    """Gradients and at most the 4 bytes an element of a float32 sum, and 256 MiB; of what footprint() tells."""
+def test_products_and_peak_memory(shape: tuple[int, ...], dtype: torch.dtype, counting: None) -> None:
+    """Three products a chunk. Gradients and at most the 4 bytes an element of a float32 sum, and 256 MiB; of what
+    footprint() tells."""
     rows, features, classes = shape[:3]
     gpu, gradients = step(rows, features, classes, dtype)
     told = footprint(rows, features, classes, dtype, device="cuda")
-    assert told.chunks == len(gpu.products) // 3
+    assert len(gpu.products) == 3 * told.chunks
+    if dtype in HALF:
+        assert told.chunks == shape[3 + HALF.index(dtype)]
+        assert sum(m * n * k for m, n, k in gpu.products) == 3 * rows * features * classes
+        assert max(size for product in gpu.products for size in product) == max(classes, features)  # no parts of them
     handed_over = sum(x.nbytes for x in gradients)
     wider = 4 * rows * features if dtype == torch.float16 else 0  # of the hidden states, until it is scaled
     assert gpu.peak <= handed_over + 4 * classes * features + 256 * MIB + wider

@@ -15,7 +15,7 @@ if backends.unavailable("cpu") is not None:
 if not hasattr(memory.mmap, "MAP_ANONYMOUS"):
     pytest.skip("this system has no anonymous memory maps: every gradient is torch's", allow_module_level=True)
 
-ROWS, CLASSES = 256, 8192  # 8 MB of float32
+ROWS, CLASSES = 128, 8192  # 4 MB of float32
 
 
 @pytest.fixture(autouse=True)
@@ -51,37 +51,26 @@ def test_the_memory_of_a_gradient_that_is_gone_is_taken_again() -> None:
     torch.testing.assert_close(again, expected(z, target))
 
 
-@pytest.mark.parametrize("hold", ["view", "numpy", "detached", "leaf"])
-def test_a_gradient_that_someone_holds_keeps_its_values(hold: str) -> None:
+def test_a_gradient_that_someone_holds_keeps_its_values() -> None:
     z, target = problem()
     other, other_target = problem(seed=1)
     truth = expected(z, target)
-    held = gradient(z, target)
-    if hold == "view":
-        held, truth = held[5:, ::3], truth[5:, ::3]
-    elif hold == "numpy":
-        held = held.numpy()
-    elif hold == "detached":
-        held = held.detach()
-    else:
-        fl.cross_entropy(z, target, impl="cpu").backward()
-        held = z.grad
+    fl.cross_entropy(z, target, impl="cpu").backward()
+    held = [gradient(z, target)[5:], gradient(z, target).numpy(), gradient(z, target).detach(), z.grad]
     gc.collect()
-    for _ in range(3):
-        torch.testing.assert_close(gradient(other, other_target), expected(other, other_target))
-    torch.testing.assert_close(torch.as_tensor(held), truth)
+    torch.testing.assert_close(gradient(other, other_target), expected(other, other_target))
+    torch.testing.assert_close(held[0], truth[5:])
+    for x in held[1:]:
+        torch.testing.assert_close(torch.as_tensor(x), truth)
 
 
-@pytest.mark.parametrize("limit", ["0", str(2**20)])
-def test_no_more_is_kept_than_allowed(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
+def test_no_more_is_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     z, target = problem()
-    torch.testing.assert_close(gradient(z, target), expected(z, target))
-    assert not memory._kept
-
-
-@pytest.mark.parametrize("limit", ["-1", "much", "1.5"])
-def test_a_bad_limit_raises(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
-    with pytest.raises(ValueError, match=f"FUSEDLOSS_KEEP_BYTES .* got '{limit}'"):
-        memory.empty((3, 5), torch.float32)
+    for limit in ("0", str(2**20)):
+        monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
+        torch.testing.assert_close(gradient(z, target), expected(z, target))
+        assert not memory._kept
+    for limit in ("-1", "much", "1.5"):
+        monkeypatch.setenv("FUSEDLOSS_KEEP_BYTES", limit)
+        with pytest.raises(ValueError, match=f"FUSEDLOSS_KEEP_BYTES .* got '{limit}'"):
+            memory.empty((3, 5), torch.float32)

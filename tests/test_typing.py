@@ -3,9 +3,7 @@
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from row_losses import shared_options
@@ -29,21 +27,16 @@ def test_a_users_file() -> None:
     assert text.count(": error: ") == len(re.findall(rf"^\S*{FILE.name}:\d+: error: ", text, re.M))
 
 
-FORMS = {f.__name__: f for loss in _registry.LOSSES.values() for f in (loss.row, loss.linear) if f is not None}
-
-
-@pytest.mark.parametrize("function", FORMS.values(), ids=FORMS)
-def test_options_are_those_that_are_taken(function: Callable[..., Any]) -> None:
-    assert shared_options(function) == _registry.options_of(function).keys()
-
-
 MODULES = {name: x for name, x in vars(fl.nn).items() if hasattr(x, "_function")}
 
 
-@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
-def test_options_of_modules_are_those_that_are_taken(module: Any) -> None:
-    layer = {"bias", "device", "dtype"} if module.__name__.startswith("Linear") else set()
-    assert shared_options(module) == module._defaults.keys() | layer
+def test_options_are_those_that_are_taken() -> None:
+    for loss in _registry.LOSSES.values():
+        for function in filter(None, (loss.row, loss.linear)):
+            assert shared_options(function) == _registry.options_of(function).keys(), function
+    for name, module in MODULES.items():
+        layer = {"bias", "device", "dtype"} if name.startswith("Linear") else set()
+        assert shared_options(module) == module._defaults.keys() | layer, name
 
 
 def test_help_shows_annotations_as_they_are_written() -> None:
