@@ -2,7 +2,7 @@
 
 import ast
 import ctypes
-import faulthandler
+import functools
 import mmap
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,14 @@ def gradient_of_a(z: Tensor, target: Tensor, a: Tensor | float) -> Tensor:
 def test_the_best_instruction_set_runs_by_default() -> None:
     names = _engine.instruction_sets()
     assert names[-1] == "generic"
-    before = _engine.instruction_set()
-    try:
-        for name in names:
-            _engine.use_instruction_set(name)
-            assert _engine.instruction_set() == name
-        _engine.use_instruction_set("")
-        assert _engine.instruction_set() == names[0]
-        with pytest.raises(ValueError, match="'sse9' is not available"):
-            _engine.use_instruction_set("sse9")
-        assert _engine.instruction_set() == names[0]
-    finally:
-        _engine.use_instruction_set(before)
+    _engine.use_instruction_set("")
+    assert _engine.instruction_set() == names[0]
+    with pytest.raises(ValueError, match="'sse9' is not available"):
+        _engine.use_instruction_set("sse9")
+    assert _engine.instruction_set() == names[0]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_inplace_loss
 def test_instruction_sets_agree(
@@ -130,10 +125,11 @@ def test_instruction_sets_agree(
 # Threads
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(1, 60_000), (3, 25_000), (129, 700), (5, 9000)], ids=str)
 @pytest.mark.parametrize("name", INPLACE)
-def test_bits_do_not_depend_on_threads(
+def test_bits_do_not_depend_on_threads_and_other_rows(
     name: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -151,21 +147,11 @@ def test_bits_do_not_depend_on_threads(
     for rows, slope in results[1:]:
         assert torch.equal(rows, results[0][0])
         assert torch.equal(slope, results[0][1])
+    alone = LOSSES[name](z[-1:], target[-1:], reduction="none", impl="cpu", z_loss=0.01)
+    assert torch.equal(alone, rows[-1:])
 
 
-@pytest.mark.parametrize("name", INPLACE)
-def test_bits_do_not_depend_on_the_other_rows(
-    name: str, generator: torch.Generator, threads: Callable[[int], None]
-) -> None:
-    threads(2)
-    z, target = problem(40, 20_000, generator)
-    loss = LOSSES[name]
-    rows = loss(z, target, reduction="none", impl="cpu")
-    for i in (0, 21, 39):
-        alone = loss(z[i : i + 1], target[i : i + 1], reduction="none", impl="cpu")
-        assert torch.equal(alone, rows[i : i + 1])
-
-
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 4, 8, 15, 16, 17, 50])
 @pytest.mark.parametrize("classes", [1, 2, 9, 64, 65])
@@ -200,46 +186,32 @@ def test_the_gil_is_released(
     """While a pass runs, other Python threads do: a data loader's, a progress bar's."""
     threads(1)
     z, target = problem(256, 60_000, generator, torch.float64)
-    engine_pass = getattr(_engine, pass_name)
-    span = []
+    engine_pass, span, ticks = getattr(_engine, pass_name), [], []
 
     def timed(*arguments: Any) -> None:
-        span.append(time.perf_counter())
+        span[:] = [time.perf_counter()]
         engine_pass(*arguments)
         span.append(time.perf_counter())
 
     monkeypatch.setattr(_engine, pass_name, timed)
     for _ in range(20):  # on a busy machine the other thread may have no turn for as long as the pass takes
-        span.clear()
         worker = threading.Thread(target=rows_and_gradient, args=(fl.cross_entropy, z, target), kwargs={"impl": "cpu"})
-        ticks = []
         worker.start()
         while worker.is_alive():
             time.sleep(0.0005)
             ticks.append(time.perf_counter())
-        worker.join()
-        begin, end = span
-        if sum(begin < tick < end for tick in ticks) > 1:
+        if sum(span[0] < tick < span[1] for tick in ticks) > 1:
             return
     pytest.fail(f"no other thread ran during the {pass_name}")
 
 
 def test_calls_from_several_threads_do_not_mix(generator: torch.Generator) -> None:
     problems = [problem(6, 9000, generator) for _ in range(4)]
-    expected = [rows_and_gradient(LOSSES["dsc_loss one_vs_rest"], *p, impl="cpu") for p in problems]
-    results: list[Any] = [None] * 4
-
-    def work(i: int) -> None:
-        for _ in range(5):
-            results[i] = rows_and_gradient(LOSSES["dsc_loss one_vs_rest"], *problems[i], impl="cpu")
-
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for got, want in zip(results, expected, strict=True):
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    run = functools.partial(rows_and_gradient, LOSSES["dsc_loss one_vs_rest"], impl="cpu")
+    expected = [run(*p) for p in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(lambda p: [run(*p) for _ in range(5)][-1], problems), expected, strict=True):
+            assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 # Forked processes
@@ -276,10 +248,7 @@ def test_a_forked_process_uses_threads_where_it_is_told_to(
     z, target = problem(*shape, generator, torch.float64)
     expected = statistics_of(z, target, below=True, mean=True)[0]
     in_a_child(_a_child_on_threads, z, target, expected)
-
-
-def test_threads_after_fork_are_checked() -> None:
-    for bad, error in ((True, TypeError), (2.0, TypeError), ("4", TypeError), (0, ValueError), (-1, ValueError)):
+    for bad, error in ((True, TypeError), ("4", TypeError), (0, ValueError), (-1, ValueError)):
         with pytest.raises(error, match=f"threads must be .*{bad!r}"):
             fl.set_threads_after_fork(bad)
     fl.set_threads_after_fork(3)  # in a process that was not forked it changes nothing
@@ -429,7 +398,7 @@ def test_exp_is_accurate_over_its_range(dtype: torch.dtype, instruction_set: str
     assert _exponential(torch.tensor([[torch.nan, -torch.nan]], dtype=dtype)).isnan().all()
 
 
-@pytest.mark.parametrize("a", [1.0, 0.7071, 0.70711, -3e-5, 2.0**-60, -(2.0**60)], ids=str)
+@pytest.mark.parametrize("a", [0.70711, -3e-5, -(2.0**60)], ids=str)
 def test_bfloat16_gradients_are_rounded_once(a: float, instruction_set: str) -> None:
     """a exp(z) where the exponential itself is rounded to bfloat16, and outside of the scales at which it is."""
     z = all_bit_patterns(torch.bfloat16)
@@ -509,20 +478,6 @@ def in_a_child(body: Callable[..., None], *arguments: Any) -> None:
 needs_guards = pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs mmap and fork")
 
 
-def _touch(address: int) -> None:
-    faulthandler.disable()  # the signal is what is asked for
-    ctypes.c_char.from_address(address).value  # noqa: B018
-
-
-@needs_guards
-def test_guards_do_guard() -> None:
-    data = guarded(torch.zeros(5), at_end=True)
-    for address in (data.data_ptr() + 20, data.data_ptr() + 20 - 2 * mmap.PAGESIZE):
-        with pytest.raises(AssertionError):
-            in_a_child(_touch, address)
-    in_a_child(_touch, data.data_ptr() + 19)
-
-
 def _run_between_guards(dtype: torch.dtype, classes: int, at_end: bool) -> None:
     torch.use_deterministic_algorithms(False)  # whose filling of memory runs on threads, which a child lacks
     generator = torch.Generator().manual_seed(1)
@@ -545,7 +500,7 @@ def _run_between_guards(dtype: torch.dtype, classes: int, at_end: bool) -> None:
 @pytest.mark.parametrize("at_end", [False, True])
 def test_nothing_outside_of_the_rows_is_touched(dtype: torch.dtype, at_end: bool, instruction_set: str) -> None:
     """Vectors that reach beyond the last column, in reads of logits and weights and in writes of gradients."""
-    for classes in (2, 17, 95, 2049, 8193):
+    for classes in (2, 17, 95, 8193):
         in_a_child(_run_between_guards, dtype, classes, at_end)
 
 
@@ -563,52 +518,26 @@ def _ignore_rows(ignore_index: int) -> None:
 
 
 @needs_guards
-@pytest.mark.parametrize("ignore_index", [-100, -2000, 5000, 2**40])
-def test_ignore_index_is_looked_at_before_it_is_an_index(ignore_index: int) -> None:
+def test_ignore_index_is_looked_at_before_it_is_an_index() -> None:
     """A read at z[-100], or beyond the row, or of the weight of class -100, for a row that counts for nothing."""
-    in_a_child(_ignore_rows, ignore_index)
+    for ignore_index in (-100, 5000, 2**40):
+        in_a_child(_ignore_rows, ignore_index)
 
 
 # What it is told
 
 
 def test_first_invalid() -> None:
-    def first_invalid(target: list[int], classes: int = 5, ignore_index: int = -100) -> int:
+    large, many = (2**32, 2**32 + 1, 2**63 - 1, -(2**63)), [1] * 5000
+    cases = [
+        ([], {}, -1), ([0, 4, -100, 2], {}, -1), ([0, 5, -1], {}, 1), ([0, 4, -1, 7], {}, 2), ([-100, -99], {}, 1),
+        ([3], {"ignored": 3}, -1), ([-100], {"ignored": 3}, 0), (many, {}, -1), ([*many, 5], {}, 5000),
+        *(([1, x], {}, 1) for x in large), *(([1, x], {"ignored": x}, -1) for x in large),
+    ]  # fmt: skip
+    for target, options, expected in cases:
         tensor = torch.tensor(target, dtype=torch.int64)
-        return _engine.first_invalid(tensor.data_ptr(), len(target), classes, ignore_index)
-
-    assert first_invalid([]) == -1
-    assert first_invalid([0, 4, -100, 2]) == -1
-    assert first_invalid([0, 5, -1]) == 1
-    assert first_invalid([0, 4, -1, 7]) == 2
-    assert first_invalid([-100, -99]) == 1
-    assert first_invalid([3], ignore_index=3) == -1
-    assert first_invalid([-100], ignore_index=3) == 0
-    for large in (2**32, 2**32 + 1, 2**63 - 1, -(2**63)):
-        assert first_invalid([1, large]) == 1
-        assert first_invalid([1, large], ignore_index=large) == -1
-    many = [1] * 5000
-    assert first_invalid(many) == -1
-    assert first_invalid([*many, 5]) == 5000
-
-
-def test_compiled_epilogues_are_those_of_the_losses() -> None:
-    rows, classes, sums = _engine.epilogues()
-    names = [*rows, *classes]
-    assert len(names) == len(set(names))
-    assert (rows["cross_entropy"], rows["focal"], classes["dsc_over_rows"], sums["dsc_over_rows"]) == (0, 1, 4, 3)
-    dsc = {"dsc_target", "dsc_one_vs_rest", "dsc_over_rows"}
-    assert {"cross_entropy", "focal", "mixed_cross_entropy", *dsc} <= set(names)
-    assert "focal" in backends.BACKENDS["cpu"].epilogues
-    assert "" not in backends.BACKENDS["cpu"].epilogues
-
-
-def test_huge_pages_are_advice() -> None:
-    """For memory of any size and alignment; it holds what it held."""
-    for size in (0, 1, 5000, 3_000_000):
-        data = torch.arange(size, dtype=torch.int32)
-        _engine.advise_huge_pages(data.data_ptr(), 4 * size)
-        assert torch.equal(data, torch.arange(size, dtype=torch.int32))
+        found = _engine.first_invalid(tensor.data_ptr(), len(target), 5, options.get("ignored", -100))
+        assert found == expected, (target[:9], options)
 
 
 def test_the_stub_names_what_is_there() -> None:
@@ -621,11 +550,11 @@ def test_the_stub_names_what_is_there() -> None:
 def test_blocks_of_very_different_height(dtype: torch.dtype, generator: torch.Generator, instruction_set: str) -> None:
     """Exponentials are taken relative to a logit seen early, which later ones may exceed by little or by far."""
     steps = torch.tensor([0.0, 5, 30, 31.5, 33, 60, 90, 300])
-    rise = steps[torch.randint(len(steps), (200, 20), generator=generator)].repeat_interleave(512, 1)
-    z = (torch.randn(200, 10_240, generator=generator) + rise).to(dtype)
-    z[:40, :300] = -torch.inf
-    z[20:60, 3000:9000] = -torch.inf
-    target = torch.randint(z.shape[1], (200,), generator=generator)
+    rise = steps[torch.randint(len(steps), (60, 20), generator=generator)].repeat_interleave(512, 1)
+    z = (torch.randn(60, 10_240, generator=generator) + rise).to(dtype)
+    z[:20, :300] = -torch.inf
+    z[10:30, 3000:9000] = -torch.inf
+    target = torch.randint(z.shape[1], (60,), generator=generator)
     stats = fl.cross_entropy(z, target, reduction="none", return_stats=True, impl="cpu")[1]
     exact = z.double().logsumexp(1)
     torch.testing.assert_close(stats.lse.double(), exact, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=0)
