@@ -62,14 +62,13 @@ def test_peaks_are_those_measured() -> None:
         assert 0.95 * told < measured < 1.1 * told, (dtype, form, told, measured)
 
 
-def test_the_default_budget_is_that_of_the_linear_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_budget_is_that_of_the_linear_forms_and_wrong_arguments_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("FUSEDLOSS_LINEAR_BUDGET", raising=False)
     assert footprint(4096, 512, 131072, torch.bfloat16).chunk == chunking.DEFAULT_BUDGET
     monkeypatch.setenv("FUSEDLOSS_LINEAR_BUDGET", str(2**20))
     assert footprint(4096, 512, 131072, torch.bfloat16).chunk_rows == 4
-
-
-def test_wrong_arguments() -> None:
     with pytest.raises(TypeError, match=r"features must be an int, got 2\.0"):
         footprint(8, 2.0, 50, torch.float32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"budget of 199 bytes is too small .* 200 bytes"):

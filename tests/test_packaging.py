@@ -21,29 +21,19 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-def test_bare_triton_kernels_fails_in_the_repository() -> None:
-    result = run_python("import triton_kernels", REPOSITORY)
-    assert result.returncode != 0
-    assert "ImportError" in result.stderr
-    assert "import fusedloss.triton_kernels" in result.stderr
-
-
-def test_bare_triton_kernels_is_never_ours_elsewhere(tmp_path: Path) -> None:
-    # It fails, unless another project's package of that name is installed.
-    result = run_python("import triton_kernels; print(triton_kernels.__file__)", tmp_path)
-    if result.returncode == 0:
-        found = Path(result.stdout.strip()).resolve()
-        assert not found.is_relative_to(REPOSITORY)
-        assert not found.is_relative_to(PACKAGE.resolve())
-    else:
-        assert re.search(r"^(ImportError|ModuleNotFoundError): ", result.stderr, re.M), result.stderr
-
-
-@pytest.mark.parametrize("in_repository", [True, False])
-def test_triton_kernels_ships_inside_the_package(in_repository: bool, tmp_path: Path) -> None:
-    code = "import sys, fusedloss.triton_kernels as k; print(k.__name__, 'triton_kernels' in sys.modules)"
-    result = run_python(code, REPOSITORY if in_repository else tmp_path)
-    assert result.stdout.split() == ["fusedloss.triton_kernels", "False"], result.stderr
+def test_triton_kernels_ships_inside_the_package(tmp_path: Path) -> None:
+    """Its bare name is refused, unless another project's package of that name is installed."""
+    code = "import sys, fusedloss.triton_kernels as k; print(k.__name__, 'triton_kernels' in sys.modules)\n"
+    bare = "try: import triton_kernels as k; print(k.__file__)\nexcept ImportError as error: print('refused:', error)"
+    for folder in (REPOSITORY, tmp_path):
+        result = run_python(code + bare, folder)
+        inside, outside = result.stdout.splitlines()[:2]
+        assert inside.split() == ["fusedloss.triton_kernels", "False"], result.stderr
+        if folder == REPOSITORY:
+            assert outside.startswith("refused: ") and "import fusedloss.triton_kernels" in outside
+        elif not outside.startswith("refused: "):
+            found = Path(outside).resolve()
+            assert not any(found.is_relative_to(path) for path in (REPOSITORY, PACKAGE.resolve()))
 
 
 def test_extension_links_no_torch() -> None:
@@ -56,12 +46,9 @@ def test_extension_links_no_torch() -> None:
     assert not [name for name in needed if re.match(r"lib(torch|c10|shm|python)", name)]
 
 
-@pytest.mark.parametrize("name", ["py.typed", "_engine.pyi", "_cuda.pyi", "triton_kernels/__init__.py"])
-def test_file_ships(name: str) -> None:
-    assert (PACKAGE / name).is_file()
-
-
-def test_version_is_the_one_of_the_sources() -> None:
+def test_files_and_version_are_those_of_the_sources() -> None:
+    for name in ("py.typed", "_engine.pyi", "_cuda.pyi", "triton_kernels/__init__.py"):
+        assert (PACKAGE / name).is_file()
     source = re.search(r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(encoding="utf8"), re.M)
     assert source is not None
     assert fusedloss.__version__ == importlib.metadata.version("fusedloss") == source[1]
