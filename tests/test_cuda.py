@@ -262,6 +262,17 @@ def test_the_lowest_number_is_a_logit():
     assert not found[1][1].any()
 
 
+def test_ties_go_to_the_lowest_class(monkeypatch):
+    """In a thread, a block and a cluster."""
+    z = torch.zeros(3, 4099)
+    for row, columns in enumerate(((5, 6), (40, 3000), (7, 2100))):
+        z[row, list(columns)] = 8.0
+    for parts in (1, 4):
+        monkeypatch.setattr(cuda, "plan", cut(parts))
+        stats = fl.cross_entropy(z, torch.tensor([11, 11, 11]), return_stats=True, reduction="none", impl="cuda")[1]
+        assert stats.argmax.tolist() == [5, 40, 7]
+
+
 def test_candidates_of_one_class_share_a_column(generator):
     """More of them than threads of a warp, most of them twice, some of them the target."""
     z, target = logits_and_targets(3, 300, generator, torch.float64)
