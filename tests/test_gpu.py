@@ -5,15 +5,10 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
-import test_cross_entropy
-import test_dsc
-import test_flex
-import test_focal
 import test_linear
-import test_mixed_cross_entropy
 import torch
 from row_losses import LOSSES, computed, each_inplace_loss, each_loss
-from row_suite import RowLossSuite, logits_and_targets
+from row_suite import RowLossSuite, logits_and_targets, modules_of_losses
 from torch import Tensor
 
 import fusedloss as fl
@@ -55,13 +50,7 @@ def _cases(*suites: type[RowLossSuite], certain: bool = False) -> list[Any]:
     return [replace(case, loss=on_gpu(case.loss)) for case in cases]
 
 
-ALL = (
-    test_cross_entropy.TestRowLoss,
-    test_focal.TestRowLoss,
-    test_mixed_cross_entropy.TestRowLoss,
-    test_dsc.TestRowLoss,
-    test_flex.TestRowLoss,
-)
+ALL = [module.TestRowLoss for module in modules_of_losses().values()]
 
 
 class TestRowLoss(RowLossSuite):
@@ -102,19 +91,11 @@ def test_inplace_backward_gives_the_same_bits(loss, problem):
 def test_the_stream_is_not_stalled(loss, impl, problem):
     z, target = problem
     loss(z, target, impl=impl).backward()  # compiles
+    hidden, weight = (torch.randn(n, 64, device="cuda", requires_grad=True) for n in (64, 5000))
+    fl.linear_focal_loss(hidden, weight, target, budget=2**20).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
         (loss(z, target, impl=impl) / 3).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_linear_forms_do_not_stall_the_stream(problem):
-    _, target = problem
-    hidden, weight = (torch.randn(n, 64, device="cuda", requires_grad=True) for n in (64, 5000))
-    fl.linear_focal_loss(hidden, weight, target, budget=2**20).backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
         fl.linear_focal_loss(hidden, weight, target, budget=2**20).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -98,37 +98,20 @@ def test_the_releases_are_those_that_are_said(everything, oldest):
     assert {row["triton"] for row in everything} == {next(iter(tritons.environments()))} != {tritons.OLDEST}
 
 
-def test_every_kernel_compiles(report):
-    assert [row for row in report["kernels"] if row["error"]] == []
-
-
-def test_no_register_is_spilled(report):
-    assert [row for row in report["kernels"] if row["spills"]] == []
-
-
-def test_the_table_is_of_these_kernels_and_none_spills(report):
-    """Of every configuration, of which the other tests compile a few: `make compile-report` writes it."""
+def test_every_kernel_compiles_and_none_spills(report):
+    """And the table is of these kernels, of every configuration, of which this compiles a few."""
+    assert [row for row in report["kernels"] if row["error"] or row["spills"]] == []
     assert report["faults"] == []
 
 
-def test_a_person_can_read_the_table():
-    assert len((ROOT / "bench/results/compile.md").read_text(encoding="utf-8").splitlines()) <= 60
-
-
 def test_main_loops_are_short(report):
-    rows = {(row["kernel"], row["loss"], row["dtype"]): row for row in report["kernels"] if row["target"] == "sm_90"}
-    counted = {key: tuple(rows[key][name] for name in ("per_logit", "barriers", "shuffles")) for key in BOUNDS}
-    above = {
-        key: found for key, found in counted.items() if any(x > y for x, y in zip(found, BOUNDS[key], strict=True))
-    }
-    assert above == {}
-
-
-def test_the_loops_of_dice_are_short(report):
-    kernels = ("statistics_pass", "class_terms_pass", "gradient_pass")
     rows = [row for row in report["kernels"] if (row["target"], row["classes"]) == ("sm_90", 32000)]
-    found = {row["kernel"]: row["per_logit"] for row in rows if row["loss"] == "dsc_one_vs_rest"}
-    assert sum(found[kernel] for kernel in kernels) <= DICE_BOUND
+    found = {(row["kernel"], row["loss"], row["dtype"]): row for row in rows}
+    counted = {key: tuple(found[key][name] for name in ("per_logit", "barriers", "shuffles")) for key in BOUNDS}
+    assert [key for key in BOUNDS if any(x > y for x, y in zip(counted[key], BOUNDS[key], strict=True))] == []
+    dice = {row["kernel"]: row["per_logit"] for row in rows if row["loss"] == "dsc_one_vs_rest"}
+    kernels = ("statistics_pass", "class_terms_pass", "gradient_pass")
+    assert sum(dice[kernel] for kernel in kernels) <= DICE_BOUND
 
 
 def test_logits_move_by_16_bytes(compiled):
@@ -175,49 +158,6 @@ assert len(found[0]) == 2 and all(x is y for x, y in zip(*found)), found
     assert done.returncode == 0, done.stderr
 
 
-class TestTheOldestRelease:
-    """Where it is not at hand, what is said of it."""
-
-    def test_it_is_the_one_that_make_installs(self):
-        assert f" triton=={tritons.OLDEST} " in (ROOT / "Makefile").read_text(encoding="utf-8")
-        assert f"{tritons.FOLDER.relative_to(ROOT)}/installed:" in (ROOT / "Makefile").read_text(encoding="utf-8")
-
-    @pytest.fixture
-    def folder(self, monkeypatch, tmp_path) -> Path:
-        monkeypatch.setattr(tritons, "FOLDER", tmp_path / "build/triton36")
-        monkeypatch.setattr(tritons.importlib.metadata, "version", lambda name: "3.9.0")
-        tritons.FOLDER.mkdir(parents=True)
-        return tritons.FOLDER
-
-    def test_not_fetched(self, folder):
-        assert tritons.unavailable() == (
-            "triton 3.6.0 is not in build/triton36; `make build/triton36/installed` puts it there"
-        )
-        assert list(tritons.environments()) == ["3.9.0"]
-
-    def test_not_to_be_had(self, folder):
-        folder.with_suffix(".log").write_text("WARNING: a\nERROR: No matching distribution found for triton==3.6.0\n")
-        assert tritons.unavailable() == (
-            "triton 3.6.0 is not in build/triton36; pip said: ERROR: No matching distribution found for triton==3.6.0"
-        )
-
-    def test_of_another_python(self, folder):
-        (folder / "triton-3.6.0.dist-info").mkdir()
-        (folder / "triton-3.6.0.dist-info/WHEEL").write_text("Tag: cp27-cp27-manylinux_2_28_x86_64\n")
-        assert "is of another Python than this cp3" in (tritons.unavailable() or "")
-
-    def test_is_the_installed_one(self, monkeypatch):
-        monkeypatch.setattr(tritons.importlib.metadata, "version", lambda name: "3.6.0")
-        assert tritons.unavailable() == "triton 3.6.0 is the installed one"
-        assert list(tritons.environments()) == ["3.6.0"]
-
-    def test_goes_before_the_installed_one(self, folder, monkeypatch):
-        python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-        (folder / "triton-3.6.0.dist-info").mkdir()
-        (folder / "triton-3.6.0.dist-info/WHEEL").write_text(f"Tag: {python}-{python}-manylinux_2_28_x86_64\n")
-        monkeypatch.setenv("PYTHONPATH", "elsewhere")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        found = tritons.environments()
-        assert found["3.6.0"]["PYTHONPATH"] == f"{folder}:elsewhere"
-        assert found["3.9.0"]["PYTHONPATH"] == "elsewhere"
-        assert "TRITON_INTERPRET" not in found["3.6.0"].keys() | found["3.9.0"].keys()
+def test_the_oldest_release_is_the_one_that_make_installs():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f" triton=={tritons.OLDEST} " in makefile and f"{tritons.FOLDER.relative_to(ROOT)}/installed:" in makefile
