@@ -33,7 +33,6 @@ from fusedloss.definition.projection import Form, Projection, dense_logits
 from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import operators as ops
 from fusedloss.engine.dispatch import row_loss
-from fusedloss.losses._registry import EXAMPLES
 from fusedloss.losses.supcon import LOG_SUM_EXP
 
 if backends.unavailable("triton", torch.device("cpu")) is not None:
