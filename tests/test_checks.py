@@ -48,10 +48,6 @@ def dsc(error, *words, loss=fl.dsc_loss, **values) -> Bad:
     return bad(None, error, *words, loss=loss, **values)
 
 
-def tversky(error, *words, **values) -> Bad:
-    return bad(None, error, *words, loss=fl.tversky_loss, **values)
-
-
 def flex(error, *words, loss_fn=lambda s: s.ce, **values) -> Bad:
     return bad(None, error, *words, loss=fl.flex_loss, loss_fn=loss_fn, **values)
 
@@ -179,10 +175,6 @@ CASES: dict[str, Bad] = {
     "detach_weight is a string": dsc(TypeError, "detach_weight", "'no'", detach_weight="no"),
     "DSC does not smooth labels": dsc(TypeError, "dsc_loss()", "'label_smoothing'", label_smoothing=0.1),
     "dice has no alpha": dsc(TypeError, "dice_loss()", "'alpha'", loss=fl.dice_loss, alpha=0.5),
-    "tversky's alpha without a beta": tversky(ValueError, "alpha must be between 0 and 1, got 1.5", alpha=1.5),
-    "tversky's alpha with a beta": tversky(ValueError, "alpha", "-0.5", alpha=-0.5, beta=0.5),
-    "tversky's beta": tversky(ValueError, "beta", "-0.5", beta=-0.5),
-    "tversky does not smooth labels": tversky(TypeError, "tversky_loss()", "'label_smoothing'", label_smoothing=0.1),
     # flex
     "loss_fn is not callable": flex(TypeError, "loss_fn", "'poly'", loss_fn="poly"),
     "unknown statistic": flex(ValueError, "statistics", "'third'", "'top'", statistics=("top", "third")),

@@ -120,7 +120,9 @@ def test_signatures_are_the_functions(name):
     layer = {"in_features", "num_classes", "bias", "device", "dtype"} if name in LINEAR else set()
     assert {*constructor, *forward} == {*of_function} - {"linear_weight", "linear_bias"} | layer
     assert {"token_weight", "normalizer", "group"} <= {*forward} and not {"token_weight", "group"} & {*constructor}
-    assert {*forward} & {*constructor} == {"normalizer", "return_stats"} | ({"alpha", "beta", "gamma"} & {*of_function})
+    parameters = inspect.signature(cls._function).parameters.items()
+    values = {name for name, parameter in parameters if str(parameter.annotation).startswith("float | Tensor")}
+    assert {*forward} & {*constructor} == {"normalizer", "return_stats"} | values
     own = inspect.signature(cls).parameters.keys() & of_function.keys()
     assert {k: constructor[k] for k in own} == {k: of_function[k] for k in own}
     assert "weight" in constructor and "weight" not in forward

@@ -89,3 +89,17 @@ def test_beta_of_each_row_above_the_rows(level, impl, generator):
     ours = with_gradient(lambda x: fl.tversky_loss(x, target, impl=impl, **own), z)
     truth = with_gradient(lambda x: oracle.level_loss(oracle.tversky_over_rows, x, target, **own), z)
     torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("own", "error", "words"),
+    [
+        ({"alpha": 1.5}, ValueError, "alpha must be between 0 and 1, got 1.5"),
+        ({"alpha": -0.5, "beta": 0.5}, ValueError, "alpha .*-0.5"),
+        ({"beta": -0.5}, ValueError, "beta .*-0.5"),
+        ({"label_smoothing": 0.1}, TypeError, r"tversky_loss\(\) .*'label_smoothing'"),
+    ],
+)
+def test_bad_argument(own, error, words):
+    with pytest.raises(error, match=words):
+        fl.tversky_loss(torch.zeros(4, 5), torch.arange(4), **own)

@@ -301,7 +301,8 @@ class _Gradients:
 
 def _by_columns(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return memory for the gradient of an adapter's matrix, column after column where that is faster."""
-    return new_buffer(x, shape[::-1], dtype).t() if budgets.is_narrow(x) else new_buffer(x, shape, dtype)
+    by_columns = budgets.is_narrow(x) and x.numel() > 0  # nothing has strides of rows, as the fakes say
+    return new_buffer(x, shape[::-1], dtype).t() if by_columns else new_buffer(x, shape, dtype)
 
 
 def _rows_in_cache(chunk: Tensor, factor: Tensor) -> Iterator[slice]:
