@@ -108,7 +108,8 @@ def _watch_holders() -> None:
 
 def _note_holder(module: nn.Module, _: str, layer: nn.Module | None) -> None:
     """Tell the losses that are tied to a layer which module has just taken it as a child."""
-    if layer is not None:
+    # A compiler would guard a model that registers a child on the losses that are tied to others, which come and go.
+    if layer is not None and not torch.compiler.is_compiling():
         for loss in _TIED.get(layer, ()):
             loss._holder = weakref.ref(module)
 

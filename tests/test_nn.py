@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import gc
 import inspect
 import io
 import pickle
@@ -17,7 +18,7 @@ import torch.nn.utils.prune
 from products import Products
 from row_losses import shared_options
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fusedloss as fl
@@ -635,6 +636,28 @@ def test_what_may_hold_a_tied_layer(batch):
         holder = hold(layer)
         assert loss._holder is not None and loss._holder() is holder
         assert loss(hidden, target) == expected
+
+
+@pytest.mark.compile
+def test_a_compiled_model_does_not_depend_on_the_tied_losses_of_others():
+    """One that registers a child in its forward, as fused models do: who is tied to what is not for it to know."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            self.child = layer
+            return self.child(x)
+
+    torch._dynamo.reset()
+    counter, layer, x = CompileCounter(), nn.Linear(2, 2), torch.ones(1, 2)
+    other = nn.Linear(FEATURES, CLASSES)
+    loss = fl.nn.LinearFocalLoss.tied(other)
+    compiled = torch.compile(Model(), backend=counter, fullgraph=True)
+    compiled(x), compiled(x)
+    before = counter.frame_count
+    del loss, other
+    gc.collect()
+    compiled(x)
+    assert counter.frame_count == before
 
 
 @pytest.mark.compile
