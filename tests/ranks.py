@@ -125,4 +125,6 @@ def _play(scene: Scene, rank: int, world: int, store: str) -> None:
         timeout = timedelta(seconds=LIMIT)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
         scene(rank, world)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()  # a rank that is still connecting a group needs the others, which may not have used it
+            dist.destroy_process_group()
