@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -36,8 +37,7 @@ T* at(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// A job, or a launch of one, whose members are given in their order. The caller has seen to the number of the
-// parameters.
+// A job, or a launch of one, whose members are given in their order.
 template <typename J>
 pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
     return pybind11::class_<J>(module, name)
@@ -78,6 +78,7 @@ pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
                                       at<double>(sums),
                                       at<void>(top_q),
                                       threads};
+            if (params.size() > kMaxParams) throw std::invalid_argument("an epilogue takes at most 4 parameters");
             for (size_t k = 0; k < params.size(); ++k) {
                 job.param[k] = at<void>(params[k].first);
                 job.param_stride[k] = params[k].second;

@@ -11,37 +11,7 @@ class Launch:
     parts: int
     slots: int
     threads: int
-    def __init__(
-        self,
-        dtype: int,
-        logits: int,
-        rows: int,
-        classes: int,
-        row_stride: int,
-        target: int,
-        candidates: int,
-        candidate_count: int,
-        top_k: int,
-        below: bool,
-        mean: bool,
-        class_weight: int,
-        weight_sum: int,
-        epilogue: int,
-        class_term: bool,
-        params: list[tuple[int, int]],
-        common: int,
-        loss: int,
-        statistics: int,
-        index: int,
-        coefficients: int,
-        grad: int,
-        grad_row_stride: int,
-        upstream: int,
-        upstream_stride: int,
-        sums: int,
-        top_q: int,
-        threads: int,
-    ) -> None: ...
+    def __init__(self, *members: object) -> None: ...
     def set_top_rest(self, top_rest: int) -> None: ...
     def set_stream(self, stream: int) -> None: ...
 

@@ -1,35 +1,5 @@
 class Job:
-    def __init__(
-        self,
-        dtype: int,
-        logits: int,
-        rows: int,
-        classes: int,
-        row_stride: int,
-        target: int,
-        candidates: int,
-        candidate_count: int,
-        top_k: int,
-        below: bool,
-        mean: bool,
-        class_weight: int,
-        weight_sum: int,
-        epilogue: int,
-        class_term: bool,
-        params: list[tuple[int, int]],
-        common: int,
-        loss: int,
-        statistics: int,
-        index: int,
-        coefficients: int,
-        grad: int,
-        grad_row_stride: int,
-        upstream: int,
-        upstream_stride: int,
-        sums: int,
-        top_q: int,
-        threads: int,
-    ) -> None: ...
+    def __init__(self, *members: object) -> None: ...
 
 def forward(job: Job) -> None: ...
 def backward(job: Job) -> None: ...

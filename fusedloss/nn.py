@@ -411,12 +411,16 @@ class _LinearLoss(_Loss):
 
     def _output_layer(self) -> Any:
         """Return the layer, or the LoRA that has taken its place since the loss was tied to it."""
-        holder: Any = None if self._holder is None else self._holder()
+        holder = self._held_by()
         return holder if is_lora(holder) and holder.base_layer is self.linear else self.linear
+
+    def _held_by(self) -> Any:
+        """Return the module that took the tied layer as a child last, or None."""
+        return None if self._holder is None else self._holder()
 
     def _layer(self) -> Any:
         """Return the output layer, whose products and bias must be all that makes its logits."""
-        layer, holder = self._output_layer(), None if self._holder is None else self._holder()
+        layer, holder = self._output_layer(), self._held_by()
         self._check_layer(layer)
         if layer is not holder and _poses_as_layer(holder):
             self._refuse(f"its layer is now inside a {described(holder)}, which has taken the layer's place")

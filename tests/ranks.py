@@ -33,14 +33,19 @@ COMPILER_WARNINGS = (
 Scene = Callable[[int, int], None]
 
 
-def each(scenes: Mapping[Scene, Sequence[int]]) -> pytest.MarkDecorator:
-    """Parametrise a test with `scene` and `world`, of scenes that each name their numbers of ranks."""
+def tests_of(scenes: Mapping[Scene, Sequence[int]]) -> Callable[[Scene, int], None]:
+    """Return the test of some scenes, each with its numbers of ranks, for a module to name `test_scene`."""
     cases = [
         pytest.param(scene, world, id=f"{scene.__name__.strip('_')}-{world}")
         for scene, worlds in scenes.items()
         for world in worlds
     ]
-    return pytest.mark.parametrize(("scene", "world"), cases)
+
+    @pytest.mark.parametrize(("scene", "world"), cases)
+    def test_scene(scene: Scene, world: int) -> None:
+        run(scene, world)
+
+    return test_scene
 
 
 def run(scene: Scene, world: int, limit: float = LIMIT) -> None:

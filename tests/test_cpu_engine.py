@@ -24,8 +24,9 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
+from fusedloss.backends.native import native
 from fusedloss.checks import compute_dtype
-from fusedloss.definition.rows import Rows, Spec
+from fusedloss.definition.rows import Job, Rows, Spec
 from fusedloss.definition.statistics import COEFFICIENTS, MAX, STATISTICS, SUM_EXP, TARGET_GRADIENT, TARGET_LOGIT, A
 from fusedloss.engine import operators
 
@@ -538,6 +539,12 @@ def test_first_invalid() -> None:
         tensor = torch.tensor(target, dtype=torch.int64)
         found = _engine.first_invalid(tensor.data_ptr(), len(target), 5, options.get("ignored", -100))
         assert found == expected, (target[:9], options)
+
+
+def test_more_parameters_than_there_is_room_for_are_refused() -> None:
+    rows = Rows.of(torch.zeros(1, 3), torch.tensor([0]), params=[torch.zeros(())] * 5)
+    with pytest.raises(ValueError, match="at most 4 parameters"):
+        native(_engine.Job, Job.new(rows, Spec("cpu")), (0, False))
 
 
 def test_the_stub_names_what_is_there() -> None:

@@ -936,13 +936,11 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
         model(**batch)
 
 
-@ranks.each({
+test_scene = ranks.tests_of({
     _sharded_models_train_as_in_one_process: (2,),
     _in_mixed_precision: (2,),
     _a_weight_that_others_have_freed_raises: (2,),
 })  # fmt: skip
-def test_scene(scene: ranks.Scene, world: int) -> None:
-    ranks.run(scene, world)
 
 
 # Trainer

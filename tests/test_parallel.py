@@ -272,7 +272,7 @@ def _similarities_are_not_stored(rank: int, world: int) -> None:
     assert peak is None or peak < 48 * 2**20
 
 
-@ranks.each({
+test_scene = ranks.tests_of({
     _equals_one_process: (2, 3),
     _every_dtype: (2,),
     _under_ddp: (3,),
@@ -284,8 +284,6 @@ def _similarities_are_not_stored(rank: int, world: int) -> None:
     _disagreements_raise_on_every_rank: (3,),
     _similarities_are_not_stored: (2,),
 })  # fmt: skip
-def test_scene(scene: ranks.Scene, world: int) -> None:
-    ranks.run(scene, world)
 
 
 def test_a_group_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

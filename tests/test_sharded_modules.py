@@ -341,7 +341,7 @@ def _an_old_state_dict_of_a_tied_loss(rank: int, world: int) -> None:
 LORA = [_lora_of_a_sharded_layer, _lora_of_a_layer_sharded_on_the_classes] if importlib.util.find_spec("peft") else []
 
 
-@ranks.each({
+test_scene = ranks.tests_of({
     _gradients_are_those_of_one_process: (2,),
     _training_goes_on_as_in_one_process: (2,),
     _in_mixed_precision: (2,),
@@ -352,5 +352,3 @@ LORA = [_lora_of_a_sharded_layer, _lora_of_a_layer_sharded_on_the_classes] if im
     _a_layer_that_is_a_unit_of_fsdp1_raises: (2,),
     **dict.fromkeys(LORA, (2,)),
 })  # fmt: skip
-def test_scene(scene: ranks.Scene, world: int) -> None:
-    ranks.run(scene, world)

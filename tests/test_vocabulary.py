@@ -501,7 +501,7 @@ def _shards_that_outlive_their_group(rank: int, world: int) -> None:
     assert_close(fl.cross_entropy(z, target, group=again[0]), expected)
 
 
-@ranks.each({
+test_scene = ranks.tests_of({
     _row_form: (1, 3, 4),
     _levels: (1, 3, 4),
     _linear_form: (1, 3, 4),
@@ -518,5 +518,3 @@ def _shards_that_outlive_their_group(rank: int, world: int) -> None:
     _distributed_tensors: (2, 4),
     _shards_that_outlive_their_group: (1,),
 })  # fmt: skip
-def test_scene(scene: ranks.Scene, world: int) -> None:
-    ranks.run(scene, world)

@@ -1,9 +1,7 @@
 // The passes of the CPU engine, compiled once for each instruction set (FUSEDLOSS_ISA names the namespace).
 //
-//   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without
-//   the
-//              target's term), then runs the loss's epilogue on them. A class term reads the row a second
-//              time.
+//   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without the
+//              target's term), then runs the loss's epilogue on them. A class term reads the row a second time.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
 //   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
 //   term_sums  reads the logits once more for the sums over the classes, row by row, of a class term.
@@ -118,8 +116,7 @@ FUSEDLOSS_INLINE V negative_term(V p, const PowerSeries<T>& series, const T* par
     return Term::small_negative(p, weight, weight / q, params, g);
 }
 
-// Sums of a class term over columns that are neither the target nor the top class, whose terms are singled
-// job_.
+// Sums of a class term over columns that are neither the target nor the top class, whose terms are singled out.
 struct ClassPartial {
     double rest = 0;   // sum of exp(z - max) over all but the top class
     double loss = 0;   // sum of w f(p)

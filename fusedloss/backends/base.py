@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,17 +22,17 @@ class Epilogues:
     classes: Mapping[str, int]
     sums: Mapping[str, int]
     """Those over the classes whose sums over the rows are a loss's; there they lack the last of their parameters."""
-    numbers: dict[str, tuple[int, bool]] = field(init=False)
-    """The place of each among those of its kind, and whether it is over the classes; -1 of none, ""."""
-    numbers_in_sums: dict[str, tuple[int, bool]] = field(init=False)
-    """Inside of a sum over the rows."""
 
-    def __post_init__(self) -> None:
-        numbers = {"": (-1, False)}
-        for kind in (self.rows, self.classes):
-            numbers.update({name: (i, kind is self.classes) for i, name in enumerate(kind)})
-        object.__setattr__(self, "numbers", numbers)
-        object.__setattr__(self, "numbers_in_sums", {name: (i, True) for i, name in enumerate(self.sums)})
+    @cached_property
+    def numbers(self) -> dict[str, tuple[int, bool]]:
+        """The place of each among those of its kind, and whether it is over the classes; -1 of none, ""."""
+        rows = {name: (i, False) for i, name in enumerate(self.rows)}
+        return {"": (-1, False), **rows, **{name: (i, True) for i, name in enumerate(self.classes)}}
+
+    @cached_property
+    def numbers_in_sums(self) -> dict[str, tuple[int, bool]]:
+        """Inside of a sum over the rows."""
+        return {name: (i, True) for i, name in enumerate(self.sums)}
 
     @staticmethod
     def of(extension: Any) -> Epilogues:

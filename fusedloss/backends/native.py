@@ -37,7 +37,8 @@ def native(
     params = []
     for p in rows.params if number >= 0 else ():
         params.append((p.data_ptr(), p.stride(0) if p.dim() else 0))
-    # Conditions and not calls: a small batch is over in less time than they would take.
+    # In the order of bind_job in csrc/bindings.h. Conditions and not calls: a small batch is over in less time than
+    # they would take.
     return kind(
         DTYPES[logits.dtype],
         logits.data_ptr(),
