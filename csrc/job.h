@@ -11,26 +11,33 @@ namespace fusedloss {
 
 constexpr int64_t kIgnored = -100;  // the target of a row that counts for nothing, and is not looked at
 
-// What every loss has: the factors of its own term, of the smoothing term sum_j w_j (-log p_j) and of lse^2.
-enum Common { kMain, kSmooth, kZLoss, kCommon };
+// What every loss has: the factors of its own term, of the smoothing term sum_j w_j (-log p_j) and of lse^2, and that
+// of the logits, by which they are multiplied where they are read.
+enum Common { kMain, kSmooth, kZLoss, kLogits, kCommon };
 
 // One of them, of an array or of null.
 template <typename T>
 FUSEDLOSS_HD T common_at(const void* common, int k) {
-    return common ? static_cast<const T*>(common)[k] : T(k == kMain ? 1 : 0);
+    return common ? static_cast<const T*>(common)[k] : T(k == kMain || k == kLogits ? 1 : 0);
 }
 
 enum class DType { float64 = 0, float32 = 1, bfloat16 = 2, float16 = 3 };
 
 // Statistics: T [kStatistics + picks, rows]. After the named ones come the picks' logits, in the order top, second,
-// below, candidates; `index` is int64 [picks, rows], -1 where there is no such class.
+// below, candidates; `index` is int64 [picks, rows], -1 where there is no such class. Then come the moments, if asked
+// for.
 enum Statistic { kMax, kSumExp, kQ, kCe, kTargetLogit, kMeanCe, kStatistics };
 
-// Coefficients: T [kCoefficients + picks, rows].
+// The entropy -sum_j p_j log p_j, the excess sum_j p_j (z_j - max) and the power sum_j p_j^2.
+enum Moment { kEntropy, kExcess, kPower, kMoments };
+
+// Coefficients: T [kCoefficients + picks, rows]; of moments [kCoefficients + picks + kSlopes, rows].
 //   row epilogue: a, u, gradient at the target; then b of each pick. dL/dz_j = a p_j - u w_j, minus b at the picks.
+//                 Of moments p_j (c (z_j - max) + e p_j) more, c and e their slopes.
 //   class term:   shift, gradient at the top class, gradient at the target. dL/dz_j = p_j (g_j - shift).
 // The gradient pass leaves out a target, top class or pick that is negative.
 enum Coefficient { kA = 0, kU = 1, kTargetGradient = 2, kCoefficients = 3, kShift = 0, kTopGradient = 1 };
+enum Slope { kOfExcess, kOfPower, kSlopes };
 
 // A matrix of logits (rows, classes), unit stride along a row, what a pass is to find in it, and where that goes. `T`
 // is float, or double where the logits are that. A pass takes what it needs; the rest is 0.
@@ -44,6 +51,7 @@ struct Job {
     int top_k;                  // 0, 1 or 2 largest logits
     bool below;                 // the largest logit strictly below the target's
     bool mean;                  // mean_ce
+    bool moments;               // the moments; in a gradient pass, whether there are slopes of them
     const void* class_weight;   // T [classes] or null
     const double* weight_sum;   // their sum, for mean_ce; null: the number of classes
 
@@ -51,11 +59,11 @@ struct Job {
     bool class_term;  // which of the first two
     const void* param[kMaxParams];     // T; null after the last
     int64_t param_stride[kMaxParams];  // 0: one value for all rows; 1: a value a row
-    const void* common;                // T [kCommon]; null for (1, 0, 0)
+    const void* common;                // T [kCommon]; null for (1, 0, 0, 1)
 
     // The statistics pass writes these, other passes read them.
     void* loss;          // T [rows]; null for statistics only
-    void* statistics;    // T [kStatistics + picks, rows]
+    void* statistics;    // T [kStatistics + picks (+ kMoments), rows]
     int64_t* index;      // [picks, rows]
     void* coefficients;  // T [kCoefficients + picks, rows]; null for statistics only
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +68,7 @@ def check_number(
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     number = float(value)
     if not (low < number if above else low <= number) or not number <= high:
+        high = math.inf if high == sys.float_info.max else high
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
 
 
@@ -253,6 +256,38 @@ def check_token_weight(token_weight: object, target: Tensor) -> None:
         )
     if token_weight.device != target.device:
         raise ValueError(f"token_weight is on {token_weight.device}, but target on {target.device}")
+
+
+def check_temperature(temperature: object, input: Tensor | Projection) -> None:
+    if not isinstance(temperature, Tensor):
+        check_number("temperature", temperature, 0, sys.float_info.max, above=True)
+        return
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
+    if temperature.dim():
+        raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    if temperature.device != input.device and temperature.device.type != "cpu":
+        raise ValueError(f"temperature is on {temperature.device}, but input on {input.device}")
+    value = transforms.values(temperature)
+    if may_read(value):
+        check_number("temperature", float(value), 0, sys.float_info.max, above=True)
+    softcap = 0 if isinstance(input, Tensor) else input.form.softcap
+    if temperature.requires_grad and softcap:
+        raise ValueError(
+            f"a temperature that requires grad takes its gradient from that of the hidden states, which softcap="
+            f"{softcap} stands before; compute the logits and use the row form"
+        )
+
+
+def check_stats(stats: object, return_stats: bool) -> None:
+    if isinstance(stats, str) or not isinstance(stats, Sequence):
+        raise TypeError(f"stats must be a sequence of names, got {stats!r}")
+    for name in stats:
+        check_choice("stats", name, ("entropy",))
+    if not return_stats:
+        raise ValueError(
+            f"stats says what return_stats=True returns beside the usual; return_stats is off, got {stats!r}"
+        )
 
 
 def check_normalizer(normalizer: object, reduction: str, token_weight: object) -> None:

@@ -160,7 +160,7 @@ class _Loss(nn.Module):
             return
         cls._function = staticmethod(loss)
         # What a batch brings along is none. A group could not be copied or saved with the module.
-        no_attributes = ("token_weight", "group", "linear_bias")
+        no_attributes = ("token_weight", "group", "linear_bias", "stats")
         cls._defaults = {k: v for k, v in options_of(loss).items() if k not in no_attributes} | {"return_stats": False}
         forward = inspect.signature(cls.forward).parameters.values()
         cls._per_call = (*(p.name for p in forward if p.default is None), *ForwardOptions.__annotations__)

@@ -41,11 +41,20 @@ struct Best {
 template <typename T>
 constexpr Best<T> kNone = {-kInfinity<T>, -1};
 
+// What the moments are made of, by the largest logit m. Without the largest the sum keeps the digits of the others.
+struct Sums {
+    double low = 0;     // sum of exp(z - m) over the logits below m
+    double ties = 0;    // how many are m
+    double excess = 0;  // sum of exp(z - m) (z - m)
+    double square = 0;  // sum of exp(2 (z - m))
+};
+
 template <typename T>
 struct Partial {
     T max = -kInfinity<T>;
     double rest = 0;  // sum of exp(z - max) over all but the target
     double mean = 0;  // sum of w (z - reference)
+    Sums sums;
     Best<T> top = kNone<T>, second = kNone<T>, below = kNone<T>;
 };
 
@@ -65,14 +74,28 @@ void insert(Best<T>& top, Best<T>& second, const Best<T>& x) {
     }
 }
 
+// Sums by another m, which is larger by -lag.
+inline void shift(Sums& x, double lag) {
+    lag = std::max(lag, std::numeric_limits<double>::lowest());  // 0 * -inf would be NaN
+    const double factor = std::exp(lag), all = x.low + x.ties;
+    x = {factor * all, 0, factor * (x.excess + lag * all), factor * factor * x.square};
+}
+
 // `y` comes from columns to the right of `x`: on equal values the lower index stays.
 template <typename T>
-FUSEDLOSS_ONE_COPY void merge(Partial<T>& x, const Partial<T>& y) {
+FUSEDLOSS_ONE_COPY void merge(Partial<T>& x, const Partial<T>& y, bool moments) {
     const T max = std::max(x.max, y.max);
     const double reference = finite_max(max);
     // A part without a finite logit has an empty sum (or a NaN that must pass through).
     if (x.max != max) x.rest *= std::exp(double(x.max) - reference);
     x.rest += y.max != max ? y.rest * std::exp(double(y.max) - reference) : y.rest;
+    if (moments) {
+        Sums more = y.sums;
+        if (x.max != max) shift(x.sums, double(x.max) - reference);
+        if (y.max != max) shift(more, double(y.max) - reference);
+        x.sums = {x.sums.low + more.low, x.sums.ties + more.ties, x.sums.excess + more.excess,
+                  x.sums.square + more.square};
+    }
     x.max = max;
     x.mean += y.mean;
     insert(x.top, x.second, y.top);
@@ -123,6 +146,17 @@ struct ClassPartial {
     double slope = 0;  // sum of p g
 };
 
+// e (a + c lag + d e), e = exp(lag): the part of a gradient that the probability is a factor of.
+template <typename T>
+struct Slopes {
+    T a, by_excess, by_power;
+
+    template <typename V>
+    V gradient(V e, V lag) const {
+        return e * (lag * by_excess + e * by_power + a);
+    }
+};
+
 // A column whose gradient is not the formula's.
 template <typename T>
 struct Exception {
@@ -147,7 +181,7 @@ class Engine {
     static constexpr int width = VectorOf<T>::width;
 
    public:
-    explicit Engine(const Job& job) : job_(job) {}
+    explicit Engine(const Job& job) : job_(job), factor_(common_at<T>(job.common, kLogits)) {}
 
     template <typename Functor>
     void forward() const {
@@ -251,6 +285,7 @@ class Engine {
     }
 
    private:
+    T logit(const S* z) const { return read(z) * factor_; }
     const S* logits(int64_t row) const { return static_cast<const S*>(job_.logits) + row * job_.row_stride; }
     const S* limit() const { return logits(job_.rows - 1) + job_.classes; }
     const T* weight_limit() const { return class_weight() + job_.classes; }
@@ -310,15 +345,15 @@ class Engine {
         x.loss += y.loss;
         x.slope += y.slope;
     }
-    static void merge(Partial<T>& x, const Partial<T>& y) { FUSEDLOSS_ISA::merge(x, y); }
+    void merge(Partial<T>& x, const Partial<T>& y) const { FUSEDLOSS_ISA::merge(x, y, job_.moments); }
 
     // --- statistics pass ---
 
     FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch) const {
         const S* z = logits(row);
         const int64_t target = job_.target[row];
-        const T target_logit = read(z + target);
-        const T first = read(z);
+        const T target_logit = logit(z + target);
+        const T first = logit(z);
         const T reference = std::isfinite(first) ? first : T(0);
         const Partial<T> part = fold<Partial<T>>(
             threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, reference); });
@@ -365,28 +400,51 @@ class Engine {
         if (job_.below) pick(part.below.value, column_of(z, part.below));
         for (int c = 0; c < job_.candidate_count; ++c) {
             const int64_t index = job_.candidates[row * job_.candidate_count + c];
-            pick(read(z + index), index);
+            pick(logit(z + index), index);
         }
+        if (job_.moments) put_moments(part.sums, s.sum_exp == T(0), statistic + (kStatistics + k) * n);
         s.picks = k;
         s.pick_logit = scratch.pick_logit.data();
         s.pick_index = scratch.pick_index.data();
         return s;
     }
 
+    void put_moments(const Sums& x, bool hopeless, T* moment) const {
+        const int64_t n = job_.rows;
+        const double total = x.low + x.ties, excess = x.excess / total;
+        const double values[kMoments] = {std::log1p(x.low + (x.ties - 1)) - excess, excess, x.square / (total * total)};
+        for (int k = 0; k < kMoments; ++k) {
+            moment[k * n] = hopeless ? std::numeric_limits<T>::quiet_NaN() : T(values[k]);
+        }
+    }
+
     FUSEDLOSS_ONE_COPY Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit,
                                        T reference) const {
         Partial<T> part;
+        if (job_.moments) {
+            for (int64_t from = begin; from < end; from += kBlock) {
+                const int64_t count = std::min(kBlock, end - from);
+                const BlockSums x = sum_block<true>(z, from, count, target, max_of(z + from, count), reference);
+                Partial<T> block;
+                block.max = x.max, block.rest = x.rest, block.mean = x.mean, block.sums = x.sums;
+                block.top = part.top, block.second = part.second, block.below = part.below;
+                keep_picks(z + from, from, count, x.max, target_logit, block);
+                part.top = part.second = part.below = kNone<T>;
+                merge(part, block);
+            }
+            return part;
+        }
         // Exponentials are taken relative to some logit, at most kSlack below the largest so far: so each block is read
         // once, for its maximum and its sum together.
         T base = -kInfinity<T>;
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             if (base == -kInfinity<T>) base = max_of(z + from, std::min(count, kProbe));
-            BlockSums sums = sum_block(z, from, count, target, base, reference);
+            BlockSums sums = sum_block<false>(z, from, count, target, base, reference);
             if (sums.max > base + kSlack) {
                 if (part.rest != 0) part.rest *= std::exp(double(base) - double(sums.max));
                 base = sums.max;
-                sums = sum_block(z, from, count, target, base, reference);
+                sums = sum_block<false>(z, from, count, target, base, reference);
             }
             part.max = std::max(part.max, sums.max);
             part.rest += sums.rest;
@@ -400,29 +458,41 @@ class Engine {
     struct BlockSums {
         T max;              // the largest logit
         double rest, mean;  // as in Partial, but relative to the base
+        Sums sums;          // where the base is the largest logit
     };
 
+    template <bool Moments>
     BlockSums sum_block(const S* z, int64_t from, int64_t count, int64_t target, T base, T reference) const {
         base = finite_max(base);
         const bool target_here = target >= from && target < from + count;
         const int hole = target_here ? static_cast<int>(target - from) : -1;
         if (job_.mean) {
-            return target_here || class_weight() ? sum_columns<true, true>(z, from, count, hole, base, reference)
-                                                 : sum_columns<true, false>(z, from, count, hole, base, reference);
+            return target_here || class_weight()
+                       ? sum_columns<true, true, Moments>(z, from, count, hole, base, reference)
+                       : sum_columns<true, false, Moments>(z, from, count, hole, base, reference);
         }
-        return target_here ? sum_columns<false, true>(z, from, count, hole, base, reference)
-                           : sum_columns<false, false>(z, from, count, hole, base, reference);
+        return target_here ? sum_columns<false, true, Moments>(z, from, count, hole, base, reference)
+                           : sum_columns<false, false, Moments>(z, from, count, hole, base, reference);
     }
 
     // The hole (the target's column in the block, or -1) and class weights need the columns in order.
-    template <bool Mean, bool InOrder>
+    template <bool Mean, bool InOrder, bool Moments>
     BlockSums sum_columns(const S* z, int64_t from, int64_t count, int hole, T base, T reference) const {
         V max = splat(-kInfinity<T>), rest = splat(T(0)), mean = splat(T(0));
+        V low = rest, ties = rest, excess = rest, square = rest;
         const T* const weight = class_weight();
         typename VectorOf<T>::Bits to_hole = lanes<T>() - hole;
         each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
             max = greater(x, max);
             V e = exp_bounded<T>(x - base);
+            if (Moments) {
+                const auto largest = x == base;
+                const V below = largest ? V{} : e;
+                low += below;
+                ties += largest ? splat(T(1)) : V{};
+                excess += below * bounded(x - base);
+                square += below * below;
+            }
             if (InOrder) {
                 e = to_hole == 0 ? V{} : e;
                 to_hole += width;
@@ -434,8 +504,13 @@ class Engine {
                 mean += size == width ? ce : lanes<T>() < size ? ce : V{};
             }
         });
-        return {largest<T>(max), total<T>(rest), total<T>(mean)};
+        BlockSums sums{largest<T>(max), total<T>(rest), total<T>(mean), {}};
+        if (Moments) sums.sums = {total<T>(low), total<T>(ties), total<T>(excess), total<T>(square) + total<T>(ties)};
+        return sums;
     }
+
+    // A lag of -inf, whose exponential is 0, as a number: times 0 it is none.
+    static V bounded(V lag) { return greater(lag, splat(std::numeric_limits<T>::lowest())); }
 
     V load_weight(int64_t column, int size) const {
         const T* const weight = class_weight() + column;
@@ -451,16 +526,16 @@ class Engine {
             for (; at + 2 * width <= count; at += 2 * width) {
                 prefetch_after(z + at);
                 const Pair x = load_pair(z + at);
-                body(x.even, at, width);
-                body(x.odd, at, width);
+                body(x.even * factor_, at, width);
+                body(x.odd * factor_, at, width);
             }
         }
         for (; at + width <= count; at += width) {
             prefetch_after(z + at);
-            body(load(z + at), at, width);
+            body(load(z + at) * factor_, at, width);
         }
         const int rest = static_cast<int>(count - at);
-        if (rest > 0) body(load_part(z + at, rest, -kInfinity<T>, limit()), at, rest);
+        if (rest > 0) body(load_part(z + at, rest, -kInfinity<T>, limit()) * factor_, at, rest);
     }
 
     // Top, second and below are kept as values and the blocks that hold them.
@@ -540,6 +615,10 @@ class Engine {
             static_cast<T*>(job_.statistics)[k * n + row] = k < kStatistics ? neutral[k] : T(0);
         }
         for (int k = 0; k < picks; ++k) job_.index[k * n + row] = -1;
+        const T moments[kMoments] = {log2, T(0), T(0.5)};
+        for (int k = 0; job_.moments && k < kMoments; ++k) {
+            static_cast<T*>(job_.statistics)[(kStatistics + picks + k) * n + row] = moments[k];
+        }
         if (!job_.loss) return;
         static_cast<T*>(job_.loss)[row] = T(0);
         for (int k = 0; k < kCoefficients + picks; ++k) static_cast<T*>(job_.coefficients)[k * n + row] = T(0);
@@ -705,7 +784,7 @@ class Engine {
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
     bool narrow() const {
-        return job_.classes <= kNarrow && job_.top_k <= 1 && job_.picks() == job_.top_k && !job_.mean;
+        return job_.classes <= kNarrow && job_.top_k <= 1 && job_.picks() == job_.top_k && !job_.mean && !job_.moments;
     }
 
     template <typename Functor>
@@ -733,7 +812,7 @@ class Engine {
             if (i < count && !alone[i]) {
                 const S* const z = logits(row);
                 T sum = 0;
-                for (int j = 0; j < classes; ++j) sum += (lane[j][i] = read(z + j)) * T(0);
+                for (int j = 0; j < classes; ++j) sum += (lane[j][i] = logit(z + j)) * T(0);
                 alone[i] = sum != T(0);
                 if (alone[i]) {
                     for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
@@ -849,7 +928,7 @@ class Engine {
         if (sum_exp >= T(2)) return T(1) - T(1) / sum_exp;
         double rest = 0;
         for (int64_t from = 0; from < job_.classes; from += kBlock) {
-            rest += sum_block(z, from, std::min(kBlock, job_.classes - from), top, max, T(0)).rest;
+            rest += sum_block<false>(z, from, std::min(kBlock, job_.classes - from), top, max, T(0)).rest;
         }
         return T(rest) / sum_exp;
     }
@@ -885,7 +964,7 @@ class Engine {
         }
         if (other >= 0) {
             const bool is_top = target == top;
-            const T p = is_top ? inverse : std::exp(read(z + other) - max) * inverse;
+            const T p = is_top ? inverse : std::exp(logit(z + other) - max) * inverse;
             const T q = is_top ? top_q : T(1) - p;
             const Overlap<T> x = Term::Math::positive(p, q, power_pair(q, Term::exponent(params)), params);
             error[target] += double(weight * x.error);
@@ -948,17 +1027,26 @@ class Engine {
         } else {
             const T a = coefficient[kA * n] * inverse * upstream, u = coefficient[kU * n] * upstream;
             const int picks = job_.picks();
+            const T* const slope = coefficient + (kCoefficients + picks) * n;
+            const T by_excess = job_.moments ? slope[kOfExcess * n] * inverse * upstream : T(0);
+            const T by_power = job_.moments ? slope[kOfPower * n] * inverse * inverse * upstream : T(0);
+            const Slopes<T> slopes{a, by_excess, by_power};
             for (int k = 0; k < picks; ++k) {
                 const int64_t column = job_.index[k * n + row];
                 const T b = coefficient[(kCoefficients + k) * n] * upstream;
                 if (column < 0 || b == T(0)) continue;
                 const auto same = [&](const Exception<T>& x) { return x.column == column; };
                 Exception<T>* const at = std::find_if(exceptions, last, same);
-                if (at == last) *last++ = {column, a * std::exp(read(z + column) - max) - u * weight_of(column)};
+                if (at == last) {
+                    const T lag = std::max(logit(z + column) - max, std::numeric_limits<T>::lowest());
+                    *last++ = {column, slopes.gradient(std::exp(lag), lag) - u * weight_of(column)};
+                }
                 at->value -= b;
             }
             over_chunks(threads, [&](int64_t begin, int64_t end) {
-                if (u == T(0)) {
+                if (job_.moments) {
+                    moment_gradient(z, grad, begin, end, max, slopes, u);
+                } else if (u == T(0)) {
                     row_gradient<0>(z, grad, begin, end, max, a, u);
                 } else if (!class_weight()) {
                     row_gradient<1>(z, grad, begin, end, max, a, u);
@@ -987,16 +1075,18 @@ class Engine {
             for (; column + 2 * width <= end; column += 2 * width) {
                 prefetch_after(z + column);
                 const Pair x = load_pair(z + column);
-                store_pair(grad + column, formula(x.even, column, width), formula(x.odd, column, width));
+                store_pair(grad + column, formula(x.even * factor_, column, width),
+                           formula(x.odd * factor_, column, width));
             }
         }
         for (; column + width <= end; column += width) {
             prefetch_after(z + column);
-            store(grad + column, formula(load(z + column), column, width));
+            store(grad + column, formula(load(z + column) * factor_, column, width));
         }
         if (column < end) {
             const int rest = static_cast<int>(end - column);
-            store_part(grad + column, rest, formula(load_part(z + column, rest, T(0), limit()), column, rest));
+            const V x = load_part(z + column, rest, T(0), limit()) * factor_;
+            store_part(grad + column, rest, formula(x, column, rest));
         }
     }
 
@@ -1012,6 +1102,15 @@ class Engine {
         transform<Smooth == 2>(z, grad, begin, end, [&](V x, int64_t column, int size) {
             const V p = exp_bounded<T>(x - max) * a;
             return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
+        });
+    }
+
+    // The same with slopes of moments.
+    FUSEDLOSS_ONE_COPY void moment_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max,
+                                            const Slopes<T>& slopes, T u) const {
+        transform<true>(z, grad, begin, end, [&](V x, int64_t column, int size) {
+            const V lag = x - max, share = slopes.gradient(exp_bounded<T>(lag), bounded(lag));
+            return class_weight() ? share - load_weight(column, size) * u : share - u;
         });
     }
 
@@ -1048,6 +1147,7 @@ class Engine {
     }
 
     const Job& job_;
+    const T factor_;  // of the logits
 };
 
 template <typename Visit>

@@ -78,7 +78,7 @@ class Cpu(Backend):
         if rows.candidates is not None:
             _check("candidate", rows.candidates, classes, 0)
             count = rows.candidates.shape[1]
-        searched = (spec.top_k, spec.below, spec.mean)
+        searched = (spec.top_k, spec.below, spec.mean, spec.moments)
         number = self.epilogues.numbers[spec.epilogue]
         _engine.forward(native(_engine.Job, job, number, searched, count, weight_sum))
 
@@ -90,7 +90,8 @@ class Cpu(Backend):
             or _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, _LOWEST) >= 0
         ):
             _check_saved(job)
-        _engine.backward(native(_engine.Job, job, self.epilogues.numbers[job.spec.epilogue], given=index.shape[0]))
+        number, slopes = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.spec.more_coefficients > 0)
+        _engine.backward(native(_engine.Job, job, number, slopes, given=index.shape[0]))
 
     def sums(self, job: Job) -> Tensor:
         rows, over_rows = job.rows, job.spec.over_rows
@@ -103,7 +104,7 @@ class Cpu(Backend):
         _check("target", job.rows.target, job.rows.classes, IGNORED)
         _check_saved(job)
         epilogue = self.epilogues.numbers_in_sums[job.spec.epilogue]
-        _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False)))
+        _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False, False)))
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         return new_memory(logits.shape, logits.dtype)

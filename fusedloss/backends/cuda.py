@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_indices
 from ..definition.rows import Job
+from ..definition.statistics import Picks
 from .base import Backend, Epilogues
 from .native import DTYPES, native
 
@@ -117,7 +118,8 @@ class Cuda(Backend):
         number, is_class_term = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
         epilogue = (number, True) if is_class_term else (-1, False)
-        launch = native(_cuda.Launch, job, epilogue, given=job.index.shape[0])
+        slopes = (0, False, False, job.spec.more_coefficients > 0)
+        launch = native(_cuda.Launch, job, epilogue, slopes, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)
 
     def sums(self, job: Job) -> Tensor:
@@ -146,9 +148,9 @@ class Cuda(Backend):
 
     def terms(self, job: Job) -> None:
         # The statistics are computed anew: the logits are read for the terms in any case, right after.
-        spec = job.spec._replace(top_k=1, below=False, mean=False)
+        spec = job.spec.of_picks(Picks(1))
         outputs = (torch.empty_like(job.statistics), torch.empty_like(job.index), job.loss, job.coefficients)
-        self.forward(Job(job.rows._replace(scalars=None), spec, *outputs))
+        self.forward(Job(job.rows.without_factors(spec.form), spec, *outputs))
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """The kernel reads the factor, and leaves the gradient alone where that is 1."""

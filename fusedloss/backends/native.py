@@ -19,21 +19,22 @@ def native(
     kind: Callable[..., _Native],
     job: Job,
     epilogue: tuple[int, bool],
-    searched: tuple[int, bool, bool] = (0, False, False),
+    searched: tuple[int, bool, bool, bool] = (0, False, False, False),
     given: int = 0,
     weight_sum: Tensor | None = None,
     sums: Tensor | None = None,
 ) -> _Native:
     """Return the job as an extension's `kind` of it.
 
-    `epilogue` is its place in ``Epilogues.numbers``, `searched` are the ``Picks`` that a statistics pass is to find;
-    so many `given` picks are known: candidates, or in a gradient pass all of them.
+    `epilogue` is its place in ``Epilogues.numbers``, `searched` are the ``Picks`` that a statistics pass is to find, or
+    in a gradient pass whether there are slopes of moments; so many `given` picks are known: candidates, or in a
+    gradient pass all of them.
     """
     rows = job.rows
     logits, upstream, grad = rows.hidden[0], job.upstream, job.grad
     count, classes = logits.shape
     number, is_class_term = epilogue
-    top_k, below, mean = searched
+    top_k, below, mean, moments = searched
     params = []
     for p in rows.params if number >= 0 else ():
         params.append((p.data_ptr(), p.stride(0) if p.dim() else 0))
@@ -51,6 +52,7 @@ def native(
         top_k,
         below,
         mean,
+        moments,
         0 if rows.class_weight is None else rows.class_weight.data_ptr(),
         0 if weight_sum is None else weight_sum.data_ptr(),
         number,

@@ -84,11 +84,11 @@ class Overlap:
 
 def common_factors(
     label_smoothing: float, smoothing_over: str, z_loss: float, classes: int
-) -> tuple[float, float, float] | tuple[()]:
-    """(main, smooth, z_loss) of main * loss + smooth * sum_j w_j (-log p_j) + z_loss * lse^2, nothing for (1, 0, 0)."""
+) -> tuple[float, float, float]:
+    """(main, smooth, z_loss) of main * loss + smooth * sum_j w_j (-log p_j) + z_loss * lse^2."""
     eps = label_smoothing
     if eps == 0:
-        return () if z_loss == 0 else (1.0, 0.0, z_loss)
+        return 1.0, 0.0, z_loss
     if smoothing_over == "all":
         return 1.0 - eps, eps / classes, z_loss
     if classes == 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Form(NamedTuple):
-    """How the logits of a projection are made."""
+    """How logits are made, above all those of a projection."""
 
     softcap: float = 0.0
     """z = softcap * tanh(z / softcap); 0 for none."""
@@ -19,6 +19,8 @@ class Form(NamedTuple):
     """Leave ignored rows out of the products. Counting them is a host read."""
     mask_target: bool = False
     """Take the target's logit for -inf: a row is compared with all but itself."""
+    tempered: bool = False
+    """Whether the logits, of a row form too, are multiplied by the last of ``Rows.scalars``."""
     row_parts: int = 1
     """Over how many ranks of the group the rows of the hidden states are divided too, evenly."""
     most_classes: int = 0

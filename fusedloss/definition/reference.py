@@ -21,6 +21,14 @@ def logits_of(rows: Rows, form: Form) -> Tensor:
     return dense_logits(rows.hidden, rows.weight, rows.bias, form, rows.target)
 
 
+def tempered(logits: Tensor, rows: Rows, form: Form) -> Tensor:
+    """The logits, in the compute dtype, over the temperature."""
+    if not form.tempered:
+        return logits
+    assert rows.scalars is not None
+    return logits * rows.scalars[-1]
+
+
 def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Statistics]:
     """Row losses (N,), and statistics that always hold the top class."""
     picks = epilogue.picks
@@ -35,6 +43,11 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
     loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=over_classes)
     # Times NaN, since masked_fill would give an invalid row a gradient of 0.
     return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype), s
+
+
+def entropy(rows: Rows, spec: Spec) -> Tensor:
+    """Of each row (N,)."""
+    return _statistics(rows, spec.form, Picks(moments=True))[1].entropy
 
 
 def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:
@@ -65,7 +78,7 @@ def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, class
     loss = base if row_weight is None or weighted else row_weight * base
     if rows.scalars is None:
         return loss
-    main, smooth, z_loss = rows.scalars
+    main, smooth, z_loss, _ = rows.scalars
     loss = main * loss
     if spec.z_loss:
         z_term = z_loss * s.lse.square()
@@ -74,10 +87,10 @@ def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, class
 
 
 def class_sums(
-    rows: Rows, row_weight: Tensor | None, function: Callable[..., tuple[Tensor, Tensor]]
+    rows: Rows, row_weight: Tensor | None, function: Callable[..., tuple[Tensor, Tensor]], form: Form
 ) -> tuple[Tensor, Statistics]:
     """Sums over the rows (2, V) in float64 of an overlap's error and agreement, and statistics with the top class."""
-    z, s, ignored, invalid = _statistics(rows._replace(class_weight=None, candidates=None), Form(), Picks(1))
+    z, s, ignored, invalid = _statistics(rows._replace(class_weight=None, candidates=None), form, Picks(1))
     columns = (x[:, None] if x.dim() else x for x in rows.params)
     terms = torch.stack(function(*_probabilities(z, s), *columns))
     if row_weight is not None:
@@ -92,7 +105,8 @@ def _targeted(rows: Rows, form: Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if may_read(rows.target):
         check_indices(rows.target, rows.candidates, logits.shape[-1])
     index, ignored, invalid = Targets.of(rows.target, logits.shape[-1])
-    return logits.to(compute_dtype(logits.dtype)).masked_fill(ignored[:, None], 0), index, ignored, invalid
+    logits = tempered(logits.to(compute_dtype(logits.dtype)), rows, form)
+    return logits.masked_fill(ignored[:, None], 0), index, ignored, invalid
 
 
 def _statistics(rows: Rows, form: Form, picks: Picks) -> tuple[Tensor, Statistics, Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .projection import Form, Projection
-from .statistics import COEFFICIENTS, STATISTICS, Picks
+from .statistics import COEFFICIENTS, MOMENTS, SLOPES, STATISTICS, Picks
 
 #: Logits in hand, or a :class:`Projection` that makes them.
 Source = Tensor | Projection
@@ -40,8 +40,8 @@ class Rows(NamedTuple):
     params: list[Tensor]
     """Of the epilogue, () or (N,) compute each."""
     scalars: Tensor | None
-    """(3,) compute: the factors of the loss itself, of the smoothing term sum_j w_j (-log p_j) and of the z-loss
-    lse^2. None for (1, 0, 0)."""
+    """(4,) compute: the factors of the loss itself, of the smoothing term sum_j w_j (-log p_j) and of the z-loss
+    lse^2, and that of the logits, 1 / temperature. None for (1, 0, 0, 1)."""
 
     @staticmethod
     def of(
@@ -76,6 +76,15 @@ class Rows(NamedTuple):
         """What has a gradient: hidden states, weights and bias, or the logits."""
         bias = [] if self.bias is None else [self.bias]
         return [*self.hidden, *self.weight, *bias]
+
+    def without_factors(self, form: Form) -> "Rows":
+        """With the factor of the logits alone."""
+        if self.scalars is None or not form.tempered:
+            return self._replace(scalars=None)
+        scalars = self.scalars.clone()
+        scalars[:3] = 0
+        scalars[:1] = 1
+        return self._replace(scalars=scalars)
 
     def with_sources(self, sources: Sequence[Tensor]) -> "Rows":
         hidden, pairs = len(self.hidden), len(self.hidden) + len(self.weight)
@@ -127,6 +136,8 @@ class Spec(NamedTuple):
     """Whether the largest logit strictly below the target's is one."""
     mean: bool = False
     """Whether there is ``mean_ce``."""
+    moments: bool = False
+    """Whether the statistics have the moments and, with no epilogue, the coefficients their slopes."""
     smooths: bool = False
     """Whether the loss has a smoothing term, of ``mean_ce``."""
     z_loss: bool = False
@@ -142,10 +153,19 @@ class Spec(NamedTuple):
 
     @property
     def picks(self) -> Picks:
-        return Picks(self.top_k, self.below, self.mean)
+        return Picks(self.top_k, self.below, self.mean, self.moments)
 
     def of_picks(self, picks: Picks, **changes: Any) -> "Spec":
-        return self._replace(top_k=picks.top_k, below=picks.below, mean=picks.mean, **changes)
+        return self._replace(**picks._asdict(), **changes)
+
+    @property
+    def more_statistics(self) -> int:
+        """Rows of them after the picks."""
+        return MOMENTS * self.moments
+
+    @property
+    def more_coefficients(self) -> int:
+        return SLOPES * (self.moments and not self.epilogue)
 
     def encode(self) -> str:
         # A compiler would trace through a cache, and warn of it.
@@ -207,10 +227,10 @@ class Job:
 
     rows: Rows
     spec: Spec
-    statistics: Tensor  # (6 + K, N)
+    statistics: Tensor  # (6 + K, N), with moments (9 + K, N)
     index: Tensor  # (K, N)
     loss: Tensor | None = None  # (N,)
-    coefficients: Tensor | None = None  # (3 + K, N)
+    coefficients: Tensor | None = None  # (3 + K, N), with slopes of moments (5 + K, N)
     grad: Tensor | None = None
     """(N, V); may be the logits themselves."""
     upstream: Tensor | None = None
@@ -229,7 +249,8 @@ class Job:
         first, target, candidates = rows.hidden[0], rows.target, rows.candidates
         picks = spec.top_k + spec.below + (0 if candidates is None else candidates.shape[1])
         count, dtype = target.shape[0], torch.float64 if first.dtype == torch.float64 else torch.float32
-        statistics = first.new_empty((STATISTICS + picks + int(spec.top_q), count), dtype=dtype)
+        more = spec.more_statistics + int(spec.top_q)
+        statistics = first.new_empty((STATISTICS + picks + more, count), dtype=dtype)
         index = target.new_empty((picks, count))
         if not spec.epilogue:
             return Job(rows, spec, statistics, index)

@@ -4,6 +4,9 @@ Backends write them as ``statistics`` (6 + K, N): max, sum_exp (of exp(z - max))
 logits of the K picks; ``index`` (K, N) are the picks' classes, -1 for none. K counts the top_k largest, then `below`,
 then the candidates. ``coefficients`` (3 + K, N) are what a gradient pass needs:
 dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the target given as it is.
+
+The moments, where they are asked for, are three rows more: the entropy H, the excess E = sum_j p_j (z_j - max), and the
+power P = sum_j p_j^2. Their gradient, where PyTorch made the coefficients, has two rows more, c and e of p_j (c (z_j - max) + e p_j).
 """
 
 # Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
@@ -18,6 +21,9 @@ MAX, SUM_EXP, Q, CE, TARGET_LOGIT, MEAN_CE = range(6)
 STATISTICS = 6
 A, U, TARGET_GRADIENT = range(3)
 COEFFICIENTS = 3
+ENTROPY, EXCESS, POWER = range(3)
+MOMENTS = 3
+SLOPES = 2
 
 #: Statistics that are computed on request, and the fields that each gives.
 OPTIONAL = {
@@ -25,19 +31,23 @@ OPTIONAL = {
     "second": ("second_logit", "second_ce", "second_index"),
     "below": ("below_logit", "below_ce", "below_index"),
     "mean": ("mean_logit", "mean_ce"),
+    "entropy": ("entropy",),
+    "power": ("power",),
 }
 
 
 class RowStats(NamedTuple):
     """Detached statistics of each row, as ``return_stats=True`` gives them, shaped like the target.
 
-    Ignored rows are not looked at: their floats are NaN, their argmax is negative and equals no target.
+    Ignored rows are not looked at: their floats are NaN, their argmax is negative and equals no target. ``entropy``
+    (in nats) is that of ``stats=("entropy",)``, and None without it.
     """
 
     lse: Tensor
     target_log_prob: Tensor
     argmax: Tensor
     argmax_log_prob: Tensor
+    entropy: Tensor | None = None
 
 
 class Statistics:
@@ -58,6 +68,8 @@ class Statistics:
     ``second_*``      of the second largest, likewise
     ``below_*``       of the largest logit strictly below z_t; -inf, +inf and -1 where there is none
     ``mean_*``        ``mean_logit`` (1/V) sum_j w_j z_j and ``mean_ce`` (1/V) sum_j w_j (-log p_j), w the class weights
+    ``entropy``       -sum_j p_j log p_j in nats, to the digits of the logits however small it is
+    ``power``         sum_j p_j^2
 
     and where ``candidates`` were given, ``candidate_logit`` and ``candidate_ce``, (N, k).
     """
@@ -78,6 +90,8 @@ class Statistics:
     below_index: Tensor
     mean_logit: Tensor
     mean_ce: Tensor
+    entropy: Tensor
+    power: Tensor
     candidate_logit: Tensor
     candidate_ce: Tensor
 
@@ -85,6 +99,10 @@ class Statistics:
         self._names = tuple(fields)
         for name, value in fields.items():
             setattr(self, name, value)
+
+    def has(self, name: str) -> bool:
+        """Tell whether a statistic of that name is here."""
+        return name in self._names
 
     def only(self, statistics: tuple[str, ...]) -> "Statistics":
         """Without the optional ones that are not named, which may be here for other reasons."""
@@ -107,16 +125,18 @@ class Statistics:
 
 
 class Picks(NamedTuple):
-    """Which classes beside the target a pass looks at, in the order of the picks."""
+    """What a pass is to find beside the target's statistics: classes, in the order of the picks, and sums."""
 
     top_k: int = 0
     below: bool = False
     mean: bool = False
+    moments: bool = False
 
     @staticmethod
     def of(statistics: tuple[str, ...]) -> "Picks":
         top_k = 2 if "second" in statistics else 1 if "top" in statistics else 0
-        return Picks(top_k, "below" in statistics, "mean" in statistics)
+        moments = "entropy" in statistics or "power" in statistics
+        return Picks(top_k, "below" in statistics, "mean" in statistics, moments)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,7 +144,7 @@ class Picks(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The differentiable columns of statistics that a pass gives: (N,) each, picks (K, N)."""
+    """The differentiable columns of statistics that a pass gives: (N,) each, picks (K, N), moments (2 or 0, N)."""
 
     ce: Tensor
     q: Tensor
@@ -133,6 +153,8 @@ class Columns(NamedTuple):
     mean_ce: Tensor
     pick_logit: Tensor
     pick_ce: Tensor
+    moments: Tensor
+    """Entropy and power."""
 
 
 class Targets(NamedTuple):
@@ -163,6 +185,8 @@ def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weig
         fields["mean_ce"] = columns.mean_ce
         scale = 1 if weight is None else weight.mean()
         fields["mean_logit"] = scale * columns.lse - columns.mean_ce
+    if picks.moments:
+        fields["entropy"], fields["power"] = columns.moments
     first_candidate = len(picks.names)
     if index.shape[0] > first_candidate:
         fields["candidate_logit"] = columns.pick_logit[first_candidate:].t()
@@ -201,7 +225,20 @@ def dense_columns(
     pick_logit = z.gather(-1, index.t().clamp(min=0)).t()
     pick_logit = torch.where(index < 0, -torch.inf, pick_logit)
     pick_ce = torch.where(index == target, ce, log_sum + (m - pick_logit))
-    return Columns(ce, q, m + log_sum, target_logit, mean_ce, pick_logit, pick_ce), index
+    moments = _moments(z, m, exp) if picks.moments else z.new_empty((0, z.shape[0]))
+    return Columns(ce, q, m + log_sum, target_logit, mean_ce, pick_logit, pick_ce, moments), index
+
+
+def _moments(z: Tensor, m: Tensor, exp: Tensor) -> Tensor:
+    """Entropy and power (2, N) from exp(z - m), m the detached maximum."""
+    top = z.detach().argmax(-1, keepdim=True)
+    rest, largest = exp.scatter(-1, top, 0).sum(-1), exp.gather(-1, top)[:, 0]
+    total = rest + largest
+    # A class without probability adds nothing; without the top class in it the sum keeps its digits.
+    logits = torch.where(z.isneginf(), 0, z - m[:, None])
+    log_sum = (rest / largest).log1p() + logits.gather(-1, top)[:, 0]
+    power = (exp / total[:, None]).square().sum(-1)
+    return torch.stack([log_sum - (exp * logits).sum(-1) / total, power])
 
 
 def of_target(m: Tensor, rest: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:

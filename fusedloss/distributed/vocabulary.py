@@ -25,6 +25,7 @@ from ..definition.rows import Job, Rows, Source, Spec
 from ..definition.statistics import (
     MAX,
     MEAN_CE,
+    MOMENTS,
     STATISTICS,
     SUM_EXP,
     TARGET_LOGIT,
@@ -174,9 +175,9 @@ def differentiated_once(*gradients: Tensor | None) -> None:
         )
 
 
-def nothing_here(rows: Rows) -> tuple[Tensor, Tensor]:
+def nothing_here(rows: Rows, picks: Picks) -> tuple[Tensor, Tensor]:
     """Statistics and indices of rows without a class."""
-    job = Job.new(rows, Spec(""))
+    job = Job.new(rows, Spec("", moments=picks.moments))
     statistics, index = job.statistics, job.index
     statistics.zero_()
     statistics[MAX] = -torch.inf
@@ -198,7 +199,8 @@ def merge(
     has = min(top_k, shards.sizes[shards.rank])
     here = shards.here(target)[1]
     integer = torch.int64 if statistics.dtype == torch.float64 else torch.int32
-    split = (5, top_k, top_k, index.shape[0] - has, int(top_q is not None))
+    after = STATISTICS + index.shape[0]
+    split = (5, top_k, top_k, index.shape[0] - has, int(top_q is not None), MOMENTS * picks.moments)
     parts = statistics.new_zeros((sum(split), statistics.shape[1]))
     parts[0] = statistics[MAX].masked_fill(statistics[SUM_EXP] == 0, -torch.inf)  # no finite logit here
     parts[1] = statistics[SUM_EXP]
@@ -206,17 +208,19 @@ def merge(
     parts[3] = statistics[TARGET_LOGIT].masked_fill(~here, -torch.inf)
     if picks.mean:
         parts[4] = statistics[MEAN_CE] * shards.sizes[shards.rank]
-    _, top, top_index, candidate, but_top = parts.split(split)
+    _, top, top_index, candidate, but_top, moments = parts.split(split)
     top.fill_(-torch.inf)[:has] = statistics[STATISTICS:][:has]
+    # A rank without a finite logit has none of the probability.
+    moments.copy_(statistics[after:].masked_fill(statistics[SUM_EXP] == 0, 0))
     numbers = torch.full_like(top_index, -1, dtype=integer)
     numbers[:has] = torch.where(index[:has] < 0, -1, index[:has] + own)
     top_index.copy_(numbers.view(statistics.dtype))
     if candidates is not None:
-        candidate.copy_(statistics[STATISTICS:][has:].masked_fill(~shards.here(candidates.t())[1], -torch.inf))
+        candidate.copy_(statistics[STATISTICS + has : after].masked_fill(~shards.here(candidates.t())[1], -torch.inf))
     if top_q is not None:
         but_top.copy_(statistics[SUM_EXP] * top_q)
 
-    fixed, top, top_index, candidate, but_top = shards.gather_parts(parts).split(split, 1)
+    fixed, top, top_index, candidate, but_top, moments = shards.gather_parts(parts).split(split, 1)
     m, sums, rest, target_logits, mean = fixed.unbind(1)
     ignored = target == IGNORED
     largest = m.amax(0)
@@ -248,8 +252,31 @@ def merge(
     if top_q is not None:
         others = torch.where(numbers[:, 0] == chosen_index[0], but_top[:, 0], sums) * (m - shift).exp()
         top_q = torch.where(total == 0, 1, others.sum(0) / total)
+    if picks.moments:
+        columns.extend(_merged_moments(moments, sums, m - shift, outside))
     merged = torch.stack(columns).masked_fill(ignored, 0)
     return merged, torch.stack(numbers_of) if numbers_of else target.new_empty((0, len(target))), top_q
+
+
+def _merged_moments(moments: Tensor, sums: Tensor, lag: Tensor, outside: Tensor) -> tuple[Tensor, ...]:
+    """Entropy, excess and power of whole rows from those of the ranks (R, 3, N), which share out the probability.
+
+    The entropy is that of the shares s, sum_r s_r (-log s_r), plus the mean of the ranks' own. No term cancels.
+    """
+    entropy, excess, power = moments.unbind(1)
+    parts = sums * lag.exp()
+    total = parts.sum(0)
+    others = torch.stack([torch.cat([parts[:r], parts[r + 1 :]]).sum(0) for r in range(len(parts))])
+    share, some = parts / total, parts > 0
+    own = torch.where(some, parts, 1)
+    information = torch.where(others < own, (others / own).log1p(), total.log() - own.log())
+    lag = torch.where(some, lag, 0)
+    columns = (
+        (share * (information + entropy)).sum(0),
+        (share * (excess + lag)).sum(0),
+        (share * share * power).sum(0),
+    )
+    return tuple(column.masked_fill(outside, torch.nan) for column in columns)
 
 
 def _largest(logit: Tensor, index: Tensor, top_k: int) -> tuple[list[Tensor], list[Tensor]]:

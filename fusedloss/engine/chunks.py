@@ -47,7 +47,7 @@ def put_top_q(job: Job, backend: Backend) -> None:
     """Write 1 - p of the top class, by another statistics pass for which that is the target."""
     top = job.index[0]
     target = top.masked_fill(top < 0, IGNORED)
-    rows = job.rows._replace(target=target, class_weight=None, candidates=None, params=[], scalars=None)
+    rows = job.rows._replace(target=target, class_weight=None, candidates=None, params=[])
     second = Job.new(rows, Spec(job.spec.impl, form=job.spec.form))
     backend.forward(second)
     job.statistics[-1] = second.statistics[Q]

@@ -38,7 +38,7 @@ def losses(rows: Rows, spec: Spec, epilogue: Epilogue) -> Tensor:
 
 def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> Tensor:
     """Compute their reduction, and with it the gradient by the logits where nothing else is differentiated."""
-    differentiated = [*rows.params, *(x for x in reduction if isinstance(x, Tensor))]
+    differentiated = [x for x in (*rows.params, rows.scalars, *reduction) if isinstance(x, Tensor)]
     if (
         torch.is_grad_enabled()
         and rows.logits.requires_grad

@@ -12,11 +12,23 @@ from .. import backends, checks
 from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Source, Spec
-from ..definition.statistics import CE, MAX, SUM_EXP, Picks, RowStats, Statistics, Targets, assemble
+from ..definition.statistics import (
+    CE,
+    ENTROPY,
+    MAX,
+    STATISTICS,
+    SUM_EXP,
+    Picks,
+    RowStats,
+    Statistics,
+    Targets,
+    assemble,
+)
 from . import dense, functions, over_classes
 from .functions import Reduction
 from .options import CallOptions
 from .prepare import Call, divisor_of, prepare
+from .temperature import with_temperature
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,10 +63,10 @@ def row_loss(
 
 def shaped_stats(stats: tuple[Tensor, ...], target: Tensor, options: CallOptions) -> RowStats:
     """The argmax of an ignored row equals no target."""
-    lse, log_prob, argmax, argmax_log_prob = (column.reshape(target.shape) for column in stats)
+    lse, log_prob, argmax, *others = (column.reshape(target.shape) for column in stats)
     if options["ignore_index"] == -1:
         argmax = argmax.masked_fill(argmax == -1, -2)
-    return RowStats(lse, log_prob, argmax, argmax_log_prob)
+    return RowStats(lse, log_prob, argmax, *others)
 
 
 def _check_picks(picks: Picks, call: Call) -> None:
@@ -71,6 +83,7 @@ def _dispatch(
     rows, spec, o = call.rows, call.spec, call.options
     reduction = Reduction(call.token_weight, divisor)
     unreduced, return_stats = o["reduction"] == "none", o["return_stats"]
+    moments = "entropy" in o["stats"]
 
     def reduced(losses: Tensor) -> Tensor:
         if not unreduced:
@@ -80,8 +93,9 @@ def _dispatch(
     if has_compiled(epilogue.name, call) and call.shards is None:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and rows.candidates is None))
-        spec = spec._replace(epilogue=epilogue.name, top_k=top_k)
-        token_weight = call.token_weight
+        spec = spec._replace(epilogue=epilogue.name, top_k=top_k, moments=moments)
+        token_weight, call = call.token_weight, learning_temperature(call)
+        rows = call.rows
         if (
             unreduced
             or (token_weight is not None and token_weight.requires_grad)
@@ -94,16 +108,16 @@ def _dispatch(
             loss, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, reduction)
         if not return_stats:
             return loss, None
-        return loss, top_stats(rows, spec) if top_k == 0 else row_stats(statistics, index, rows.target)
+        return loss, top_stats(call) if top_k == 0 else row_stats(statistics, index, rows.target, moments)
     if epilogue.over == "classes" and call.shards is None and spec.impl != "reference":
         _check_dense(call)
         if unreduced:
             loss = reduced(dense.losses(rows, spec, epilogue))
         else:
             loss = dense.total(rows, spec, epilogue, reduction)
-        return loss, top_stats(rows, spec) if return_stats else None
+        return loss, top_stats(call) if return_stats else None
     losses, s = _in_pytorch(call, epilogue)
-    return reduced(losses), dense_row_stats(s, rows.target) if return_stats else None
+    return reduced(losses), dense_row_stats(s, call) if return_stats else None
 
 
 def has_compiled(name: str, call: Call) -> bool:
@@ -161,10 +175,11 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
 
 def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A loss in PyTorch between the two passes, and the statistics."""
-    rows, spec, shards, classes = call.rows, call.spec, call.shards, call.classes
+    call = learning_temperature(call)
+    rows, spec, shards, classes, o = *call[:2], call.shards, call.classes, call.options
     picks = epilogue.picks
-    top_k = max(picks.top_k, int(call.options["return_stats"]))
-    picks = picks._replace(top_k=top_k, mean=picks.mean or spec.smooths)
+    top_k, moments = max(picks.top_k, int(o["return_stats"])), picks.moments or "entropy" in o["stats"]
+    picks = picks._replace(top_k=top_k, mean=picks.mean or spec.smooths, moments=moments)
     columns, index = functions.row_statistics(rows, spec, picks, call.inplace, shards)
     targets = Targets.of(rows.target, classes)
     s = assemble(columns, targets.safe, index, picks, rows.class_weight)
@@ -182,33 +197,57 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
             "with a group, a loss over the classes needs a compiled epilogue, which a loss function over the classes "
             "and parameters that require grad have not; compute all logits on each rank, or use a loss over the rows"
         )
-    base, s = over_classes.row_losses(call, epilogue)
+    base, s = over_classes.row_losses(learning_temperature(call), epilogue)
     loss = reference.with_common_terms(base, s, call.rows, call.spec, call.classes, weighted=True)
     return loss.masked_fill(call.rows.target == checks.IGNORED, 0), s
 
 
-def top_stats(rows: Rows, spec: Spec) -> tuple[Tensor, ...]:
+def learning_temperature(call: Call) -> Call:
+    """The call as the autograd functions take it, whose gradients give that of the temperature."""
+    return call._replace(rows=with_temperature(call.rows, call.spec, call.shards))
+
+
+def top_stats(call: Call) -> tuple[Tensor, ...]:
     """Compute the columns of RowStats by another statistics pass, where the loss did not look for the top class."""
+    picks = Picks(1, moments="entropy" in call.options["stats"])
+    rows = call.rows._replace(candidates=None)
     with torch.no_grad():
-        statistics, index, _ = functions.statistics_of(rows._replace(candidates=None), spec, Picks(1))
-    return row_stats(statistics, index, rows.target)
+        statistics, index, _ = functions.merged_statistics(rows, call.spec, picks, call.shards)
+    return row_stats(statistics, index, rows.target, picks.moments)
 
 
-def row_stats(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+def row_stats(statistics: Tensor, index: Tensor, target: Tensor, moments: bool) -> tuple[Tensor, ...]:
     """The columns of RowStats from the operators' statistics with the top class as the first pick."""
     log_sum = statistics[SUM_EXP].log()
-    return _row_stats(statistics[MAX] + log_sum, statistics[CE], index[0], log_sum, target)
+    entropy = [statistics[STATISTICS + index.shape[0] + ENTROPY]] if moments else []
+    return _row_stats(statistics[MAX] + log_sum, statistics[CE], index[0], log_sum, target, *entropy)
 
 
-def dense_row_stats(s: Statistics, target: Tensor) -> tuple[Tensor, ...]:
-    return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), target)
+def dense_row_stats(s: Statistics, call: Call) -> tuple[Tensor, ...]:
+    """The same from statistics for a loss function; an entropy that is not among them takes a pass of its own."""
+    entropy = []
+    if "entropy" in call.options["stats"]:
+        entropy = [s.entropy.detach() if s.has("entropy") else _entropy(call)]
+    return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), call.rows.target, *entropy)
 
 
-def _row_stats(lse: Tensor, ce: Tensor, argmax: Tensor, argmax_ce: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+@torch.no_grad()
+def _entropy(call: Call) -> Tensor:
+    rows = call.rows._replace(candidates=None, class_weight=None)
+    if call.spec.impl == "reference":
+        return reference.entropy(rows, call.spec)
+    statistics, *_ = functions.merged_statistics(rows, call.spec, Picks(moments=True), call.shards)
+    return statistics[STATISTICS + ENTROPY]
+
+
+def _row_stats(
+    lse: Tensor, ce: Tensor, argmax: Tensor, argmax_ce: Tensor, target: Tensor, *entropy: Tensor
+) -> tuple[Tensor, ...]:
     ignored = target == checks.IGNORED
     return (
         lse.masked_fill(ignored, torch.nan),
         (-ce).masked_fill(ignored, torch.nan),
         argmax.masked_fill(ignored, -1),
         (-argmax_ce).masked_fill(ignored, torch.nan),
+        *[x.masked_fill(ignored, torch.nan) for x in entropy],
     )

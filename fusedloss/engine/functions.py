@@ -19,11 +19,16 @@ from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Rows, Spec
 from ..definition.statistics import (
     CE,
+    ENTROPY,
+    EXCESS,
     MAX,
     MEAN_CE,
+    POWER,
     STATISTICS,
     SUM_EXP,
+    TARGET_GRADIENT,
     TARGET_LOGIT,
+    A,
     Columns,
     Picks,
     Q,
@@ -90,7 +95,7 @@ class _Loss(torch.autograd.Function):
     ):
         rows, spec = Rows.unflatten(settings.counts, flat), settings.spec
         reduction, made = Reduction(token_weight, divisor), bool(spec.needed)
-        row_weight = reduction.upstream(rows) if made else None
+        row_weight = _by_raw_logits(reduction.upstream(rows), rows, spec) if made else None
         loss, statistics, index, coefficients, gradients = operators.forward(*rows, row_weight, spec.encode())
         is_tensor = isinstance(divisor, Tensor)
         ctx.save_for_backward(
@@ -140,6 +145,15 @@ class _Loss(torch.autograd.Function):
         return of_inputs(ctx, 3, grads)
 
 
+def _by_raw_logits(upstream: Tensor | None, rows: Rows, spec: Spec) -> Tensor | None:
+    """The derivative by each row's loss (N,), as a gradient pass takes it: times the factor of the logits."""
+    if not spec.form.tempered:
+        return upstream
+    assert rows.scalars is not None
+    factor = rows.scalars.detach()[-1]
+    return factor.expand(rows.target.shape[0]) if upstream is None else upstream * factor
+
+
 def _spread(needed: Sequence[bool], gradients: Any) -> tuple[Tensor | None, ...]:
     """Gradients of those that need one, and None of the others."""
     rest = iter(gradients)
@@ -164,8 +178,10 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Those of the sources, by the gradient pass."""
     spec = spec._replace(needed=tuple(needed))
-    saved = (statistics, index, coefficients, upstream, spec.encode())
-    rows = rows._replace(candidates=None, scalars=None)
+    saved = (statistics, index, coefficients, _by_raw_logits(upstream, rows, spec), spec.encode())
+    rows = rows._replace(candidates=None)
+    if not spec.form.tempered:
+        rows = rows._replace(scalars=None)
     if rows.is_linear:
         sources = [x for x, need in zip(rows.sources, needed, strict=True) if need]
         grads = operators.backward(*rows, *saved)
@@ -224,7 +240,7 @@ def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype)
 def statistics_of(rows: Rows, spec: Spec, picks: Picks, top_q: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Statistics, indices of the picks and, if asked for, 1 - p of the top class."""
     spec = spec.of_picks(picks, epilogue="", top_q=top_q, needed=())
-    _, statistics, index, *_ = operators.forward(*rows._replace(params=[], scalars=None), None, spec.encode())
+    _, statistics, index, *_ = operators.forward(*rows._replace(params=[]), None, spec.encode())
     return (statistics[:-1], index, statistics[-1]) if top_q else (statistics, index, None)
 
 
@@ -239,7 +255,7 @@ def merged_statistics(
         here = picks._replace(top_k=min(picks.top_k, own))
         statistics, index, own_top = statistics_of(vocabulary.rows_here(shards, rows), spec, here, top_q)
     else:
-        statistics, index = vocabulary.nothing_here(rows)
+        statistics, index = vocabulary.nothing_here(rows, picks)
         own_top = statistics[Q] if top_q else None
     return vocabulary.merge(shards, rows, statistics, index, picks, own_top)
 
@@ -251,7 +267,7 @@ def row_statistics(
 
     With `shards` the sources are of this rank's classes; all else is of the classes of all ranks.
     """
-    counts, flat = rows._replace(params=[], scalars=None).flatten()
+    counts, flat = rows._replace(params=[]).flatten()
     *columns, index = _RowStatistics.apply((counts, spec, picks, inplace, shards), *flat)
     return Columns(*columns), index
 
@@ -266,7 +282,9 @@ class _RowStatistics(torch.autograd.Function):
         ctx.mark_non_differentiable(index)
         m, ce = statistics[MAX], statistics[CE].clone()
         log_sum = statistics[SUM_EXP].log()
-        pick_logit = statistics[STATISTICS:].clone()
+        after = STATISTICS + index.shape[0]
+        pick_logit = statistics[STATISTICS:after].clone()
+        asked = [statistics[after + ENTROPY], statistics[after + POWER]] if picks.moments else []
         pick_ce = torch.where(index == flat[_target_at(counts)], ce, log_sum + (m - pick_logit))
         return (
             ce,
@@ -276,6 +294,7 @@ class _RowStatistics(torch.autograd.Function):
             statistics[MEAN_CE].clone(),
             pick_logit,
             pick_ce,
+            torch.stack(asked) if asked else statistics.new_empty((0, statistics.shape[1])),
             index,
         )
 
@@ -292,8 +311,9 @@ class _RowStatistics(torch.autograd.Function):
 
             def columns(*sources: Tensor) -> Sequence[Tensor]:
                 z = reference.logits_of(rows.with_sources(sources), spec.form)
+                z = reference.tempered(z.to(grads[0].dtype), rows, spec.form)
                 safe, ignored, _ = Targets.of(rows.target, z.shape[-1])
-                z = z.to(grads[0].dtype).masked_fill(ignored[:, None], 0)
+                z = z.masked_fill(ignored[:, None], 0)
                 return dense_columns(z, safe, rows.class_weight, rows.candidates, picks)[0]
 
             return of_inputs(ctx, 1, differentiable(rows.sources, needed, columns, grads[:-1]))
@@ -306,6 +326,7 @@ class _RowStatistics(torch.autograd.Function):
             rows = rows._replace(target=here, class_weight=shards.weight(rows.class_weight))
             index = shards.here(index)[0]
         saved = (statistics, index, coefficients, None)
+        spec = spec._replace(moments=picks.moments)
         return of_inputs(ctx, 1, gradients(rows, spec, needed, *saved, inplace))
 
 
@@ -331,7 +352,17 @@ def _coefficients(statistics: Tensor, rows: Rows, index: Tensor, g: Columns, cla
     at_target = d + g_target - a * q
     valid_target = target.clamp(0, classes - 1)  # ignored rows may hold any index
     at_target = at_target - (u if weight is None else u * weight[valid_target])
-    return torch.cat([torch.stack([a, u, at_target]), b])
+    parts = [torch.stack([a, u, at_target]), b]
+    if g.moments.shape[0]:
+        moments = statistics[STATISTICS + index.shape[0] :]
+        # dH/dz_j = p_j (E - (z_j - max)) and dP/dz_j = 2 p_j (p_j - P)
+        slopes = torch.stack([-g.moments[0], 2 * g.moments[1]])
+        of_row = g.moments[0] * moments[EXCESS] - slopes[1] * moments[POWER]
+        lag = torch.where(p == 0, 0, statistics[TARGET_LOGIT] - statistics[MAX])
+        parts[0][A] += of_row
+        parts[0][TARGET_GRADIENT] += p * (of_row + slopes[0] * lag + slopes[1] * p)
+        parts.append(slopes)
+    return torch.cat(parts)
 
 
 # --- sums over the rows ---
@@ -370,13 +401,14 @@ class _ClassSums(torch.autograd.Function):
         if transforms.plain_backward(grad_sums, inplace=inplace):
 
             def sums(w: Tensor | None, z: Tensor) -> list[Tensor]:
-                return [reference.class_sums(rows.with_sources([z]), w, overlap.function)[0]]
+                return [reference.class_sums(rows.with_sources([z]), w, overlap.function, spec.form)[0]]
 
             return of_inputs(ctx, 1, differentiable((row_weight, rows.logits), needed, sums, [grad_sums]))
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(rows.logits.dtype)).contiguous().unbind()
         agreement = agreement[Targets.of(rows.target, rows.classes).safe]
-        rows = rows._replace(class_weight=error, params=[*rows.params, agreement], scalars=None)
+        rows = rows.without_factors(spec.form)
+        rows = rows._replace(class_weight=error, params=[*rows.params, agreement])
         loss, coefficients = operators.terms(*rows, statistics, index, spec.encode())
         gradient = None
         if needed[1]:

@@ -232,7 +232,9 @@ def _check(
     if class_weight is not None:
         sizes.append(("class_weight", class_weight, compute, (classes,), True))
     if scalars is not None:
-        sizes.append(("scalars", scalars, compute, (3,), True))
+        sizes.append(("scalars", scalars, compute, (4,), True))
+    elif spec.form.tempered:
+        raise ValueError(f"{operator}: logits with a temperature need scalars, got None")
     for i, x in enumerate(params):
         sizes.append((f"params[{i}]", x, compute, (count,) if x.dim() else (), False))
     if not 0 <= spec.top_k <= 2:
@@ -241,9 +243,10 @@ def _check(
     if index is not None and statistics is not None:
         picks = index.shape[0] if index.dim() else 0
         sizes.append(("index", index, integer, (picks, count), True))
-        sizes.append(("statistics", statistics, compute, (STATISTICS + picks, count), True))
+        sizes.append(("statistics", statistics, compute, (STATISTICS + picks + spec.more_statistics, count), True))
         if coefficients is not None:
-            sizes.append(("coefficients", coefficients, compute, (COEFFICIENTS + picks, count), True))
+            more = COEFFICIENTS + picks + spec.more_coefficients
+            sizes.append(("coefficients", coefficients, compute, (more, count), True))
     elif candidates is not None:
         more = candidates.shape[-1] if candidates.dim() else 0
         sizes.append(("candidates", candidates, integer, (count, more), True))

@@ -6,6 +6,7 @@ editors spell out. A loss over the classes takes no label smoothing, hence two o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 import torch
@@ -38,6 +39,7 @@ class BatchOptions(TypedDict, total=False):
     token_weight: Tensor | None
     normalizer: float | Tensor | Literal["token_weight"] | None
     group: ProcessGroup | VocabularyShards | None
+    stats: Sequence[str]
 
 
 class ForwardOptions(BatchOptions, total=False):
@@ -47,12 +49,14 @@ class ForwardOptions(BatchOptions, total=False):
 
 
 class _OfLogits(TypedDict, total=False):
+    temperature: float | Tensor
     reduction: Reduction
     inplace_backward: bool
     impl: Impl | None
 
 
 class _OfHidden(TypedDict, total=False):
+    temperature: float | Tensor
     reduction: Reduction
     softcap: float | None
     budget: int | None
@@ -119,6 +123,7 @@ class CrossEntropyOptions(_Weighting, _Smoothing, _OfModule, total=False):
 
 
 DEFAULTS: CallOptions = {
+    "temperature": 1.0,
     "weight": None,
     "ignore_index": -100,
     "reduction": "mean",
@@ -128,6 +133,7 @@ DEFAULTS: CallOptions = {
     "token_weight": None,
     "normalizer": None,
     "return_stats": False,
+    "stats": (),
     "inplace_backward": False,
     "group": None,
     "impl": None,

@@ -49,7 +49,7 @@ class Terms:
         """(3, N) in float64, over the classes here."""
         result = self.statistics.new_zeros((3, self.statistics.shape[1]), dtype=torch.float64)
         if self.rows.classes:
-            rows = self.rows._replace(candidates=None, scalars=None)
+            rows = self.rows._replace(candidates=None)
             loss, others = operators.sums(*rows, self.statistics, self.index, None, None, self.spec.encode())
             p, _, value, d, top, away = self._singled_out()
             of_top = p * d
@@ -217,7 +217,7 @@ class _OverRows(torch.autograd.Function):
         here, index = _Here.of(rows, x.spec, x.shards)
         sums = rows.logits.new_zeros((2, 0), dtype=torch.float64)
         if rows.classes:
-            over_rows = rows._replace(target=here.target, scalars=None)
+            over_rows = rows._replace(target=here.target)
             saved = (here.statistics, here.top, row_weight, here.top_q)
             sums = operators.sums(*over_rows, *saved, x.spec._replace(over_rows=True).encode())
         result, by_rows = x.function(sums), None

@@ -120,12 +120,26 @@ def prepare(
         if shards is not None and checks.may_read(candidates):
             checks.check_indices(index, candidates, classes)
     smoothing, z_loss = float(o["label_smoothing"]), float(o["z_loss"])
-    factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes) if smoothing or z_loss else ()
-    numbers, scalars = constants.parameters(params, factors, dtype, input.device)
+    temperature = o["temperature"]
+    tempered = isinstance(temperature, Tensor) or temperature != 1
+    common: tuple[float, ...] = ()
+    if smoothing or z_loss or tempered:
+        factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
+        common = (*factors, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
+    numbers, scalars = constants.parameters(params, common, dtype, input.device)
+    if isinstance(temperature, Tensor):
+        assert scalars is not None
+        scalars = torch.cat([scalars[:-1], _inverse(temperature.to(input.device, dtype)).reshape(1)])
+    if tempered:
+        form = form._replace(tempered=True)
+        if inplace and isinstance(temperature, Tensor) and temperature.requires_grad:
+            raise ValueError("the gradient of a temperature needs the logits, which inplace_backward overwrites")
     token_weight = o["token_weight"]
     if token_weight is not None:
         # Those of ignored rows may hold anything.
         token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == checks.IGNORED, 0)
+    if isinstance(logits, Projection):
+        logits = Projection(logits.hidden, logits.weight, logits.bias, form)
     rows = Rows.of(logits, index, weight, candidates, numbers, scalars)
     spec = Spec(impl, mean=smoothing != 0, smooths=smoothing != 0, z_loss=z_loss != 0, form=form)
     return Call(rows, spec, token_weight, inplace, shards, classes, o)
@@ -145,6 +159,10 @@ def _check(input: Source, target: Tensor, classes: int, o: CallOptions) -> None:
         checks.check_number("z_loss", o["z_loss"], 0)
     if type(o["ignore_index"]) is not int:
         o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
+    if o["temperature"] is not DEFAULTS["temperature"]:
+        checks.check_temperature(o["temperature"], input)
+    if o["stats"]:
+        checks.check_stats(o["stats"], o["return_stats"])
     if o["weight"] is not None:
         checks.check_weight(o["weight"], input, classes)
     if o["token_weight"] is not None:
@@ -198,6 +216,12 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
     # The loss has yet to say what it thinks of targets that are out of range.
     index, ignored, _ = Targets.of(rows.target, len(weight))
     return _not_zero(weight[index].masked_fill(ignored, 0).sum()), None
+
+
+def _inverse(temperature: Tensor) -> Tensor:
+    """NaN of one that is out of range, which on a GPU nobody looks at."""
+    valid = (temperature > 0) & (temperature < math.inf)
+    return torch.where(valid, 1 / torch.where(valid, temperature, 1), math.nan)
 
 
 def _not_zero(divisor: Tensor) -> Tensor:

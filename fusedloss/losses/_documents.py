@@ -10,6 +10,9 @@ from typing import Any
 from ..engine.options import DEFAULTS
 
 _OPTIONS_DOC = {
+    "temperature": """number or 0-d tensor, finite and > 0 (one on a GPU is not looked at: NaN rows), by which the
+logits are divided, after the softcap and before all else; statistics are of the quotients. Differentiated if it requires
+grad, but not with softcap or inplace_backward.""",
     "weight": "(V,) class weights w. A row's loss is multiplied by that of its target.",
     "ignore_index": "target value whose rows count for nothing: no loss, no gradient, not looked at.",
     "reduction": '"mean" over the targets not ignored, "sum", or "none" for losses of the target\'s shape.',
@@ -23,6 +26,8 @@ _OPTIONS_DOC = {
 ranks, of which :func:`~fusedloss.normalizer` counts the targets; or "token_weight" for the sum of the
 token weights of the targets that count.""",
     "return_stats": "also return :class:`~fusedloss.RowStats` of each row, detached.",
+    "stats": """statistics that ``return_stats=True`` returns beside the usual: ("entropy",) for that of softmax(z), in
+nats.""",
     "inplace_backward": """let the gradient take the logits' memory in the backward pass. The logits must not be
 needed after that; a second backward raises. Needs an implementation with kernels, and computed
 logits; those in the memory of a leaf that requires grad raise. Under torch.compile the gradient is a

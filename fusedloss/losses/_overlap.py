@@ -23,7 +23,15 @@ from ..definition.projection import Projection
 from ..definition.rows import Source
 from ..engine import dense, functions, over_classes
 from ..engine.constants import parameter
-from ..engine.dispatch import dense_row_stats, has_compiled, row_loss, row_stats, shaped_stats, top_stats
+from ..engine.dispatch import (
+    dense_row_stats,
+    has_compiled,
+    learning_temperature,
+    row_loss,
+    row_stats,
+    shaped_stats,
+    top_stats,
+)
 from ..engine.options import CLASS_LOSSES_LACK, CallOptions
 from ..engine.prepare import Call, prepare
 
@@ -126,8 +134,8 @@ def _over_rows(
     """
     rows, spec, row_weight, return_stats = call.rows, call.spec, call.token_weight, call.options["return_stats"]
     if spec.impl == "reference":
-        sums, s = reference.class_sums(rows, row_weight, overlap.function)
-        return of_classes(sums), dense_row_stats(s, rows.target) if return_stats else None
+        sums, s = reference.class_sums(rows, row_weight, overlap.function, spec.form)
+        return of_classes(sums), dense_row_stats(s, call) if return_stats else None
     compiled = has_compiled(overlap.over_rows, call)
     if call.inplace and not compiled:
         raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
@@ -136,17 +144,21 @@ def _over_rows(
             raise ValueError(
                 "with a group, parameters that require grad have no gradients in a loss over the classes; detach them"
             )
-        result, s = over_classes.over_rows(call, overlap, of_classes, summed)
-        return result, dense_row_stats(s, rows.target) if return_stats else None
+        result, s = over_classes.over_rows(learning_temperature(call), overlap, of_classes, summed)
+        return result, dense_row_stats(s, call) if return_stats else None
     if compiled:
+        rows = learning_temperature(call).rows
         sums, statistics, index = functions.class_sums(rows, spec, row_weight, overlap, call.inplace)
     else:
 
         def some(z: Tensor, target: Tensor, weight: Tensor | None, *params: Tensor) -> Tensor:
             part = rows._replace(hidden=[z], target=target, params=list(params))
-            return reference.class_sums(part, weight, overlap.function)[0]
+            return reference.class_sums(part, weight, overlap.function, spec.form)[0]
 
         parts = dense.in_chunks(some, rows.classes, rows.logits, rows.target, row_weight, *rows.params)
         sums = torch.stack(parts).sum(0)
-        return of_classes(sums), top_stats(rows, spec) if return_stats else None
-    return of_classes(sums), row_stats(statistics, index, rows.target) if return_stats else None
+    if not return_stats:
+        return of_classes(sums), None
+    if not compiled or call.options["stats"]:
+        return of_classes(sums), top_stats(call)
+    return of_classes(sums), row_stats(statistics, index, rows.target, False)
