@@ -4,13 +4,14 @@ from importlib.metadata import version as _version
 
 from . import nn as nn  # not in __all__: `import *` must not take the place of torch's
 from .backends.cpu import set_threads_after_fork
-from .definition.statistics import RowStats, Statistics
+from .definition.statistics import LogProbs, RowStats, Statistics
 from .distributed.normalizer import normalizer
 from .distributed.vocabulary import VocabularyShards
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
+from .losses.log_probs import linear_log_probs, linear_topk_log_probs, log_probs
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .losses.supcon import supcon_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
@@ -20,6 +21,7 @@ __version__ = _version("fusedloss")
 
 __all__ = [
     "CalibrationBins",
+    "LogProbs",
     "RowStats",
     "Statistics",
     "VocabularyShards",
@@ -35,8 +37,11 @@ __all__ = [
     "linear_dsc_loss",
     "linear_flex_loss",
     "linear_focal_loss",
+    "linear_log_probs",
     "linear_mixed_cross_entropy",
+    "linear_topk_log_probs",
     "linear_tversky_loss",
+    "log_probs",
     "mixed_cross_entropy",
     "normalizer",
     "set_threads_after_fork",

@@ -270,7 +270,7 @@ def check_temperature(temperature: object, input: Tensor | Projection) -> None:
         raise ValueError(f"temperature is on {temperature.device}, but input on {input.device}")
     value = transforms.values(temperature)
     if may_read(value):
-        check_number("temperature", float(value), 0, sys.float_info.max, above=True)
+        check_number("temperature", float(value.detach()), 0, sys.float_info.max, above=True)
     softcap = 0 if isinstance(input, Tensor) else input.form.softcap
     if temperature.requires_grad and softcap:
         raise ValueError(

@@ -32,6 +32,7 @@ class Product(NamedTuple):
     precision: str
     softcap: float  # 0: none
     masks_target: bool
+    tempered: int  # 1: the logits have a factor
 
 
 #: Blocks of which a row's statistics are merged before they are merged with those of the others: what is read by one

@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import moments
 from .device import convert, exp, log1p, multiply, number, tanh
 from .epilogues import power
 from .search import lane_columns, merge_found, search
@@ -113,6 +114,16 @@ def _load_three(values, rows, N, real, OTHER: tl.constexpr):
 
 
 @triton.jit
+def _load_moments(values, rows, span, N, real, MOMENTS: tl.constexpr):
+    if MOMENTS:
+        at = values + (rows + span * moments.COUNT * N)
+        low, ties = tl.load(at, real, other=0.0), tl.load(at + N, real, other=0.0)
+        return low, ties, tl.load(at + 2 * N, real, other=0.0), tl.load(at + 3 * N, real, other=0.0)
+    else:
+        return ()
+
+
+@triton.jit
 def _store_rows(to, rows, N, inside, values):
     for k in tl.static_range(len(values)):
         tl.store(to + (rows + k * N), values[k], inside)
@@ -127,14 +138,15 @@ def _store_live(to, rows, N, inside, ignored, values, neutral):
 
 # --- logits ---
 # `where` they are: (logits, row stride) with SOURCE None, or with SOURCE a launch.Product (hidden states, its strides,
-# weight, its strides, depth D) and last the bias, if there is one.
+# weight, its strides, depth D); then what every loss has, if the logits have a factor, and the bias, if there is one.
 
 
 @triton.jit
 def _logit(where, rows, column, real, SOURCE: tl.constexpr, T: tl.constexpr):
     """Logits (ROWS, K) of some columns (ROWS, K) of each row, -inf where there is none."""
     if SOURCE is None:
-        return tl.load(where[0] + rows * where[1] + column, real, other=-float("inf")).to(T)
+        z = tl.load(where[0] + rows * where[1] + column, real, other=-float("inf")).to(T)
+        return z * tl.load(where[2] + 3) if len(where) > 2 else z
     else:
         z = tl.zeros(column.shape, T)
         hidden, row_stride, hidden_stride, weight, class_stride, weight_stride, depth = where[:7]
@@ -156,6 +168,8 @@ def _block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK: tl.
     exists = columns < V
     if SOURCE is None:
         z = tl.load(where[0] + rows * where[1] + columns, live & exists, other=-float("inf")).to(T)
+        if len(where) > 2:
+            z *= tl.load(where[2] + 3)
         return columns, exists, z
     else:
         z = tl.zeros((rows.shape[0], BLOCK), T)
@@ -176,25 +190,28 @@ def _block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _after_product(z, where, columns, exists, SOURCE: tl.constexpr, T: tl.constexpr):
-    if len(where) > 7:
-        z += tl.load(where[7] + columns, exists, other=0.0).to(T)
+    if len(where) > 7 + SOURCE.tempered:
+        z += tl.load(where[7 + SOURCE.tempered] + columns, exists, other=0.0).to(T)
     if SOURCE.softcap > 0:
         z = SOURCE.softcap * tanh(z / SOURCE.softcap)
+    if SOURCE.tempered:
+        z *= tl.load(where[7] + 3)
     return z
 
 
 # --- the statistics of a part of a row, and how they merge ---
 # Of all columns but the target: (max; sum of exp(z - max); sum of w (z - _offset); the logits of the largest two and of
-# the largest below the target; their columns, -1 for none). Sums are in float64. The target is a part of its own,
-# without a sum.
+# the largest below the target; their columns, -1 for none; the sums of moments, if asked for). Sums are in float64. The
+# target is a part of its own, without a sum.
 
 
 @triton.jit
-def _nothing(ROWS: tl.constexpr, T: tl.constexpr):
+def _nothing(ROWS: tl.constexpr, T: tl.constexpr, MOMENTS: tl.constexpr):
     lowest = tl.full((ROWS, 1), -float("inf"), T)
     zero = tl.zeros((ROWS, 1), tl.float64)
     nowhere = tl.full((ROWS, 1), -1, tl.int32)
-    return lowest, zero, zero, lowest, lowest, lowest, nowhere, nowhere, nowhere
+    part = (lowest, zero, zero, lowest, lowest, lowest, nowhere, nowhere, nowhere)
+    return part + moments.nothing(ROWS, 1, tl.float64, MOMENTS)
 
 
 @triton.jit
@@ -216,7 +233,8 @@ def _merge(x, y):
     # The lower sum counts for less. A part without a finite logit has an empty one, or a NaN that must pass through.
     less = tl.exp(tl.where(x_max == y_max, 0.0, -tl.abs(x_max - y_max)).to(tl.float64))
     rest = tl.fma(tl.where(higher, y_rest, x_rest), less, tl.where(higher, x_rest, y_rest))
-    return (tl.maximum(x_max, y_max), rest, x_mean + y_mean) + merge_found(x[3:], y[3:])  # noqa: RUF005
+    part = (tl.maximum(x_max, y_max), rest, x_mean + y_mean) + merge_found(x[3:9], y[3:9])  # noqa: RUF005
+    return part + moments.merge(x[9:], x_max, y[9:], y_max)
 
 
 @triton.jit
@@ -234,6 +252,7 @@ def _scan(
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
     APART: tl.constexpr,
@@ -252,7 +271,8 @@ def _scan(
     mean = tl.zeros((ROWS, LANES), T)
     at = tl.zeros((ROWS, LANES), tl.int32) + begin  # the block with the maximum
     below, below_at = maximum, at
-    found = _nothing(ROWS, T)[3:]
+    found = _nothing(ROWS, T, False)[3:]
+    sums = moments.nothing(ROWS, LANES, T, MOMENTS)
     tl.assume(begin >= 0)
     for start in range(begin, end, BLOCK):
         columns, exists, z = _block(where, rows, live, start, V, target, SOURCE, BLOCK, T)
@@ -274,7 +294,10 @@ def _scan(
             below_at = tl.where(lower > below, start, below_at)
             below = tl.maximum(lower, below)
         reference = _reference(higher)
-        rest = rest * exp(maximum - reference) + tl.sum(exp(z - reference[:, None, :]), 1)
+        e = exp(z - reference[:, None, :])
+        rest = rest * exp(maximum - reference) + tl.sum(e, 1)
+        if MOMENTS:
+            sums = moments.add(moments.rise(sums, maximum, higher), z, e, higher)
         maximum = higher
     highest = tl.max(maximum, 1, keep_dims=True)
     rest *= exp(maximum - _reference(highest))
@@ -283,7 +306,12 @@ def _scan(
         real = live & (columns >= 0) & (columns < V) & (columns != target)
         z = _logit(where, rows, columns, real, SOURCE, T)
         found = search(found, columns, real, z, target_logit, TOP_K, BELOW)
-    return (highest, _row_sum(rest), _row_sum(mean)) + found  # noqa: RUF005
+    part = (highest, _row_sum(rest), _row_sum(mean)) + found  # noqa: RUF005
+    if MOMENTS:
+        low, ties, excess, square = moments.rise(sums, maximum, highest)
+        return part + (_row_sum(low), _row_sum(ties), _row_sum(excess), _row_sum(square))  # noqa: RUF005
+    else:
+        return part
 
 
 # --- from the statistics of whole rows to what the pass gives ---
@@ -355,6 +383,7 @@ def _finish(
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
+    MOMENTS: tl.constexpr,
     PICKS: tl.constexpr,
     PICK_BLOCK: tl.constexpr,
     T: tl.constexpr,
@@ -393,6 +422,9 @@ def _finish(
     real = inside & (k < PICKS)
     tl.store(statistics + (rows + (k + _STATISTICS) * N), tl.where(ignored, 0.0, pick_logit), real)
     tl.store(index + (rows + k * N), pick_index, real)
+    if MOMENTS:
+        to = statistics + (_STATISTICS + PICKS) * N
+        _store_live(to, rows, N, inside, ignored, moments.finish(part[9:], hopeless, T), (log_2, 0.0, 0.5))
 
     if EPILOGUE is not None:
         lse = m + log_sum
@@ -603,6 +635,7 @@ def _write_gradient(
     EXPONENT: tl.constexpr,
     SOURCE: tl.constexpr,
     PICKS: tl.constexpr,
+    MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -621,6 +654,14 @@ def _write_gradient(
         gradient = p * (g - one) * upstream
         if _in_block(top, begin, BLOCK):
             gradient = tl.where(columns == top, two, gradient)
+    elif MOMENTS:
+        by_excess = tl.load(coefficients + (rows + (_COEFFICIENTS + PICKS) * N), live, other=0.0)
+        by_power = tl.load(coefficients + (rows + (_COEFFICIENTS + PICKS + 1) * N), live, other=0.0)
+        lag = tl.maximum(z - m, -1.0e30)  # -inf times a probability of 0 would be NaN
+        p = exp(lag) * inverse
+        gradient = p * upstream * (one + by_excess * lag + by_power * p) - two * _class_weights(
+            class_weight, columns, exists, T
+        )
     else:
         gradient = exp(z - m) * (one * inverse * upstream)  # 0 of rows that are ignored
         if class_weight is None:
@@ -636,9 +677,12 @@ def _write_gradient(
             gradient = tl.where(columns == pick, gradient - b, gradient)
     if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
         if SOURCE.softcap > 0:
-            share = tl.maximum(z / SOURCE.softcap, -1.0)  # that of a masked target is -inf
+            share = z / SOURCE.softcap
+            if SOURCE.tempered:
+                share /= tl.load(where[7] + 3)
+            share = tl.maximum(share, -1.0)  # that of a masked target is -inf
             gradient *= 1.0 - share * share
-    if TERM is not None or SOURCE is not None or class_weight is not None:
+    if TERM is not None or SOURCE is not None or class_weight is not None or MOMENTS:
         gradient = tl.where(live, gradient, 0.0)
     tl.store(grad + (rows * grad_stride + columns), convert(gradient, grad.dtype.element_ty), inside & exists)
 
@@ -666,6 +710,7 @@ def statistics_pass(
     grad_stride: tl.int64,
     grad_output,
     grad_output_stride: tl.int64,
+    part_moments,
     N: tl.int64,
     V: tl.int32,
     common,
@@ -675,6 +720,7 @@ def statistics_pass(
     TOP_K: tl.constexpr,
     BELOW: tl.constexpr,
     MEAN: tl.constexpr,
+    MOMENTS: tl.constexpr,
     PICKS: tl.constexpr,
     PICK_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -687,7 +733,7 @@ def statistics_pass(
     """SPLIT: grid (row blocks, spans), stores the statistics of a span of the rows. MERGE: takes them up from there.
 
     Otherwise both in one; with `grad`, which may be the logits themselves, the gradient too. Spans lie one after the
-    other, each (2 or 3, N): of sums, logits and columns.
+    other, each (2 to 4, N): of sums, logits, columns and moments.
     """
     T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
     rows, inside = _rows(tl.program_id(0), N, ROWS)
@@ -699,24 +745,26 @@ def statistics_pass(
     target_logit = tl.where((t >= 0) | (live == 0), target_logit, float("nan"))
     end = tl.where(_any(live), V, 0)  # where all are ignored there is nothing to read
 
-    part = _nothing(ROWS, T)
+    part = _nothing(ROWS, T, MOMENTS)
     if not SPLIT:  # begins with the target alone
         largest = tl.where(target_logit == target_logit, target_logit, -float("inf"))
         part = (largest, part[1], part[2], largest, part[4], part[5], t, part[7], part[8])
+        part = part + moments.of_one(largest, MOMENTS)
     if MERGE:
         for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
             at = rows + span * 3 * N
             rest, mean, _ = _load_three(part_sums, at, N, inside, 0.0)
             logits = _load_three(part_logits, at, N, inside, 0.0)
             columns = _load_three(part_columns, at, N, inside, -1)
-            part = _merge(part, (logits[0], rest, mean) + logits + columns)  # noqa: RUF005
+            other = (logits[0], rest, mean) + logits + columns  # noqa: RUF005
+            part = _merge(part, other + _load_moments(part_moments, rows, span, N, inside, MOMENTS))
     else:
         first = tl.program_id(1) * (SPAN * BLOCK) if SPLIT else 0
         last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
         for begin in range(first, last, SPAN * BLOCK):
             span = _scan(
                 where, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, target_logit, class_weight,
-                SOURCE, TOP_K, BELOW, MEAN, BLOCK, SPAN, APART and TOP_K + BELOW == 0, T,
+                SOURCE, TOP_K, BELOW, MEAN, MOMENTS, BLOCK, SPAN, APART and TOP_K + BELOW == 0, T,
             )  # fmt: skip
             part = _merge(part, span)
 
@@ -724,12 +772,14 @@ def statistics_pass(
         at = rows + tl.program_id(1) * 3 * N
         _store_rows(part_sums, at, N, inside, part[1:3])
         _store_rows(part_logits, at, N, inside, (part[0], part[4], part[5]))
-        _store_rows(part_columns, at, N, inside, part[6:])
+        _store_rows(part_columns, at, N, inside, part[6:9])
+        if MOMENTS:
+            _store_rows(part_moments, rows + tl.program_id(1) * moments.COUNT * N, N, inside, part[9:])
     else:
         _finish(
             part, rows, inside, live, t, target_logit, where, class_weight, weight_sum, candidates, param_values,
             param_strides, loss, statistics, index, coefficients, N, V, common, EPILOGUE, PARAMS, SOURCE,
-            TOP_K, BELOW, MEAN, PICKS, PICK_BLOCK, T,
+            TOP_K, BELOW, MEAN, MOMENTS, PICKS, PICK_BLOCK, T,
         )  # fmt: skip
         if grad is not None:
             tl.debug_barrier()  # the coefficients are there, and all that is read of the logits here was read
@@ -739,7 +789,7 @@ def statistics_pass(
                 begin = (blocks - 1 - k) * BLOCK  # what was read last is most likely still in the caches
                 _write_gradient(
                     grad, grad_stride, of_rows, where, rows, inside, live, begin, N, V, t, class_weight, index,
-                    coefficients, (), None, None, SOURCE, PICKS, BLOCK, T,
+                    coefficients, (), None, None, SOURCE, PICKS, False, BLOCK, T,
                 )  # fmt: skip
 
 
@@ -840,6 +890,7 @@ def gradient_pass(
     PARAMS: tl.constexpr,
     SOURCE: tl.constexpr,
     PICKS: tl.constexpr,
+    MOMENTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -858,7 +909,7 @@ def gradient_pass(
     values = _params(param_values, param_strides, rows, inside, PARAMS)
     _write_gradient(
         grad, grad_stride, of_rows, where, rows, inside, live, column_block * BLOCK, N, V, t, class_weight, index,
-        coefficients, values, TERM, EXPONENT, SOURCE, PICKS, BLOCK, T,
+        coefficients, values, TERM, EXPONENT, SOURCE, PICKS, MOMENTS, BLOCK, T,
     )  # fmt: skip
 
 

@@ -33,6 +33,9 @@ template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 template <typename T>
+constexpr T kLeastLag = T(-1e30);  // of a logit from the largest, in a product with its exponential
+
+template <typename T>
 struct Best {
     T value;
     int64_t index;  // the first column of its block; negative: none
@@ -76,7 +79,7 @@ void insert(Best<T>& top, Best<T>& second, const Best<T>& x) {
 
 // Sums by another m, which is larger by -lag.
 inline void shift(Sums& x, double lag) {
-    lag = std::max(lag, std::numeric_limits<double>::lowest());  // 0 * -inf would be NaN
+    lag = std::max(lag, kLeastLag<double>);  // 0 * -inf would be NaN
     const double factor = std::exp(lag), all = x.low + x.ties;
     x = {factor * all, 0, factor * (x.excess + lag * all), factor * factor * x.square};
 }
@@ -509,8 +512,8 @@ class Engine {
         return sums;
     }
 
-    // A lag of -inf, whose exponential is 0, as a number: times 0 it is none.
-    static V bounded(V lag) { return greater(lag, splat(std::numeric_limits<T>::lowest())); }
+    // A lag of -inf, whose exponential is 0, as a number: its product with that and a slope is 0.
+    static V bounded(V lag) { return greater(lag, splat(kLeastLag<T>)); }
 
     V load_weight(int64_t column, int size) const {
         const T* const weight = class_weight() + column;
@@ -1038,7 +1041,7 @@ class Engine {
                 const auto same = [&](const Exception<T>& x) { return x.column == column; };
                 Exception<T>* const at = std::find_if(exceptions, last, same);
                 if (at == last) {
-                    const T lag = std::max(logit(z + column) - max, std::numeric_limits<T>::lowest());
+                    const T lag = std::max(logit(z + column) - max, kLeastLag<T>);
                     *last++ = {column, slopes.gradient(std::exp(lag), lag) - u * weight_of(column)};
                 }
                 at->value -= b;

@@ -58,16 +58,22 @@ def _source(job: Job, table: str) -> _Source:
     """With the tile from a table of launch.py."""
     launch, rows, form = _modules()[1], job.rows, job.spec.form
     tiles = getattr(launch, table)
-    first = rows.hidden[0]
+    first, factor = rows.hidden[0], _factor(job)
     if not rows.is_linear:
         count, classes = first.shape
         tile = launch.tile(classes, first.element_size(), tiles)
-        return _Source((first, first.stride(0)), None, count, classes, tile)
+        return _Source((first, first.stride(0), *factor), None, count, classes, tile)
     (weight,), bias = rows.weight, rows.bias
     tile = launch.product_tile(len(first), first.element_size(), table == "CLASS_TILES")
     where = (first, *first.stride(), weight, *weight.stride(), first.shape[1])
-    kind = launch.Product(tile.depth, _precision(first), form.softcap, form.mask_target)
-    return _Source(where if bias is None else (*where, bias), kind, len(first), len(weight), tile)
+    kind = launch.Product(tile.depth, _precision(first), form.softcap, form.mask_target, int(form.tempered))
+    where = (*where, *factor, *([] if bias is None else [bias]))
+    return _Source(where, kind, len(first), len(weight), tile)
+
+
+def _factor(job: Job) -> tuple[Tensor | None, ...]:
+    """What holds the factor of the logits, if they have one."""
+    return (job.rows.scalars,) if job.spec.form.tempered else ()
 
 
 def _precision(hidden: Tensor) -> str:
@@ -168,7 +174,10 @@ class Triton(Backend):
         spans = 1 if job.grad is not None else source.spans
         row_epilogue = tables.ROW_EPILOGUES.get(spec.epilogue)
         params = rows.params if row_epilogue else []
-        picks = len(job.index)
+        picks, moments = len(job.index), None
+        if spec.moments:
+            shape = (spans if spans > 1 else 0, kernels.moments.COUNT.value, source.rows)
+            moments = job.statistics.new_empty(shape, dtype=torch.float64)
         _run_split(
             kernels.statistics_pass,
             spans,
@@ -187,6 +196,7 @@ class Triton(Backend):
             0 if job.grad is None else job.grad.stride(0),
             job.upstream,
             0 if job.upstream is None else job.upstream.stride(0),
+            moments,
             source.rows,
             source.classes,
             rows.scalars,
@@ -195,6 +205,7 @@ class Triton(Backend):
             TOP_K=spec.top_k,
             BELOW=spec.below,
             MEAN=spec.mean,
+            MOMENTS=spec.moments,
             PICKS=picks,
             PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
         )
@@ -236,6 +247,7 @@ class Triton(Backend):
             PARAMS=len(params),
             SOURCE=source.kind,
             PICKS=len(job.index),
+            MOMENTS=job.spec.more_coefficients > 0,
         )
 
     def sums(self, job: Job) -> Tensor:
@@ -326,7 +338,7 @@ def _class_sums(job: Job) -> Tensor:
     logits, target, top_q = job.rows.logits, job.rows.target, job.top_q
     rows, classes = logits.shape
     term = tables.CLASS_TERMS[job.spec.epilogue]
-    where = (logits, logits.stride(0))
+    where = (logits, logits.stride(0), *_factor(job))
     if top_q is None:
         tile = launch.tile(classes, logits.element_size(), launch.CLASS_TILES)
         top_q = job.statistics.new_empty(rows)

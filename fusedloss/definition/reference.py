@@ -45,9 +45,9 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
     return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype), s
 
 
-def entropy(rows: Rows, spec: Spec) -> Tensor:
-    """Of each row (N,)."""
-    return _statistics(rows, spec.form, Picks(moments=True))[1].entropy
+def statistics(rows: Rows, spec: Spec, picks: Picks) -> tuple[Statistics, Tensor, Tensor]:
+    """Those of rows, which rows are ignored and which invalid."""
+    return _statistics(rows, spec.form, picks)[1:]
 
 
 def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:

@@ -6,10 +6,12 @@ then the candidates. ``coefficients`` (3 + K, N) are what a gradient pass needs:
 dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the target given as it is.
 
 The moments, where they are asked for, are three rows more: the entropy H, the excess E = sum_j p_j (z_j - max), and the
-power P = sum_j p_j^2. Their gradient, where PyTorch made the coefficients, has two rows more, c and e of p_j (c (z_j - max) + e p_j).
+power P = sum_j p_j^2. Their gradient, where PyTorch made the coefficients, has two rows more, the slopes c and e of
+p_j (c (z_j - max) + e p_j).
 """
 
 # Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,6 +50,16 @@ class RowStats(NamedTuple):
     argmax: Tensor
     argmax_log_prob: Tensor
     entropy: Tensor | None = None
+
+
+class LogProbs(NamedTuple):
+    """What :func:`~fusedloss.log_probs` gives with entropy=True, shaped like the target; both are differentiable.
+
+    ``log_prob`` is log p_t of the target t, and ``entropy`` -sum_j p_j log p_j in nats.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
 
 
 class Statistics:
@@ -99,6 +111,11 @@ class Statistics:
         self._names = tuple(fields)
         for name, value in fields.items():
             setattr(self, name, value)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Statistics":
+        """Those in floating point, each as the function makes it of what it is."""
+        fields = {name: getattr(self, name) for name in self._names}
+        return Statistics(**{name: function(x) if x.is_floating_point() else x for name, x in fields.items()})
 
     def has(self, name: str) -> bool:
         """Tell whether a statistic of that name is here."""

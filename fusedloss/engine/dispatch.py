@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..definition import reference
 from ..definition.epilogue import Epilogue
-from ..definition.rows import Rows, Source, Spec
+from ..definition.rows import Source
 from ..definition.statistics import (
     CE,
     ENTROPY,
@@ -24,11 +24,10 @@ from ..definition.statistics import (
     Targets,
     assemble,
 )
-from . import dense, functions, over_classes
+from . import dense, functions, over_classes, temperature
 from .functions import Reduction
 from .options import CallOptions
 from .prepare import Call, divisor_of, prepare
-from .temperature import with_temperature
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,6 +58,21 @@ def row_loss(
         # Over a count of no targets at all it stays 0; anything else over 0 is infinite.
         loss = loss / torch.where((normalizer == 0) & (loss != 0), 0, 1)
     return loss if stats is None else (loss, shaped_stats(stats, target, o))
+
+
+def row_statistics(
+    name: str, input: Source, target: Tensor, statistics: tuple[str, ...], options: CallOptions
+) -> Statistics:
+    """Differentiable statistics of rows (N,) for a caller of its own, whose floats are 0 where the row is ignored."""
+    call = prepare(name, input, target, (), (), None, options)
+    rows, spec, picks = call.rows, call.spec, Picks.of(statistics)
+    if spec.impl == "reference":
+        s, ignored, invalid = reference.statistics(rows, spec, picks)
+    else:
+        columns, index = functions.row_statistics(rows, spec, picks, call.inplace, call.shards)
+        targets = Targets.of(rows.target, call.classes)
+        s, ignored, invalid = assemble(columns, targets.safe, index, picks, None), targets.ignored, targets.invalid
+    return s.map(lambda x: x.masked_fill(ignored, 0).masked_fill(invalid, torch.nan))
 
 
 def shaped_stats(stats: tuple[Tensor, ...], target: Tensor, options: CallOptions) -> RowStats:
@@ -94,8 +108,7 @@ def _dispatch(
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and rows.candidates is None))
         spec = spec._replace(epilogue=epilogue.name, top_k=top_k, moments=moments)
-        token_weight, call = call.token_weight, learning_temperature(call)
-        rows = call.rows
+        token_weight = call.token_weight
         if (
             unreduced
             or (token_weight is not None and token_weight.requires_grad)
@@ -138,10 +151,12 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     # Asked here: within a function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
     if rows.weight:
         needed = tuple([x.requires_grad for x in rows.sources])
+        if temperature.is_learnt(rows, call.spec):
+            needed = temperature.needed(rows, needed)
         return needed if True in needed else ()
     if (
         not backends.BACKENDS[call.spec.impl].one_read
-        or not rows.logits.requires_grad
+        or not (rows.logits.requires_grad or temperature.is_learnt(rows, call.spec))
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
         or rows.logits.dtype == torch.float16
@@ -175,7 +190,6 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
 
 def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A loss in PyTorch between the two passes, and the statistics."""
-    call = learning_temperature(call)
     rows, spec, shards, classes, o = *call[:2], call.shards, call.classes, call.options
     picks = epilogue.picks
     top_k, moments = max(picks.top_k, int(o["return_stats"])), picks.moments or "entropy" in o["stats"]
@@ -197,14 +211,9 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
             "with a group, a loss over the classes needs a compiled epilogue, which a loss function over the classes "
             "and parameters that require grad have not; compute all logits on each rank, or use a loss over the rows"
         )
-    base, s = over_classes.row_losses(learning_temperature(call), epilogue)
+    base, s = over_classes.row_losses(call, epilogue)
     loss = reference.with_common_terms(base, s, call.rows, call.spec, call.classes, weighted=True)
     return loss.masked_fill(call.rows.target == checks.IGNORED, 0), s
-
-
-def learning_temperature(call: Call) -> Call:
-    """The call as the autograd functions take it, whose gradients give that of the temperature."""
-    return call._replace(rows=with_temperature(call.rows, call.spec, call.shards))
 
 
 def top_stats(call: Call) -> tuple[Tensor, ...]:
@@ -235,7 +244,7 @@ def dense_row_stats(s: Statistics, call: Call) -> tuple[Tensor, ...]:
 def _entropy(call: Call) -> Tensor:
     rows = call.rows._replace(candidates=None, class_weight=None)
     if call.spec.impl == "reference":
-        return reference.entropy(rows, call.spec)
+        return reference.statistics(rows, call.spec, Picks(moments=True))[0].entropy
     statistics, *_ = functions.merged_statistics(rows, call.spec, Picks(moments=True), call.shards)
     return statistics[STATISTICS + ENTROPY]
 

@@ -37,7 +37,7 @@ from ..definition.statistics import (
 )
 from ..distributed import vocabulary
 from ..distributed.vocabulary import VocabularyShards
-from . import operators
+from . import operators, temperature
 
 
 class Reduction(NamedTuple):
@@ -120,7 +120,7 @@ class _Loss(torch.autograd.Function):
         grads: Sequence[Tensor | None]
         reduction = Reduction(token_weight, ctx.divisor if divisor is None else divisor)
         sources = rows.sources
-        made, needed = bool(spec.needed), ctx.needs_input_grad[3 : 3 + len(sources)]
+        made, needed = bool(spec.needed), needed_of(ctx, 3, rows, spec)
         results = saved[len(ctx.needs_input_grad) - 3 :]
         if settings.total:
             grad_output = grad_output.to(compute_dtype(rows.hidden[0].dtype))
@@ -142,7 +142,7 @@ class _Loss(torch.autograd.Function):
             upstream = reduction.upstream(rows, grad_output) if settings.total else grad_output
             statistics, index, coefficients = results
             grads = gradients(rows, spec, needed, statistics, index, coefficients, upstream, settings.inplace)
-        return of_inputs(ctx, 3, grads)
+        return of_inputs(ctx, (None,) * 3, rows, spec, grads)
 
 
 def _by_raw_logits(upstream: Tensor | None, rows: Rows, spec: Spec) -> Tensor | None:
@@ -160,10 +160,29 @@ def _spread(needed: Sequence[bool], gradients: Any) -> tuple[Tensor | None, ...]
     return tuple(next(rest) if need else None for need in needed)
 
 
-def of_inputs(ctx: Any, before: int, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of a function's inputs from those of its sources, which come after so many others."""
-    after = len(ctx.needs_input_grad) - before - len(gradients)
-    return (*(None,) * before, *gradients, *(None,) * after)
+def of_inputs(
+    ctx: Any,
+    given: Sequence[Tensor | None],
+    rows: Rows,
+    spec: Spec,
+    gradients: Sequence[Tensor | None],
+    shards: VocabularyShards | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a function's inputs: those given of what comes before the rows, then the rows' sources'."""
+    result = [*given, *gradients]
+    result += [None] * (len(ctx.needs_input_grad) - len(result))
+    if spec.form.tempered:
+        at = len(given) + _target_at(rows.flatten()[0]) + 3
+        if ctx.needs_input_grad[at]:
+            result[at] = temperature.by_scalars(rows, spec, gradients, shards)
+    return tuple(result)
+
+
+def needed_of(ctx: Any, before: int, rows: Rows, spec: Spec) -> tuple[bool, ...]:
+    """Which gradients of the rows' sources a backward makes, for inputs that come after so many others."""
+    needed = tuple(ctx.needs_input_grad[before : before + len(rows.sources)])
+    learnt = spec.form.tempered and ctx.needs_input_grad[before + _target_at(rows.flatten()[0]) + 3]
+    return temperature.needed(rows, needed) if learnt else needed
 
 
 def gradients(
@@ -303,7 +322,7 @@ class _RowStatistics(torch.autograd.Function):
         counts, spec, picks, inplace, shards = ctx.settings
         *flat, statistics, index = ctx.saved_tensors
         rows = Rows.unflatten(counts, flat)
-        needed = ctx.needs_input_grad[1 : 1 + len(rows.sources)]
+        given, needed = rows, needed_of(ctx, 1, rows, spec)
         plain = transforms.plain_backward(*grads[:-1], inplace=inplace)
         if shards is not None:
             vocabulary.differentiated_once(*grads[:-1])
@@ -316,18 +335,20 @@ class _RowStatistics(torch.autograd.Function):
                 z = z.masked_fill(ignored[:, None], 0)
                 return dense_columns(z, safe, rows.class_weight, rows.candidates, picks)[0]
 
-            return of_inputs(ctx, 1, differentiable(rows.sources, needed, columns, grads[:-1]))
+            by_sources = differentiable(rows.sources, needed, columns, grads[:-1])
+            return of_inputs(ctx, (None,), rows, spec, by_sources)
         classes = rows.classes if shards is None else shards.classes
         coefficients = _coefficients(statistics, rows, index, Columns(*grads[:-1]), classes)
         if shards is not None:
             if not rows.classes and not rows.is_linear:
-                return of_inputs(ctx, 1, [torch.zeros_like(rows.logits)])
+                return of_inputs(ctx, (None,), rows, spec, [torch.zeros_like(rows.logits)], shards)
             here = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
             rows = rows._replace(target=here, class_weight=shards.weight(rows.class_weight))
             index = shards.here(index)[0]
         saved = (statistics, index, coefficients, None)
         spec = spec._replace(moments=picks.moments)
-        return of_inputs(ctx, 1, gradients(rows, spec, needed, *saved, inplace))
+        by_sources = gradients(rows, spec, needed, *saved, inplace)
+        return of_inputs(ctx, (None,), given, spec, by_sources, shards)
 
 
 def _target_at(counts: tuple[int, int, int, int]) -> int:
@@ -397,13 +418,14 @@ class _ClassSums(torch.autograd.Function):
         counts, spec, overlap, inplace = ctx.settings
         row_weight, *flat, statistics, index = ctx.saved_tensors
         rows = Rows.unflatten(counts, flat)
-        needed = ctx.needs_input_grad[1:3]
+        needed = (ctx.needs_input_grad[1], *needed_of(ctx, 2, rows, spec))
         if transforms.plain_backward(grad_sums, inplace=inplace):
 
             def sums(w: Tensor | None, z: Tensor) -> list[Tensor]:
                 return [reference.class_sums(rows.with_sources([z]), w, overlap.function, spec.form)[0]]
 
-            return of_inputs(ctx, 1, differentiable((row_weight, rows.logits), needed, sums, [grad_sums]))
+            by_weight, *by_logits = differentiable((row_weight, rows.logits), needed, sums, [grad_sums])
+            return of_inputs(ctx, (None, by_weight), rows, spec, by_logits)
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(rows.logits.dtype)).contiguous().unbind()
         agreement = agreement[Targets.of(rows.target, rows.classes).safe]
@@ -414,4 +436,4 @@ class _ClassSums(torch.autograd.Function):
         if needed[1]:
             saved = (statistics, index, coefficients, row_weight)
             (gradient,) = gradients(rows, spec, (True,), *saved, inplace)
-        return of_inputs(ctx, 1, [loss if needed[0] else None, gradient])
+        return of_inputs(ctx, (None, loss if needed[0] else None), rows, spec, [gradient])

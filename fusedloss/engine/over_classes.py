@@ -164,9 +164,10 @@ class _RowLosses(torch.autograd.Function):
         *flat, sums = ctx.saved_tensors[: -len(_Here._fields)]
         rows = Rows.unflatten(ctx.settings.counts, flat)
         terms = _RowLosses._terms(ctx.settings, ctx.shards, rows, _Here(*ctx.saved_tensors[-len(_Here._fields) :]))
-        needed = ctx.needs_input_grad[2 : 2 + len(rows.sources)]
+        needed = functions.needed_of(ctx, 2, rows, ctx.settings.spec)
         g = torch.zeros_like(sums[LOSS]) if grad_loss is None else grad_loss
-        return functions.of_inputs(ctx, 2, terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace))
+        by_sources = terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace)
+        return functions.of_inputs(ctx, (None, None), rows, ctx.settings.spec, by_sources, ctx.shards)
 
     @staticmethod
     def _terms(settings: Settings, shards: VocabularyShards, rows: Rows, here: _Here) -> Terms:
@@ -246,9 +247,10 @@ class _OverRows(torch.autograd.Function):
         by_rows = by_rows.to(here.top_q.dtype)
         g = torch.ones_like(by_rows[LOSS]) if row_weight is None else row_weight
         gradient: tuple[Tensor | None, ...] = (None,)
-        if ctx.needs_input_grad[2]:
+        if functions.needed_of(ctx, 2, rows, x.spec)[0]:
             gradient = terms.gradients((True,), g, by_rows, None, x.inplace)
-        return functions.of_inputs(ctx, 1, (by_rows[LOSS] if ctx.needs_input_grad[1] else None, *gradient))
+        by_weight = by_rows[LOSS] if ctx.needs_input_grad[1] else None
+        return functions.of_inputs(ctx, (None, by_weight), rows, x.spec, gradient, x.shards)
 
     @staticmethod
     def _by_sums(x: _Sums, rows: Rows, here: _Here, sums: Tensor, upstream: Tensor) -> Terms:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,39 +14,35 @@ from ..distributed.vocabulary import VocabularyShards
 _BLOCK_BYTES = 8 * 2**20
 
 
-def with_temperature(rows: Rows, spec: Spec, shards: VocabularyShards | None = None) -> Rows:
-    """Have the gradients of hidden states and bias, or of logits, give that of the temperature too.
+def is_learnt(rows: Rows, spec: Spec) -> bool:
+    return spec.form.tempered and rows.scalars is not None and rows.scalars.requires_grad
 
-    With z the logits before it and L a function of z / temperature, dL / d temperature is
-    -sum_j z_j dL/dz_j / temperature. Where z is linear in hidden states h and bias b, the sum is that of h dL/dh and
-    b dL/db: the passes need to know nothing of it.
+
+def needed(rows: Rows, of_sources: Sequence[bool]) -> tuple[bool, ...]:
+    """Which gradients of ``rows.sources`` that of the temperature is made of, too."""
+    count = len(rows.hidden)
+    others = tuple(of_sources[count : count + len(rows.weight)])
+    return (True,) * count + others + (True,) * (rows.bias is not None)
+
+
+def by_scalars(rows: Rows, spec: Spec, gradients: Sequence[Tensor | None], shards: VocabularyShards | None) -> Tensor:
+    """Return the gradient of ``rows.scalars``, of which the last is the factor f of the logits z, 1 / temperature.
+
+    L is a function of f z, so that f dL/df is the sum of z_j dL/dz_j. Where z is linear in hidden states h and a bias
+    b, that is the sum of h dL/dh and b dL/db: the passes need to know nothing of it.
     """
-    scalars = rows.scalars
-    if not spec.form.tempered or scalars is None or not scalars.requires_grad or not torch.is_grad_enabled():
-        return rows
-    count, bias = len(rows.hidden), [] if rows.bias is None else [rows.bias]
-    hidden_whole = rows.is_linear and spec.form.row_parts == 1
-    passed = _Through.apply(shards, count if hidden_whole else 0, scalars[-1], *rows.hidden, *bias)
-    return rows._replace(hidden=list(passed[:count]), bias=passed[count] if bias else None)
-
-
-class _Through(torch.autograd.Function):
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, shards: VocabularyShards | None, whole: int, factor: Tensor, *made_of: Tensor
-    ):
-        ctx.save_for_backward(factor, *made_of)
-        ctx.settings = shards, whole
-        return tuple([x.view_as(x) for x in made_of])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (factor, *made_of), (shards, whole) = ctx.saved_tensors, ctx.settings
-        products = [_dot(x, g).to(factor.dtype) for x, g in zip(made_of, gradients, strict=True)]
-        if shards is not None:
-            # The first gradients are summed over the ranks already.
-            products = [*products[:whole], shards.total(sum(products[whole:], factor.new_zeros(())))]
-        return None, None, sum(products, factor.new_zeros(())) / factor, *gradients
+    scalars, count = rows.scalars, len(rows.hidden)
+    assert scalars is not None
+    hidden = [_dot(x, g) for x, g in zip(rows.hidden, gradients[:count], strict=True) if g is not None]
+    bias = [_dot(rows.bias, gradients[-1])] if rows.bias is not None and gradients[-1] is not None else []
+    zero = scalars.new_zeros(())
+    if shards is None:
+        total = sum([*hidden, *bias], zero)
+    elif rows.is_linear and spec.form.row_parts == 1:  # whose gradients are summed over the ranks already
+        total = sum(hidden, zero) + shards.total(sum(bias, zero))
+    else:
+        total = shards.total(sum([*hidden, *bias], zero))
+    return torch.cat([scalars.new_zeros(3), (total / scalars[-1]).to(scalars.dtype).reshape(1)])
 
 
 def _dot(x: Tensor, gradient: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from ..engine.constants import parameter
 from ..engine.dispatch import (
     dense_row_stats,
     has_compiled,
-    learning_temperature,
     row_loss,
     row_stats,
     shaped_stats,
@@ -144,10 +143,9 @@ def _over_rows(
             raise ValueError(
                 "with a group, parameters that require grad have no gradients in a loss over the classes; detach them"
             )
-        result, s = over_classes.over_rows(learning_temperature(call), overlap, of_classes, summed)
+        result, s = over_classes.over_rows(call, overlap, of_classes, summed)
         return result, dense_row_stats(s, call) if return_stats else None
     if compiled:
-        rows = learning_temperature(call).rows
         sums, statistics, index = functions.class_sums(rows, spec, row_weight, overlap, call.inplace)
     else:
 

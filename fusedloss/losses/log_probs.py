@@ -1,0 +1,186 @@
+"""Log-probabilities of targets, entropies, and the most likely classes: what other objectives are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..checks import check_int, check_logits
+from ..definition.projection import Projection
+from ..definition.statistics import LogProbs
+from ..engine.dispatch import row_loss, row_statistics
+from ..engine.options import CallOptions, LinearImpl
+from ..engine.topk import topk_log_probs
+from ._linear import projected
+from .cross_entropy import CROSS_ENTROPY
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ..distributed.vocabulary import VocabularyShards
+
+
+@overload
+def log_probs(
+    input: Tensor, target: Tensor, *, temperature: float | Tensor = ..., entropy: Literal[False] = ...,
+    ignore_index: int = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def log_probs(
+    input: Tensor, target: Tensor, *, temperature: float | Tensor = ..., entropy: Literal[True],
+    ignore_index: int = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
+) -> LogProbs: ...  # fmt: skip
+def log_probs(
+    input: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    group: ProcessGroup | VocabularyShards | None = None,
+    impl: LinearImpl | None = None,
+) -> Tensor | LogProbs:
+    r"""Log-probabilities of the targets, log p_t with p = softmax(input / temperature), and the rows' entropies.
+
+    The small neutral kernel of policy gradients, preference losses (DPO, KTO) and distillation: no weights, no
+    smoothing, no reduction. For hidden states, :func:`linear_log_probs` never stores the logits.
+
+    Args:
+        input: logits (*, V) of float64, float32, bfloat16 or float16 with any strides.
+        target: (*) class indices of any integer dtype.
+        temperature: number or 0-d tensor, finite and > 0 (one on a GPU is not looked at: NaN rows), by which the logits
+            are divided. Differentiated if it requires grad.
+        entropy: also return the entropies -sum_j p_j log p_j, from the same read of the logits.
+        ignore_index: target value whose rows are not looked at: 0 in both results, with gradient 0.
+        group: of torch.distributed, as of the losses: this rank has the logits of some of the classes.
+        impl: as of the losses.
+
+    Returns:
+        log p_t, float32 (float64 for float64) of the target's shape; :class:`LogProbs` with entropy=True. Both are
+        differentiable. An entropy near 0 keeps its digits.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or range.
+        IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row is NaN).
+        RuntimeError: the named implementation cannot run here; a function transform together with `group`.
+
+    >>> import torch, fusedloss as fl
+    >>> logits = torch.randn(8, 1000, requires_grad=True)
+    >>> log_prob, entropy = fl.log_probs(logits, torch.arange(8), entropy=True)
+    >>> (-log_prob - 0.01 * entropy).mean().backward()
+    """
+    check_logits(input, target)
+    options: CallOptions = {"temperature": temperature, "ignore_index": ignore_index, "group": group, "impl": impl}  # type: ignore[typeddict-item]
+    if not isinstance(entropy, bool):
+        raise TypeError(f"entropy must be True or False, got {entropy!r}")
+    if not entropy:
+        # 0 minus, which leaves no -0.0 of an ignored row
+        options["reduction"] = "none"
+        return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, **options)
+    s = row_statistics("log_probs", input, target, ("entropy",), options)
+    return LogProbs(0 - s.ce.reshape(target.shape), s.entropy.reshape(target.shape))
+
+
+@overload
+def linear_log_probs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    softcap: float | None = ..., temperature: float | Tensor = ..., entropy: Literal[False] = ...,
+    ignore_index: int = ..., budget: int | None = ..., drop_ignored: bool | None = ...,
+    sequence_parallel: bool = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_log_probs(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    softcap: float | None = ..., temperature: float | Tensor = ..., entropy: Literal[True],
+    ignore_index: int = ..., budget: int | None = ..., drop_ignored: bool | None = ...,
+    sequence_parallel: bool = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
+) -> LogProbs: ...  # fmt: skip
+def linear_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    budget: int | None = None,
+    drop_ignored: bool | None = None,
+    sequence_parallel: bool = False,
+    group: ProcessGroup | VocabularyShards | None = None,
+    impl: LinearImpl | None = None,
+) -> Tensor | LogProbs:
+    r"""Log-probabilities of the targets under logits that are never stored, and the rows' entropies.
+
+    The linear form of :func:`log_probs`: of the logits softcap(input @ linear_weight.T + linear_bias), which are made a
+    chunk at a time in the forward, and once more in the backward (four products in all).
+
+    Args:
+        input: hidden states (*, D). Under autocast it, the weight and the bias are cast as by
+            torch.nn.functional.linear.
+        linear_weight: (V, D), such as the weight of the output layer.
+        target, temperature, entropy, ignore_index, impl: as of :func:`log_probs`; the temperature comes after the
+            softcap, and has no gradient with one.
+        linear_bias, softcap, budget, drop_ignored, sequence_parallel, group: as of
+            :func:`~fusedloss.linear_cross_entropy`.
+
+    Returns and raises as :func:`log_probs`.
+
+    >>> import torch, fusedloss as fl
+    >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(1000, 64, requires_grad=True)
+    >>> log_prob, entropy = fl.linear_log_probs(hidden, weight, torch.arange(8), temperature=0.7, entropy=True)
+    >>> log_prob.sum().backward()
+    """
+    made = {"linear_bias": linear_bias, "softcap": softcap, "budget": budget, "drop_ignored": drop_ignored}
+    options = {**made, "sequence_parallel": sequence_parallel, "temperature": temperature, "group": group}
+    projection, rest = projected(input, linear_weight, False, {**options, "ignore_index": ignore_index, "impl": impl})
+    del rest["return_stats"]
+    function: Callable[..., Any] = log_probs
+    return function(projection, target, entropy=entropy, **rest)
+
+
+@torch.no_grad()
+def linear_topk_log_probs(
+    input: Tensor,
+    linear_weight: Tensor,
+    k: int,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    budget: int | None = None,
+    group: ProcessGroup | VocabularyShards | None = None,
+    impl: LinearImpl | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The k most likely classes of each row and their log-probabilities, of logits that are never stored.
+
+    What a teacher's predictions are stored as. Not differentiable.
+
+    Args:
+        input: hidden states (*, D).
+        linear_weight: (V, D), such as the weight of the output layer.
+        k: how many classes, from 1 to V.
+        linear_bias, softcap, temperature, budget, group, impl: as of :func:`linear_log_probs`. "triton_fused" makes the
+            logits on the chip and finds no more than two; it raises.
+
+    Returns:
+        (index, log_prob), (*, k) each: int64 in the order of falling log-probabilities, and float32 (float64 for
+        float64), normalised over all V classes.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or range.
+
+    >>> import torch, fusedloss as fl
+    >>> index, log_prob = fl.linear_topk_log_probs(torch.randn(8, 64), torch.randn(1000, 64), 5)
+    >>> index.shape, log_prob.shape
+    (torch.Size([8, 5]), torch.Size([8, 5]))
+    """
+    options: dict[str, Any] = {"linear_bias": linear_bias, "softcap": softcap, "budget": budget, "group": group}
+    projection, rest = projected(input, linear_weight, False, {**options, "temperature": temperature, "impl": impl})
+    assert isinstance(projection, Projection)
+    del rest["return_stats"]
+    return topk_log_probs(projection, check_int("k", k, 1), **rest)
