@@ -43,7 +43,7 @@ pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
     return pybind11::class_<J>(module, name)
         .def(pybind11::init([](int dtype, Address logits, int64_t rows, int64_t classes, int64_t row_stride,
                                Address target, Address candidates, int candidate_count, int top_k, bool below,
-                               bool mean, bool moments, Address class_weight, Address weight_sum, int epilogue,
+                               bool mean, int moments, Address class_weight, Address weight_sum, int epilogue,
                                bool class_term, const std::vector<std::pair<Address, int64_t>>& params, Address common,
                                Address loss, Address statistics, Address index, Address coefficients, Address grad,
                                int64_t grad_row_stride, Address upstream, int64_t upstream_stride, Address sums,

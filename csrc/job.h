@@ -31,6 +31,9 @@ enum Statistic { kMax, kSumExp, kQ, kCe, kTargetLogit, kMeanCe, kStatistics };
 // The entropy -sum_j p_j log p_j, the excess sum_j p_j (z_j - max) and the power sum_j p_j^2.
 enum Moment { kEntropy, kExcess, kPower, kMoments };
 
+// Which of them a pass is asked for.
+enum Moments { kNoMoments, kPowerAlone, kAllMoments };
+
 // Coefficients: T [kCoefficients + picks, rows]; of moments [kCoefficients + picks + kSlopes, rows].
 //   row epilogue: a, u, gradient at the target; then b of each pick. dL/dz_j = a p_j - u w_j, minus b at the picks.
 //                 Of moments p_j (c (z_j - max) + e p_j) more, c and e their slopes.
@@ -51,7 +54,7 @@ struct Job {
     int top_k;                  // 0, 1 or 2 largest logits
     bool below;                 // the largest logit strictly below the target's
     bool mean;                  // mean_ce
-    bool moments;               // the moments; in a gradient pass, whether there are slopes of them
+    int moments;                // which of Moments; in a gradient pass, whether there are slopes of them
     const void* class_weight;   // T [classes] or null
     const double* weight_sum;   // their sum, for mean_ce; null: the number of classes
 

@@ -536,7 +536,8 @@ class RowLossSuite:
             argmax=log_p.argmax(-1),
             argmax_log_prob=log_p.amax(-1),
         )
-        for name, ours, right in zip(fl.RowStats._fields, stats, truth, strict=True):
+        assert stats.entropy is None
+        for name, ours, right in list(zip(fl.RowStats._fields, stats, truth, strict=True))[:-1]:
             assert ours.shape == problem.target.shape and not ours.requires_grad, name
             if name == "argmax":
                 assert ours.dtype == torch.int64 and torch.equal(ours[kept], right[kept])
@@ -544,6 +545,14 @@ class RowLossSuite:
             else:
                 assert ours.dtype == torch.float32 and ours[~kept].isnan().all(), name
                 torch.testing.assert_close(ours[kept].double(), right[kept], rtol=1e-6, atol=2e-7)
+
+        again, stats = problem.loss(z, impl, return_stats=True, stats=("entropy",))
+        torch.testing.assert_close(again, loss, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-7)
+        assert stats.entropy.shape == problem.target.shape and not stats.entropy.requires_grad
+        assert stats.entropy[~kept].isnan().all()
+        torch.testing.assert_close(
+            stats.entropy[kept].double(), -(log_p.exp() * log_p).sum(-1)[kept], rtol=2e-6, atol=2e-7
+        )
 
     @pytest.mark.covering(1)
     @over(where=lambda case: "backward" in case.kernels)

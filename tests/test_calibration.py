@@ -74,7 +74,7 @@ def test_shapes_dtypes_and_batches(generator):
     folded = target.reshape(4, 30).int()
     assert torch.equal(fl.calibration_error(stats_of_loss(z.reshape(4, 30, 6), folded), folded), error)
     batches = map(stats_of_loss, z.split(50), target.split(50))
-    joined = fl.RowStats(*map(torch.cat, zip(*batches, strict=True)))
+    joined = fl.RowStats.cat(batches)
     assert torch.equal(fl.calibration_error(joined, target), error)
 
 

@@ -48,7 +48,7 @@ def make_rows(needed: Sequence[int], dtype: torch.dtype) -> Rows:
         class_weight=torch.linspace(0.5, 2, CLASSES, dtype=compute),
         candidates=None,
         params=[torch.tensor(1.5, dtype=compute)],
-        scalars=torch.tensor([0.9, 0.1 / CLASSES, 0.01], dtype=compute),
+        scalars=torch.tensor([0.9, 0.1 / CLASSES, 0.01, 1.0], dtype=compute),
     )
 
 

@@ -1,5 +1,6 @@
 """The operators by themselves: schemas, fakes and kernels agree; what kernels would misread is refused."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -15,6 +16,7 @@ from fusedloss import backends
 from fusedloss.checks import IGNORED, compute_dtype
 from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Rows, Spec, decode
+from fusedloss.definition.statistics import ALL_MOMENTS, COEFFICIENTS, Picks
 from fusedloss.engine import operators as ops
 
 if backends.unavailable("cpu") is not None:
@@ -29,6 +31,7 @@ each_form = pytest.mark.parametrize("pairs", FORMS.values(), ids=FORMS.keys())
 #: Softcap, chunks of two rows in float32, and the ignored rows last.
 CHUNKS = Form(softcap=3.0, budget=2 * CLASSES * 4 * 2, drop_ignored=True)
 DSC = (0.5, 1.0, 1.0, 1.0)
+NO_PICKS = Picks()
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Case:
     candidates: int = 0
     apart: bool = False
     """Whether rows lie apart in memory, and the weight is transposed."""
-    picks: tuple[int, bool, bool] = (0, False, False)
+    picks: Picks = NO_PICKS
     top_q: bool = False
     form: Form = CHUNKS
 
@@ -68,13 +71,12 @@ class Case:
             torch.linspace(0.5, 2, CLASSES, dtype=compute) if self.weighted else None,
             candidates,
             [torch.tensor(x[:count] if isinstance(x, tuple) else x, dtype=compute) for x in self.params],
-            torch.tensor([0.9, 0.1 / CLASSES, 0.01], dtype=compute),
+            torch.tensor([0.9, 0.1 / CLASSES, 0.01, 0.8], dtype=compute),
         )
 
     def spec(self, **changes: Any) -> Spec:
-        top_k, below, mean = self.picks
-        common = {"smooths": mean, "z_loss": True} if self.epilogue else {}
-        return Spec("cpu", self.epilogue, top_k, below, mean, top_q=self.top_q, form=self.form, **common, **changes)
+        common = {"smooths": self.picks.mean, "z_loss": True} if self.epilogue else {}
+        return Spec("cpu", self.epilogue, *self.picks, top_q=self.top_q, form=self.form, **common, **changes)
 
     def calls(self, pairs: int, count: int = ROWS) -> Iterator[tuple[Any, tuple[Any, ...]]]:
         """Each operator that takes such rows, with its arguments."""
@@ -97,6 +99,10 @@ class Case:
                 if not pairs:
                     own = rows._replace(hidden=[rows.logits.clone()])
                     yield ops.backward_, (*own, *saved, coefficients, upstream, every)
+        else:
+            shape = (COEFFICIENTS + index.shape[0] + spec.more_coefficients, count)
+            made = torch.linspace(-1, 1, math.prod(shape), dtype=statistics.dtype).view(shape)
+            yield ops.backward, (*rows, *saved, made, None, some if pairs else every)
         if self.epilogue in backends.BACKENDS["cpu"].epilogues.classes:
             yield ops.sums, (*rows, *saved, None, None, spec.encode())
         if self.epilogue == "dsc_over_rows" and not pairs:
@@ -111,18 +117,21 @@ class Case:
 CASES = {
     "plain": Case("cross_entropy"),
     "a parameter for each row": Case("focal", ((0.0, 0.5, 1.0, 2.0, 3.0),)),
-    "class weights and mean": Case("focal", (0.5,), weighted=True, picks=(0, False, True)),
-    "top 2": Case("mixed_cross_entropy", (0.25,), picks=(2, False, False)),
+    "class weights and mean": Case("focal", (0.5,), weighted=True, picks=Picks(mean=True)),
+    "top 2": Case("mixed_cross_entropy", (0.25,), picks=Picks(2)),
     "candidates": Case("mixed_cross_entropy", (0.25,), candidates=3),
-    "class term": Case("dsc_one_vs_rest", DSC, picks=(1, False, False), weighted=True),
-    "summed over rows": Case("dsc_over_rows", DSC, picks=(1, False, False), weighted=True),
-    "bfloat16": Case("mixed_cross_entropy", (0.25,), torch.bfloat16, picks=(1, False, False)),
+    "class term": Case("dsc_one_vs_rest", DSC, picks=Picks(1), weighted=True),
+    "summed over rows": Case("dsc_over_rows", DSC, picks=Picks(1), weighted=True),
+    "bfloat16": Case("mixed_cross_entropy", (0.25,), torch.bfloat16, picks=Picks(1)),
     "float16": Case("cross_entropy", dtype=torch.float16),
     "float64": Case("focal", (2.0,), torch.float64),
-    "class term, float16": Case("dsc_over_rows", DSC, torch.float16, picks=(1, False, False)),
+    "class term, float16": Case("dsc_over_rows", DSC, torch.float16, picks=Picks(1)),
     "apart, the target masked": Case("cross_entropy", apart=True, form=CHUNKS._replace(mask_target=True)),
-    "every statistic": Case(picks=(2, True, True), candidates=2, weighted=True),
-    "1 - p of the top class": Case(picks=(1, False, False), top_q=True),
+    "every statistic": Case(picks=Picks(2, True, True, ALL_MOMENTS), candidates=2, weighted=True),
+    "temperature and moments": Case(
+        "focal", (2.0,), picks=Picks(1, moments=ALL_MOMENTS), form=CHUNKS._replace(tempered=True)
+    ),
+    "1 - p of the top class": Case(picks=Picks(1), top_q=True),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -137,6 +146,7 @@ OF_FORMS = {
     "float16": (2,),
     "apart, the target masked": (1,),
     "every statistic": (0, 1),
+    "temperature and moments": (0, 1),
     "1 - p of the top class": (0, 1),
 }
 

@@ -391,7 +391,7 @@ def test_compiled(generator):
 
 def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
-    scalars = torch.tensor([0.9, 0.1 / 21, 0.01])
+    scalars = torch.tensor([0.9, 0.1 / 21, 0.01, 1.0])
     rows = Rows.of(z, target, params=[torch.tensor(0.25)], scalars=scalars)
     check_operators(rows, Spec("triton", "mixed_cross_entropy", top_k=2, mean=True), generator)
 

@@ -30,14 +30,17 @@ SIZES = {1: [11], 2: [1, 10], 3: [4, 0, 6], 4: [1, 2, 8, 0]}
 
 def _all_of(s: fl.Statistics) -> Tensor:
     top = s.ce + 0.5 * s.q + 0.1 * s.top_ce + 0.01 * s.mean_ce + 0.1 * s.lse.square()
-    return top + 0.1 * s.second_logit - 0.2 * s.target_logit * s.top_logit + s.mean_logit
+    picked = 0.1 * s.second_logit - 0.2 * s.target_logit * s.top_logit + s.mean_logit
+    return top + picked + s.entropy * s.q - 0.3 * s.power
 
+
+ALL = ("top", "second", "mean", "entropy", "power")
 
 #: By the public names, with arguments of their own.
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (loss.func.__name__ if hasattr(loss, "func") else "cross_entropy", getattr(loss, "keywords", {}))
        for name, loss in ROW_LOSSES.items() if name != "flex_loss classes"},  # refused, see _what_is_refused
-    "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ("top", "second", "mean")}),
+    "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ALL}),
 }  # fmt: skip
 OVER_CLASSES = [name for name, loss in ROW_LOSSES.items() if is_over_classes(loss)]
 
@@ -73,7 +76,8 @@ class Division:
         smooths = takes(getattr(fl, LOSSES[name][0]), "label_smoothing")
         own: dict[str, Any] = {"label_smoothing": 0.125} if smooths else {}
         weight, token_weight = self.uniform(self.classes) + 0.5, self.uniform(ROWS) + 0.5
-        return own | {"weight": weight, "ignore_index": IGNORED, "z_loss": 0.01, "token_weight": token_weight}
+        own |= {"weight": weight, "ignore_index": IGNORED, "z_loss": 0.01, "token_weight": token_weight}
+        return own | {"temperature": 0.8}
 
     def check(
         self,
@@ -128,7 +132,7 @@ def _row_form(rank: int, world: int) -> None:
         everything = d.options(name)
         others = {"smoothing_over": "others", "label_smoothing": 0.1} if "label_smoothing" in everything else {}
         for options, reduction in ((others, "sum"), (everything, "mean"), (everything, "none")):
-            more = {**own, **options, "reduction": reduction, "return_stats": True}
+            more = {**own, **options, "reduction": reduction, "return_stats": True, "stats": ("entropy",)}
             got = d.check(
                 f"{name}, {options.keys()}, {reduction}",
                 lambda x, group, f=function, more=more: getattr(fl, f)(x, d.target, group=group, **more),
@@ -174,6 +178,51 @@ def _linear_form(rank: int, world: int) -> None:
                 return getattr(fl, function)(logits, d.target, **options)  # noqa: B023
 
             d.same_bits(d.check(f"{name}, softcap {softcap}", loss, sources, [slice(None), d.part, d.part]))
+
+
+def _log_probs(rank: int, world: int) -> None:
+    """With entropies, of logits and of hidden states; the temperature is learnt, there and by losses of every kind."""
+    d, temperature = Division(rank, world), torch.tensor(0.8, dtype=torch.float64)
+    hidden, weight, bias = d.normal(ROWS, FEATURES), d.normal(d.classes, FEATURES), d.normal(d.classes)
+
+    def mixed(result: fl.LogProbs) -> Tensor:
+        return result.log_prob.masked_fill(result.log_prob.isinf(), 0) + 0.5 * result.entropy
+
+    def of_logits(z: Tensor, temperature: Tensor, group: Any) -> Tensor:
+        options = {"temperature": temperature, "ignore_index": IGNORED, "group": group}
+        return mixed(fl.log_probs(z, d.target, entropy=True, **options))
+
+    def of_hidden(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor, group: Any) -> Tensor:
+        if group is None:
+            return of_logits(F.linear(hidden, weight, bias), temperature, None)
+        options = {"temperature": temperature, "ignore_index": IGNORED, "group": group, "budget": 4 * d.classes * 16}
+        return mixed(fl.linear_log_probs(hidden, weight, d.target, linear_bias=bias, entropy=True, **options))
+
+    z = d.z.clone()
+    z[4, 0] = -3
+    d.same_bits(d.check("logits", of_logits, [z, temperature], [(slice(None), d.part), ...]))
+    d.same_bits(d.check("hidden", of_hidden, [hidden, weight, bias, temperature], [slice(None), d.part, d.part, ...]))
+    for name in ("cross_entropy", "dsc_loss one_vs_rest"):
+        function, own = LOSSES[name]
+
+        def loss(z: Tensor, temperature: Tensor, group: Any) -> Tensor:
+            return getattr(fl, function)(z, d.target, temperature=temperature, group=group, **own)  # noqa: B023
+
+        d.check(name, loss, [z, temperature], [(slice(None), d.part), ...])
+    level = {"level": "class", "alpha": 0.5}
+    d.check(
+        "level", lambda z, temperature, group: fl.dsc_loss(z, d.target, temperature=temperature, group=group, **level),
+        [z, temperature], [(slice(None), d.part), ...],
+    )  # fmt: skip
+
+    expected = (F.linear(hidden, weight, bias) / 0.8).log_softmax(-1).topk(min(4, d.classes))
+    k = expected.indices.shape[1]
+    index, log_prob = fl.linear_topk_log_probs(
+        hidden, weight[d.part], k, linear_bias=bias[d.part], temperature=0.8, group=d.shards, budget=4 * d.classes * 8
+    )
+    assert index.equal(expected.indices)
+    assert_close(log_prob, expected.values)
+    d.same_bits(log_prob)
 
 
 def _every_dtype(rank: int, world: int) -> None:
@@ -505,6 +554,7 @@ test_scene = ranks.tests_of({
     _row_form: (1, 3, 4),
     _levels: (1, 3, 4),
     _linear_form: (1, 3, 4),
+    _log_probs: (1, 3, 4),
     _every_dtype: (2,),
     _small_factors_in_float16: (2,),
     _collectives: (2,),

@@ -405,29 +405,30 @@ class Engine {
             const int64_t index = job_.candidates[row * job_.candidate_count + c];
             pick(logit(z + index), index);
         }
-        if (job_.moments) put_moments(part.sums, s.sum_exp == T(0), statistic + (kStatistics + k) * n);
+        if (job_.moments) put_moments(part.sums, double(s.sum_exp), statistic + (kStatistics + k) * n);
         s.picks = k;
         s.pick_logit = scratch.pick_logit.data();
         s.pick_index = scratch.pick_index.data();
         return s;
     }
 
-    void put_moments(const Sums& x, bool hopeless, T* moment) const {
-        const int64_t n = job_.rows;
-        const double total = x.low + x.ties, excess = x.excess / total;
-        const double values[kMoments] = {std::log1p(x.low + (x.ties - 1)) - excess, excess, x.square / (total * total)};
+    void put_moments(const Sums& x, double sum_exp, T* moment) const {
+        const bool all = job_.moments == kAllMoments;
+        const double total = all ? x.low + x.ties : sum_exp, excess = x.excess / total;
+        const double entropy = all ? std::log1p(x.low + (x.ties - 1)) - excess : 0;
+        const double values[kMoments] = {entropy, excess, x.square / (total * total)};
         for (int k = 0; k < kMoments; ++k) {
-            moment[k * n] = hopeless ? std::numeric_limits<T>::quiet_NaN() : T(values[k]);
+            moment[k * job_.rows] = sum_exp == 0 ? std::numeric_limits<T>::quiet_NaN() : T(values[k]);
         }
     }
 
     FUSEDLOSS_ONE_COPY Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit,
                                        T reference) const {
         Partial<T> part;
-        if (job_.moments) {
+        if (job_.moments == kAllMoments) {
             for (int64_t from = begin; from < end; from += kBlock) {
                 const int64_t count = std::min(kBlock, end - from);
-                const BlockSums x = sum_block<true>(z, from, count, target, max_of(z + from, count), reference);
+                const BlockSums x = sum_block<kAllMoments>(z, from, count, target, max_of(z + from, count), reference);
                 Partial<T> block;
                 block.max = x.max, block.rest = x.rest, block.mean = x.mean, block.sums = x.sums;
                 block.top = part.top, block.second = part.second, block.below = part.below;
@@ -443,19 +444,30 @@ class Engine {
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             if (base == -kInfinity<T>) base = max_of(z + from, std::min(count, kProbe));
-            BlockSums sums = sum_block<false>(z, from, count, target, base, reference);
+            const auto sum = [&] {
+                return job_.moments ? sum_block<kPowerAlone>(z, from, count, target, base, reference)
+                                    : sum_block<kNoMoments>(z, from, count, target, base, reference);
+            };
+            BlockSums sums = sum();
             if (sums.max > base + kSlack) {
-                if (part.rest != 0) part.rest *= std::exp(double(base) - double(sums.max));
+                if (part.rest != 0) rescale(part, double(base) - double(sums.max));
                 base = sums.max;
-                sums = sum_block<false>(z, from, count, target, base, reference);
+                sums = sum();
             }
             part.max = std::max(part.max, sums.max);
             part.rest += sums.rest;
             part.mean += sums.mean;
+            part.sums.square += sums.sums.square;
             keep_picks(z + from, from, count, sums.max, target_logit, part);
         }
-        if (part.max != base && part.rest != 0) part.rest *= std::exp(double(base) - double(part.max));
+        if (part.max != base && part.rest != 0) rescale(part, double(base) - double(part.max));
         return part;
+    }
+
+    static void rescale(Partial<T>& part, double lag) {
+        const double factor = std::exp(lag);
+        part.rest *= factor;
+        part.sums.square *= factor * factor;
     }
 
     struct BlockSums {
@@ -464,7 +476,7 @@ class Engine {
         Sums sums;          // where the base is the largest logit
     };
 
-    template <bool Moments>
+    template <int Moments>
     BlockSums sum_block(const S* z, int64_t from, int64_t count, int64_t target, T base, T reference) const {
         base = finite_max(base);
         const bool target_here = target >= from && target < from + count;
@@ -479,7 +491,7 @@ class Engine {
     }
 
     // The hole (the target's column in the block, or -1) and class weights need the columns in order.
-    template <bool Mean, bool InOrder, bool Moments>
+    template <bool Mean, bool InOrder, int Moments>
     BlockSums sum_columns(const S* z, int64_t from, int64_t count, int hole, T base, T reference) const {
         V max = splat(-kInfinity<T>), rest = splat(T(0)), mean = splat(T(0));
         V low = rest, ties = rest, excess = rest, square = rest;
@@ -488,7 +500,8 @@ class Engine {
         each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
             max = greater(x, max);
             V e = exp_bounded<T>(x - base);
-            if (Moments) {
+            if (Moments == kPowerAlone) square += e * e;
+            if (Moments == kAllMoments) {
                 const auto largest = x == base;
                 const V below = largest ? V{} : e;
                 low += below;
@@ -508,7 +521,10 @@ class Engine {
             }
         });
         BlockSums sums{largest<T>(max), total<T>(rest), total<T>(mean), {}};
-        if (Moments) sums.sums = {total<T>(low), total<T>(ties), total<T>(excess), total<T>(square) + total<T>(ties)};
+        if (Moments == kPowerAlone) sums.sums.square = total<T>(square);
+        if (Moments == kAllMoments) {
+            sums.sums = {total<T>(low), total<T>(ties), total<T>(excess), total<T>(square) + total<T>(ties)};
+        }
         return sums;
     }
 
@@ -931,7 +947,7 @@ class Engine {
         if (sum_exp >= T(2)) return T(1) - T(1) / sum_exp;
         double rest = 0;
         for (int64_t from = 0; from < job_.classes; from += kBlock) {
-            rest += sum_block<false>(z, from, std::min(kBlock, job_.classes - from), top, max, T(0)).rest;
+            rest += sum_block<kNoMoments>(z, from, std::min(kBlock, job_.classes - from), top, max, T(0)).rest;
         }
         return T(rest) / sum_exp;
     }
@@ -1048,7 +1064,8 @@ class Engine {
             }
             over_chunks(threads, [&](int64_t begin, int64_t end) {
                 if (job_.moments) {
-                    moment_gradient(z, grad, begin, end, max, slopes, u);
+                    class_weight() ? moment_gradient<true>(z, grad, begin, end, max, slopes, u)
+                                   : moment_gradient<false>(z, grad, begin, end, max, slopes, u);
                 } else if (u == T(0)) {
                     row_gradient<0>(z, grad, begin, end, max, a, u);
                 } else if (!class_weight()) {
@@ -1109,11 +1126,21 @@ class Engine {
     }
 
     // The same with slopes of moments.
+    template <bool Weighted>
     FUSEDLOSS_ONE_COPY void moment_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max,
                                             const Slopes<T>& slopes, T u) const {
-        transform<true>(z, grad, begin, end, [&](V x, int64_t column, int size) {
-            const V lag = x - max, share = slopes.gradient(exp_bounded<T>(lag), bounded(lag));
-            return class_weight() ? share - load_weight(column, size) * u : share - u;
+        const auto smoothing = [&](int64_t column, int size) {
+            return Weighted ? load_weight(column, size) * u : splat(u);
+        };
+        if (slopes.by_excess == T(0)) {
+            return transform<Weighted>(z, grad, begin, end, [&](V x, int64_t column, int size) {
+                const V e = exp_bounded<T>(x - max);
+                return e * (e * slopes.by_power + slopes.a) - smoothing(column, size);
+            });
+        }
+        transform<Weighted>(z, grad, begin, end, [&](V x, int64_t column, int size) {
+            const V lag = x - max;
+            return slopes.gradient(exp_bounded<T>(lag), bounded(lag)) - smoothing(column, size);
         });
     }
 

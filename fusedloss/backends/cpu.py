@@ -90,7 +90,7 @@ class Cpu(Backend):
             or _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, _LOWEST) >= 0
         ):
             _check_saved(job)
-        number, slopes = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.spec.more_coefficients > 0)
+        number, slopes = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.spec.more_coefficients)
         _engine.backward(native(_engine.Job, job, number, slopes, given=index.shape[0]))
 
     def sums(self, job: Job) -> Tensor:
@@ -104,7 +104,7 @@ class Cpu(Backend):
         _check("target", job.rows.target, job.rows.classes, IGNORED)
         _check_saved(job)
         epilogue = self.epilogues.numbers_in_sums[job.spec.epilogue]
-        _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False, False)))
+        _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False, 0)))
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         return new_memory(logits.shape, logits.dtype)

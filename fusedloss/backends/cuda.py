@@ -118,7 +118,7 @@ class Cuda(Backend):
         number, is_class_term = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
         epilogue = (number, True) if is_class_term else (-1, False)
-        slopes = (0, False, False, job.spec.more_coefficients > 0)
+        slopes = (0, False, False, job.spec.more_coefficients)
         launch = native(_cuda.Launch, job, epilogue, slopes, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)
 

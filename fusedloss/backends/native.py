@@ -19,7 +19,7 @@ def native(
     kind: Callable[..., _Native],
     job: Job,
     epilogue: tuple[int, bool],
-    searched: tuple[int, bool, bool, bool] = (0, False, False, False),
+    searched: tuple[int, bool, bool, int] = (0, False, False, 0),
     given: int = 0,
     weight_sum: Tensor | None = None,
     sums: Tensor | None = None,

@@ -205,7 +205,7 @@ class Triton(Backend):
             TOP_K=spec.top_k,
             BELOW=spec.below,
             MEAN=spec.mean,
-            MOMENTS=spec.moments,
+            MOMENTS=spec.moments > 0,
             PICKS=picks,
             PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
         )

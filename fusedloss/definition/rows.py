@@ -136,8 +136,9 @@ class Spec(NamedTuple):
     """Whether the largest logit strictly below the target's is one."""
     mean: bool = False
     """Whether there is ``mean_ce``."""
-    moments: bool = False
-    """Whether the statistics have the moments and, with no epilogue, the coefficients their slopes."""
+    moments: int = 0
+    """Which moments there are, if any: the statistics have rows for all and, with no epilogue, the coefficients have
+    their slopes."""
     smooths: bool = False
     """Whether the loss has a smoothing term, of ``mean_ce``."""
     z_loss: bool = False
@@ -161,11 +162,11 @@ class Spec(NamedTuple):
     @property
     def more_statistics(self) -> int:
         """Rows of them after the picks."""
-        return MOMENTS * self.moments
+        return MOMENTS if self.moments else 0
 
     @property
     def more_coefficients(self) -> int:
-        return SLOPES * (self.moments and not self.epilogue)
+        return SLOPES if self.moments and not self.epilogue else 0
 
     def encode(self) -> str:
         # A compiler would trace through a cache, and warn of it.

@@ -11,7 +11,7 @@ p_j (c (z_j - max) + e p_j).
 """
 
 # Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ A, U, TARGET_GRADIENT = range(3)
 COEFFICIENTS = 3
 ENTROPY, EXCESS, POWER = range(3)
 MOMENTS = 3
+#: Which of them a pass is asked for: a power alone costs less, and leaves the others as they may be.
+POWER_ALONE, ALL_MOMENTS = 1, 2
 SLOPES = 2
 
 #: Statistics that are computed on request, and the fields that each gives.
@@ -50,6 +52,14 @@ class RowStats(NamedTuple):
     argmax: Tensor
     argmax_log_prob: Tensor
     entropy: Tensor | None = None
+
+    @staticmethod
+    def cat(batches: Iterable["RowStats"]) -> "RowStats":
+        """Return the statistics of several batches as those of one, with the entropy if all have it."""
+        *columns, entropy = zip(*batches, strict=True)
+        known = [x for x in entropy if x is not None]
+        whole = [torch.cat(column) for column in columns]
+        return RowStats(*whole, torch.cat(known) if len(known) == len(entropy) else None)  # type: ignore[call-arg]
 
 
 class LogProbs(NamedTuple):
@@ -147,12 +157,12 @@ class Picks(NamedTuple):
     top_k: int = 0
     below: bool = False
     mean: bool = False
-    moments: bool = False
+    moments: int = 0
 
     @staticmethod
     def of(statistics: tuple[str, ...]) -> "Picks":
         top_k = 2 if "second" in statistics else 1 if "top" in statistics else 0
-        moments = "entropy" in statistics or "power" in statistics
+        moments = ALL_MOMENTS if "entropy" in statistics else POWER_ALONE if "power" in statistics else 0
         return Picks(top_k, "below" in statistics, "mean" in statistics, moments)
 
     @property
@@ -203,7 +213,9 @@ def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weig
         scale = 1 if weight is None else weight.mean()
         fields["mean_logit"] = scale * columns.lse - columns.mean_ce
     if picks.moments:
-        fields["entropy"], fields["power"] = columns.moments
+        entropy, fields["power"] = columns.moments
+        if picks.moments == ALL_MOMENTS:
+            fields["entropy"] = entropy
     first_candidate = len(picks.names)
     if index.shape[0] > first_candidate:
         fields["candidate_logit"] = columns.pick_logit[first_candidate:].t()

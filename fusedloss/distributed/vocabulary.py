@@ -200,7 +200,7 @@ def merge(
     here = shards.here(target)[1]
     integer = torch.int64 if statistics.dtype == torch.float64 else torch.int32
     after = STATISTICS + index.shape[0]
-    split = (5, top_k, top_k, index.shape[0] - has, int(top_q is not None), MOMENTS * picks.moments)
+    split = (5, top_k, top_k, index.shape[0] - has, int(top_q is not None), MOMENTS if picks.moments else 0)
     parts = statistics.new_zeros((sum(split), statistics.shape[1]))
     parts[0] = statistics[MAX].masked_fill(statistics[SUM_EXP] == 0, -torch.inf)  # no finite logit here
     parts[1] = statistics[SUM_EXP]

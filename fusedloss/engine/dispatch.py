@@ -13,6 +13,7 @@ from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
 from ..definition.statistics import (
+    ALL_MOMENTS,
     CE,
     ENTROPY,
     MAX,
@@ -97,7 +98,7 @@ def _dispatch(
     rows, spec, o = call.rows, call.spec, call.options
     reduction = Reduction(call.token_weight, divisor)
     unreduced, return_stats = o["reduction"] == "none", o["return_stats"]
-    moments = "entropy" in o["stats"]
+    moments = _reported(o)
 
     def reduced(losses: Tensor) -> Tensor:
         if not unreduced:
@@ -121,7 +122,7 @@ def _dispatch(
             loss, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, reduction)
         if not return_stats:
             return loss, None
-        return loss, top_stats(call) if top_k == 0 else row_stats(statistics, index, rows.target, moments)
+        return loss, top_stats(call) if top_k == 0 else row_stats(statistics, index, rows.target, moments > 0)
     if epilogue.over == "classes" and call.shards is None and spec.impl != "reference":
         _check_dense(call)
         if unreduced:
@@ -192,7 +193,7 @@ def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A loss in PyTorch between the two passes, and the statistics."""
     rows, spec, shards, classes, o = *call[:2], call.shards, call.classes, call.options
     picks = epilogue.picks
-    top_k, moments = max(picks.top_k, int(o["return_stats"])), picks.moments or "entropy" in o["stats"]
+    top_k, moments = max(picks.top_k, int(o["return_stats"])), max(picks.moments, _reported(o))
     picks = picks._replace(top_k=top_k, mean=picks.mean or spec.smooths, moments=moments)
     columns, index = functions.row_statistics(rows, spec, picks, call.inplace, shards)
     targets = Targets.of(rows.target, classes)
@@ -216,13 +217,18 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     return loss.masked_fill(call.rows.target == checks.IGNORED, 0), s
 
 
+def _reported(options: CallOptions) -> int:
+    """The moments that are asked for beside the usual statistics."""
+    return ALL_MOMENTS if "entropy" in options["stats"] else 0
+
+
 def top_stats(call: Call) -> tuple[Tensor, ...]:
     """Compute the columns of RowStats by another statistics pass, where the loss did not look for the top class."""
-    picks = Picks(1, moments="entropy" in call.options["stats"])
+    picks = Picks(1, moments=_reported(call.options))
     rows = call.rows._replace(candidates=None)
     with torch.no_grad():
         statistics, index, _ = functions.merged_statistics(rows, call.spec, picks, call.shards)
-    return row_stats(statistics, index, rows.target, picks.moments)
+    return row_stats(statistics, index, rows.target, picks.moments > 0)
 
 
 def row_stats(statistics: Tensor, index: Tensor, target: Tensor, moments: bool) -> tuple[Tensor, ...]:
@@ -235,7 +241,7 @@ def row_stats(statistics: Tensor, index: Tensor, target: Tensor, moments: bool) 
 def dense_row_stats(s: Statistics, call: Call) -> tuple[Tensor, ...]:
     """The same from statistics for a loss function; an entropy that is not among them takes a pass of its own."""
     entropy = []
-    if "entropy" in call.options["stats"]:
+    if _reported(call.options):
         entropy = [s.entropy.detach() if s.has("entropy") else _entropy(call)]
     return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), call.rows.target, *entropy)
 
@@ -244,8 +250,8 @@ def dense_row_stats(s: Statistics, call: Call) -> tuple[Tensor, ...]:
 def _entropy(call: Call) -> Tensor:
     rows = call.rows._replace(candidates=None, class_weight=None)
     if call.spec.impl == "reference":
-        return reference.statistics(rows, call.spec, Picks(moments=True))[0].entropy
-    statistics, *_ = functions.merged_statistics(rows, call.spec, Picks(moments=True), call.shards)
+        return reference.statistics(rows, call.spec, Picks(moments=ALL_MOMENTS))[0].entropy
+    statistics, *_ = functions.merged_statistics(rows, call.spec, Picks(moments=ALL_MOMENTS), call.shards)
     return statistics[STATISTICS + ENTROPY]
 
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from ..backends import PRODUCT_IMPLS
+from ..checks import compute_dtype
+from ..definition import reference
 from ..definition.projection import Projection, dense_logits
 from ..definition.rows import Rows
 from ..definition.statistics import CE, MAX, SUM_EXP, Picks
+from ..distributed.vocabulary import VocabularyShards
 from . import budgets, functions
 from .options import CallOptions
 from .prepare import prepare
@@ -29,32 +32,39 @@ def topk_log_probs(projection: Projection, k: int, **options: Unpack[CallOptions
         raise ValueError(f"impl={spec.impl!r} finds the two largest logits at most; take another for k={k}")
     if k > call.classes:
         raise ValueError(f"k must be at most the number of classes, {call.classes}, got {k}")
-    row = rows.classes * rows.hidden[0].element_size() * (2 if spec.form.softcap else 1)
-    _, size = budgets.chunk_rows(len(rows.target), row, spec.form.budget or budgets.DEFAULT_BUDGET) if row else (1, 1)
-    indices, values = [], []
+    # The ranks must agree on the chunks.
+    most = rows.classes if shards is None else max(shards.sizes)
+    row = most * rows.hidden[0].element_size() * (2 if spec.form.softcap else 1)
+    _, size = budgets.chunk_rows(len(rows.target), row, spec.form.budget or budgets.DEFAULT_BUDGET)
     made = spec.form._replace(tempered=False)
+    indices, values = [], []
     for begin in range(0, max(1, len(rows.target)), max(1, size)):
         part = slice(begin, begin + size)
         logits = dense_logits([h[part] for h in rows.hidden], rows.weight, rows.bias, made, None)
-        if shards is None:
-            logit, index = logits.topk(k, -1)
+        logit, index = logits.topk(k, -1) if shards is None else _of_all_ranks(logits, k, shards)
+        lag = reference.tempered(logit.to(compute_dtype(logits.dtype)), rows, spec.form)
+        if spec.impl == "reference":
+            lse = reference.tempered(logits.to(lag.dtype), rows, spec.form).logsumexp(-1, keepdim=True)
+            log_prob = lag - lse
         else:
-            own = min(k, logits.shape[-1])
-            logit = logits.new_full((len(logits), k), -torch.inf)
-            index = torch.full_like(logit, -1, dtype=torch.int64)
-            logit[:, :own], index[:, :own] = logits.topk(own, -1)
-            index = torch.where(index < 0, -1, index + shards.own.start)
-            logit, index = (x.movedim(0, -2).flatten(-2) for x in map(shards.gather_parts, (logit, index)))
-            logit, order = logit.topk(k, -1)
-            index = index.gather(-1, order)
-        top = Rows.of(logits, index[:, 0].contiguous(), scalars=rows.scalars)
-        statistics, *_ = functions.merged_statistics(top, spec, Picks(), shards)
-        lag = logit.to(statistics.dtype)
-        if spec.form.tempered:
-            assert rows.scalars is not None
-            lag = lag * rows.scalars[-1]
-        log_prob = lag - statistics[MAX][:, None] - statistics[SUM_EXP].log()[:, None]
-        log_prob[:, 0] = -statistics[CE]
+            top = Rows.of(logits, index[:, 0].contiguous(), scalars=rows.scalars)
+            statistics, *_ = functions.merged_statistics(top, spec, Picks(), shards)
+            log_prob = lag - statistics[MAX][:, None] - statistics[SUM_EXP].log()[:, None]
+            log_prob[:, 0] = -statistics[CE]
         indices.append(index)
         values.append(log_prob)
     return torch.cat(indices).view(*shape, k), torch.cat(values).view(*shape, k)
+
+
+def _of_all_ranks(logits: Tensor, k: int, shards: VocabularyShards) -> tuple[Tensor, Tensor]:
+    """The largest logits (N, k) and their classes, of those that the ranks have."""
+    own = min(k, logits.shape[-1])
+    logit = logits.new_full((len(logits), k), -torch.inf)
+    index = logits.new_full((len(logits), k), -1, dtype=torch.int64)
+    logit[:, :own], found = logits.topk(own, -1)
+    index[:, :own] = found + shards.own.start
+    logit, index = (x.movedim(0, 1).flatten(1) for x in map(shards.gather_parts, (logit, index)))
+    # Of equal logits a class comes before a hole.
+    order = logit.masked_fill(index < 0, -torch.inf).sort(-1, descending=True, stable=True).indices
+    order = order.gather(-1, (index.gather(-1, order) < 0).to(torch.int8).sort(-1, stable=True).indices)[:, :k]
+    return logit.gather(-1, order), index.gather(-1, order)

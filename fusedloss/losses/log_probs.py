@@ -143,7 +143,6 @@ def linear_log_probs(
     return function(projection, target, entropy=entropy, **rest)
 
 
-@torch.no_grad()
 def linear_topk_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -183,4 +182,5 @@ def linear_topk_log_probs(
     projection, rest = projected(input, linear_weight, False, {**options, "temperature": temperature, "impl": impl})
     assert isinstance(projection, Projection)
     del rest["return_stats"]
-    return topk_log_probs(projection, check_int("k", k, 1), **rest)
+    with torch.no_grad():
+        return topk_log_probs(projection, check_int("k", k, 1), **rest)

@@ -29,7 +29,7 @@ def calibration_bins(stats: RowStats, target: Tensor, *, bins: int = 15) -> Cali
     stats.argmax. Ignored rows, whose argmax is negative, are in no bin; a row of NaN makes its bin's confidence NaN.
 
     Args:
-        stats: of any loss with return_stats=True, or of several batches: ``RowStats(*map(torch.cat, zip(*batches)))``.
+        stats: of any loss with return_stats=True, or of several batches: ``RowStats.cat(batches)``.
         target: the targets of the same rows and shape, of any integer dtype.
         bins: their number, at least 1.
 
