@@ -211,7 +211,8 @@ def test_in_place(compiled_impl, generator):
 
 WRONG = {
     "temperature": [(0, ValueError, "greater than 0, got 0"), (math.inf, ValueError, "got inf"),
-                    (-1.0, ValueError, "-1.0"), (math.nan, ValueError, "got nan"), ("1", TypeError, "'1'"), (True, TypeError, "True"),
+                    (-1.0, ValueError, "-1.0"), (math.nan, ValueError, "got nan"),
+                    ("1", TypeError, "'1'"), (True, TypeError, "True"),
                     (torch.ones(2), ValueError, r"shape \(2,\)"), (torch.tensor(1), TypeError, "int64"),
                     (torch.tensor(-2.0), ValueError, "got -2.0")],
     "entropy": [(1, TypeError, "got 1"), (None, TypeError, "None")],

@@ -13,6 +13,7 @@ from ..definition import reference
 from ..definition.projection import Projection, dense_logits
 from ..definition.rows import Rows
 from ..definition.statistics import CE, MAX, SUM_EXP, Picks
+from ..distributed import vocabulary
 from ..distributed.vocabulary import VocabularyShards
 from . import budgets, functions
 from .options import CallOptions
@@ -58,13 +59,11 @@ def topk_log_probs(projection: Projection, k: int, **options: Unpack[CallOptions
 
 def _of_all_ranks(logits: Tensor, k: int, shards: VocabularyShards) -> tuple[Tensor, Tensor]:
     """The largest logits (N, k) and their classes, of those that the ranks have."""
-    own = min(k, logits.shape[-1])
-    logit = logits.new_full((len(logits), k), -torch.inf)
-    index = logits.new_full((len(logits), k), -1, dtype=torch.int64)
-    logit[:, :own], found = logits.topk(own, -1)
-    index[:, :own] = found + shards.own.start
-    logit, index = (x.movedim(0, 1).flatten(1) for x in map(shards.gather_parts, (logit, index)))
-    # Of equal logits a class comes before a hole.
-    order = logit.masked_fill(index < 0, -torch.inf).sort(-1, descending=True, stable=True).indices
-    order = order.gather(-1, (index.gather(-1, order) < 0).to(torch.int8).sort(-1, stable=True).indices)[:, :k]
-    return logit.gather(-1, order), index.gather(-1, order)
+    own, start = min(k, logits.shape[-1]), shards.own.start
+    logit = logits.new_full((k, len(logits)), -torch.inf)
+    index = logits.new_full((k, len(logits)), -1, dtype=torch.int64)
+    found = logits.topk(own, -1)
+    logit[:own], index[:own] = found.values.t(), found.indices.t() + start
+    columns = vocabulary.largest(shards.gather_parts(logit), shards.gather_parts(index), k)
+    values, indices = (torch.stack(x, 1) for x in columns)
+    return values, indices
