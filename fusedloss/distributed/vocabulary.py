@@ -244,7 +244,7 @@ def merge(
     ce, total = ce.masked_fill(outside, torch.nan), total.masked_fill(outside, torch.nan)
 
     numbers = top_index.contiguous().view(integer)
-    chosen, chosen_index = largest(top, numbers, top_k)
+    chosen, chosen_index = largest_of(top, numbers, top_k)
     columns, numbers_of = [shift, total, q, ce, target_logit, mean_ce, *chosen], [*chosen_index]
     if candidates is not None:
         columns.extend(candidate.amax(0))
@@ -279,7 +279,7 @@ def _merged_moments(moments: Tensor, sums: Tensor, lag: Tensor, outside: Tensor)
     return tuple(column.masked_fill(outside, torch.nan) for column in columns)
 
 
-def largest(logit: Tensor, index: Tensor, top_k: int) -> tuple[list[Tensor], list[Tensor]]:
+def largest_of(logit: Tensor, index: Tensor, top_k: int) -> tuple[list[Tensor], list[Tensor]]:
     """The `top_k` largest (R, K, N), of equal ones the lowest index, which comes first."""
     logit, index = logit.flatten(0, 1), index.flatten(0, 1).to(torch.int64)
     order = logit.sort(dim=0, descending=True, stable=True).indices

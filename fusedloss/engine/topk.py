@@ -64,6 +64,6 @@ def _of_all_ranks(logits: Tensor, k: int, shards: VocabularyShards) -> tuple[Ten
     index = logits.new_full((k, len(logits)), -1, dtype=torch.int64)
     found = logits.topk(own, -1)
     logit[:own], index[:own] = found.values.t(), found.indices.t() + start
-    columns = vocabulary.largest(shards.gather_parts(logit), shards.gather_parts(index), k)
+    columns = vocabulary.largest_of(shards.gather_parts(logit), shards.gather_parts(index), k)
     values, indices = (torch.stack(x, 1) for x in columns)
     return values, indices
