@@ -7,11 +7,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from oracle import assert_as_accurate_as, exact_moments
+from row_losses import computed
 from row_suite import (
     DTYPES,
     Case,
     Problem,
     assert_same_bits,
+    cast,
     compute_dtype,
     far_apart_rows,
     logits_and_targets,
@@ -22,7 +25,9 @@ from torch import Tensor
 import fusedloss as fl
 from fusedloss import backends
 from fusedloss.definition import reference
+from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Job, Rows, Spec
+from fusedloss.definition.statistics import STATISTICS
 from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
@@ -44,6 +49,47 @@ IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
 
 #: Losses of overlap, each with the number of its parameters.
 OVERLAPS = {name.removesuffix("_over_rows"): count for name, count in backends.BACKENDS["cpu"].epilogues.sums.items()}
+
+#: Losses of a row's moments, and the statistics that they ask for. Factors above 1 meet lags at the end of the range.
+OF_MOMENTS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
+    "entropy": (("entropy",), lambda s: 4 * s.entropy),
+    "power": (("power",), lambda s: s.ce - 3 * s.power),
+    "both": (("entropy", "power"), lambda s: s.q * s.entropy + 4 * s.power),
+    "with picks": (
+        ("entropy", "power", "top", "below"),
+        lambda s: s.top_ce - 2 * s.entropy * s.power + s.below_logit.clamp(min=-9),
+    ),
+}
+
+#: Losses of which statistics have the entropy too: with the top class among the picks, and by a pass of its own.
+WITH_ENTROPY: dict[str, Callable[..., Any]] = {
+    "cross_entropy": fl.cross_entropy,
+    "top 2": partial(fl.mixed_cross_entropy, alpha=0.5, top_k=2),
+    "candidates": partial(fl.mixed_cross_entropy, alpha=0.5, candidates=torch.tensor([[0, 1]] * 9)),
+    "one-vs-rest": fl.dsc_loss,
+    "a function": partial(fl.flex_loss, loss_fn=lambda s: s.ce + s.q),
+    "a function of it": partial(fl.flex_loss, loss_fn=lambda s: s.ce + s.entropy, statistics=("entropy",)),
+    "level class": partial(fl.dsc_loss, level="class"),
+}
+
+#: Losses of logits over a temperature, through every pass. Those over the rows have no loss of each.
+TEMPERED: dict[str, Callable[..., Any]] = {
+    "cross_entropy": fl.cross_entropy,
+    "smoothing": partial(fl.cross_entropy, label_smoothing=0.1, z_loss=0.01),
+    "focal": partial(fl.focal_loss, gamma=1.5),
+    "top 2": partial(fl.mixed_cross_entropy, alpha=0.5, top_k=2),
+    "candidates": partial(fl.mixed_cross_entropy, alpha=0.5, candidates=torch.tensor([[0, 1]] * 9)),
+    "one-vs-rest": partial(fl.dsc_loss, alpha=0.5),
+    "tversky": fl.tversky_loss,
+    "level class": partial(fl.dsc_loss, alpha=0.5, level="class"),
+    "level set": partial(fl.tversky_loss, level="set"),
+    "statistics": partial(
+        fl.flex_loss,
+        loss_fn=lambda s: s.lse - s.top_logit + s.below_logit.clamp(min=-9) + s.mean_ce,
+        statistics=("top", "below", "mean"),
+    ),
+    "moments": partial(fl.flex_loss, loss_fn=OF_MOMENTS["both"][1], statistics=("entropy", "power")),
+}
 
 #: Signalling NaN, which arithmetic makes quiet: a look leaves a trace.
 SIGNALLING = {
@@ -115,6 +161,62 @@ def check_parts_of_the_classes(
     torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
 
 
+def rows_of_moments(
+    classes: int, generator: torch.Generator, dtype: torch.dtype, masked: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Nine rows: plain ones, an ignored one, some with classes left out, with ties, and far from 0."""
+    z, target = logits_and_targets(9, classes, generator, dtype)
+    target[2] = -100
+    z[4, ::3] = 9
+    z[5] = -1.5
+    z[8] += 300
+    if masked:
+        z[3, ::2] = z[6] = -torch.inf
+        for row in (3, 6):
+            z[row, target[row]] = -2.5
+    return z, target
+
+
+def _singled_out(z: Tensor, target: Tensor) -> Tensor:
+    """(N, V), 1 at the target, the top class and that below the target, whose gradients cancel."""
+    of_target = z.gather(1, target.clamp(min=0)[:, None])
+    below = z.masked_fill(z >= of_target, -torch.inf).argmax(1)
+    classes = torch.stack([target.clamp(min=0), z.argmax(1), below], 1)
+    return torch.zeros_like(z, dtype=torch.float64).scatter(1, classes, 1)
+
+
+def check_moments(classes: int, name: str, dtype: torch.dtype, terms: bool, impl: str, generator: Any) -> None:
+    """Losses of them and their gradient, by the tolerance rule; `terms`: with class weights and smoothing."""
+    z, target = rows_of_moments(classes, generator, dtype, masked=not terms)
+    statistics, loss_fn = OF_MOMENTS[name]
+    if name == "entropy" and not terms and classes > 1:
+        z[7, target[7]] = -torch.inf
+    upstream = torch.randn(len(target), generator=generator).double()
+    options: dict[str, Any] = {"reduction": "none", "statistics": statistics}
+    if terms:
+        weight = torch.rand(classes, generator=generator).double().add(0.5)
+        options |= {"weight": weight, "label_smoothing": 0.125}
+
+    def run(impl: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        own = cast(options, compute_dtype(dtype))
+        return with_gradient(lambda x: fl.flex_loss(x, target, loss_fn, impl=impl, **own), z.to(dtype), upstream)
+
+    truth, slope = run("reference", torch.float64)
+    eager, eager_slope = run("reference", compute_dtype(dtype))
+    loss, gradient = run(impl, dtype)
+    assert truth[2] == 0 and slope.isfinite().all()
+    # p_j (a + c (z_j - m) + e p_j) - u w_j: an exponential is off by half the difference, in ulps.
+    wide = z.double()
+    p, lag = wide.softmax(1), (wide - wide.amax(1, keepdim=True)).masked_fill(z == -torch.inf, 0).abs()
+    size = 12 * (
+        p * (1 + lag + (p * lag).sum(1, keepdim=True)) + (1.5 / 8 / classes if terms else 0) + _singled_out(z, target)
+    )
+    scale = slope.abs() * (1 + lag) + size * upstream.abs()[:, None]
+    ulps = {torch.float64: 5000, torch.float32: 16}.get(dtype, 1)
+    assert_as_accurate_as(loss, eager, truth, max(ulps, 8), truth.abs() * (1 + lag.amax(1)).sqrt())
+    assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, scale)
+
+
 def check_operators(rows: Rows, spec: Spec, generator: torch.Generator) -> None:
     """By opcheck: forward without and with gradients, backward, and that in the logits' memory."""
     count, sources = len(rows.target), rows.sources
@@ -133,6 +235,8 @@ def check_operators(rows: Rows, spec: Spec, generator: torch.Generator) -> None:
 class KernelSuite:
     #: By loss and name.
     EVERY_CASE: ClassVar[dict[str, Case]]
+    #: Of rows with moments, and with a temperature: in part of a block, in several blocks and in parts of a row.
+    WIDTHS: ClassVar[list[int]] = [1, 2, 7, 70, 3000, 20001]
     #: Rows and classes for sums over the rows: in one group of rows and in several, in one block of columns and in two.
     SUMS: ClassVar[list[tuple[int, int]]]
     #: The module and the name of how many programs scale a gradient at the most.
@@ -141,6 +245,8 @@ class KernelSuite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "summed" in metafunc.fixturenames:
             metafunc.parametrize("summed", self.SUMS, ids=str)
+        if "width" in metafunc.fixturenames:
+            metafunc.parametrize("width", self.WIDTHS)
 
     @pytest.fixture
     def unchecked(self, impl, monkeypatch) -> None:
@@ -332,3 +438,128 @@ class KernelSuite:
         nothing = z[:0].requires_grad_()
         loss = fl.dsc_loss(nothing, target[:0], level=level, impl=impl)
         assert torch.equal(loss, fl.dsc_loss(nothing, target[:0], level=level, impl="cpu"))
+
+    # --- moments ---
+
+    @pytest.mark.parametrize("terms", [False, True], ids=["plain", "all terms"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", OF_MOMENTS)
+    def test_moments(self, name, dtype, terms, width, impl, generator):
+        check_moments(width, name, dtype, terms, impl, generator)
+
+    @pytest.mark.parametrize("factor", [1.0, 1 / 0.7], ids=["", "temperature"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("classes", [5, 700])
+    def test_a_small_entropy_keeps_the_digits_of_the_logits(self, classes, dtype, factor, impl):
+        """And so do the power and the gradient, wherever the largest logit is: first, last, between, the target or not.
+
+        In float32 an exponential is off by half its exponent, in ulps.
+        """
+        gaps = torch.tensor([0, 1, 2, 5, 10, 14, 17, 20, 25, 30, 40, 54, 80])
+        gaps = gaps[gaps * factor <= 80]
+        columns = torch.arange(5) * (classes // 5)
+        z = torch.full((len(gaps) * 5, classes), -torch.inf, dtype=torch.float64)
+        z[:, columns] = torch.tensor([-0.5, 0, -1.25, 0, -1.75], dtype=torch.float64)
+        top = columns.repeat(len(gaps))
+        gap = gaps.repeat_interleave(5).double()
+        z[torch.arange(len(z)), top] = gap
+        target = torch.where(torch.arange(len(z)) % 2 == 0, top, columns[3])
+        scalars = torch.tensor([1, 0, 0, factor], dtype=dtype)
+        rows = Rows.of(z.to(dtype), target, scalars=scalars)
+        spec = Spec(impl, moments=True, form=Form(tempered=factor != 1))
+        found = ops.forward(*rows, None, spec.encode())[1][STATISTICS:].double()
+        factor = float(scalars[-1])
+        _, excess, _ = right = exact_moments(z, factor)
+        bar = torch.full_like(gap, 1e-13) if dtype == torch.float64 else (4 + 2 * gap * factor) * 2**-23
+        assert ((found - right).abs() <= bar * right.abs()).all()
+
+        def loss(x: Tensor) -> Tensor:
+            options = {"statistics": ("entropy",), "temperature": 1 / factor, "reduction": "none", "impl": impl}
+            return fl.flex_loss(x, target, lambda s: s.entropy, **options)
+
+        _, gradient = with_gradient(loss, z.to(dtype))
+        # dH/dz_top = f p_top E
+        slope = factor * excess * (factor * z).softmax(1)[torch.arange(len(z)), top]
+        of_top = gradient[torch.arange(len(z)), top].double()
+        assert ((of_top - slope).abs() <= (2 * bar * slope.abs()))[gap >= 5].all()
+
+    def test_rows_without_moments(self, impl):
+        """An ignored row has those of two equal logits; one without a finite logit, or with NaN, has none."""
+        z = torch.tensor([[0.5, 1.0, 2.0], [-torch.inf] * 3, [torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0]])
+        rows = Rows.of(z, torch.tensor([-100, 1, 2, 1]))
+        found = ops.forward(*rows, None, Spec(impl, moments=True).encode())[1][STATISTICS:]
+        torch.testing.assert_close(
+            found[:, 0], torch.tensor([2.0, 1.0, 1.0]).log() * torch.tensor([1, 0, 0]) + torch.tensor([0, 0, 0.5])
+        )
+        assert found[:, 1:].isnan().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("name", WITH_ENTROPY)
+    def test_statistics_with_the_entropy(self, name, reduction, dtype, width, impl, generator):
+        """The loss and its gradient are what they are without it."""
+        if width < 2 or (name == "level class" and reduction == "none"):
+            pytest.skip("no such loss")
+        z, target = rows_of_moments(width, generator, dtype)
+        loss = partial(WITH_ENTROPY[name], reduction=reduction)
+        results, entropies = [], []
+        for more in ({}, {"stats": ("entropy",)}):
+            x = z.clone().requires_grad_()
+            value, stats = loss(x, target, return_stats=True, impl=impl, **more)
+            results.append((value, *stats[:4], *torch.autograd.grad(value.sum(), x)))
+            entropies.append(stats.entropy)
+        torch.testing.assert_close(*results, equal_nan=True)
+        none, found = entropies
+        assert none is None and found.isnan().tolist() == [row == 2 for row in range(9)]
+        truth, eager = (
+            loss(z.to(x), target, return_stats=True, impl="reference", stats=("entropy",))[1].entropy
+            for x in (torch.float64, found.dtype)
+        )
+        lag = 1 + (z.amax(1) - z.amin(1)).double().nan_to_num(0, 0).clamp(max=30)
+        assert_as_accurate_as(found, eager, truth, 5000 if dtype == torch.float64 else 16, truth.abs() * lag)
+
+    # --- a temperature ---
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", TEMPERED)
+    def test_temperature(self, name, dtype, width, impl, generator):
+        """Against the loss of logits that are divided before, in float64."""
+        if width < 2:
+            pytest.skip("no such loss")
+        z, target = rows_of_moments(width, generator, dtype, masked=False)
+        z[8] -= 300
+        over_rows = "level" in name
+        loss = partial(TEMPERED[name], reduction="mean" if over_rows else "none")
+        upstream = torch.randn(9, generator=generator).double()
+        upstream = upstream[0] if over_rows else upstream
+
+        def divided(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            return with_gradient(lambda x: loss(x / 0.7, target, impl="reference"), z.to(dtype), upstream)
+
+        (truth, slope), (eager, eager_slope) = divided(torch.float64), divided(compute_dtype(dtype))
+        p = (z.double() / 0.7).softmax(1).masked_fill((target == -100)[:, None], 0)
+        distance = 1 + (z.amax(1, keepdim=True) - z).double() / 0.7
+        terms = p * distance + 0.1 / width + _singled_out(z, target)
+        scale = slope.abs() * distance + 8 * terms * upstream.abs().reshape(-1, 1) / (9 if over_rows else 1)
+        ulps = {torch.float64: 5000, torch.float32: 16}.get(dtype, 1)
+        size = truth.abs() * (1 if over_rows else distance.amax(1))
+        for options in ({}, {"inplace_backward": True}):
+            x = computed(z.clone()) if options else z
+            got, gradient = with_gradient(
+                partial(loss, target=target, temperature=0.7, impl=impl, **options), x, upstream
+            )
+            assert_as_accurate_as(got, eager, truth, max(ulps, 8), size)
+            assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, scale)
+
+    @pytest.mark.parametrize("name", ["cross_entropy", "one-vs-rest", "level class", "moments"])
+    def test_a_temperature_that_is_learnt(self, name, impl, generator):
+        """In the row form, and in the linear form, whose gradients are made of one read where there is one."""
+        hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (9, 70))
+        target = torch.randint(70, (9,), generator=generator)
+        loss, results = TEMPERED[name], []
+        for of in (impl, "reference"):
+            temperature = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+            h = hidden.clone().requires_grad_()
+            value = loss(h @ weight.t(), target, temperature=temperature, impl=of)
+            results.append((value, *torch.autograd.grad(value, (h, temperature))))
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-14)

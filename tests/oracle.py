@@ -307,6 +307,19 @@ def exact(base: Callable[..., Tensor], z: Tensor, target: Tensor, **own: Any) ->
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64)
 
 
+def exact_moments(z: Tensor, factor: float = 1.0) -> Tensor:
+    """Entropy, excess and power (3, N) of softmax(factor z), rounded to float64 once at the end."""
+    rows = []
+    with mpmath.workdps(250):
+        for row in z.double().tolist():
+            lags = [mpmath.mpf(factor) * (x - mpmath.mpf(max(row))) for x in row if x != -mpmath.inf]
+            exps = [mpmath.exp(x) for x in lags]
+            p = [e / sum(exps) for e in exps]
+            moments = -sum(x * mpmath.log(x) for x in p), sum(map(mpmath.fmul, p, lags)), sum(x * x for x in p)
+            rows.append([float(x) for x in moments])
+    return torch.tensor(rows, dtype=torch.float64).t()
+
+
 # --- how far ---
 
 
