@@ -75,15 +75,15 @@ def merge(x, x_max, y, y_max):
 
 
 @triton.jit
-def finish(sums, hopeless, T: tl.constexpr):
-    """Entropy, excess and power."""
+def finish(sums, exists, T: tl.constexpr):
+    """Entropy, excess and power of rows that have probabilities."""
     low, ties, excess, square = sums
     total = low + ties
     excess = excess / total
     entropy = log1p(low + (ties - 1.0)) - excess
     power = square / (total * total)
     return (
-        tl.where(hopeless, float("nan"), entropy.to(T)),
-        tl.where(hopeless, float("nan"), excess.to(T)),
-        tl.where(hopeless, float("nan"), power.to(T)),
+        tl.where(exists, entropy.to(T), float("nan")),
+        tl.where(exists, excess.to(T), float("nan")),
+        tl.where(exists, power.to(T), float("nan")),
     )

@@ -424,7 +424,7 @@ def _finish(
     tl.store(index + (rows + k * N), pick_index, real)
     if MOMENTS:
         to = statistics + (_STATISTICS + PICKS) * N
-        _store_live(to, rows, N, inside, ignored, moments.finish(part[9:], hopeless, T), (log_2, 0.0, 0.5))
+        _store_live(to, rows, N, inside, ignored, moments.finish(part[9:], sum_exp > 0, T), (log_2, 0.0, 0.5))
 
     if EPILOGUE is not None:
         lse = m + log_sum

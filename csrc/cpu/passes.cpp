@@ -418,7 +418,7 @@ class Engine {
         const double entropy = all ? std::log1p(x.low + (x.ties - 1)) - excess : 0;
         const double values[kMoments] = {entropy, excess, x.square / (total * total)};
         for (int k = 0; k < kMoments; ++k) {
-            moment[k * job_.rows] = sum_exp == 0 ? std::numeric_limits<T>::quiet_NaN() : T(values[k]);
+            moment[k * job_.rows] = sum_exp > 0 ? T(values[k]) : std::numeric_limits<T>::quiet_NaN();
         }
     }
 
