@@ -373,8 +373,8 @@ def _refuse_call(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
     # The forward that TRL puts around that of the model: it projects the hidden states by itself.
     if fusion is not None and kwargs.get("fused_lm_head") and not fusion.loss.is_the_models:
         raise ValueError(
-            f"{type(model).__name__} is fused with {fusion.loss.row.__name__}, but this trainer of TRL computes its own "
-            "loss from the hidden states; unfuse the model, or give a subclass of SFTTrainer the compute_loss of "
+            f"{type(model).__name__} is fused with {fusion.loss.row.__name__}, but this trainer of TRL computes a loss "
+            "of its own from the hidden states; unfuse the model, or give a subclass of SFTTrainer the compute_loss of "
             "transformers.Trainer"
         )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from types import CodeType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 import fusedloss
 
+from ..checks import check_choice
 from ..engine.options import LinearImpl
 
 try:
@@ -32,19 +33,19 @@ _PARAMETERS = (
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale",
     "outputs",
 )  # fmt: skip
-#: TRL's outputs, in its order, and the statistics that make them.
+#: What TRL's function gives beside the log-probabilities, in its order, and the statistics that make it.
 _STATISTICS = {
-    "log_probs": None,
     "entropy": "entropy",
     "log_sum_sq_probs": "power",
     "mean_logits": "mean",
     "is_top1": "top",
 }
+_OUTPUTS = ("log_probs", *_STATISTICS)
 _TESTED = "1.16.0"
 
 
 def fuse_trainers(*, budget: int | None = None, impl: LinearImpl | None = None) -> None:
-    """Makes the trainers of TRL compute by the passes of this package: all of this process, until unfused.
+    """Makes the trainers of TRL compute by the passes of this package: all of this process, until they are unfused.
 
     SFTTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer and whatever else gives a model TRL's fused output
     layer; before or after they are made. Losses, gradients and logged metrics are those of TRL, up to rounding. Log-
@@ -58,12 +59,14 @@ def fuse_trainers(*, budget: int | None = None, impl: LinearImpl | None = None) 
         impl: the implementation, as in the linear forms.
 
     Raises RuntimeError, with the version, where TRL does not compute in the way that is known here; nothing is replaced
-    then. With DeepSpeed ZeRO-3 a trainer raises RuntimeError at its first step, since the weight is gone in the backward.
+    then. With DeepSpeed ZeRO-3 a trainer raises RuntimeError at its first step, as the weight is gone in the backward.
 
     >>> from fusedloss.integrations.trl import fuse_trainers, unfuse_trainers
     >>> fuse_trainers()
     >>> unfuse_trainers()
     """
+    if impl is not None:
+        check_choice("impl", impl, get_args(LinearImpl))
     own = getattr(utils, _NAME, None)
     if isinstance(own, _LogProbs):
         own = own.own
@@ -96,20 +99,20 @@ class _LogProbs:
         chunk_size: int,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = tuple(_STATISTICS),
+        outputs: tuple[str, ...] = _OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
         """What TRL's function gives: (N,) for each of the outputs, None for those that are not asked for."""
         for name in outputs:
-            if name not in _STATISTICS:
+            if name not in _OUTPUTS:
                 raise _unknown(f"asks for {name!r} of each token")
         if hasattr(weight, "ds_id") and torch.is_grad_enabled():
             raise RuntimeError(
-                "fused trainers do not run with DeepSpeed ZeRO-3, which frees the weight of the output layer before the "
+                "fused trainers do not run with DeepSpeed ZeRO-3, which frees the output layer's weight before the "
                 "backward; call unfuse_trainers(), or use ZeRO-2 or FSDP"
             )
         if not logit_scale > 0:
             raise ValueError(
-                f"fused trainers need logits that are scaled by a positive number, but the model scales by {logit_scale}"
+                f"fused trainers need logits that are scaled by a positive number, but the model's are by {logit_scale}"
             )
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
@@ -124,7 +127,7 @@ class _LogProbs:
             weight,
             targets,
             loss_fn,
-            statistics=[statistic for name in outputs if (statistic := _STATISTICS[name]) is not None],
+            statistics=[_STATISTICS[name] for name in outputs if name != "log_probs"],
             linear_bias=bias,
             # (c / s) tanh(z / (c / s)) / (tau / s) is c tanh(s z / c) / tau: without a copy of the hidden states
             softcap=None if final_logit_softcapping is None else final_logit_softcapping / logit_scale,
@@ -181,14 +184,14 @@ def _compare(own: Any, fused: _LogProbs) -> None:
     targets = (sources[0] @ sources[1].t() + sources[2]).argmax(-1)
     targets[::2] = torch.arange(3)
     upstream = [draw(6).detach() for _ in range(2)]
-    names = list(_STATISTICS)
+    function: Any
     for softcap, scale in ((None, 0.5), (2.0, 1.5)):
         results = []
         for function in (own, fused):
             with torch.autocast("cpu", enabled=False):
-                made = function.apply(*sources, targets, 0.7, classes // 2, softcap, scale, tuple(names))
+                made = function.apply(*sources, targets, 0.7, classes // 2, softcap, scale, _OUTPUTS)
             gradients = torch.autograd.grad(made[:2], sources, upstream)
-            results.append(dict(zip([*names, "hidden", "weight", "bias"], [*made, *gradients], strict=True)))
+            results.append(dict(zip([*_OUTPUTS, "hidden", "weight", "bias"], [*made, *gradients], strict=True)))
         for name, value in results[0].items():
             if not torch.allclose(value.float(), results[1][name].float(), rtol=1e-4, atol=1e-5):
                 raise _unknown(f"computes other {name}")
