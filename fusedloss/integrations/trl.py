@@ -14,10 +14,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-import fusedloss
-
 from ..checks import check_choice
+from ..engine.dispatch import row_statistics
 from ..engine.options import LinearImpl
+from ..losses._linear import projected
 
 try:
     import trl
@@ -116,35 +116,20 @@ class _LogProbs:
             )
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        seen: list[Any] = []
-
-        def loss_fn(s: Any) -> Tensor:
-            seen.append(s)
-            return s.ce
-
-        losses = fusedloss.linear_flex_loss(
-            hidden,
-            weight,
-            targets,
-            loss_fn,
-            statistics=[_STATISTICS[name] for name in outputs if name != "log_probs"],
-            linear_bias=bias,
-            # (c / s) tanh(z / (c / s)) / (tau / s) is c tanh(s z / c) / tau: without a copy of the hidden states
-            softcap=None if final_logit_softcapping is None else final_logit_softcapping / logit_scale,
-            temperature=temperature / logit_scale,
-            reduction="none",
-            budget=self.budget,
-            impl=self.impl,
+        # (c / s) tanh(z / (c / s)) / (tau / s) is c tanh(s z / c) / tau: without a copy of the hidden states
+        softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
+        options = {"linear_bias": bias, "softcap": softcap, "budget": self.budget, "impl": self.impl}
+        projection, rest = projected(hidden, weight, False, {**options, "temperature": temperature / logit_scale})
+        statistics = tuple([_STATISTICS[name] for name in outputs if name != "log_probs"])
+        # What linear_log_probs computes, and what the metrics need from the same pass.
+        s = row_statistics("linear_log_probs", projection, targets, statistics, rest)  # type: ignore[arg-type]
+        return (
+            -s.ce,
+            s.entropy if "entropy" in outputs else None,
+            s.power.detach().log() if "log_sum_sq_probs" in outputs else None,
+            s.mean_logit.detach() if "mean_logits" in outputs else None,
+            s.top_index == targets if "is_top1" in outputs else None,
         )
-        (s,) = seen
-        made = {
-            "log_probs": lambda: -losses,
-            "entropy": lambda: s.entropy,
-            "log_sum_sq_probs": lambda: s.power.detach().log(),
-            "mean_logits": lambda: s.mean_logit.detach(),
-            "is_top1": lambda: s.top_index == targets,
-        }
-        return tuple(make() if name in outputs or name == "log_probs" else None for name, make in made.items())
 
 
 def _unknown(what: str) -> RuntimeError:
