@@ -123,6 +123,8 @@ def fuse(
       ``compute_loss_func``. In training this warns, since the loss is then the caller's.
     - A Trainer with ``label_smoothing_factor`` takes the labels away as well and computes a cross-entropy of its own.
       That raises ValueError: pass ``label_smoothing`` here, and leave the factor at 0.
+    - SFTTrainer of TRL computes a cross-entropy of its own from the hidden states. That raises ValueError where the
+      model is fused with another loss.
 
     Everything is on the instance: its ``forward`` and that of its output layer; state_dict, save_pretrained and
     copy.deepcopy work as before. Hooks of the output layer receive the hidden states. :func:`unfuse` takes it all back,
