@@ -22,7 +22,7 @@ default_role = "code"
 smartquotes = False  # strings are to be copied
 nitpicky = True
 # What others document: no index of theirs is here to look names up in.
-nitpick_ignore_regex = [("py:.*", r"(torch|transformers)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(torch|transformers|trl)\..*")]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what each argument may be

@@ -105,6 +105,8 @@ each_page = pytest.mark.parametrize(
 @each_page
 def test_examples_of_a_page_run(page: Path) -> None:
     """One after the other, as a reader would paste them."""
+    if page.stem == "trl":
+        pytest.importorskip("trl", reason="the page needs TRL, the extra [trl]")
     namespace: dict[str, Any] = {"__name__": page.stem}
     try:
         for line, block in blocks(page, "python"):

@@ -123,6 +123,8 @@ def fuse(
       ``compute_loss_func``. In training this warns, since the loss is then the caller's.
     - A Trainer with ``label_smoothing_factor`` takes the labels away as well and computes a cross-entropy of its own.
       That raises ValueError: pass ``label_smoothing`` here, and leave the factor at 0.
+    - SFTTrainer of TRL computes a cross-entropy of its own from the hidden states. That raises ValueError where the
+      model is fused with another loss.
 
     Everything is on the instance: its ``forward`` and that of its output layer; state_dict, save_pretrained and
     copy.deepcopy work as before. Hooks of the output layer receive the hidden states. :func:`unfuse` takes it all back,
@@ -270,7 +272,7 @@ class _Fusion:
         fusion = _Fusion()
         _replace_forward(model, _fused_forward(type(model).forward).__get__(model))
         fusion.attach(head)
-        fusion.handle = model.register_forward_pre_hook(_refuse_replica)
+        fusion.handle = model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
         setattr(model, _ATTRIBUTE, fusion)
         return fusion
 
@@ -365,10 +367,18 @@ def _under_way() -> _Pass | None:
     return _THREAD.passes[-1] if _THREAD.passes else None
 
 
-def _refuse_replica(model: nn.Module, _: Any) -> None:
+def _refuse_call(model: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
     # Its replicas share the forward of the model that they are of.
     if getattr(model, "_is_replica", False):
         raise RuntimeError("a fused model does not run under torch.nn.DataParallel; use DistributedDataParallel")
+    fusion = model.__dict__.get(_ATTRIBUTE)
+    # The forward that TRL puts around that of the model: it projects the hidden states by itself.
+    if fusion is not None and kwargs.get("fused_lm_head") and not fusion.loss.is_the_models:
+        raise ValueError(
+            f"{type(model).__name__} is fused with {fusion.loss.row.__name__}, but this trainer of TRL computes a loss "
+            "of its own from the hidden states; unfuse the model, or give a subclass of SFTTrainer the compute_loss of "
+            "transformers.Trainer"
+        )
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
