@@ -27,6 +27,7 @@ from fusedloss.backends import BACKENDS
 from fusedloss.backends import triton as backend
 from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Job, Rows, Spec
+from fusedloss.definition.statistics import ALL_MOMENTS
 from fusedloss.triton_kernels import epilogues, launch
 
 TARGETS = {
@@ -110,30 +111,35 @@ class _Driver:
 def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     """A loss and its gradient, or "statistics": all that there are. After a comma "plain": without label smoothing,
     "few rows", "weighted" by class, "in one": a chunk's loss and gradient, which is scaled, "candidates", "product": of
-    hidden states, or "whole product": with bias, softcap and masked targets too."""
+    hidden states, or "whole product": with bias, softcap and masked targets too; "moments" and "moments product": with
+    these, and a temperature."""
     loss, _, variant = loss.partition(", ")
     count = FEW_ROWS if variant == "few rows" else ROWS
     is_term, over_rows, is_loss = loss in epilogues.CLASS_TERMS, loss.endswith("over_rows"), loss in LOSSES
     parameters, top_k = LOSSES.get(loss, (0, 2))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     logits, target = torch.empty(count, classes, dtype=dtype), torch.zeros(count, dtype=torch.int64)
-    scalar, of_rows, of_classes, scalars = (torch.empty(size, dtype=compute) for size in ((), count, classes, 3))
+    scalar, of_rows, of_classes, scalars = (torch.empty(size, dtype=compute) for size in ((), count, classes, 4))
     candidates = torch.zeros(count, 3, dtype=torch.int64) if variant == "candidates" or not is_loss else None
-    mean = not (is_term or variant.startswith("plain"))
+    moments = ALL_MOMENTS if variant.startswith("moments") else 0
+    mean = not (is_term or moments or variant.startswith("plain"))
     rows = Rows.of(
         logits,
         target,
         of_classes if variant == "weighted" or over_rows else None,
         candidates,
         [*[scalar] * (parameters - over_rows), *[of_rows] * over_rows],
-        scalars if mean and is_loss else None,
+        scalars if moments or (mean and is_loss) else None,
     )
-    spec = Spec("triton", loss, 0 if variant == "candidates" else top_k, mean=mean)
+    spec = Spec("triton", loss, 0 if variant == "candidates" else top_k, mean=mean, moments=moments)
+    spec = spec._replace(form=Form(tempered=moments > 0))
     if variant.endswith("product"):
         whole = variant.startswith("whole")
         hidden, weight = (torch.empty(n, DEPTH, dtype=dtype) for n in (count, classes))
         rows = rows._replace(hidden=[hidden], weight=[weight], bias=logits[0] if whole else None)
-        spec = spec._replace(impl="triton_fused", form=Form(30.0, mask_target=True) if whole else Form())
+        spec = spec._replace(
+            impl="triton_fused", form=spec.form._replace(softcap=30.0, mask_target=True) if whole else spec.form
+        )
     run = BACKENDS[spec.impl]
     job = Job.new(rows, spec if is_loss else spec._replace(epilogue="", below=True))
     upstream, saved = scalar.expand(count) if is_loss else None, (job.statistics, job.index)
@@ -153,7 +159,7 @@ def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     if is_term and variant != "few rows" and not rows.is_linear:  # few rows are split in any case
         run.sums(Job(rows, spec, *saved))
     if not is_loss:
-        job.coefficients = torch.empty(9, count, dtype=compute)
+        job.coefficients = torch.empty(9 + job.spec.more_coefficients, count, dtype=compute)
     job.grad, job.upstream = torch.empty_like(logits), upstream
     if dtype == torch.float16:
         run.units_(job, scalar, scalars, scalars)

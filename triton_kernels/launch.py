@@ -60,6 +60,9 @@ CLASS_TILES = {
     2**31: Tile(1, 2048, 4),
 }
 
+#: So do the sums of moments.
+MOMENT_TILES = {**CLASS_TILES, 2**31: Tile(1, 2048, 8)}
+
 #: The gradient's programs reduce nothing and repeat nothing but their beginning, which many columns share.
 GRADIENT_TILES = {most: tile if most < 2**31 else Tile(1, 4096, 4) for most, tile in TILES.items()}
 

@@ -167,8 +167,9 @@ class Triton(Backend):
     def forward(self, job: Job) -> None:
         tables, _, kernels = _modules()
         rows, spec = job.rows, job.spec
-        heavy = rows.is_linear and (spec.top_k > 0 or spec.below)
-        source = _source(job, "IN_ONE_TILES" if job.grad is not None else "CLASS_TILES" if heavy else "TILES")
+        heavy = rows.is_linear and (spec.top_k > 0 or spec.below or spec.moments > 0)
+        tiles = "MOMENT_TILES" if spec.moments and not rows.is_linear else "CLASS_TILES" if heavy else "TILES"
+        source = _source(job, "IN_ONE_TILES" if job.grad is not None else tiles)
         if rows.target.device.type == "cpu":
             check_indices(rows.target, rows.candidates, source.classes)
         spans = 1 if job.grad is not None else source.spans
@@ -215,7 +216,7 @@ class Triton(Backend):
     def with_gradient(self, job: Job) -> None:
         """Of one read where programs have whole rows."""
         in_hand = not self.makes_logits and job.spec.epilogue in _modules()[0].ROW_EPILOGUES
-        if in_hand and _source(job, "TILES").spans == 1:
+        if in_hand and not job.spec.moments and _source(job, "TILES").spans == 1:
             self.forward(job)
         else:
             super().with_gradient(job)
