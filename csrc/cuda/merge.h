@@ -28,10 +28,10 @@ FUSEDLOSS_DEVICE T larger(T max, T x) {
     return std::fmax(max, x);
 }
 
-// A difference of -inf, whose exponential is 0, as a number: times 0 it is none.
+// A difference of -inf, whose exponential is 0, as a number: its product with that is 0, and with a sum it is finite.
 template <typename T>
 FUSEDLOSS_DEVICE T bounded(T lag) {
-    return larger(kLowest<T>, lag);
+    return larger(T(-1e30), lag);
 }
 
 template <typename T>
@@ -54,8 +54,8 @@ struct Picks {
 // additions for each tile, which keep the digits of those within it.
 template <typename T>
 struct Partial : Picks<T> {
-    double rest = 0;  // sum of exp(f (z - max)) over all but the target; for moments, without the ties, which leaves
-                      // the digits of the others
+    double rest = 0;    // sum of exp(f (z - max)) over all but the target; for moments, without the ties, which leaves
+                        // the digits of the others
     double mean = 0;    // sum of w (z - reference)
     double excess = 0;  // sum of exp(f (z - max)) (z - max)
     double square = 0;  // sum of exp(2 f (z - max)) without the ties

@@ -621,10 +621,15 @@ class RowPart {
             const bool weighted = class_weight() && u != T(0);
             if (sloped()) {
                 const Slopes<T> slopes = this->slopes(a, inverse, scale);
-                write_rows([&](T z, int column) {
+                const auto share = [&](T z) {
                     const T lag = rounded_product(z, factor_) - max;  // 0 of the largest
-                    return slopes.gradient(fast_exp(lag), lag) - (weighted ? u * class_weight()[column] : u);
-                });
+                    return slopes.gradient(fast_exp(lag), lag);
+                };
+                if (weighted) {
+                    write_rows([&](T z, int column) { return share(z) - u * class_weight()[column]; });
+                } else {
+                    write_rows([&](T z, int) { return share(z) - u; });
+                }
             } else if (weighted) {
                 write_rows(
                     [&](T z, int column) { return a * fast_exp(z * factor_ - max) - u * class_weight()[column]; });
