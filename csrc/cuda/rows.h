@@ -57,9 +57,7 @@ struct Slopes {
     T a, by_excess, by_power;
 
     // A lag is multiplied by its exponential first, which is 0 where another factor would make it infinite.
-    FUSEDLOSS_DEVICE T gradient(T e, T lag) const {
-        return e * a + (e * bounded(lag)) * by_excess + (e * e) * by_power;
-    }
+    FUSEDLOSS_DEVICE T gradient(T e, T lag) const { return (e * bounded(lag)) * by_excess + e * (e * by_power + a); }
 };
 
 // What a block's threads tell each other in shared memory; the slots for tiles follow.
