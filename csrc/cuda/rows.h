@@ -118,7 +118,6 @@ class RowPart {
           lane_(thread_ % kWarp),
           rank_(job.parts > 1 ? static_cast<unsigned>(block_index()) % job.parts : 0),
           row_(job.parts > 1 ? static_cast<unsigned>(block_index()) / job.parts : static_cast<int>(block_index())),
-          factor_(common(kLogits)),
           target_(column_of(job.target[row_])),
           logits_(static_cast<const S*>(job.logits) + row_ * job.row_stride),
           phase_(kept(phase(logits_))),
@@ -170,6 +169,8 @@ class RowPart {
     FUSEDLOSS_DEVICE T weight_of(int column) const { return class_weight() ? class_weight()[column] : T(1); }
     FUSEDLOSS_DEVICE T weight_of_target() const { return target_ >= 0 ? weight_of(target_) : T(1); }
     FUSEDLOSS_DEVICE T common(int k) const { return common_at<T>(job_.common, k); }
+    // Of the logits. Each look takes it anew, and no register holds it in between.
+    FUSEDLOSS_DEVICE T factor() const { return common(kLogits); }
     FUSEDLOSS_DEVICE T upstream() const {
         return job_.upstream ? static_cast<const T*>(job_.upstream)[row_ * job_.upstream_stride] : T(1);
     }
@@ -272,7 +273,8 @@ class RowPart {
     // The parts of all threads, merged; known to the first warp.
     template <typename Part>
     FUSEDLOSS_DEVICE Part gather(Part part, Part* records) const {
-        part = merge_warp<Asked>(part, factor_);
+        const T factor = this->factor();
+        part = merge_warp<Asked>(part, factor);
         if (lane_ == 0) records[warp_] = part;
         sync();
         if (warp_ > 0) return part;
@@ -282,10 +284,10 @@ class RowPart {
         if (job_.parts > 1) {
             all = Part();
             for (int i = lane_; i < warps * job_.parts; i += kWarp) {
-                merge<Asked>(all, *cluster_peer(records + i % warps, i / warps), factor_);
+                merge<Asked>(all, *cluster_peer(records + i % warps, i / warps), factor);
             }
         }
-        return merge_warp<Asked>(all, factor_);
+        return merge_warp<Asked>(all, factor);
     }
 
     // --- forward ---
@@ -298,20 +300,21 @@ class RowPart {
         const T reference = first - first == T(0) ? first : T(0);
         Partial<T> part;
         if (job_.candidate_count > 0) read_candidates(part);
-        over_tiles(true, [&](const Tile& tile) { scan(tile, target_logit, reference, part); });
+        const T exponent = exponent_of(factor());
+        over_tiles(true, [&](const Tile& tile) { scan(tile, exponent, target_logit, reference, part); });
         part = gather(part, board_.partial);
         if (thread_ == 0) {
-            merge<Asked>(part, of_target(target_logit, reference), factor_);
+            merge<Asked>(part, of_target(target_logit, reference), factor());
             find_statistics(part, target_logit, reference);
         }
         if constexpr (class_term) {
             block_sync();
             const Settled<T>& x = board_.settled;
-            const T max = x.s.max, inverse = T(1) / x.s.sum_exp;
+            const T factor = this->factor(), max = x.s.max, inverse = T(1) / x.s.sum_exp;
             const int top = x.top;
             ClassPartial sums;
             const Params params = this->params();
-            over_tiles_again([&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            over_tiles_again([&](const Tile& tile) { sweep(tile, factor, max, inverse, top, params.value, sums); });
             sums = gather(sums, board_.of_classes);
             if (thread_ == 0) finish_class_term(sums);
         } else if (thread_ == 0 && job_.epilogue >= 0) {
@@ -324,7 +327,7 @@ class RowPart {
     FUSEDLOSS_DEVICE bool asked_below() const { return (Asked & kBelow) && job_.below; }
 
     FUSEDLOSS_DEVICE void pick(int k, T logit, int64_t index) {
-        put(job_.statistics, kStatistics + k, board_.logit[k] = rounded_product(logit, factor_));
+        put(job_.statistics, kStatistics + k, board_.logit[k] = rounded_product(logit, factor()));
         put(job_.index, k, board_.column[k] = index);
     }
 
@@ -351,7 +354,7 @@ class RowPart {
     }
 
     // Looks at the logits as they lie: the factor is in the exponent, and of the sums it is taken once a row.
-    FUSEDLOSS_DEVICE void scan(const Tile& tile, T target_logit, T reference, Partial<T>& part) const {
+    FUSEDLOSS_DEVICE void scan(const Tile& tile, T exponent, T target_logit, T reference, Partial<T>& part) const {
         const auto column = [&](int k) { return tile.from + lane_ * pack + k / pack * stride + k % pack; };
         T z[items];
 #pragma unroll
@@ -368,7 +371,6 @@ class RowPart {
 #pragma unroll
         for (int k = 1; k < items; ++k) max = larger(max, z[k]);
         const T before = part.max, base = part.max = larger(before, max);
-        const T exponent = exponent_of(factor_);
         if constexpr (Asked & kSums) {
             T rest = 0, ties = 0, excess = 0, square = 0;
 #pragma unroll
@@ -431,8 +433,9 @@ class RowPart {
         s.pick_logit = board_.logit;
         s.pick_index = board_.column;
 
-        s.max = rounded_product(part.max, factor_);
-        const T lag = (target_logit - part.max) * factor_, mine = std::exp(lag);
+        const T factor = this->factor();
+        s.max = rounded_product(part.max, factor);
+        const T lag = (target_logit - part.max) * factor, mine = std::exp(lag);
         const T rest = T(Asked & kSums ? part.rest + part.ties : part.rest);
         s.sum_exp = rest + mine;
         if (s.sum_exp == T(0)) s.max = T(0);  // no finite logit at all
@@ -447,10 +450,10 @@ class RowPart {
         }
         s.mean_ce = T(0);
         if (asked_mean()) {
-            const double lse = double(s.log_sum) + (double(part.max) - reference) * factor_;
-            s.mean_ce = T((weight_sum() * lse - part.mean * factor_) / double(job_.columns()));
+            const double lse = double(s.log_sum) + (double(part.max) - reference) * factor;
+            s.mean_ce = T((weight_sum() * lse - part.mean * factor) / double(job_.columns()));
         }
-        const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, rounded_product(target_logit, factor_), s.mean_ce};
+        const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, rounded_product(target_logit, factor), s.mean_ce};
 #pragma unroll
         for (int i = 0; i < kStatistics; ++i) put(job_.statistics, i, values[i]);
         if constexpr (Asked & kSums) put_moments(part, lag, mine);
@@ -460,7 +463,7 @@ class RowPart {
     FUSEDLOSS_DEVICE void put_moments(const Partial<T>& part, T target_lag, T target_exp) const {
         const double tie = target_lag == T(0) ? 1 : 0, of_target = double(target_exp) - tie;
         const double low = part.rest + of_target, ties = part.ties + tie, total = low + ties;
-        const double excess = (part.excess * factor_ + of_target * bounded(target_lag)) / total;
+        const double excess = (part.excess * factor() + of_target * bounded(target_lag)) / total;
         const double square = part.square + of_target * of_target + ties;
         const double values[kMoments] = {std::log1p(low + (ties - 1)) - excess, excess, square / (total * total)};
 #pragma unroll
@@ -492,38 +495,48 @@ class RowPart {
     }
 
     // Of the columns that are neither the target nor the top class, which are singled out.
-    FUSEDLOSS_DEVICE void sweep(const Tile& tile, T max, T inverse, int top, const T* params,
+    FUSEDLOSS_DEVICE void sweep(const Tile& tile, T factor, T max, T inverse, int top, const T* params,
                                 ClassPartial& sums) const {
         const T exponent = Term::exponent(params);
-        T rest = 0, loss = 0, slope = 0;
+        const auto add_to = [&](auto& to) {
 #pragma unroll 1
-        for (int j = 0; j < columns; j += stride) {
+            for (int j = 0; j < columns; j += stride) {
 #pragma unroll(sizeof(T) == 8 ? 1 : 4)
-            for (int k = 0; k < pack; ++k) {
-                const int i = tile.from + lane_ * pack + j + k;
-                if (i >= end_ || i == target_ || i == top) continue;
-                const T e = fast_exp(read(tile.z[j + k]) * factor_ - max), p = e * inverse, weight = weight_of(i);
-                T g;
-                const T f = negative_term<Term>(p, exponent, params, g);
-                rest += e;
-                loss += f * weight;
-                slope += p * (g * weight);
+                for (int k = 0; k < pack; ++k) {
+                    const int i = tile.from + lane_ * pack + j + k;
+                    if (i >= end_ || i == target_ || i == top) continue;
+                    const T e = fast_exp(read(tile.z[j + k]) * factor - max), p = e * inverse, weight = weight_of(i);
+                    T g;
+                    const T f = negative_term<Term>(p, exponent, params, g);
+                    to.rest += e;
+                    to.loss += f * weight;
+                    to.slope += p * (g * weight);
+                }
             }
+        };
+        if constexpr (sizeof(T) == 8) {
+            add_to(sums);  // there are no registers for others
+        } else {
+            struct {
+                T rest = 0, loss = 0, slope = 0;
+            } of_tile;
+            add_to(of_tile);
+            sums.rest += of_tile.rest;
+            sums.loss += of_tile.loss;
+            sums.slope += of_tile.slope;
         }
-        sums.rest += rest;
-        sums.loss += loss;
-        sums.slope += slope;
     }
 
     FUSEDLOSS_DEVICE void term_sums() {
         ClassPartial sums;
         if (job_.target[row_] != kIgnored) {
             const T* const statistic = static_cast<const T*>(job_.statistics) + row_;
-            const T max = statistic[kMax * job_.rows], inverse = T(1) / statistic[kSumExp * job_.rows];
+            const T factor = this->factor(), max = statistic[kMax * job_.rows],
+                    inverse = T(1) / statistic[kSumExp * job_.rows];
             const int top = column_of(job_.index[row_]);
             const Params params = this->params();
             load_first();
-            over_tiles(true, [&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            over_tiles(true, [&](const Tile& tile) { sweep(tile, factor, max, inverse, top, params.value, sums); });
             sums = gather(sums, board_.of_classes);
         }
         if (thread_ == 0) {
@@ -604,12 +617,12 @@ class RowPart {
 
     FUSEDLOSS_DEVICE void gradient() const {
         const Settled<T>& x = board_.settled;
-        const T max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
+        const T factor = this->factor(), max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
         if constexpr (class_term) {
             const Params params = this->params();
             const T exponent = Term::exponent(params.value), shift = x.one;
             write_rows([&](T z, int column) {
-                const T p = fast_exp(z * factor_ - max) * inverse;
+                const T p = fast_exp(z * factor - max) * inverse;
                 T g;
                 negative_term<Term>(p, exponent, params.value, g);
                 return p * (g * weight_of(column) - shift) * scale;
@@ -620,7 +633,7 @@ class RowPart {
             if (sloped()) {
                 const Slopes<T> slopes = this->slopes(a, inverse, scale);
                 const auto share = [&](T z) {
-                    const T lag = rounded_product(z, factor_) - max;  // 0 of the largest
+                    const T lag = rounded_product(z, factor) - max;  // 0 of the largest
                     return slopes.gradient(fast_exp(lag), lag);
                 };
                 if (weighted) {
@@ -630,9 +643,9 @@ class RowPart {
                 }
             } else if (weighted) {
                 write_rows(
-                    [&](T z, int column) { return a * fast_exp(z * factor_ - max) - u * class_weight()[column]; });
+                    [&](T z, int column) { return a * fast_exp(z * factor - max) - u * class_weight()[column]; });
             } else {
-                write_rows([&](T z, int) { return a * fast_exp(z * factor_ - max) - u; });
+                write_rows([&](T z, int) { return a * fast_exp(z * factor - max) - u; });
             }
         }
         block_sync();
@@ -756,7 +769,6 @@ class RowPart {
     Board<T>& board_;
     const int thread_, threads_, warp_, lane_;
     const int rank_, row_;
-    const T factor_;    // of the logits
     const int target_;  // -1 where it is out of range
     const S* const logits_;
     const int phase_;
