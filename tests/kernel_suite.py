@@ -27,7 +27,7 @@ from fusedloss import backends
 from fusedloss.definition import reference
 from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Job, Rows, Spec
-from fusedloss.definition.statistics import STATISTICS
+from fusedloss.definition.statistics import ALL_MOMENTS, STATISTICS
 from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
@@ -467,7 +467,7 @@ class KernelSuite:
         target = torch.where(torch.arange(len(z)) % 2 == 0, top, columns[3])
         scalars = torch.tensor([1, 0, 0, factor], dtype=dtype)
         rows = Rows.of(z.to(dtype), target, scalars=scalars)
-        spec = Spec(impl, moments=True, form=Form(tempered=factor != 1))
+        spec = Spec(impl, moments=ALL_MOMENTS, form=Form(tempered=factor != 1))
         found = ops.forward(*rows, None, spec.encode())[1][STATISTICS:].double()
         factor = float(scalars[-1])
         _, excess, _ = right = exact_moments(z, factor)
@@ -488,7 +488,7 @@ class KernelSuite:
         """An ignored row has those of two equal logits; one without a finite logit, or with NaN, has none."""
         z = torch.tensor([[0.5, 1.0, 2.0], [-torch.inf] * 3, [torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0]])
         rows = Rows.of(z, torch.tensor([-100, 1, 2, 1]))
-        found = ops.forward(*rows, None, Spec(impl, moments=True).encode())[1][STATISTICS:]
+        found = ops.forward(*rows, None, Spec(impl, moments=ALL_MOMENTS).encode())[1][STATISTICS:]
         torch.testing.assert_close(
             found[:, 0], torch.tensor([2.0, 1.0, 1.0]).log() * torch.tensor([1, 0, 0]) + torch.tensor([0, 0, 0.5])
         )

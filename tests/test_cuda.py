@@ -37,6 +37,7 @@ from fusedloss import backends
 from fusedloss.backends import cuda
 from fusedloss.backends.base import Epilogues
 from fusedloss.definition.rows import Job, Rows, Spec
+from fusedloss.definition.statistics import ALL_MOMENTS
 from fusedloss.engine import operators as ops
 
 if compiler() is None:
@@ -204,7 +205,7 @@ def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, mon
     for classes, dtype in ((9, torch.float32), (4099, torch.float64), (33000, torch.bfloat16)):
         monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
         rows, spec, row_weight = _job(epilogue, 4, classes, dtype, generator)
-        spec = spec._replace(moments=dtype == torch.float64)
+        spec = spec._replace(moments=ALL_MOMENTS if dtype == torch.float64 else 0)
         one, two = (
             run(rows._replace(hidden=[z]), spec, row_weight, z)
             for run in (_one_read, _two_reads)
@@ -268,7 +269,12 @@ def test_moments_take_nothing_from_the_other_statistics(generator, monkeypatch):
     z[7, target[7]] = -torch.inf
     rows = Rows.of(z, target, candidates=torch.randint(4099, (9, 3), generator=generator))
     found = []
-    for parts, on_chip, moments in ((2, True, False), (1, True, True), (2, False, True), (8, True, True)):
+    for parts, on_chip, moments in (
+        (2, True, 0),
+        (1, True, ALL_MOMENTS),
+        (2, False, ALL_MOMENTS),
+        (8, True, ALL_MOMENTS),
+    ):
         monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
         spec = Spec("cuda", top_k=2, below=True, mean=True, moments=moments)
         found.append(ops.forward(*rows, None, spec.encode())[1:3])
@@ -544,7 +550,7 @@ def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
     scalars = torch.tensor([0.9, 0.1 / 21, 0.01, 1 / 0.7])
     rows = Rows.of(z, target, params=[torch.tensor(0.25)], scalars=scalars)
-    check_operators(rows, Spec("cuda", "mixed_cross_entropy", top_k=2, mean=True, moments=True), generator)
+    check_operators(rows, Spec("cuda", "mixed_cross_entropy", top_k=2, mean=True, moments=ALL_MOMENTS), generator)
     torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), "cuda"))
 
 

@@ -800,7 +800,7 @@ void run(Launch job) {
         statistics.epilogue = -1;
         statistics.grad = nullptr;
         run<S>(statistics);
-        job.moments = false;
+        job.moments = kNoMoments;
     }
     const auto start = [&](auto kernel) {
         // The gradient alone needs nothing of the other parts.
