@@ -26,6 +26,8 @@ BLOCK, MULTIPROCESSOR = 227 * 1024, 228 * 1024
 _KERNEL = re.compile(r"(row|class_sums|top_rest|scale)_pass")
 #: The row kernel of losses that look at other classes than the target, or at the mean.
 WITH_PICKS = "picks or mean"
+#: That of entropy and power, too.
+WITH_MOMENTS = "moments"
 CLASSES = (1000, 32000, 128256, 262144)
 
 
@@ -91,7 +93,9 @@ TERMS = {name.title().replace("_", ""): name for name in BACKENDS["cpu"].epilogu
 def _loss(name: str) -> str:
     term = re.search(rf"\d({'|'.join(TERMS)})E", name)
     if term is None:
-        return WITH_PICKS if "vLi7E" in name else ""
+        return (
+            {"0": "", "7": WITH_PICKS, "15": WITH_MOMENTS}[asked[1]] if (asked := re.search(r"vLi(\d+)E", name)) else ""
+        )
     return TERMS[term[1]]
 
 

@@ -27,7 +27,7 @@ from fusedloss import backends
 from fusedloss.definition import reference
 from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Job, Rows, Spec
-from fusedloss.definition.statistics import STATISTICS
+from fusedloss.definition.statistics import ALL_MOMENTS, STATISTICS
 from fusedloss.engine import operators as ops
 
 #: A case for each way through the kernels.
@@ -245,8 +245,9 @@ class KernelSuite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "summed" in metafunc.fixturenames:
             metafunc.parametrize("summed", self.SUMS, ids=str)
-        if "width" in metafunc.fixturenames:
-            metafunc.parametrize("width", self.WIDTHS)
+        for name, widths in (("width", self.WIDTHS), ("wider", [width for width in self.WIDTHS if width > 1])):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, widths)
 
     @pytest.fixture
     def unchecked(self, impl, monkeypatch) -> None:
@@ -466,7 +467,7 @@ class KernelSuite:
         target = torch.where(torch.arange(len(z)) % 2 == 0, top, columns[3])
         scalars = torch.tensor([1, 0, 0, factor], dtype=dtype)
         rows = Rows.of(z.to(dtype), target, scalars=scalars)
-        spec = Spec(impl, moments=True, form=Form(tempered=factor != 1))
+        spec = Spec(impl, moments=ALL_MOMENTS, form=Form(tempered=factor != 1))
         found = ops.forward(*rows, None, spec.encode())[1][STATISTICS:].double()
         factor = float(scalars[-1])
         _, excess, _ = right = exact_moments(z, factor)
@@ -487,7 +488,7 @@ class KernelSuite:
         """An ignored row has those of two equal logits; one without a finite logit, or with NaN, has none."""
         z = torch.tensor([[0.5, 1.0, 2.0], [-torch.inf] * 3, [torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0]])
         rows = Rows.of(z, torch.tensor([-100, 1, 2, 1]))
-        found = ops.forward(*rows, None, Spec(impl, moments=True).encode())[1][STATISTICS:]
+        found = ops.forward(*rows, None, Spec(impl, moments=ALL_MOMENTS).encode())[1][STATISTICS:]
         torch.testing.assert_close(
             found[:, 0], torch.tensor([2.0, 1.0, 1.0]).log() * torch.tensor([1, 0, 0]) + torch.tensor([0, 0, 0.5])
         )
@@ -496,12 +497,10 @@ class KernelSuite:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("reduction", ["mean", "none"])
     @pytest.mark.parametrize("name", WITH_ENTROPY)
-    def test_statistics_with_the_entropy(self, name, reduction, dtype, width, impl, generator):
+    def test_statistics_with_the_entropy(self, name, reduction, dtype, wider, impl, generator):
         """The loss and its gradient are what they are without it."""
-        if width < 2 or (name == "level class" and reduction == "none"):
-            pytest.skip("no such loss")
-        z, target = rows_of_moments(width, generator, dtype)
-        loss = partial(WITH_ENTROPY[name], reduction=reduction)
+        z, target = rows_of_moments(wider, generator, dtype)
+        loss = partial(WITH_ENTROPY[name], reduction="mean" if "level" in name else reduction)
         results, entropies = [], []
         for more in ({}, {"stats": ("entropy",)}):
             x = z.clone().requires_grad_()
@@ -522,11 +521,9 @@ class KernelSuite:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", TEMPERED)
-    def test_temperature(self, name, dtype, width, impl, generator):
+    def test_temperature(self, name, dtype, wider, impl, generator):
         """Against the loss of logits that are divided before, in float64."""
-        if width < 2:
-            pytest.skip("no such loss")
-        z, target = rows_of_moments(width, generator, dtype, masked=False)
+        z, target = rows_of_moments(wider, generator, dtype, masked=False)
         z[8] -= 300
         over_rows = "level" in name
         loss = partial(TEMPERED[name], reduction="mean" if over_rows else "none")
@@ -539,7 +536,7 @@ class KernelSuite:
         (truth, slope), (eager, eager_slope) = divided(torch.float64), divided(compute_dtype(dtype))
         p = (z.double() / 0.7).softmax(1).masked_fill((target == -100)[:, None], 0)
         distance = 1 + (z.amax(1, keepdim=True) - z).double() / 0.7
-        terms = p * distance + 0.1 / width + _singled_out(z, target)
+        terms = p * distance + 0.1 / wider + _singled_out(z, target)
         scale = slope.abs() * distance + 8 * terms * upstream.abs().reshape(-1, 1) / (9 if over_rows else 1)
         ulps = {torch.float64: 5000, torch.float32: 16}.get(dtype, 1)
         size = truth.abs() * (1 if over_rows else distance.amax(1))
@@ -551,15 +548,18 @@ class KernelSuite:
             assert_as_accurate_as(got, eager, truth, max(ulps, 8), size)
             assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, scale)
 
-    @pytest.mark.parametrize("name", ["cross_entropy", "one-vs-rest", "level class", "moments"])
+    @pytest.mark.parametrize("name", ["cross_entropy", "one-vs-rest", "level class", "moments", "linear"])
     def test_a_temperature_that_is_learnt(self, name, impl, generator):
-        """In the row form, and in the linear form, whose gradients are made of one read where there is one."""
+        """Its gradient is made of those of the logits, or of the hidden states."""
         hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (9, 70))
         target = torch.randint(70, (9,), generator=generator)
-        loss, results = TEMPERED[name], []
+        results = []
         for of in (impl, "reference"):
             temperature = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
             h = hidden.clone().requires_grad_()
-            value = loss(h @ weight.t(), target, temperature=temperature, impl=of)
+            if name == "linear":
+                value = fl.linear_cross_entropy(h, weight, target, temperature=temperature, impl=of)
+            else:
+                value = TEMPERED[name](h @ weight.t(), target, temperature=temperature, impl=of)
             results.append((value, *torch.autograd.grad(value, (h, temperature))))
         torch.testing.assert_close(*results, rtol=1e-11, atol=1e-14)

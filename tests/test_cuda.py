@@ -19,7 +19,7 @@ import pytest
 import test_linear
 import torch
 from cuda_host import ROOT, compiler, load
-from kernel_suite import KernelSuite, check_operators
+from kernel_suite import OF_MOMENTS, KernelSuite, check_moments, check_operators, rows_of_moments
 from row_losses import computed
 from row_suite import (
     DTYPES,
@@ -37,6 +37,7 @@ from fusedloss import backends
 from fusedloss.backends import cuda
 from fusedloss.backends.base import Epilogues
 from fusedloss.definition.rows import Job, Rows, Spec
+from fusedloss.definition.statistics import ALL_MOMENTS
 from fusedloss.engine import operators as ops
 
 if compiler() is None:
@@ -161,14 +162,14 @@ EPILOGUES = {
 def _job(
     epilogue: str, rows: int, classes: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Rows, Spec, Tensor]:
-    """With class weights, all terms that the epilogue takes, and an ignored row; and weights of the rows."""
+    """With class weights, all terms that the epilogue takes, a factor, and an ignored row; and weights of the rows."""
     z, target = logits_and_targets(rows, classes, generator, dtype)
     target[2:3] = -100
     compute = compute_dtype(dtype)
     weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
     count, top_k = EPILOGUES[epilogue]
     smoothing = 0.0 if epilogue in CUDA.epilogues.classes else 0.1
-    scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01], dtype=compute)
+    scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01, 1 / 0.7], dtype=compute)
     params = [torch.full((), 0.5, dtype=compute)] * count
     return (
         Rows.of(z, target, weight, None, params, scalars),
@@ -204,6 +205,7 @@ def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, mon
     for classes, dtype in ((9, torch.float32), (4099, torch.float64), (33000, torch.bfloat16)):
         monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
         rows, spec, row_weight = _job(epilogue, 4, classes, dtype, generator)
+        spec = spec._replace(moments=ALL_MOMENTS if dtype == torch.float64 else 0)
         one, two = (
             run(rows._replace(hidden=[z]), spec, row_weight, z)
             for run in (_one_read, _two_reads)
@@ -248,6 +250,39 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
         for run, grad in ((_one_read, None), (_two_reads, None), (_one_read, moved.logits)):
             found = run(moved, spec, row_weight, grad)
             assert [torch.equal(x, y) for x, y in zip(found, right, strict=True)] == [True] * 5, offset
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("terms", [False, True], ids=["plain", "all terms"])
+@pytest.mark.parametrize("name", OF_MOMENTS)
+@pytest.mark.parametrize(("dtype", "parts", "on_chip"), [*CUT, (torch.float32, 8, True)], ids=str)
+def test_moments_of_parts(dtype, parts, on_chip, name, terms, generator, monkeypatch):
+    """Of rows in one block and in clusters, some of which have no column, and with tiles that are read twice."""
+    monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
+    for classes in (1, 129, 4099):
+        check_moments(classes, name, dtype, terms, "cuda", generator)
+
+
+def test_moments_take_nothing_from_the_other_statistics(generator, monkeypatch):
+    """Which have the same digits; and the moments do not depend on how the rows are cut."""
+    z, target = rows_of_moments(4099, generator, torch.float64)
+    z[7, target[7]] = -torch.inf
+    rows = Rows.of(z, target, candidates=torch.randint(4099, (9, 3), generator=generator))
+    found = []
+    for parts, on_chip, moments in (
+        (2, True, 0),
+        (1, True, ALL_MOMENTS),
+        (2, False, ALL_MOMENTS),
+        (8, True, ALL_MOMENTS),
+    ):
+        monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
+        spec = Spec("cuda", top_k=2, below=True, mean=True, moments=moments)
+        found.append(ops.forward(*rows, None, spec.encode())[1:3])
+    without = found[0][0].shape[0]
+    for statistics, index in found[1:]:
+        torch.testing.assert_close(statistics[:without], found[0][0], rtol=1e-13, atol=0)
+        torch.testing.assert_close(statistics[without:], found[1][0][without:], rtol=1e-13, atol=0)
+        assert torch.equal(index, found[0][1])
 
 
 def test_the_lowest_number_is_a_logit():
@@ -513,9 +548,9 @@ def test_compiled(generator, kernel_calls):
 
 def test_opcheck(generator):
     z, target = logits_and_targets(5, 21, generator, torch.float32)
-    scalars = torch.tensor([0.9, 0.1 / 21, 0.01])
+    scalars = torch.tensor([0.9, 0.1 / 21, 0.01, 1 / 0.7])
     rows = Rows.of(z, target, params=[torch.tensor(0.25)], scalars=scalars)
-    check_operators(rows, Spec("cuda", "mixed_cross_entropy", top_k=2, mean=True), generator)
+    check_operators(rows, Spec("cuda", "mixed_cross_entropy", top_k=2, mean=True, moments=ALL_MOMENTS), generator)
     torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), "cuda"))
 
 

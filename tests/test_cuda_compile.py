@@ -27,7 +27,10 @@ def compiled(request: pytest.FixtureRequest) -> list[compile_cuda.Compiled]:
     pairs = PAIRS[request.param]
     kernels = compile_cuda.compile_all(pairs)
     terms = {*backends.BACKENDS["cpu"].epilogues.classes}
-    names = {("row", loss) for loss in {"", compile_cuda.WITH_PICKS, *terms}} | {("top_rest", ""), ("scale", "")}
+    names = {("row", loss) for loss in {"", compile_cuda.WITH_PICKS, compile_cuda.WITH_MOMENTS, *terms}} | {
+        ("top_rest", ""),
+        ("scale", ""),
+    }
     names |= {("class_sums", loss) for loss in terms if loss.endswith("over_rows")}
     assert {(k.target, k.dtype, k.kernel, k.loss) for k in kernels} == {
         (*pair, *name) for pair in pairs for name in names

@@ -11,11 +11,12 @@ template <typename S>
 struct SummedRow {
     using T = decltype(read(S{}));
     const S* z;
-    T max, inverse;
+    T factor, max, inverse;
     int target, top;  // -1 where it is out of range
 
     FUSEDLOSS_DEVICE SummedRow(const Launch& job, int64_t row)
         : z(static_cast<const S*>(job.logits) + row * job.row_stride),
+          factor(common_at<T>(job.common, kLogits)),
           max(statistic(job, kMax, row)),
           inverse(T(1) / statistic(job, kSumExp, row)),
           target(column(job, job.target[row])),
@@ -40,7 +41,7 @@ FUSEDLOSS_KERNEL void top_rest_pass(const Launch job) {
     double rest = 0;
     const bool wrong = x.top != x.target && x.inverse > T(0.5);
     for (int i = thread_index(); wrong && i < job.columns(); i += kWarp) {
-        if (i != x.top) rest += fast_exp(read(x.z[i]) - x.max);
+        if (i != x.top) rest += fast_exp(read(x.z[i]) * x.factor - x.max);
     }
     rest = sum_of_warp(rest);
     if (thread_index() > 0) return;
@@ -72,6 +73,7 @@ class ColumnSums {
     FUSEDLOSS_DEVICE explicit ColumnSums(const Launch& job)
         : job_(job),
           numbers_(reinterpret_cast<RowNumbers<T>*>(shared_memory() + kSumThreads * kSumStages * 32)),
+          factor_(common_at<T>(job.common, kLogits)),
           begin_(static_cast<int>(block_index()) * columns + thread_index() * pack) {}
 
     FUSEDLOSS_DEVICE void run() {
@@ -163,7 +165,7 @@ class ColumnSums {
         }
 #pragma unroll
         for (int k = 0; k < pack; ++k) {
-            const T p = fast_exp(read(logits.item[k]) - x.max) * x.inverse;
+            const T p = fast_exp(read(logits.item[k]) * factor_ - x.max) * x.inverse;
             T slope;
             error_[k] += double(x.weight * negative_term<Term>(p, x.exponent, x.params, slope));
         }
@@ -173,7 +175,8 @@ class ColumnSums {
     FUSEDLOSS_DEVICE void single_out(const RowNumbers<T>& x, const S* z, int column, int top) {
         if (static_cast<unsigned>(column) >= pack) return;
         const bool is_top = column == top;
-        const T p = is_top ? x.inverse : fast_exp(read(z[column]) - x.max) * x.inverse, q = is_top ? x.top_q : T(1) - p;
+        const T p = is_top ? x.inverse : fast_exp(read(z[column]) * factor_ - x.max) * x.inverse;
+        const T q = is_top ? x.top_q : T(1) - p;
         T error, agreement = 0, slope;
         if (begin_ + column == x.target) {
             const Overlap<T> overlap = Term::Math::positive(p, q, power_pair(q, x.exponent), x.params);
@@ -191,6 +194,7 @@ class ColumnSums {
 
     const Launch& job_;
     RowNumbers<T>* const numbers_;
+    const T factor_;  // of the logits
     const int begin_;
     double error_[pack] = {}, agreement_[pack] = {};
 };

@@ -120,13 +120,25 @@ FUSEDLOSS_DEVICE void write_two(float16* to, float x, float y) {
     *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
 }
 
-// For x <= 0; off by |x| / 2 units in the last place, as the rounding of x is. Results below the normal numbers are 0.
-FUSEDLOSS_DEVICE float fast_exp(float x) {
+// exp(factor x) by exponent_of(factor), for x <= 0; off by |factor x| / 2 units in the last place, as the rounding of x
+// is. Results below the normal numbers are 0.
+FUSEDLOSS_DEVICE float exponent_of(float factor) { return factor * 1.442695041f; }
+FUSEDLOSS_DEVICE double exponent_of(double factor) { return factor; }
+FUSEDLOSS_DEVICE float fast_exp(float x, float exponent) {
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.442695041f));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * exponent));
     return y;
 }
-FUSEDLOSS_DEVICE double fast_exp(double x) { return exp(x); }
+FUSEDLOSS_DEVICE double fast_exp(double x, double exponent) { return exp(x * exponent); }
+
+template <typename T>
+FUSEDLOSS_DEVICE T fast_exp(T x) {
+    return fast_exp(x, exponent_of(T(1)));
+}
+
+// A product that is rounded, whatever it is subtracted from.
+FUSEDLOSS_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+FUSEDLOSS_DEVICE double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 
 }  // namespace cuda
 }  // namespace fusedloss

@@ -12,7 +12,7 @@ namespace cuda {
 constexpr int kWarp = 32;
 
 // What is asked of a pass beside maximum and sum. The code for it is not there where it is not asked for.
-constexpr int kTop = 1, kBelow = 2, kMean = 4, kEverything = kTop | kBelow | kMean;
+constexpr int kTop = 1, kBelow = 2, kMean = 4, kEverything = kTop | kBelow | kMean, kSums = 8;
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -21,6 +21,18 @@ constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
 // The maximum of no numbers: finite, since exp(-inf - -inf) would be NaN.
 template <typename T>
 constexpr T kLowest = std::numeric_limits<T>::lowest();
+
+// NaN is no number to be the largest; the sums let it through.
+template <typename T>
+FUSEDLOSS_DEVICE T larger(T max, T x) {
+    return std::fmax(max, x);
+}
+
+// A difference of -inf, whose exponential is 0, as a number: its product with that is 0, and with a sum it is finite.
+template <typename T>
+FUSEDLOSS_DEVICE T bounded(T lag) {
+    return larger(T(-1e30), lag);
+}
 
 template <typename T>
 struct Best {
@@ -38,13 +50,26 @@ struct Picks {
     }
 };
 
-// Statistics of a part of a row. Sums are in double: a few additions for each tile, which keep the digits of those
-// within it.
+// Statistics of a part of a row, of logits z as they lie in memory, which f multiplies. Sums are in double: a few
+// additions for each tile, which keep the digits of those within it.
 template <typename T>
 struct Partial : Picks<T> {
-    double rest = 0;  // sum of exp(z - max) over all but the target
-    double mean = 0;  // sum of w (z - reference)
+    double rest = 0;    // sum of exp(f (z - max)) over all but the target; for moments, without the ties, which leaves
+                        // the digits of the others
+    double mean = 0;    // sum of w (z - reference)
+    double excess = 0;  // sum of exp(f (z - max)) (z - max)
+    double square = 0;  // sum of exp(2 f (z - max)) without the ties
+    int ties = 0;       // how many but the target are the maximum; these three for moments alone
     T max = kLowest<T>;
+
+    // The same sums by a maximum that is larger by -lag, with exp(f lag).
+    FUSEDLOSS_DEVICE void shift(T lag, double factor) {
+        const double all = rest + ties;
+        excess = factor * (excess + double(bounded(lag)) * all);
+        square = factor * factor * (square + ties);
+        rest = factor * all;
+        ties = 0;
+    }
 };
 
 // Sums of a class term over columns that are neither the target nor the top class.
@@ -53,12 +78,6 @@ struct ClassPartial {
     double loss = 0;   // sum of w f(p)
     double slope = 0;  // sum of p g
 };
-
-// NaN is no number to be the largest; the sums let it through.
-template <typename T>
-FUSEDLOSS_DEVICE T larger(T max, T x) {
-    return std::fmax(max, x);
-}
 
 // On equal values the lower column is the larger.
 template <typename T>
@@ -87,17 +106,35 @@ FUSEDLOSS_DEVICE void merge_picks(Picks<T>& x, const Picks<T>& y) {
     }
 }
 
+// Has the sums of a part be by this maximum of several.
 template <int Asked, typename T>
-FUSEDLOSS_DEVICE void merge(Partial<T>& x, const Partial<T>& y) {
-    const T max = larger(x.max, y.max);
-    x.rest = x.rest * std::exp(x.max - max) + y.rest * std::exp(y.max - max);
+FUSEDLOSS_DEVICE void refer(Partial<T>& x, T max, T f) {
+    const T lag = x.max - max, factor = std::exp(lag * f);
+    if constexpr (Asked & kSums) {
+        if (x.max != max) x.shift(lag, factor);
+    } else {
+        x.rest *= factor;
+    }
     x.max = max;
+}
+
+template <int Asked, typename T>
+FUSEDLOSS_DEVICE void merge(Partial<T>& x, Partial<T> y, T f) {
+    const T max = larger(x.max, y.max);
+    refer<Asked>(x, max, f);
+    refer<Asked>(y, max, f);
+    x.rest += y.rest;
+    if constexpr (Asked & kSums) {
+        x.ties += y.ties;
+        x.excess += y.excess;
+        x.square += y.square;
+    }
     if constexpr (Asked & kMean) x.mean += y.mean;
     merge_picks<Asked, T>(x, y);
 }
 
-template <int>
-FUSEDLOSS_DEVICE void merge(ClassPartial& x, const ClassPartial& y) {
+template <int, typename T>
+FUSEDLOSS_DEVICE void merge(ClassPartial& x, const ClassPartial& y, T) {
     x.rest += y.rest;
     x.loss += y.loss;
     x.slope += y.slope;
@@ -110,16 +147,21 @@ FUSEDLOSS_DEVICE X over_warp(X x, const Combine& combine) {
     for (int bits = kWarp / 2; bits > 0; bits /= 2) combine(x, shuffle_xor(x, bits));
     return x;
 }
-FUSEDLOSS_DEVICE double sum_of_warp(double x) {
-    return over_warp(x, [](double& a, double b) { a += b; });
+template <typename X>
+FUSEDLOSS_DEVICE X sum_of_warp(X x) {
+    return over_warp(x, [](X& a, X b) { a += b; });
 }
 
 // The parts of a warp's threads, for each of them. Only what is asked for is exchanged.
 template <int Asked, typename T>
-FUSEDLOSS_DEVICE Partial<T> merge_warp(Partial<T> part) {
-    const T max = over_warp(part.max, [](T& a, T b) { a = larger(a, b); });
-    part.rest = sum_of_warp(part.rest * std::exp(part.max - max));
-    part.max = max;
+FUSEDLOSS_DEVICE Partial<T> merge_warp(Partial<T> part, T f) {
+    refer<Asked>(part, over_warp(part.max, [](T& a, T b) { a = larger(a, b); }), f);
+    part.rest = sum_of_warp(part.rest);
+    if constexpr (Asked & kSums) {
+        part.ties = sum_of_warp(part.ties);
+        part.excess = sum_of_warp(part.excess);
+        part.square = sum_of_warp(part.square);
+    }
     if constexpr (Asked & kMean) part.mean = sum_of_warp(part.mean);
     if constexpr (Asked & (kTop | kBelow)) {
         Picks<T>& picks = part;
@@ -127,8 +169,8 @@ FUSEDLOSS_DEVICE Partial<T> merge_warp(Partial<T> part) {
     }
     return part;
 }
-template <int>
-FUSEDLOSS_DEVICE ClassPartial merge_warp(ClassPartial part) {
+template <int, typename T>
+FUSEDLOSS_DEVICE ClassPartial merge_warp(ClassPartial part, T) {
     return {sum_of_warp(part.rest), sum_of_warp(part.loss), sum_of_warp(part.slope)};
 }
 

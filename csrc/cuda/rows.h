@@ -51,6 +51,15 @@ struct Settled {
     int top;
 };
 
+// The part of a gradient that the probability is a factor of, from e = exp(lag).
+template <typename T>
+struct Slopes {
+    T a, by_excess, by_power;
+
+    // A lag is multiplied by its exponential first, which is 0 where another factor would make it infinite.
+    FUSEDLOSS_DEVICE T gradient(T e, T lag) const { return (e * bounded(lag)) * by_excess + e * (e * by_power + a); }
+};
+
 // What a block's threads tell each other in shared memory; the slots for tiles follow.
 template <typename T>
 struct alignas(16) Board {
@@ -160,6 +169,8 @@ class RowPart {
     FUSEDLOSS_DEVICE T weight_of(int column) const { return class_weight() ? class_weight()[column] : T(1); }
     FUSEDLOSS_DEVICE T weight_of_target() const { return target_ >= 0 ? weight_of(target_) : T(1); }
     FUSEDLOSS_DEVICE T common(int k) const { return common_at<T>(job_.common, k); }
+    // Of the logits. Each look takes it anew, and no register holds it in between.
+    FUSEDLOSS_DEVICE T factor() const { return common(kLogits); }
     FUSEDLOSS_DEVICE T upstream() const {
         return job_.upstream ? static_cast<const T*>(job_.upstream)[row_ * job_.upstream_stride] : T(1);
     }
@@ -262,7 +273,8 @@ class RowPart {
     // The parts of all threads, merged; known to the first warp.
     template <typename Part>
     FUSEDLOSS_DEVICE Part gather(Part part, Part* records) const {
-        part = merge_warp<Asked>(part);
+        const T factor = this->factor();
+        part = merge_warp<Asked>(part, factor);
         if (lane_ == 0) records[warp_] = part;
         sync();
         if (warp_ > 0) return part;
@@ -272,10 +284,10 @@ class RowPart {
         if (job_.parts > 1) {
             all = Part();
             for (int i = lane_; i < warps * job_.parts; i += kWarp) {
-                merge<Asked>(all, *cluster_peer(records + i % warps, i / warps));
+                merge<Asked>(all, *cluster_peer(records + i % warps, i / warps), factor);
             }
         }
-        return merge_warp<Asked>(all);
+        return merge_warp<Asked>(all, factor);
     }
 
     // --- forward ---
@@ -288,20 +300,21 @@ class RowPart {
         const T reference = first - first == T(0) ? first : T(0);
         Partial<T> part;
         if (job_.candidate_count > 0) read_candidates(part);
-        over_tiles(true, [&](const Tile& tile) { scan(tile, target_logit, reference, part); });
+        const T exponent = exponent_of(factor());
+        over_tiles(true, [&](const Tile& tile) { scan(tile, exponent, target_logit, reference, part); });
         part = gather(part, board_.partial);
         if (thread_ == 0) {
-            merge<Asked>(part, of_target(target_logit, reference));
+            merge<Asked>(part, of_target(target_logit, reference), factor());
             find_statistics(part, target_logit, reference);
         }
         if constexpr (class_term) {
             block_sync();
             const Settled<T>& x = board_.settled;
-            const T max = x.s.max, inverse = T(1) / x.s.sum_exp;
+            const T factor = this->factor(), max = x.s.max, inverse = T(1) / x.s.sum_exp;
             const int top = x.top;
             ClassPartial sums;
             const Params params = this->params();
-            over_tiles_again([&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            over_tiles_again([&](const Tile& tile) { sweep(tile, factor, max, inverse, top, params.value, sums); });
             sums = gather(sums, board_.of_classes);
             if (thread_ == 0) finish_class_term(sums);
         } else if (thread_ == 0 && job_.epilogue >= 0) {
@@ -314,7 +327,7 @@ class RowPart {
     FUSEDLOSS_DEVICE bool asked_below() const { return (Asked & kBelow) && job_.below; }
 
     FUSEDLOSS_DEVICE void pick(int k, T logit, int64_t index) {
-        put(job_.statistics, kStatistics + k, board_.logit[k] = logit);
+        put(job_.statistics, kStatistics + k, board_.logit[k] = rounded_product(logit, factor()));
         put(job_.index, k, board_.column[k] = index);
     }
 
@@ -329,7 +342,7 @@ class RowPart {
         }
     }
 
-    // The target is no part of `rest`, and so of no thread's columns.
+    // The target is no part of the sums, and so of no thread's columns.
     FUSEDLOSS_DEVICE Partial<T> of_target(T logit, T reference) const {
         Partial<T> part;
         if (asked_mean()) part.mean = (logit - reference) * weight_of_target();
@@ -340,7 +353,8 @@ class RowPart {
         return part;
     }
 
-    FUSEDLOSS_DEVICE void scan(const Tile& tile, T target_logit, T reference, Partial<T>& part) const {
+    // Looks at the logits as they lie: the factor is in the exponent, and of the sums it is taken once a row.
+    FUSEDLOSS_DEVICE void scan(const Tile& tile, T exponent, T target_logit, T reference, Partial<T>& part) const {
         const auto column = [&](int k) { return tile.from + lane_ * pack + k / pack * stride + k % pack; };
         T z[items];
 #pragma unroll
@@ -357,10 +371,28 @@ class RowPart {
 #pragma unroll
         for (int k = 1; k < items; ++k) max = larger(max, z[k]);
         const T before = part.max, base = part.max = larger(before, max);
-        T rest = fast_exp(z[0] - base);
+        if constexpr (Asked & kSums) {
+            T rest = 0, ties = 0, excess = 0, square = 0;
 #pragma unroll
-        for (int k = 1; k < items; ++k) rest += fast_exp(z[k] - base);
-        part.rest = part.rest * double(fast_exp(before - base)) + double(rest);
+            for (int k = 0; k < items; ++k) {
+                const T lag = z[k] - base, tie = z[k] == base ? T(1) : T(0);
+                const T e = fast_exp(lag, exponent) - tie;  // 0 of a tie
+                rest += e;
+                ties += tie;
+                excess += e * bounded(lag);
+                square += e * e;
+            }
+            if (before != base) part.shift(before - base, fast_exp(before - base, exponent));
+            part.rest += rest;
+            part.ties += static_cast<int>(ties);
+            part.excess += excess;
+            part.square += square;
+        } else {
+            T rest = fast_exp(z[0] - base, exponent);
+#pragma unroll
+            for (int k = 1; k < items; ++k) rest += fast_exp(z[k] - base, exponent);
+            part.rest = part.rest * double(fast_exp(before - base, exponent)) + double(rest);
+        }
         if (asked_mean()) {
             T mean = 0;
 #pragma unroll
@@ -401,14 +433,16 @@ class RowPart {
         s.pick_logit = board_.logit;
         s.pick_index = board_.column;
 
-        s.max = part.max;
-        const T rest = T(part.rest), mine = std::exp(target_logit - s.max);
+        const T factor = this->factor();
+        s.max = rounded_product(part.max, factor);
+        const T lag = (target_logit - part.max) * factor, mine = std::exp(lag);
+        const T rest = T(Asked & kSums ? part.rest + part.ties : part.rest);
         s.sum_exp = rest + mine;
         if (s.sum_exp == T(0)) s.max = T(0);  // no finite logit at all
         s.log_sum = std::log(s.sum_exp);
         s.q = rest / s.sum_exp;
         s.p = mine / s.sum_exp;
-        s.ce = rest < mine ? std::log1p(rest / mine) : (s.max - target_logit) + s.log_sum;
+        s.ce = rest < mine ? std::log1p(rest / mine) : s.log_sum - lag;
         if (s.sum_exp == T(0)) {
             s.q = T(1);
             s.p = T(0);
@@ -416,12 +450,24 @@ class RowPart {
         }
         s.mean_ce = T(0);
         if (asked_mean()) {
-            const double sum_ce = weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
-            s.mean_ce = T(sum_ce / double(job_.columns()));
+            const double lse = double(s.log_sum) + (double(part.max) - reference) * factor;
+            s.mean_ce = T((weight_sum() * lse - part.mean * factor) / double(job_.columns()));
         }
-        const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, target_logit, s.mean_ce};
+        const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, rounded_product(target_logit, factor), s.mean_ce};
 #pragma unroll
         for (int i = 0; i < kStatistics; ++i) put(job_.statistics, i, values[i]);
+        if constexpr (Asked & kSums) put_moments(part, lag, mine);
+    }
+
+    // NaN where no logit is finite, since nothing is the maximum then.
+    FUSEDLOSS_DEVICE void put_moments(const Partial<T>& part, T target_lag, T target_exp) const {
+        const double tie = target_lag == T(0) ? 1 : 0, of_target = double(target_exp) - tie;
+        const double low = part.rest + of_target, ties = part.ties + tie, total = low + ties;
+        const double excess = (part.excess * factor() + of_target * bounded(target_lag)) / total;
+        const double square = part.square + of_target * of_target + ties;
+        const double values[kMoments] = {std::log1p(low + (ties - 1)) - excess, excess, square / (total * total)};
+#pragma unroll
+        for (int i = 0; i < kMoments; ++i) put(job_.statistics, kStatistics + job_.picks() + i, T(values[i]));
     }
 
     FUSEDLOSS_DEVICE double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.columns()); }
@@ -449,38 +495,48 @@ class RowPart {
     }
 
     // Of the columns that are neither the target nor the top class, which are singled out.
-    FUSEDLOSS_DEVICE void sweep(const Tile& tile, T max, T inverse, int top, const T* params,
+    FUSEDLOSS_DEVICE void sweep(const Tile& tile, T factor, T max, T inverse, int top, const T* params,
                                 ClassPartial& sums) const {
         const T exponent = Term::exponent(params);
-        T rest = 0, loss = 0, slope = 0;
+        const auto add_to = [&](auto& to) {
 #pragma unroll 1
-        for (int j = 0; j < columns; j += stride) {
+            for (int j = 0; j < columns; j += stride) {
 #pragma unroll(sizeof(T) == 8 ? 1 : 4)
-            for (int k = 0; k < pack; ++k) {
-                const int i = tile.from + lane_ * pack + j + k;
-                if (i >= end_ || i == target_ || i == top) continue;
-                const T e = fast_exp(read(tile.z[j + k]) - max), p = e * inverse, weight = weight_of(i);
-                T g;
-                const T f = negative_term<Term>(p, exponent, params, g);
-                rest += e;
-                loss += f * weight;
-                slope += p * (g * weight);
+                for (int k = 0; k < pack; ++k) {
+                    const int i = tile.from + lane_ * pack + j + k;
+                    if (i >= end_ || i == target_ || i == top) continue;
+                    const T e = fast_exp(read(tile.z[j + k]) * factor - max), p = e * inverse, weight = weight_of(i);
+                    T g;
+                    const T f = negative_term<Term>(p, exponent, params, g);
+                    to.rest += e;
+                    to.loss += f * weight;
+                    to.slope += p * (g * weight);
+                }
             }
+        };
+        if constexpr (sizeof(T) == 8) {
+            add_to(sums);  // there are no registers for others
+        } else {
+            struct {
+                T rest = 0, loss = 0, slope = 0;
+            } of_tile;
+            add_to(of_tile);
+            sums.rest += of_tile.rest;
+            sums.loss += of_tile.loss;
+            sums.slope += of_tile.slope;
         }
-        sums.rest += rest;
-        sums.loss += loss;
-        sums.slope += slope;
     }
 
     FUSEDLOSS_DEVICE void term_sums() {
         ClassPartial sums;
         if (job_.target[row_] != kIgnored) {
             const T* const statistic = static_cast<const T*>(job_.statistics) + row_;
-            const T max = statistic[kMax * job_.rows], inverse = T(1) / statistic[kSumExp * job_.rows];
+            const T factor = this->factor(), max = statistic[kMax * job_.rows],
+                    inverse = T(1) / statistic[kSumExp * job_.rows];
             const int top = column_of(job_.index[row_]);
             const Params params = this->params();
             load_first();
-            over_tiles(true, [&](const Tile& tile) { sweep(tile, max, inverse, top, params.value, sums); });
+            over_tiles(true, [&](const Tile& tile) { sweep(tile, factor, max, inverse, top, params.value, sums); });
             sums = gather(sums, board_.of_classes);
         }
         if (thread_ == 0) {
@@ -561,26 +617,49 @@ class RowPart {
 
     FUSEDLOSS_DEVICE void gradient() const {
         const Settled<T>& x = board_.settled;
-        const T max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
+        const T factor = this->factor(), max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
         if constexpr (class_term) {
             const Params params = this->params();
             const T exponent = Term::exponent(params.value), shift = x.one;
             write_rows([&](T z, int column) {
-                const T p = fast_exp(z - max) * inverse;
+                const T p = fast_exp(z * factor - max) * inverse;
                 T g;
                 negative_term<Term>(p, exponent, params.value, g);
                 return p * (g * weight_of(column) - shift) * scale;
             });
         } else {
             const T a = x.one * inverse * scale, u = x.two * scale;
-            if (class_weight() && u != T(0)) {
-                write_rows([&](T z, int column) { return a * fast_exp(z - max) - u * class_weight()[column]; });
+            const bool weighted = class_weight() && u != T(0);
+            if (sloped()) {
+                const Slopes<T> slopes = this->slopes(a, inverse, scale);
+                const auto share = [&](T z) {
+                    const T lag = rounded_product(z, factor) - max;  // 0 of the largest
+                    return slopes.gradient(fast_exp(lag), lag);
+                };
+                if (weighted) {
+                    write_rows([&](T z, int column) { return share(z) - u * class_weight()[column]; });
+                } else {
+                    write_rows([&](T z, int) { return share(z) - u; });
+                }
+            } else if (weighted) {
+                write_rows(
+                    [&](T z, int column) { return a * fast_exp(z * factor - max) - u * class_weight()[column]; });
             } else {
-                write_rows([&](T z, int) { return a * fast_exp(z - max) - u; });
+                write_rows([&](T z, int) { return a * fast_exp(z * factor - max) - u; });
             }
         }
         block_sync();
         for (int k = thread_ - 1; k < x.s.picks; k += threads_) except(k);
+    }
+
+    // Whether the coefficients have slopes of moments.
+    FUSEDLOSS_DEVICE bool sloped() const { return (Asked & kSums) && !job_.forward; }
+
+    FUSEDLOSS_DEVICE Slopes<T> slopes(T a, T inverse, T scale) const {
+        const T* const slope = static_cast<const T*>(job_.coefficients) + row_ +
+                               int64_t(kCoefficients + board_.settled.s.picks) * job_.rows;
+        return {a, slope[kOfExcess * job_.rows] * inverse * scale,
+                slope[kOfPower * job_.rows] * inverse * inverse * scale};
     }
 
     // The gradient of the target (-1), or of a pick, whose column is one of few for which it is not the formula.
@@ -597,7 +676,9 @@ class RowPart {
                 for (int i = 0; i < k; ++i) {
                     if (share(i) != T(0)) return;  // the first of equal picks accounts for all
                 }
-                const T p = x.one / x.s.sum_exp * scale * std::exp(board_.logit[k] - x.s.max);
+                const T a = x.one / x.s.sum_exp * scale, lag = board_.logit[k] - x.s.max;
+                T p = a * std::exp(lag);
+                if (sloped()) p = slopes(a, T(1) / x.s.sum_exp, scale).gradient(std::exp(lag), lag);
                 value = value == T(0) ? p : p - value * weight_of(column);
             }
             for (int i = k < 0 ? 0 : k; i < x.s.picks; ++i) value -= share(i);
@@ -661,6 +742,9 @@ class RowPart {
                 put(job_.statistics, kStatistics + k, T(0));
                 put(job_.index, k, int64_t(-1));
             }
+            const T moments[kMoments] = {log2, T(0), T(0.5)};
+            for (int k = 0; job_.moments && k < kMoments; ++k)
+                put(job_.statistics, kStatistics + picks + k, moments[k]);
             for (int k = 0; job_.epilogue >= 0 && k < kCoefficients + picks; ++k) put(job_.coefficients, k, T(0));
             if (job_.epilogue >= 0) put(job_.loss, 0, T(0));
         }
@@ -708,7 +792,16 @@ int shared_bytes(const Launch& job) {
 }
 
 template <typename S>
-void run(const Launch& job) {
+void run(Launch job) {
+    if (job.class_term && job.moments) {
+        // By a read of their own, so that not each class term has two kernels.
+        Launch statistics = job;
+        statistics.class_term = false;
+        statistics.epilogue = -1;
+        statistics.grad = nullptr;
+        run<S>(statistics);
+        job.moments = kNoMoments;
+    }
     const auto start = [&](auto kernel) {
         // The gradient alone needs nothing of the other parts.
         const int cluster = job.forward || job.sums ? job.parts : 1;
@@ -720,6 +813,8 @@ void run(const Launch& job) {
             using Term = std::remove_pointer_t<decltype(term)>;
             if constexpr (!std::is_void_v<Term>) {
                 start(row_pass<S, Term, kTop>);
+            } else if (job.moments) {
+                start(row_pass<S, void, kEverything | kSums>);
             } else if (job.top_k > 0 || job.below || job.mean) {
                 start(row_pass<S, void, kEverything>);
             } else {

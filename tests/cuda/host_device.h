@@ -212,8 +212,18 @@ void write_two(S* to, T x, T y) {
     write(to + 1, y);
 }
 
-inline float fast_exp(float x) { return std::exp(x); }
-inline double fast_exp(double x) { return std::exp(x); }
+template <typename T>
+T exponent_of(T factor) {
+    return factor;
+}
+template <typename T>
+T fast_exp(T x, T factor = T(1)) {
+    return std::exp(x * factor);
+}
+template <typename T>
+T rounded_product(T x, T y) {
+    return x * y;
+}
 
 template <typename Argument>
 void launch(void (*kernel)(Argument), int64_t columns, int64_t rows, int cluster_size, int threads,
