@@ -108,6 +108,8 @@ ROOMY = {
     ("statistics_pass", True, True, 2, 2048): (80, 90, 100),
     ("statistics_pass", True, True, 4, 2048): (80, 100),
     ("statistics_pass", True, False, 4, 2048): (90,),
+    ("statistics_pass, moments", False, False, 2, 32): (80,),
+    ("statistics_pass, moments", True, False, 4, 64): (80, 90, 100),
     ("class_terms_pass", False, False, 2, 32): (80, 100),
     ("class_terms_pass", False, False, 2, 2048): (80, 90, 100),
     ("class_terms_pass", False, False, 4, 2048): (80, 90, 100),

@@ -92,7 +92,8 @@ def _run(
     if tile.stages:
         constants["num_stages"] = tile.stages
     searches, means = constants.get("TOP_K", 0) > 0, constants.get("MEAN", False)
-    registers = _modules()[1].registers(kernel.__name__, searches, means, where[0].element_size(), tile)
+    name = kernel.__name__ + ", moments" * constants.get("MOMENTS", False)
+    registers = _modules()[1].registers(name, searches, means, where[0].element_size(), tile)
     if registers is not None:
         constants["maxnreg"] = registers
     _launch(kernel, grid, where[0].device, where, *arguments, **constants)
