@@ -232,11 +232,145 @@ def check_operators(rows: Rows, spec: Spec, generator: torch.Generator) -> None:
         torch.library.opcheck(ops.backward_, (*own, *saved, row_weight, needed))
 
 
-class KernelSuite:
-    #: By loss and name.
-    EVERY_CASE: ClassVar[dict[str, Case]]
+class MomentSuite:
+    """Entropy, power and a temperature, in the passes of any engine."""
+
     #: Of rows with moments, and with a temperature: in part of a block, in several blocks and in parts of a row.
     WIDTHS: ClassVar[list[int]] = [1, 2, 7, 70, 3000, 20001]
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        for name, widths in (("width", self.WIDTHS), ("wider", [width for width in self.WIDTHS if width > 1])):
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, widths)
+
+    # --- moments ---
+
+    @pytest.mark.parametrize("terms", [False, True], ids=["plain", "all terms"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", OF_MOMENTS)
+    def test_moments(self, name, dtype, terms, width, impl, generator):
+        check_moments(width, name, dtype, terms, impl, generator)
+
+    @pytest.mark.parametrize("factor", [1.0, 1 / 0.7], ids=["", "temperature"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("classes", [5, 700])
+    def test_a_small_entropy_keeps_the_digits_of_the_logits(self, classes, dtype, factor, impl):
+        """And so do the power and the gradient, wherever the largest logit is: first, last, between, the target or not.
+
+        In float32 an exponential is off by half its exponent, in ulps.
+        """
+        gaps = torch.tensor([0, 1, 2, 5, 10, 14, 17, 20, 25, 30, 40, 54, 80])
+        gaps = gaps[gaps * factor <= 80]
+        columns = torch.arange(5) * (classes // 5)
+        z = torch.full((len(gaps) * 5, classes), -torch.inf, dtype=torch.float64)
+        z[:, columns] = torch.tensor([-0.5, 0, -1.25, 0, -1.75], dtype=torch.float64)
+        top = columns.repeat(len(gaps))
+        gap = gaps.repeat_interleave(5).double()
+        z[torch.arange(len(z)), top] = gap
+        target = torch.where(torch.arange(len(z)) % 2 == 0, top, columns[3])
+        scalars = torch.tensor([1, 0, 0, factor], dtype=dtype)
+        rows = Rows.of(z.to(dtype), target, scalars=scalars)
+        spec = Spec(impl, moments=ALL_MOMENTS, form=Form(tempered=factor != 1))
+        found = ops.forward(*rows, None, spec.encode())[1][STATISTICS:].double()
+        factor = float(scalars[-1])
+        _, excess, _ = right = exact_moments(z, factor)
+        bar = torch.full_like(gap, 1e-13) if dtype == torch.float64 else (4 + 2 * gap * factor) * 2**-23
+        assert ((found - right).abs() <= bar * right.abs()).all()
+
+        def loss(x: Tensor) -> Tensor:
+            options = {"statistics": ("entropy",), "temperature": 1 / factor, "reduction": "none", "impl": impl}
+            return fl.flex_loss(x, target, lambda s: s.entropy, **options)
+
+        _, gradient = with_gradient(loss, z.to(dtype))
+        # dH/dz_top = f p_top E
+        slope = factor * excess * (factor * z).softmax(1)[torch.arange(len(z)), top]
+        of_top = gradient[torch.arange(len(z)), top].double()
+        assert ((of_top - slope).abs() <= (2 * bar * slope.abs()))[gap >= 5].all()
+
+    def test_rows_without_moments(self, impl):
+        """An ignored row has those of two equal logits; one without a finite logit, or with NaN, has none."""
+        z = torch.tensor([[0.5, 1.0, 2.0], [-torch.inf] * 3, [torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0]])
+        rows = Rows.of(z, torch.tensor([-100, 1, 2, 1]))
+        found = ops.forward(*rows, None, Spec(impl, moments=ALL_MOMENTS).encode())[1][STATISTICS:]
+        torch.testing.assert_close(
+            found[:, 0], torch.tensor([2.0, 1.0, 1.0]).log() * torch.tensor([1, 0, 0]) + torch.tensor([0, 0, 0.5])
+        )
+        assert found[:, 1:].isnan().all()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("name", WITH_ENTROPY)
+    def test_statistics_with_the_entropy(self, name, reduction, dtype, wider, impl, generator):
+        """The loss and its gradient are what they are without it."""
+        z, target = rows_of_moments(wider, generator, dtype)
+        loss = partial(WITH_ENTROPY[name], reduction="mean" if "level" in name else reduction)
+        results, entropies = [], []
+        for more in ({}, {"stats": ("entropy",)}):
+            x = z.clone().requires_grad_()
+            value, stats = loss(x, target, return_stats=True, impl=impl, **more)
+            results.append((value, *stats[:4], *torch.autograd.grad(value.sum(), x)))
+            entropies.append(stats.entropy)
+        torch.testing.assert_close(*results, equal_nan=True)
+        none, found = entropies
+        assert none is None and found.isnan().tolist() == [row == 2 for row in range(9)]
+        truth, eager = (
+            loss(z.to(x), target, return_stats=True, impl="reference", stats=("entropy",))[1].entropy
+            for x in (torch.float64, found.dtype)
+        )
+        lag = 1 + (z.amax(1) - z.amin(1)).double().nan_to_num(0, 0).clamp(max=30)
+        assert_as_accurate_as(found, eager, truth, 5000 if dtype == torch.float64 else 16, truth.abs() * lag)
+
+    # --- a temperature ---
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", TEMPERED)
+    def test_temperature(self, name, dtype, wider, impl, generator):
+        """Against the loss of logits that are divided before, in float64."""
+        z, target = rows_of_moments(wider, generator, dtype, masked=False)
+        z[8] -= 300
+        over_rows = "level" in name
+        loss = partial(TEMPERED[name], reduction="mean" if over_rows else "none")
+        upstream = torch.randn(9, generator=generator).double()
+        upstream = upstream[0] if over_rows else upstream
+
+        def divided(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+            return with_gradient(lambda x: loss(x / 0.7, target, impl="reference"), z.to(dtype), upstream)
+
+        (truth, slope), (eager, eager_slope) = divided(torch.float64), divided(compute_dtype(dtype))
+        p = (z.double() / 0.7).softmax(1).masked_fill((target == -100)[:, None], 0)
+        distance = 1 + (z.amax(1, keepdim=True) - z).double() / 0.7
+        terms = p * distance + 0.1 / wider + _singled_out(z, target)
+        scale = slope.abs() * distance + 8 * terms * upstream.abs().reshape(-1, 1) / (9 if over_rows else 1)
+        ulps = {torch.float64: 5000, torch.float32: 16}.get(dtype, 1)
+        size = truth.abs() * (1 if over_rows else distance.amax(1))
+        for options in ({}, {"inplace_backward": True}):
+            x = computed(z.clone()) if options else z
+            got, gradient = with_gradient(
+                partial(loss, target=target, temperature=0.7, impl=impl, **options), x, upstream
+            )
+            assert_as_accurate_as(got, eager, truth, max(ulps, 8), size)
+            assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, scale)
+
+    @pytest.mark.parametrize("name", ["cross_entropy", "one-vs-rest", "level class", "moments", "linear"])
+    def test_a_temperature_that_is_learnt(self, name, impl, generator):
+        """Its gradient is made of those of the logits, or of the hidden states."""
+        hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (9, 70))
+        target = torch.randint(70, (9,), generator=generator)
+        results = []
+        for of in (impl, "reference"):
+            temperature = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+            h = hidden.clone().requires_grad_()
+            if name == "linear":
+                value = fl.linear_cross_entropy(h, weight, target, temperature=temperature, impl=of)
+            else:
+                value = TEMPERED[name](h @ weight.t(), target, temperature=temperature, impl=of)
+            results.append((value, *torch.autograd.grad(value, (h, temperature))))
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-14)
+
+
+class KernelSuite(MomentSuite):
+    #: By loss and name.
+    EVERY_CASE: ClassVar[dict[str, Case]]
     #: Rows and classes for sums over the rows: in one group of rows and in several, in one block of columns and in two.
     SUMS: ClassVar[list[tuple[int, int]]]
     #: The module and the name of how many programs scale a gradient at the most.
@@ -245,9 +379,7 @@ class KernelSuite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "summed" in metafunc.fixturenames:
             metafunc.parametrize("summed", self.SUMS, ids=str)
-        for name, widths in (("width", self.WIDTHS), ("wider", [width for width in self.WIDTHS if width > 1])):
-            if name in metafunc.fixturenames:
-                metafunc.parametrize(name, widths)
+        super().pytest_generate_tests(metafunc)
 
     @pytest.fixture
     def unchecked(self, impl, monkeypatch) -> None:
@@ -439,127 +571,3 @@ class KernelSuite:
         nothing = z[:0].requires_grad_()
         loss = fl.dsc_loss(nothing, target[:0], level=level, impl=impl)
         assert torch.equal(loss, fl.dsc_loss(nothing, target[:0], level=level, impl="cpu"))
-
-    # --- moments ---
-
-    @pytest.mark.parametrize("terms", [False, True], ids=["plain", "all terms"])
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("name", OF_MOMENTS)
-    def test_moments(self, name, dtype, terms, width, impl, generator):
-        check_moments(width, name, dtype, terms, impl, generator)
-
-    @pytest.mark.parametrize("factor", [1.0, 1 / 0.7], ids=["", "temperature"])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-    @pytest.mark.parametrize("classes", [5, 700])
-    def test_a_small_entropy_keeps_the_digits_of_the_logits(self, classes, dtype, factor, impl):
-        """And so do the power and the gradient, wherever the largest logit is: first, last, between, the target or not.
-
-        In float32 an exponential is off by half its exponent, in ulps.
-        """
-        gaps = torch.tensor([0, 1, 2, 5, 10, 14, 17, 20, 25, 30, 40, 54, 80])
-        gaps = gaps[gaps * factor <= 80]
-        columns = torch.arange(5) * (classes // 5)
-        z = torch.full((len(gaps) * 5, classes), -torch.inf, dtype=torch.float64)
-        z[:, columns] = torch.tensor([-0.5, 0, -1.25, 0, -1.75], dtype=torch.float64)
-        top = columns.repeat(len(gaps))
-        gap = gaps.repeat_interleave(5).double()
-        z[torch.arange(len(z)), top] = gap
-        target = torch.where(torch.arange(len(z)) % 2 == 0, top, columns[3])
-        scalars = torch.tensor([1, 0, 0, factor], dtype=dtype)
-        rows = Rows.of(z.to(dtype), target, scalars=scalars)
-        spec = Spec(impl, moments=ALL_MOMENTS, form=Form(tempered=factor != 1))
-        found = ops.forward(*rows, None, spec.encode())[1][STATISTICS:].double()
-        factor = float(scalars[-1])
-        _, excess, _ = right = exact_moments(z, factor)
-        bar = torch.full_like(gap, 1e-13) if dtype == torch.float64 else (4 + 2 * gap * factor) * 2**-23
-        assert ((found - right).abs() <= bar * right.abs()).all()
-
-        def loss(x: Tensor) -> Tensor:
-            options = {"statistics": ("entropy",), "temperature": 1 / factor, "reduction": "none", "impl": impl}
-            return fl.flex_loss(x, target, lambda s: s.entropy, **options)
-
-        _, gradient = with_gradient(loss, z.to(dtype))
-        # dH/dz_top = f p_top E
-        slope = factor * excess * (factor * z).softmax(1)[torch.arange(len(z)), top]
-        of_top = gradient[torch.arange(len(z)), top].double()
-        assert ((of_top - slope).abs() <= (2 * bar * slope.abs()))[gap >= 5].all()
-
-    def test_rows_without_moments(self, impl):
-        """An ignored row has those of two equal logits; one without a finite logit, or with NaN, has none."""
-        z = torch.tensor([[0.5, 1.0, 2.0], [-torch.inf] * 3, [torch.nan, 1.0, 2.0], [torch.inf, 1.0, 2.0]])
-        rows = Rows.of(z, torch.tensor([-100, 1, 2, 1]))
-        found = ops.forward(*rows, None, Spec(impl, moments=ALL_MOMENTS).encode())[1][STATISTICS:]
-        torch.testing.assert_close(
-            found[:, 0], torch.tensor([2.0, 1.0, 1.0]).log() * torch.tensor([1, 0, 0]) + torch.tensor([0, 0, 0.5])
-        )
-        assert found[:, 1:].isnan().all()
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
-    @pytest.mark.parametrize("name", WITH_ENTROPY)
-    def test_statistics_with_the_entropy(self, name, reduction, dtype, wider, impl, generator):
-        """The loss and its gradient are what they are without it."""
-        z, target = rows_of_moments(wider, generator, dtype)
-        loss = partial(WITH_ENTROPY[name], reduction="mean" if "level" in name else reduction)
-        results, entropies = [], []
-        for more in ({}, {"stats": ("entropy",)}):
-            x = z.clone().requires_grad_()
-            value, stats = loss(x, target, return_stats=True, impl=impl, **more)
-            results.append((value, *stats[:4], *torch.autograd.grad(value.sum(), x)))
-            entropies.append(stats.entropy)
-        torch.testing.assert_close(*results, equal_nan=True)
-        none, found = entropies
-        assert none is None and found.isnan().tolist() == [row == 2 for row in range(9)]
-        truth, eager = (
-            loss(z.to(x), target, return_stats=True, impl="reference", stats=("entropy",))[1].entropy
-            for x in (torch.float64, found.dtype)
-        )
-        lag = 1 + (z.amax(1) - z.amin(1)).double().nan_to_num(0, 0).clamp(max=30)
-        assert_as_accurate_as(found, eager, truth, 5000 if dtype == torch.float64 else 16, truth.abs() * lag)
-
-    # --- a temperature ---
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("name", TEMPERED)
-    def test_temperature(self, name, dtype, wider, impl, generator):
-        """Against the loss of logits that are divided before, in float64."""
-        z, target = rows_of_moments(wider, generator, dtype, masked=False)
-        z[8] -= 300
-        over_rows = "level" in name
-        loss = partial(TEMPERED[name], reduction="mean" if over_rows else "none")
-        upstream = torch.randn(9, generator=generator).double()
-        upstream = upstream[0] if over_rows else upstream
-
-        def divided(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            return with_gradient(lambda x: loss(x / 0.7, target, impl="reference"), z.to(dtype), upstream)
-
-        (truth, slope), (eager, eager_slope) = divided(torch.float64), divided(compute_dtype(dtype))
-        p = (z.double() / 0.7).softmax(1).masked_fill((target == -100)[:, None], 0)
-        distance = 1 + (z.amax(1, keepdim=True) - z).double() / 0.7
-        terms = p * distance + 0.1 / wider + _singled_out(z, target)
-        scale = slope.abs() * distance + 8 * terms * upstream.abs().reshape(-1, 1) / (9 if over_rows else 1)
-        ulps = {torch.float64: 5000, torch.float32: 16}.get(dtype, 1)
-        size = truth.abs() * (1 if over_rows else distance.amax(1))
-        for options in ({}, {"inplace_backward": True}):
-            x = computed(z.clone()) if options else z
-            got, gradient = with_gradient(
-                partial(loss, target=target, temperature=0.7, impl=impl, **options), x, upstream
-            )
-            assert_as_accurate_as(got, eager, truth, max(ulps, 8), size)
-            assert_as_accurate_as(gradient, eager_slope.to(dtype), slope, ulps, scale)
-
-    @pytest.mark.parametrize("name", ["cross_entropy", "one-vs-rest", "level class", "moments", "linear"])
-    def test_a_temperature_that_is_learnt(self, name, impl, generator):
-        """Its gradient is made of those of the logits, or of the hidden states."""
-        hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (9, 70))
-        target = torch.randint(70, (9,), generator=generator)
-        results = []
-        for of in (impl, "reference"):
-            temperature = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-            h = hidden.clone().requires_grad_()
-            if name == "linear":
-                value = fl.linear_cross_entropy(h, weight, target, temperature=temperature, impl=of)
-            else:
-                value = TEMPERED[name](h @ weight.t(), target, temperature=temperature, impl=of)
-            results.append((value, *torch.autograd.grad(value, (h, temperature))))
-        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-14)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_suite import MomentSuite
 from oracle import assert_as_accurate_as
 from row_losses import INPLACE, LOSSES, computed, each_inplace_loss, takes
 from torch import Tensor
@@ -566,3 +567,9 @@ def test_blocks_of_very_different_height(dtype: torch.dtype, generator: torch.Ge
     exact = z.double().logsumexp(1)
     torch.testing.assert_close(stats.lse.double(), exact, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=0)
     assert torch.equal(stats.argmax, z.double().argmax(1))
+
+
+class TestMoments(MomentSuite):
+    @pytest.fixture
+    def impl(self) -> str:
+        return "cpu"

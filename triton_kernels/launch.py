@@ -110,6 +110,7 @@ ROOMY = {
     ("statistics_pass", True, False, 4, 2048): (90,),
     ("statistics_pass, moments", False, False, 2, 32): (80,),
     ("statistics_pass, moments", True, False, 4, 64): (80, 90, 100),
+    ("statistics_pass, moments", True, False, 4, 2048): (90, 100),
     ("class_terms_pass", False, False, 2, 32): (80, 100),
     ("class_terms_pass", False, False, 2, 2048): (80, 90, 100),
     ("class_terms_pass", False, False, 4, 2048): (80, 90, 100),
@@ -164,7 +165,8 @@ def registers(kernel: str, searches: bool, means: bool, itemsize: int, tile: Til
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda" or not (always or target.arch in found):
         return None
-    return min(255, 65536 // (32 * tile.warps * (1 if tile.depth else 2)))
+    programs = 1 if tile.depth or kernel.endswith("moments") else 2
+    return min(255, 65536 // (32 * tile.warps * programs))
 
 
 def spans(rows: int, classes: int, tile: Tile, multiprocessors: int) -> int:

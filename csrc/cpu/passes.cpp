@@ -1057,7 +1057,7 @@ class Engine {
                 const auto same = [&](const Exception<T>& x) { return x.column == column; };
                 Exception<T>* const at = std::find_if(exceptions, last, same);
                 if (at == last) {
-                    const T lag = std::max(logit(z + column) - max, kLeastLag<T>);
+                    const T x = logit(z + column), lag = x == max ? T(0) : std::max(x - max, kLeastLag<T>);
                     *last++ = {column, slopes.gradient(std::exp(lag), lag) - u * weight_of(column)};
                 }
                 at->value -= b;
@@ -1139,7 +1139,8 @@ class Engine {
             });
         }
         transform<Weighted>(z, grad, begin, end, [&](V x, int64_t column, int size) {
-            const V lag = x - max;
+            // A compiler may round the product with the factor in one place and not in another.
+            const V lag = x == max ? V{} : x - max;
             return slopes.gradient(exp_bounded<T>(lag), bounded(lag)) - smoothing(column, size);
         });
     }
