@@ -477,15 +477,17 @@ class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"):
         loss_fn: Callable[..., Tensor],
         *,
         statistics: Sequence[str] = (),
+        per_chunk: bool = False,
         over: Literal["rows", "classes"] = "rows",
         **options: Unpack[ModuleOptions],
     ) -> None:
-        super().__init__(options, loss_fn=loss_fn, statistics=statistics, over=over)
+        super().__init__(options, loss_fn=loss_fn, statistics=statistics, per_chunk=per_chunk, over=over)
 
     def forward(
-        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, candidates=candidates)
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
+        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
 
 
 class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"):
@@ -569,15 +571,18 @@ class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce
         loss_fn: Callable[..., Tensor],
         *,
         statistics: Sequence[str] = (),
+        per_chunk: bool = False,
         over: Literal["rows", "classes"] = "rows",
         **options: Unpack[LinearModuleOptions],
     ) -> None:
-        super().__init__(in_features, num_classes, options, loss_fn=loss_fn, statistics=statistics, over=over)
+        own = {"loss_fn": loss_fn, "statistics": statistics, "per_chunk": per_chunk, "over": over}
+        super().__init__(in_features, num_classes, options, **own)
 
     def forward(
-        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, candidates=candidates)
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
+        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
 
 
 class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
