@@ -15,7 +15,14 @@ from .losses.log_probs import linear_log_probs, linear_topk_log_probs, log_probs
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .losses.supcon import supcon_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
-from .metrics.calibration import CalibrationBins, calibration_bins, calibration_error
+from .metrics.calibration import (
+    CalibrationBins,
+    TemperatureFit,
+    calibration_bins,
+    calibration_error,
+    fit_temperature,
+    plot_reliability,
+)
 
 __version__ = _version("fusedloss")
 
@@ -24,6 +31,7 @@ __all__ = [
     "LogProbs",
     "RowStats",
     "Statistics",
+    "TemperatureFit",
     "VocabularyShards",
     "alpha_schedule",
     "calibration_bins",
@@ -31,6 +39,7 @@ __all__ = [
     "cross_entropy",
     "dice_loss",
     "dsc_loss",
+    "fit_temperature",
     "flex_loss",
     "focal_loss",
     "linear_cross_entropy",
@@ -44,6 +53,7 @@ __all__ = [
     "log_probs",
     "mixed_cross_entropy",
     "normalizer",
+    "plot_reliability",
     "set_threads_after_fork",
     "supcon_loss",
     "tversky_loss",

@@ -31,17 +31,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def may_read(x: Tensor) -> bool:
+def may_read(x: Tensor, stall: bool = False) -> bool:
     """Tell whether the host may look at the values of `x`.
 
-    On a GPU that would stall the stream. While a graph is traced (torch.compile, torch.export, make_fx, FakeTensorMode)
-    there are no values, or they are only an example. Under a function transform they are those of transforms.values.
+    On a GPU that would stall the stream, so that it may with `stall` only. While a graph is traced (torch.compile,
+    torch.export, make_fx, FakeTensorMode) there are no values, or they are only an example. Under a function transform
+    they are those of transforms.values.
     """
     if torch.compiler.is_compiling():
         return False
     if transforms.is_wrapped(x):
         x = transforms.values(x)
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and torch._C._len_torch_dispatch_stack() == 0
+    readable = stall or x.device.type == "cpu"
+    return readable and not isinstance(x, FakeTensor) and torch._C._len_torch_dispatch_stack() == 0
 
 
 def has_autocast(device: str) -> bool:

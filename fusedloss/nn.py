@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Self, Unpack
 
+#: After so many calls in training an AlphaSchedule that was never stepped warns: more than an update accumulates.
+_CALLS_WITHOUT_A_STEP = 4096
+
 #: Options of the layer that a linear loss has.
 _LAYER_DEFAULTS: dict[str, Any] = {"bias": False, "device": None, "dtype": None}
 
@@ -477,15 +480,17 @@ class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"):
         loss_fn: Callable[..., Tensor],
         *,
         statistics: Sequence[str] = (),
+        per_chunk: bool = False,
         over: Literal["rows", "classes"] = "rows",
         **options: Unpack[ModuleOptions],
     ) -> None:
-        super().__init__(options, loss_fn=loss_fn, statistics=statistics, over=over)
+        super().__init__(options, loss_fn=loss_fn, statistics=statistics, per_chunk=per_chunk, over=over)
 
     def forward(
-        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, candidates=candidates)
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
+        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
 
 
 class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"):
@@ -498,7 +503,15 @@ class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"):
         return self._call(input, target, batch, gamma=gamma)
 
 
-class MixedCrossEntropyLoss(_Loss, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"):
+class _Mixes(_Loss):
+    """A loss that mixes in training only: in eval() alpha is 0 where the call names none."""
+
+    def _values(self) -> dict[str, Any]:
+        values = super()._values()
+        return values if self.training else values | {"alpha": 0.0}
+
+
+class MixedCrossEntropyLoss(_Mixes, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"):
     def __init__(
         self, *, alpha: float | Tensor | nn.Module, top_k: Literal[1, 2] = 1, **options: Unpack[ModuleOptions]
     ) -> None:
@@ -569,15 +582,18 @@ class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce
         loss_fn: Callable[..., Tensor],
         *,
         statistics: Sequence[str] = (),
+        per_chunk: bool = False,
         over: Literal["rows", "classes"] = "rows",
         **options: Unpack[LinearModuleOptions],
     ) -> None:
-        super().__init__(in_features, num_classes, options, loss_fn=loss_fn, statistics=statistics, over=over)
+        own = {"loss_fn": loss_fn, "statistics": statistics, "per_chunk": per_chunk, "over": over}
+        super().__init__(in_features, num_classes, options, **own)
 
     def forward(
-        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, candidates=candidates)
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
+        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
 
 
 class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
@@ -598,7 +614,7 @@ class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
 
 
 class LinearMixedCrossEntropyLoss(
-    _LinearLoss, loss=linear_mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"
+    _Mixes, _LinearLoss, loss=linear_mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"
 ):
     def __init__(
         self,
@@ -793,8 +809,13 @@ class AlphaSchedule(nn.Module):
     Several losses may share one.
 
     Args:
-        total_steps: the updates after which alpha stays at `maximum`.
+        total_steps: the updates after which alpha stays at `maximum`, those of the warm-up among them.
         maximum: the last alpha, in [0, 1].
+        warmup: the updates of plain cross-entropy at the beginning, whose alpha is 0.
+
+    A schedule that nobody steps never mixes. If alpha is asked for 4,096 times in training mode before the first
+    :meth:`step`, more often than gradients are accumulated for an update, it warns once. Code that torch.compile
+    compiles does not count.
 
     Calling it gives alpha as a 0-d float64 tensor on the buffer's device: neither a host read nor, under
     torch.compile, a compilation anew.
@@ -810,20 +831,39 @@ class AlphaSchedule(nn.Module):
     """
 
     updates: Tensor
+    #: How often alpha was asked for in training before the first step; None after that, or after the warning.
+    _calls: int | None = 0
 
-    def __init__(self, total_steps: int, maximum: float = 0.5) -> None:
+    def __init__(self, total_steps: int, maximum: float = 0.5, warmup: int = 0) -> None:
         super().__init__()
-        alpha_schedule(0, total_steps, maximum)
+        alpha_schedule(0, total_steps, maximum, warmup)
         self.total_steps = total_steps
         self.maximum = maximum
+        self.warmup = warmup
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def step(self) -> None:
         """Counts an update."""
         self.updates += 1
+        if self._calls is not None:
+            self._calls = None
 
     def forward(self) -> Tensor:
-        return alpha_schedule(self.updates, self.total_steps, self.maximum)
+        # A compiler would guard on the count, and compile anew for each.
+        if not torch.compiler.is_compiling() and self.training and self._calls is not None:
+            self._count_call(self._calls + 1)
+        return alpha_schedule(self.updates, self.total_steps, self.maximum, self.warmup)
+
+    def _count_call(self, calls: int) -> None:
+        self._calls = calls if calls < _CALLS_WITHOUT_A_STEP else None
+        if self._calls is None and not self.updates.is_meta and int(self.updates) < self.total_steps:
+            warnings.warn(
+                f"alpha was asked for {calls} times, but AlphaSchedule.step() was never called, so that alpha stays at "
+                f"that of {int(self.updates)} updates; call it after each update of the optimizer",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def extra_repr(self) -> str:
-        return f"updates={self.updates.tolist()}, total_steps={self.total_steps}, maximum={self.maximum}"
+        warmup = f", warmup={self.warmup}" if self.warmup else ""
+        return f"updates={self.updates.tolist()}, total_steps={self.total_steps}, maximum={self.maximum}{warmup}"

@@ -1,10 +1,15 @@
 """Calibration errors: hand-made rows, torchmetrics, and what the statistics of every form of a loss give."""
 
+import builtins
+
+import matplotlib
 import pytest
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import fusedloss as fl
+
+matplotlib.use("agg")
 
 
 def stats_of(confidence: list[float], right: list[bool]) -> tuple[fl.RowStats, torch.Tensor]:
@@ -92,3 +97,114 @@ def test_bad_arguments_are_refused(change, error, message):
     arguments = {"stats": stats, "target": target, **change}
     with pytest.raises(error, match=message):
         fl.calibration_error(**arguments)
+
+
+# --- temperature scaling ---
+
+
+def optimum(z, target):
+    """By bisection of dL / d log(1 / tau) of the dense formula, in float64."""
+    low, high = -7.0, 7.0
+    for _ in range(60):
+        tau = torch.tensor((low + high) / 2, dtype=torch.float64).exp()
+        p = (z.double() / tau).softmax(1)
+        slope = ((p * z.double()).sum(1) - z.double().gather(1, target[:, None])[:, 0]).mean()
+        low, high = (tau.log().item(), high) if slope > 0 else (low, tau.log().item())
+    return tau.item()
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.02, 1.0, 3.0, 40.0])
+@pytest.mark.parametrize("form", ["logits", "batches", "linear", "softcap"])
+def test_temperature_of_least_cross_entropy(form, scale, dtype, impl, generator, kernel_calls):
+    hidden = torch.randn(400, 12, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(30, 12, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(30, generator=generator, dtype=torch.float64).to(dtype)
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    target = torch.multinomial(z.double().softmax(1), 1, generator=generator)[:, 0]
+    hidden, bias, z = scale * hidden, scale * bias, scale * z
+    if form == "softcap":
+        z = 50 * (z / 50).tanh()
+    kept = torch.rand(400, generator=generator) < 0.9
+    right = optimum(z[kept], target[kept])
+    ignored = 0 if form == "batches" else -100
+    target = target.masked_fill(~kept, ignored)
+    if form == "batches":  # in which class 0 is ignored
+        kept = target != 0
+        right = optimum(z[kept], target[kept])
+        fit = fl.fit_temperature(z.split(150), target.split(150), ignore_index=0, impl=impl)
+    elif form == "logits":
+        fit = fl.fit_temperature(z.reshape(20, 20, 30), target.reshape(20, 20), impl=impl)
+    else:
+        own = {"linear_weight": weight, "linear_bias": bias, "softcap": 50.0 if form == "softcap" else None}
+        fit = fl.fit_temperature(hidden, target, impl=impl, **own)
+    # Logits of half precision are those that a chunk has; the optimum is of those before they were rounded.
+    exact = dtype == torch.float64 or (dtype == torch.float32 and form in ("logits", "batches"))
+    assert fit.temperature == pytest.approx(right, rel=1e-5 if exact else 1e-2 if dtype == torch.bfloat16 else 1e-4)
+    for error, tau in ((fit.error_before, 1.0), (fit.error_after, fit.temperature)):
+        _, stats = fl.cross_entropy(z.double() / tau, target, ignore_index=ignored, return_stats=True)
+        expected = fl.calibration_error(stats, target).item()
+        assert error == pytest.approx(expected, abs=0.03 if dtype == torch.bfloat16 else 1e-4)
+    assert scale == 1 or form == "softcap" or fit.error_after < fit.error_before
+    passes = sum(count for (method, _), count in kernel_calls.items() if method != "statistics")
+    assert passes <= 25 * (3 if form == "batches" else 1)
+
+
+def test_temperature_without_an_optimum():
+    """Rows that are all right are to be made surer, those that are all wrong are to know nothing."""
+    z = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    right, wrong = (fl.fit_temperature(z, torch.tensor(t)) for t in ([0, 1], [1, 0]))
+    assert right.temperature < 0.05 and right.error_after < 1e-6
+    assert wrong.temperature == 2.0**10 and wrong.error_after == pytest.approx(0.5, abs=1e-3)
+    assert fl.fit_temperature(torch.zeros(2, 2), torch.tensor([0, 1])).temperature == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.zeros(2, 3), torch.full((2,), -100)), {}, ValueError, "one target that is not ignore_index, -100"),
+        (([], []), {}, ValueError, "at least one batch, got none"),
+        (([torch.zeros(2, 3)], []), {}, ValueError, "as many batches, got 1 and 0"),
+        (([torch.zeros(2, 3)], torch.zeros(2)), {}, TypeError, "tensors or two lists of them, got list and Tensor"),
+        ((torch.tensor([[0, -torch.inf]]), torch.tensor([1])), {}, ValueError, "cross-entropy is not finite"),
+        ((torch.zeros(2, 3), torch.zeros(2).long()), {"bins": 0}, ValueError, "bins must be at least 1, got 0"),
+        ((torch.zeros(2, 3), torch.zeros(2).long()), {"softcap": 2.0}, ValueError, "softcap need a linear_weight"),
+    ],
+    ids=["ignored", "nothing", "lists", "kinds", "infinite", "bins", "softcap"],
+)  # fmt: skip
+def test_temperature_refuses(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        fl.fit_temperature(*arguments, **options)
+
+
+# --- the diagram ---
+
+
+def test_reliability_diagram(monkeypatch):
+    from matplotlib import pyplot
+
+    stats, target = stats_of([0.55, 0.65, 0.9, 0.95, 1.0, 0.7], [True, False, True, True, False, True])
+    bins = fl.calibration_bins(stats, target, bins=4)
+    figure, ax = pyplot.subplots()
+    assert fl.plot_reliability(bins, ax) is ax
+    bars = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in ax.patches]
+    expected = []
+    for i in (2, 3):
+        sure, right = bins.confidence[i].item(), bins.accuracy[i].item()
+        expected += [(i / 4, 0, 0.25, right), (i / 4, right, 0.25, sure - right)]
+    assert [x for bar in bars for x in bar] == pytest.approx([x for bar in expected for x in bar])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("confidence", "accuracy")
+    pyplot.close(figure)
+    with pytest.raises(TypeError, match="must be the CalibrationBins of calibration_bins, got RowStats"):
+        fl.plot_reliability(stats)
+    own_import = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return own_import(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"needs matplotlib; pip install fusedloss\[plot\]"):
+        fl.plot_reliability(bins)

@@ -6,11 +6,13 @@ from typing import ClassVar
 import oracle
 import pytest
 import torch
+import torch.utils.checkpoint
 from row_suite import Case, RowLossSuite, logits_and_targets
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import one_hot
 
 import fusedloss as fl
-from fusedloss.engine import dense
+from fusedloss.engine import chunks, dense
 
 # --- losses as a user writes them ---
 
@@ -235,9 +237,9 @@ def test_a_statistic_that_was_not_asked_for(field, advice, options, impl, genera
 @pytest.mark.parametrize(
     ("result", "over", "message"),
     [
-        (lambda s: s.ce.mean(), "rows", r"6 rows, got \(\)"),
-        (lambda s: s.ce[:, None], "rows", r"6 rows, got \(6, 1\)"),
-        (lambda s: None, "rows", "6 rows, got NoneType"),
+        (lambda s: s.ce.mean(), "rows", r"rows, of shape \(6,\), got \(\)"),
+        (lambda s: s.ce[:, None], "rows", r"rows, of shape \(6,\), got \(6, 1\)"),
+        (lambda s: None, "rows", r"rows, of shape \(6,\), got NoneType"),
         (lambda p, q, positive: (p * q).sum(-1), "classes", r"\(6, 19\).*got"),
         (lambda p, q, positive: 1.0, "classes", r"\(6, 19\).*got float"),
     ],
@@ -361,3 +363,215 @@ def test_a_constant_has_no_gradient_and_probabilities_may_be_written(compiled_im
     losses = [fl.flex_loss(z, target, f, **options) for f in (lambda p, q, y: p.mul_(q), lambda p, q, y: p * q)]
     assert torch.equal(*losses)
     assert torch.equal(*(torch.autograd.grad(loss, z)[0] for loss in losses))
+
+
+# --- rows of tensors, and gradients that are made with the loss ---
+
+
+@pytest.mark.parametrize("over", ["rows", "classes"])
+def test_row_tensors(over, impl, generator):
+    """They go along with the rows, in a dtype that has room for them; those of ignored rows may hold anything."""
+    z, target = logits_and_targets(6, 19, generator)
+    target[[1, 4]] = -100
+    kept = target != -100
+    power = torch.rand(6, generator=generator).double().masked_fill(~kept, torch.nan).requires_grad_()
+    large = torch.arange(6) + 2**60
+    seen = []
+
+    def loss_fn(s, *own):
+        power, large, single = own if over == "rows" else own[2:]
+        seen.extend(x.detach() for x in (power, large, single))
+        single = single.flatten()[:, None] if over == "classes" else single
+        return (power + single) * (s.q if over == "rows" else torch.where(own[1], own[0], 0))
+
+    own = (power.reshape(2, 3), large.reshape(2, 3), torch.full((2, 3), 0.5))
+    arguments = (z.requires_grad_().reshape(2, 3, 19), target.reshape(2, 3), loss_fn)
+    loss = fl.flex_loss(*arguments, row_tensors=own, over=over, impl=impl)
+    q = 1 - oracle.at(z.softmax(-1)[kept], target[kept])
+    expected = ((power[kept] + 0.5) * q).mean()
+    results = [torch.autograd.grad(x, (z, power)) for x in (loss, expected)]
+    torch.testing.assert_close((loss, *results[0]), (expected, *results[1]), rtol=1e-11, atol=1e-14)
+    assert (results[0][1][~kept] == 0).all()
+    shape = (6,) if over == "rows" else (6, 1)
+    assert all(x.shape == shape for x in seen) and seen[1].dtype == torch.int64 and seen[2].dtype == torch.float64
+    assert torch.equal(seen[1].flatten()[kept], large[kept])
+
+
+@pytest.mark.parametrize(
+    ("row_tensors", "error", "message"),
+    [
+        (torch.ones(6), TypeError, r"row_tensors must be a sequence.*\(6,\); put it in a tuple"),
+        ([torch.ones(6), torch.ones(1)], ValueError, r"row_tensors\[1\] .* target's shape \(6,\), got \(1,\)"),
+        ([2.0], TypeError, r"row_tensors\[0\] must be a tensor of real numbers, got float"),
+        ([torch.ones(6) * 1j], TypeError, "real numbers, got torch.complex64"),
+        ([torch.ones(6, device="meta")], ValueError, r"row_tensors\[0\] is on meta, but target on cpu"),
+    ],
+    ids=["a tensor", "shape", "number", "complex", "device"],
+)
+def test_row_tensors_that_are_none(row_tensors, error, message, generator):
+    with pytest.raises(error, match=message):
+        fl.flex_loss(*logits_and_targets(6, 19, generator), lambda s, *own: s.ce, row_tensors=row_tensors)
+    with pytest.raises(TypeError, match="per_chunk must be True or False, got 'all'"):
+        fl.flex_loss(*logits_and_targets(6, 19, generator), lambda s: s.ce, per_chunk="all")
+
+
+class _Linear:
+    """A linear form of 23 rows in chunks of at most 5, of whose loss the calls and second products are counted."""
+
+    def __init__(self, monkeypatch, generator, dtype=torch.float64, pairs=1, softcap=None):
+        self.target = torch.randint(31, (23,), generator=generator)
+        self.target[[3, 7, 22]] = -100
+        self.hidden = [torch.randn(23, d, generator=generator).to(dtype).requires_grad_() for d in (8, 2)[:pairs]]
+        self.weight = [torch.randn(31, d, generator=generator).to(dtype).requires_grad_() for d in (8, 2)[:pairs]]
+        self.bias = torch.randn(31, generator=generator).to(dtype).requires_grad_()
+        self.own = torch.rand(23, generator=generator).masked_fill(self.target < 0, torch.nan)
+        self.sources = (*self.hidden, *self.weight, self.bias)
+        self.calls, self.backwards = [], []
+        self._options = {"budget": 5 * 31 * self.bias.element_size() * (2 if softcap else 1), "softcap": softcap}
+        backward = chunks.backward
+        monkeypatch.setattr(chunks, "backward", lambda *x: self.backwards.append(1) or backward(*x))
+
+    def loss(self, loss_fn, **options):
+        def counted(s, *own):
+            self.calls.append(len(s.ce))
+            return loss_fn(s, *own)
+
+        several = len(self.weight) > 1
+        made_of = (self.hidden, self.weight) if several else (self.hidden[0], self.weight[0])
+        options = {"row_tensors": (self.own,), "linear_bias": self.bias} | self._options | options
+        return fl.linear_flex_loss(*made_of, self.target, counted, **options)
+
+
+def _poly1(s, own):
+    return s.ce + own * s.q
+
+
+IN_CHUNKS = {
+    "plain": (_poly1, {}),
+    "sum": (_poly1, {"reduction": "sum", "weight": torch.linspace(0.5, 2, 31)}),
+    "all rows": (_poly1, {"drop_ignored": False, "token_weight": torch.linspace(0, 3, 23)}),
+    "common terms": (_poly1, {"label_smoothing": 0.1, "z_loss": 0.01, "normalizer": torch.tensor(7.0)}),
+    "temperature": (_poly1, {"temperature": 1.7}),
+    "picks": (lambda s, own: s.ce + own * s.second_ce + s.mean_logit, {"statistics": ("second", "mean")}),
+    "moments": (lambda s, own: s.ce - own * s.entropy, {"statistics": ("entropy",)}),
+    "candidates": (
+        lambda s, own: own * s.candidate_ce.sum(-1), {"candidates": torch.arange(46).reshape(23, 2) % 31}
+    ),
+    "rows of a chunk": (lambda s, own: s.ce * s.q.detach().mean() + s.ce.mean(), {"budget": 2**20}),
+}  # fmt: skip
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("name", IN_CHUNKS)
+def test_gradients_are_made_with_the_loss(name, pairs, softcap, dtype, monkeypatch, generator, compiled_impl):
+    """Three products: the logits are not made again, the loss is called once a chunk, and the numbers are the same."""
+    loss_fn, options = IN_CHUNKS[name]
+    linear, results = _Linear(monkeypatch, generator, dtype, pairs, softcap), []
+    for per_chunk in (False, True):
+        linear.calls.clear(), linear.backwards.clear()
+        loss, stats = linear.loss(loss_fn, per_chunk=per_chunk, return_stats=True, impl=compiled_impl, **options)
+        upstream = torch.tensor(-1.5, dtype=loss.dtype)
+        gradients = torch.autograd.grad(loss, linear.sources, upstream, retain_graph=True)
+        assert all(x.dtype == dtype for x in gradients)
+        again = torch.autograd.grad(loss, linear.sources, upstream)
+        assert all(torch.equal(x, y) for x, y in zip(gradients, again, strict=True))
+        results.append((loss, *gradients, *stats[:4]))
+        whole = "budget" in options or not per_chunk
+        assert linear.calls == ([23] if whole else [5, 5, 5, 5, 3])
+        assert len(linear.backwards) == (0 if per_chunk else 2)
+    for x, y in zip(*results, strict=True):
+        scale = float(x.detach().nan_to_num().abs().amax())
+        torch.testing.assert_close(x, y, rtol=0, atol=8 * torch.finfo(dtype).eps * scale, equal_nan=True)
+
+
+@pytest.mark.parametrize("why", ["none", "row tensor", "closure", "token weight", "no grad", "fake", "logits in hand"])
+def test_a_loss_in_chunks_where_all_rows_are_needed(why, monkeypatch, generator, compiled_impl):
+    """Whatever else requires grad gets its gradient by a loss of all rows; so does what only operators can do."""
+    linear, extra, options = _Linear(monkeypatch, generator), (), {"per_chunk": True, "impl": compiled_impl}
+    loss_fn, own = _poly1, linear.own.double().nan_to_num()
+    if why == "none":
+        options["reduction"] = "none"
+    elif why == "row tensor":
+        extra = (own.requires_grad_(),)
+    elif why == "closure":
+        extra = (torch.tensor(0.5, dtype=torch.float64, requires_grad=True),)
+        loss_fn = lambda s, own: s.ce + 2 * extra[0] * own * s.q  # noqa: E731
+    elif why == "token weight":
+        extra = (torch.rand(23, generator=generator).double().requires_grad_(),)
+        options["token_weight"] = extra[0]
+    options["row_tensors"] = (own,)
+    if why == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert linear.loss(loss_fn, **options).shape == ()
+        assert linear.calls == [23]
+    elif why == "logits in hand":
+        z = torch.nn.functional.linear(linear.hidden[0], linear.weight[0])
+        fl.flex_loss(z, linear.target, lambda s: linear.calls.append(len(s.ce)) or s.ce, per_chunk=True)
+        assert linear.calls == [23]
+    elif why == "no grad":
+        with torch.no_grad():
+            ours, right = (linear.loss(loss_fn, **options | {"impl": i}) for i in (compiled_impl, "reference"))
+        assert linear.calls == [23, 23]
+        torch.testing.assert_close(ours, right)
+    else:
+        ours = torch.autograd.grad(linear.loss(loss_fn, **options).sum(), (*linear.sources, *extra))
+        assert linear.calls[-1] == 23 and len(linear.backwards) == 1
+        right = torch.autograd.grad(
+            linear.loss(loss_fn, **options | {"impl": "reference"}).sum(), (*linear.sources, *extra)
+        )
+        torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.compile
+def test_a_compiled_loss_in_chunks_is_called_with_all_rows(monkeypatch, generator):
+    linear = _Linear(monkeypatch, generator)
+    eager = linear.loss(_poly1, per_chunk=True)
+    right = torch.autograd.grad(eager, linear.sources)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled():
+        return fl.linear_flex_loss(
+            linear.hidden[0], linear.weight[0], linear.target, _poly1,
+            linear_bias=linear.bias, row_tensors=(linear.own,), per_chunk=True,
+        )  # fmt: skip
+
+    loss = compiled()
+    torch.testing.assert_close((loss, *torch.autograd.grad(loss, linear.sources)), (eager, *right))
+    assert len(linear.backwards) == 1
+
+
+def test_second_derivatives_of_a_loss_in_chunks(monkeypatch, generator, compiled_impl):
+    linear = _Linear(monkeypatch, generator)
+    linear.own, tau = linear.own.double(), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+
+    def loss(*sources):
+        linear.hidden, linear.weight, linear.bias = sources[:1], sources[1:2], sources[2]
+        return linear.loss(_poly1, per_chunk=True, temperature=sources[3], impl=compiled_impl)
+
+    assert torch.autograd.gradcheck(loss, (*linear.sources, tau), fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, (*linear.sources, tau), fast_mode=True)
+    assert len(linear.calls) % 5 != 0  # by the reference, of all rows, too
+    constant = linear.loss(lambda s, own: torch.full_like(own, 2.0), per_chunk=True, impl=compiled_impl)
+    assert constant == 2 and all((x == 0).all() for x in torch.autograd.grad(constant, linear.sources[:2]))
+
+
+def test_a_loss_in_chunks_under_checkpointing_and_batched_gradients(monkeypatch, generator, compiled_impl):
+    linear = _Linear(monkeypatch, generator)
+    loss = linear.loss(_poly1, per_chunk=True, impl=compiled_impl)
+    right = torch.autograd.grad(loss, linear.sources, retain_graph=True)
+    upstream = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    batched = torch.autograd.grad(loss, linear.sources, upstream, is_grads_batched=True)
+    torch.testing.assert_close([x[1] for x in batched], [-2 * x for x in right])
+    function = lambda: linear.loss(_poly1, per_chunk=True, impl=compiled_impl)  # noqa: E731
+    again = torch.utils.checkpoint.checkpoint(function, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, linear.sources), right)
+
+
+@pytest.mark.parametrize("result", [lambda s: s.ce.mean(), lambda s: s.ce[:1], lambda s: s.ce[:, None], lambda s: 1.0])
+def test_a_loss_in_chunks_of_another_shape(result, monkeypatch, generator):
+    linear = _Linear(monkeypatch, generator)
+    with pytest.raises(ValueError, match=r"rows, of shape \(5,\), got (\(\)|\(1,\)|\(5, 1\)|float)$"):
+        linear.loss(lambda s, own: result(s), per_chunk=True)

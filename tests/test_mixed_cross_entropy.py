@@ -142,4 +142,10 @@ def test_a_share_of_nothing_is_nothing(impl):
 def test_schedule():
     assert [fl.alpha_schedule(step, 100) for step in (0, 1, 50, 100, 101, 10**9)] == [0, 0.005, 0.25, 0.5, 0.5, 0.5]
     assert fl.alpha_schedule(30, 40, maximum=1.0) == 0.75
+    steps, right = (0, 39, 40, 70, 100, 101), [0, 0, 0.2, 0.35, 0.5, 0.5]
+    assert [fl.alpha_schedule(step, 100, warmup=40) for step in steps] == right
+    assert fl.alpha_schedule(torch.tensor(steps), 100, warmup=40).tolist() == pytest.approx(right)
+    for warmup, message in ((101, "at most total_steps, 100, got 101"), (-1, "at least 0, got -1")):
+        with pytest.raises(ValueError, match=message):
+            fl.alpha_schedule(0, 100, warmup=warmup)
     assert isinstance(fl.alpha_schedule(0, 100), float)

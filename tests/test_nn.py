@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -328,6 +329,59 @@ def test_schedule_does_not_compile_anew(batch):
         torch.testing.assert_close(compiled(hidden, target), module(hidden, target))
         module.alpha.step()
     assert counter.frame_count == 1
+
+
+def test_schedule_has_a_warm_up():
+    schedule = AlphaSchedule(4, warmup=2)
+    alphas = []
+    for _ in range(6):
+        alphas.append(float(schedule()))
+        schedule.step()
+    assert alphas == [0, 0, 0.25, 0.375, 0.5, 0.5]
+    assert repr(schedule) == "AlphaSchedule(updates=6, total_steps=4, maximum=0.5, warmup=2)"
+
+
+@pytest.mark.parametrize("name", ["nobody steps", "gradients are accumulated", "eval", "over"])
+def test_schedule_that_nobody_steps_warns_once(name, monkeypatch):
+    monkeypatch.setattr(fl.nn, "_CALLS_WITHOUT_A_STEP", 8)
+    schedule = AlphaSchedule(4)
+    if name == "eval":
+        schedule.eval()
+    elif name == "over":
+        schedule.load_state_dict({"updates": torch.tensor(4)})
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for call in range(1, 30):
+            schedule()
+            assert len(found) == (name == "nobody steps" and call >= 8)
+            if name == "gradients are accumulated" and call == 7:
+                schedule.step()
+    if found:
+        assert found[0].category is UserWarning
+        assert "asked for 8 times, but AlphaSchedule.step() was never called" in str(found[0].message)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("alpha", [0.5, "schedule"])
+def test_no_mixture_in_eval(alpha, linear, batch):
+    hidden, target, _ = batch
+    hidden, target = hidden.detach().float(), target.clamp(max=4)
+    if alpha == "schedule":
+        alpha = AlphaSchedule(4)
+        for _ in range(4):
+            alpha.step()
+    if linear:
+        module = fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=alpha, ignore_index=IGNORED)
+        logits = module.linear(hidden)
+    else:
+        module, logits = fl.nn.MixedCrossEntropyLoss(alpha=alpha, ignore_index=IGNORED), hidden
+    plain, mixed = (fl.mixed_cross_entropy(logits, target, alpha=a, ignore_index=IGNORED) for a in (0, 0.5))
+    assert plain != mixed
+    torch.testing.assert_close(module(hidden, target), mixed)
+    module.eval()
+    torch.testing.assert_close(module(hidden, target), plain)
+    torch.testing.assert_close(module(hidden, target, alpha=0.5), mixed)
+    torch.testing.assert_close(module.train()(hidden, target), mixed)
 
 
 @pytest.mark.parametrize(
@@ -1003,3 +1057,16 @@ def test_lora_compiles_without_a_break(first: str, batch: tuple[Tensor, Tensor, 
         results.append([value, *torch.autograd.grad(value, sources)])
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_row_tensors_of_a_batch(batch):
+    hidden, target, _ = batch
+    own, target = torch.rand(target.shape), target.clamp(max=4)
+    for name in ("FlexLoss", "LinearFlexLoss"):
+        sizes = (FEATURES, CLASSES) if name in LINEAR else ()
+        module = getattr(fl.nn, name)(*sizes, lambda s, own: own * s.ce, per_chunk=True, ignore_index=IGNORED)
+        assert module.per_chunk
+        module = module.to(hidden.dtype)
+        logits = module.linear(hidden) if name in LINEAR else hidden
+        right = fl.cross_entropy(logits, target, token_weight=own, ignore_index=IGNORED)
+        torch.testing.assert_close(module(hidden, target, row_tensors=(own,)), right)

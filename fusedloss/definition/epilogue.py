@@ -30,6 +30,8 @@ class Epilogue:
     function: Callable[..., Tensor]
     over: Literal["rows", "classes"] = "rows"
     statistics: tuple[str, ...] = ()
+    per_chunk: bool = False
+    """Whether the function of a linear form may be called once a chunk, so that gradients are made with the loss."""
     picks: Picks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,8 +49,7 @@ class Epilogue:
         if isinstance(loss, Tensor) and loss.shape == like.shape:
             return loss
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        size = like.shape[0] if like.dim() == 1 else tuple(like.shape)
-        raise ValueError(f"the loss function must give a loss for each of the {size} {each}, got {got}")
+        raise ValueError(f"the loss function must give losses of the {each}, of shape {tuple(like.shape)}, got {got}")
 
 
 class Overlap:

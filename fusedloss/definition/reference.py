@@ -11,7 +11,7 @@ from ..checks import check_indices, compute_dtype, may_read
 from .epilogue import Epilogue
 from .projection import Form, dense_logits
 from .rows import Rows, Spec
-from .statistics import Picks, Statistics, Targets, assemble, dense_columns
+from .statistics import Columns, Picks, Statistics, Targets, assemble, dense_columns
 
 
 def logits_of(rows: Rows, form: Form) -> Tensor:
@@ -48,6 +48,16 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
 def statistics(rows: Rows, spec: Spec, picks: Picks) -> tuple[Statistics, Tensor, Tensor]:
     """Those of rows, which rows are ignored and which invalid."""
     return _statistics(rows, spec.form, picks)[1:]
+
+
+def losses_between(
+    columns: Columns, index: Tensor, picks: Picks, rows: Rows, epilogue: Epilogue, spec: Spec, classes: int
+) -> tuple[Tensor, Statistics]:
+    """Row losses (N,) of statistics that a pass has computed, and the statistics by their names."""
+    targets = Targets.of(rows.target, classes)
+    s = assemble(columns, targets.safe, index, picks, rows.class_weight)
+    loss = with_common_terms(epilogue.of_rows(s, rows.params), s, rows, spec, classes, weighted=False)
+    return loss.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan), s
 
 
 def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:

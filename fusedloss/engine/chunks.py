@@ -6,7 +6,7 @@ their gradient, and give way to the next one's. Nothing here knows a loss or a d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ WEIGHT_BLOCK = 4096
 
 #: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
 PRODUCT_BLOCK = 1024
+
+_Losses = Callable[[Job, Tensor | None], None]
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,8 +58,9 @@ def put_top_q(job: Job, backend: Backend) -> None:
 # An exported graph calls operators with gradients on: autograd must not look inside.
 @torch.no_grad()
 def forward(
-    rows: Rows, row_weight: Tensor | None, spec: Spec, backend: Backend
+    rows: Rows, row_weight: Tensor | None, spec: Spec, backend: Backend, losses: _Losses | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Run the operator ``forward``; `losses` stands for an epilogue, with the upstream gradient in its coefficients."""
     order, chunks = _chunks(rows, spec, backend)
     if row_weight is not None and order is not None:
         row_weight = row_weight[order]
@@ -65,11 +68,17 @@ def forward(
     jobs = []
     for part in chunks:
         job = Job.new(chunks.rows_of(part), spec)
-        if gradients is None or part.start >= chunks.valid:
+        upstream = None if row_weight is None else row_weight[part]
+        made = None if part.start >= chunks.valid else gradients
+        if losses is not None:
+            backend.forward(job)
+            losses(job, upstream)
+        elif made is None:
             backend.forward(job)
         else:
-            job.upstream = None if row_weight is None else row_weight[part]
-            gradients.add(part, job, with_loss=True)
+            job.upstream = upstream
+        if made is not None:
+            made.add(part, job, with_loss=losses is None)
         if gradients is not None and part.start >= chunks.valid:
             gradients.add_nothing(part)
         if spec.top_q:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a number or a tensor as 0-d or (N,)."""
+    """Return a number or a tensor as 0-d or (N,). Integers and bools of rows keep their dtype."""
     if isinstance(value, Tensor):
+        if value.dim() and not value.is_floating_point():
+            return value.reshape(-1).to(device)
         return value.reshape(-1 if value.dim() else ()).to(device, dtype)
     if torch.compiler.is_compiling():
         # A factor stays a variable of the graph; a fill value would compile anew for each number.

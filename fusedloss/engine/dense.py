@@ -14,14 +14,10 @@ from ..backends import new_buffer
 from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Spec
-from .functions import Reduction, differentiable, scaled_once
+from .functions import OwnGradientsError, Reduction, check_sources, differentiable, scaled_once
 
 #: Bytes of probabilities that are held at a time.
 DENSE_BYTES = 2 * 2**20
-
-
-class _OwnGradientsError(Exception):
-    """The loss function uses a tensor that requires grad and is none of its arguments."""
 
 
 def losses(rows: Rows, spec: Spec, epilogue: Epilogue) -> Tensor:
@@ -50,7 +46,7 @@ def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> T
     ):
         try:
             return _Total.apply(rows, spec, epilogue, reduction, rows.logits)
-        except _OwnGradientsError:
+        except OwnGradientsError:
             pass
     return reduction.of(losses(rows, spec, epilogue))
 
@@ -84,7 +80,7 @@ class _Total(torch.autograd.Function):
                 params = [x[part] if x.dim() else x for x in rows.params]
                 some = rows._replace(hidden=[z], target=rows.target[part], params=params)
                 loss = reference.losses_over_classes(some, epilogue, spec)
-            _check_sources(loss, z)
+            check_sources(loss, [z])
             upstream = torch.ones_like(loss) if row_weight is None else row_weight[part]
             if loss.requires_grad:
                 (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)
@@ -109,16 +105,3 @@ class _Total(torch.autograd.Function):
         else:
             by_logits = scaled_once(gradient, grad_output, spec.impl, logits.dtype)
         return None, None, None, None, by_logits
-
-
-def _check_sources(value: Tensor, only: Tensor) -> None:
-    """Raise where the graph of `value` has another leaf."""
-    nodes, seen = [value.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", only) is not only:
-            raise _OwnGradientsError
-        nodes += [source for source, _ in node.next_functions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,7 @@ from ..definition.statistics import (
     assemble,
 )
 from . import dense, functions, over_classes, temperature
-from .functions import Reduction
+from .functions import OwnGradientsError, Reduction
 from .options import CallOptions
 from .prepare import Call, divisor_of, prepare
 
@@ -98,28 +99,29 @@ def _dispatch(
     rows, spec, o = call.rows, call.spec, call.options
     reduction = Reduction(call.token_weight, divisor)
     unreduced, return_stats = o["reduction"] == "none", o["return_stats"]
-    moments = _reported(o)
+    moments, token_weight = _reported(o), call.token_weight
+    # Whether nothing but a factor is upstream of the row losses.
+    one_factor = not (
+        unreduced
+        or (token_weight is not None and token_weight.requires_grad)
+        or (isinstance(divisor, Tensor) and divisor.requires_grad)
+    )
 
     def reduced(losses: Tensor) -> Tensor:
         if not unreduced:
             return reduction.of(losses)
-        return losses if call.token_weight is None else losses * call.token_weight
+        return losses if token_weight is None else losses * token_weight
 
     if has_compiled(epilogue.name, call) and call.shards is None:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and rows.candidates is None))
         spec = spec._replace(epilogue=epilogue.name, top_k=top_k, moments=moments)
-        token_weight = call.token_weight
-        if (
-            unreduced
-            or (token_weight is not None and token_weight.requires_grad)
-            or (isinstance(divisor, Tensor) and divisor.requires_grad)
-        ):
-            losses, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, None)
-            loss = reduced(losses)
-        else:
+        if one_factor:
             spec = spec._replace(needed=_made_with_the_loss(call))
             loss, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, reduction)
+        else:
+            losses, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, None)
+            loss = reduced(losses)
         if not return_stats:
             return loss, None
         return loss, top_stats(call) if top_k == 0 else row_stats(statistics, index, rows.target, moments > 0)
@@ -130,6 +132,9 @@ def _dispatch(
         else:
             loss = dense.total(rows, spec, epilogue, reduction)
         return loss, top_stats(call) if return_stats else None
+    if one_factor and _takes_chunks(call, epilogue):
+        with suppress(OwnGradientsError):
+            return _per_chunk(call, epilogue, reduction)
     losses, s = _in_pytorch(call, epilogue)
     return reduced(losses), dense_row_stats(s, call) if return_stats else None
 
@@ -191,16 +196,40 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
 
 def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """A loss in PyTorch between the two passes, and the statistics."""
-    rows, spec, shards, classes, o = *call[:2], call.shards, call.classes, call.options
-    picks = epilogue.picks
+    picks = _picks_between(call, epilogue)
+    columns, index = functions.row_statistics(call.rows, call.spec, picks, call.inplace, call.shards)
+    return reference.losses_between(columns, index, picks, call.rows, epilogue, call.spec, call.classes)
+
+
+def _picks_between(call: Call, epilogue: Epilogue) -> Picks:
+    """What the statistics pass of a loss in PyTorch looks for."""
+    picks, o = epilogue.picks, call.options
     top_k, moments = max(picks.top_k, int(o["return_stats"])), max(picks.moments, _reported(o))
-    picks = picks._replace(top_k=top_k, mean=picks.mean or spec.smooths, moments=moments)
-    columns, index = functions.row_statistics(rows, spec, picks, call.inplace, shards)
-    targets = Targets.of(rows.target, classes)
-    s = assemble(columns, targets.safe, index, picks, rows.class_weight)
-    base = epilogue.of_rows(s, rows.params)
-    loss = reference.with_common_terms(base, s, rows, spec, classes, weighted=False)
-    return loss.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan), s
+    return picks._replace(top_k=top_k, mean=picks.mean or call.spec.smooths, moments=moments)
+
+
+def _takes_chunks(call: Call, epilogue: Epilogue) -> bool:
+    """Whether a loss in PyTorch is called once a chunk, and gradients are made with it."""
+    rows = call.rows
+    return (
+        epilogue.per_chunk
+        and rows.is_linear
+        and call.spec.impl != "reference"
+        and call.shards is None
+        and True not in [x.requires_grad for x in rows.params]
+        # No operator can call the function, and what traces sees operators alone.
+        and checks.may_read(rows.target, stall=True)
+        and bool(_made_with_the_loss(call))
+    )
+
+
+def _per_chunk(call: Call, epilogue: Epilogue, reduction: Reduction) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    picks = _picks_between(call, epilogue)
+    spec = call.spec.of_picks(picks, needed=_made_with_the_loss(call))
+    loss, statistics, index = functions.loss(call.rows, spec, epilogue, False, reduction)
+    if not call.options["return_stats"]:
+        return loss, None
+    return loss, row_stats(statistics, index, call.rows.target, _reported(call.options) > 0)
 
 
 def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:

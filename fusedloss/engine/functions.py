@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import transforms
+from ..backends import BACKENDS
 from ..checks import IGNORED, compute_dtype
 from ..definition import reference
 from ..definition.epilogue import Epilogue, Overlap
-from ..definition.rows import Rows, Spec
+from ..definition.rows import Job, Rows, Spec
 from ..definition.statistics import (
     CE,
     ENTROPY,
@@ -37,11 +38,11 @@ from ..definition.statistics import (
 )
 from ..distributed import vocabulary
 from ..distributed.vocabulary import VocabularyShards
-from . import operators, temperature
+from . import chunks, operators, temperature
 
 
 class Reduction(NamedTuple):
-    """The sum of row losses times the token weights, over the divisor. Neither is differentiated."""
+    """The sum of row losses times the token weights, over the divisor."""
 
     token_weight: Tensor | None
     divisor: float | Tensor | None
@@ -81,7 +82,8 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses (N,) by a compiled epilogue or, with a reduction, one number; detached statistics and pick indices.
 
-    With a reduction, gradients that `spec.needed` names are made with the loss.
+    With a reduction, gradients that `spec.needed` names are made with the loss. Without the name of an epilogue the
+    loss is a function that is called once a chunk, and OwnGradientsError says that it cannot be.
     """
     counts, flat = rows.flatten()
     settings = Settings(counts, spec, epilogue, inplace, reduction is not None)
@@ -96,7 +98,10 @@ class _Loss(torch.autograd.Function):
         rows, spec = Rows.unflatten(settings.counts, flat), settings.spec
         reduction, made = Reduction(token_weight, divisor), bool(spec.needed)
         row_weight = _by_raw_logits(reduction.upstream(rows), rows, spec) if made else None
-        loss, statistics, index, coefficients, gradients = operators.forward(*rows, row_weight, spec.encode())
+        if spec.epilogue:
+            loss, statistics, index, coefficients, gradients = operators.forward(*rows, row_weight, spec.encode())
+        else:
+            loss, statistics, index, coefficients, gradients = _per_chunk(rows, row_weight, spec, settings.epilogue)
         is_tensor = isinstance(divisor, Tensor)
         ctx.save_for_backward(
             token_weight,
@@ -299,23 +304,7 @@ class _RowStatistics(torch.autograd.Function):
         ctx.save_for_backward(*flat, statistics, index)
         ctx.settings = settings
         ctx.mark_non_differentiable(index)
-        m, ce = statistics[MAX], statistics[CE].clone()
-        log_sum = statistics[SUM_EXP].log()
-        after = STATISTICS + index.shape[0]
-        pick_logit = statistics[STATISTICS:after].clone()
-        asked = [statistics[after + ENTROPY], statistics[after + POWER]] if picks.moments else []
-        pick_ce = torch.where(index == flat[_target_at(counts)], ce, log_sum + (m - pick_logit))
-        return (
-            ce,
-            statistics[Q].clone(),
-            m + log_sum,
-            statistics[TARGET_LOGIT].clone(),
-            statistics[MEAN_CE].clone(),
-            pick_logit,
-            pick_ce,
-            torch.stack(asked) if asked else statistics.new_empty((0, statistics.shape[1])),
-            index,
-        )
+        return *_columns(statistics, index, flat[_target_at(counts)], picks), index
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -349,6 +338,65 @@ class _RowStatistics(torch.autograd.Function):
         spec = spec._replace(moments=picks.moments)
         by_sources = gradients(rows, spec, needed, *saved, inplace)
         return of_inputs(ctx, (None,), given, spec, by_sources, shards)
+
+
+def _columns(statistics: Tensor, index: Tensor, target: Tensor, picks: Picks) -> Columns:
+    """Copies of what a pass has written, as the columns of a loss function."""
+    m, ce = statistics[MAX], statistics[CE].clone()
+    log_sum = statistics[SUM_EXP].log()
+    after = STATISTICS + index.shape[0]
+    pick_logit = statistics[STATISTICS:after].clone()
+    asked = [statistics[after + ENTROPY], statistics[after + POWER]] if picks.moments else []
+    return Columns(
+        ce=ce,
+        q=statistics[Q].clone(),
+        lse=m + log_sum,
+        target_logit=statistics[TARGET_LOGIT].clone(),
+        mean_ce=statistics[MEAN_CE].clone(),
+        pick_logit=pick_logit,
+        pick_ce=torch.where(index == target, ce, log_sum + (m - pick_logit)),
+        moments=torch.stack(asked) if asked else statistics.new_empty((0, statistics.shape[1])),
+    )
+
+
+class OwnGradientsError(Exception):
+    """The loss function uses a tensor that requires grad and is none of its arguments."""
+
+
+def check_sources(value: Tensor, only: Sequence[Tensor]) -> None:
+    """Raise OwnGradientsError where the graph of `value` has another leaf."""
+    leaves = {id(x) for x in only}
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", only[0])) not in leaves:
+            raise OwnGradientsError
+        nodes += [source for source, _ in node.next_functions]
+
+
+def _per_chunk(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epilogue) -> tuple[Any, ...]:
+    """What the operator ``forward`` returns, of a loss function that is called between the passes of each chunk."""
+
+    def losses(job: Job, upstream: Tensor | None) -> None:
+        # Within an autograd function its inputs still require grad.
+        part = job.rows._replace(scalars=None if rows.scalars is None else rows.scalars.detach())
+        columns = _columns(job.statistics, job.index, part.target, spec.picks)
+        leaves = Columns(*[x.requires_grad_() for x in columns])
+        with torch.enable_grad():
+            loss, _ = reference.losses_between(leaves, job.index, spec.picks, part, epilogue, spec, rows.classes)
+        check_sources(loss, leaves)
+        slopes: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
+        if loss.requires_grad:
+            slopes = torch.autograd.grad(
+                loss, leaves, torch.ones_like(loss) if upstream is None else upstream, materialize_grads=True
+            )
+        job.loss = loss.detach()
+        job.coefficients = _coefficients(job.statistics, part, job.index, Columns(*slopes), rows.classes)
+
+    return chunks.forward(rows, row_weight, spec, BACKENDS[spec.impl], losses)
 
 
 def _target_at(counts: tuple[int, int, int, int]) -> int:

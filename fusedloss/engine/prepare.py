@@ -127,6 +127,9 @@ def prepare(
         factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
         common = (*factors, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
     numbers, scalars = constants.parameters(params, common, dtype, input.device)
+    for i, x in enumerate(numbers):
+        # Those of ignored rows may hold anything, of which a loss must make no NaN.
+        numbers[i] = x.masked_fill(index == checks.IGNORED, 1) if x.dim() else x
     if isinstance(temperature, Tensor):
         assert scalars is not None
         scalars = torch.cat([scalars[:-1], _inverse(temperature.to(input.device, dtype)).reshape(1)])

@@ -59,7 +59,8 @@ _LINEAR_DOC = """{summary}
 
 The linear form of :func:`~fusedloss.{row}`: the same loss of the logits ``input @ linear_weight.T + linear_bias``,
 which are made a chunk at a time and never stored. "mean" and "sum" make the gradients together with the loss (three
-matrix products in all); "none", flex losses and parameters that require grad make the logits once more for them (four).
+matrix products in all). "none", flex losses without `per_chunk` and parameters that require grad make the logits once
+more for them (four).
 The weight's gradient is summed in float32 at least. Gradients are computed only for what requires them.
 
 Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_logits
+from ..checks import check_choice, check_local, check_logits
 from ..definition.epilogue import Epilogue
 from ..definition.statistics import OPTIONAL, RowStats, Statistics
 from ..engine.dispatch import row_loss
@@ -41,13 +41,15 @@ def _brier_formula(input: Tensor, target: Tensor, loss_fn: Any, over: str) -> Te
 @overload
 def flex_loss(
     input: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *, statistics: Sequence[str] = ...,
-    candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    candidates: Tensor | None = ..., row_tensors: Sequence[Tensor] = ..., per_chunk: bool = ...,
+    over: Literal["rows", "classes"] = ...,
     return_stats: Literal[False] = ..., **options: Unpack[RowOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def flex_loss(
     input: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *, statistics: Sequence[str] = ...,
-    candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    candidates: Tensor | None = ..., row_tensors: Sequence[Tensor] = ..., per_chunk: bool = ...,
+    over: Literal["rows", "classes"] = ...,
     return_stats: Literal[True], **options: Unpack[RowOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
 @row_form(
@@ -61,6 +63,8 @@ def flex_loss(
     *,
     statistics: Sequence[str] = (),
     candidates: Tensor | None = None,
+    row_tensors: Sequence[Tensor] = (),
+    per_chunk: bool = False,
     over: Literal["rows", "classes"] = "rows",
     return_stats: bool = False,
     **options: Unpack[RowOptions],
@@ -69,15 +73,23 @@ def flex_loss(
 
     ``loss_fn(s)`` gets :class:`~fusedloss.Statistics`, (N,) tensors over the rows, and gives the rows' losses (N,).
     It is plain differentiable PyTorch; its derivatives with respect to the statistics are the coefficients of the
-    gradient pass. Tensors of your own reach it by closure, and get their gradients.
+    gradient pass. Tensors of your own reach it by closure or as `row_tensors`, and get their gradients.
 
     Args:
         loss_fn: the loss, called once with all rows. Ignored rows hold harmless values and are masked afterwards.
         statistics: those to compute beside the usual ones: "top", "second", "below", "mean".
         candidates: (*) or (*, k) classes whose logits become ``s.candidate_logit`` and ``s.candidate_ce``, (N, k).
+        row_tensors: tensors of the target's shape, which ``loss_fn(s, *row_tensors)`` gets as rows (N,), those of
+            floating point in the dtype of the statistics. Those of ignored rows may hold anything: 1 stands for it.
+        per_chunk: let a linear form with reduction "mean" or "sum" call `loss_fn` once for each chunk of rows, and make
+            its gradients with the loss: three matrix products in place of four. A row's loss must then be a
+            function of that row alone, and tensors of its own must be `row_tensors` or the same for all rows.
+            Without effect on logits in hand, under torch.compile, with a group, and where the loss depends on another
+            tensor that requires grad, be it a row tensor, the token weights or one of a closure.
         over: "rows" as above, or "classes": ``loss_fn(p, q, positive)`` gives the loss of each class from its
             probability p, q = 1 - p and whether it is the target, which is summed over the classes. It must be 0
-            at p = 0 of a class that is not the target. Runs in PyTorch on a few rows at a time. With a group
+            at p = 0 of a class that is not the target. Runs in PyTorch on a few rows at a time, and gets
+            `row_tensors` as columns (n, 1). With a group
             a tensor of your own that requires grad raises ValueError there.
 
     >>> import torch, fusedloss as fl
@@ -96,23 +108,54 @@ def flex_loss(
     check_choice("over", over, ("rows", "classes"))
     if over == "classes" and (statistics or candidates is not None):
         raise ValueError("over='classes' takes neither statistics nor candidates")
+    _check_row_tensors(row_tensors, target)
+    if not isinstance(per_chunk, bool):
+        raise TypeError(f"per_chunk must be True or False, got {per_chunk!r}")
     names = tuple(statistics)
     if "second" in names and "top" not in names:
         names = ("top", *names)
-    epilogue = Epilogue("", loss_fn, over="classes" if over == "classes" else "rows", statistics=names)
-    return row_loss("flex_loss", input, target, epilogue, candidates=candidates, return_stats=return_stats, **options)
+    epilogue = Epilogue("", loss_fn, over, names, per_chunk)
+    return row_loss(
+        "flex_loss",
+        input,
+        target,
+        epilogue,
+        row_tensors,
+        candidates=candidates,
+        return_stats=return_stats,
+        **options,
+    )
+
+
+def _check_row_tensors(row_tensors: Sequence[Tensor], target: Tensor) -> None:
+    if isinstance(row_tensors, Tensor):
+        raise TypeError(
+            f"row_tensors must be a sequence of tensors, got one of shape {tuple(row_tensors.shape)}; put it in a tuple"
+        )
+    for i, x in enumerate(row_tensors):
+        name = f"row_tensors[{i}]"
+        if not isinstance(x, Tensor) or x.is_complex():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be a tensor of real numbers, got {kind}")
+        check_local(name, x)
+        if x.shape != target.shape:
+            raise ValueError(f"{name} must be of the target's shape {tuple(target.shape)}, got {tuple(x.shape)}")
+        if x.device != target.device:
+            raise ValueError(f"{name} is on {x.device}, but target on {target.device}")
 
 
 @overload
 def linear_flex_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *,
-    statistics: Sequence[str] = ..., candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    statistics: Sequence[str] = ..., candidates: Tensor | None = ..., row_tensors: Sequence[Tensor] = ...,
+    per_chunk: bool = ..., over: Literal["rows", "classes"] = ...,
     return_stats: Literal[False] = ..., **options: Unpack[LinearOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_flex_loss(
     input: Tensor, linear_weight: Tensor, target: Tensor, loss_fn: Callable[..., Tensor], *,
-    statistics: Sequence[str] = ..., candidates: Tensor | None = ..., over: Literal["rows", "classes"] = ...,
+    statistics: Sequence[str] = ..., candidates: Tensor | None = ..., row_tensors: Sequence[Tensor] = ...,
+    per_chunk: bool = ..., over: Literal["rows", "classes"] = ...,
     return_stats: Literal[True], **options: Unpack[LinearOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
 @linear_form(flex_loss)
@@ -124,9 +167,21 @@ def linear_flex_loss(
     *,
     statistics: Sequence[str] = (),
     candidates: Tensor | None = None,
+    row_tensors: Sequence[Tensor] = (),
+    per_chunk: bool = False,
     over: Literal["rows", "classes"] = "rows",
     return_stats: bool = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
     projection, rest = projected(input, linear_weight, return_stats, options)
-    return flex_loss(projection, target, loss_fn, statistics=statistics, candidates=candidates, over=over, **rest)
+    return flex_loss(
+        projection,
+        target,
+        loss_fn,
+        statistics=statistics,
+        candidates=candidates,
+        row_tensors=row_tensors,
+        per_chunk=per_chunk,
+        over=over,
+        **rest,
+    )

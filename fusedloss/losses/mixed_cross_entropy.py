@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_logits, check_number, check_parameter
+from ..checks import check_int, check_logits, check_number, check_parameter
 from ..definition.epilogue import Epilogue
 from ..definition.statistics import RowStats, Statistics
 from ..engine.dispatch import row_loss
@@ -70,7 +70,8 @@ def mixed_cross_entropy(
 
     Args:
         alpha: the prediction's share, in [0, 1]: a number, a 0-d tensor (which may change from step to step without
-            recompilation under torch.compile) or one for each target. See :func:`alpha_schedule`.
+            recompilation under torch.compile) or one for each target. See :func:`alpha_schedule`. The modules mix in
+            training alone: in ``eval()`` alpha is 0, unless the call names one.
         top_k: 1, or 2 to share alpha equally between the two most likely tokens.
         candidates: (*) or (*, k) classes to take for yhat in place of the argmax, alpha shared equally between
             them; scheduled sampling takes them from an earlier pass.
@@ -131,22 +132,29 @@ def linear_mixed_cross_entropy(
 
 
 @overload
-def alpha_schedule(step: int, total_steps: int, maximum: float = 0.5) -> float: ...
+def alpha_schedule(step: int, total_steps: int, maximum: float = ..., warmup: int = ...) -> float: ...
 @overload
-def alpha_schedule(step: Tensor, total_steps: int, maximum: float = 0.5) -> Tensor: ...
-def alpha_schedule(step: int | Tensor, total_steps: int, maximum: float = 0.5) -> float | Tensor:
+def alpha_schedule(step: Tensor, total_steps: int, maximum: float = ..., warmup: int = ...) -> Tensor: ...
+def alpha_schedule(step: int | Tensor, total_steps: int, maximum: float = 0.5, warmup: int = 0) -> float | Tensor:
     """alpha for an update of mixed cross-entropy: it grows from 0 by equal steps, maximum * step / total_steps.
 
-    `step` counts every update from the first, those of a warm-up on plain cross-entropy included; beyond
+    Of the first `warmup` updates, of plain cross-entropy, it is 0. As in the paper, `step` and `total_steps` count
+    every update from the first, those of the warm-up included: alpha begins at maximum * warmup / total_steps after it.
+    For a ramp that begins at 0 there, pass step - warmup and total_steps - warmup once the warm-up is over. Beyond
     `total_steps` alpha stays at `maximum`. A step that is a tensor gives a float64 tensor on its device; see also
     :class:`fusedloss.nn.AlphaSchedule`, which counts.
 
     >>> alpha_schedule(50, 100)
     0.25
+    >>> [alpha_schedule(step, 100, warmup=50) for step in (0, 49, 50, 100)]
+    [0.0, 0.0, 0.25, 0.5]
     """
     check_number("total_steps", total_steps, 0, above=True)
     check_number("maximum", maximum, 0, 1)
+    if check_int("warmup", warmup, 0) > total_steps:
+        raise ValueError(f"warmup must be at most total_steps, {total_steps!r}, got {warmup!r}")
     if isinstance(step, Tensor):
-        return maximum * (step.to(torch.float64) / total_steps).clamp(max=1)
+        alpha = maximum * (step.to(torch.float64) / total_steps).clamp(max=1)
+        return torch.where(step < warmup, 0.0, alpha) if warmup else alpha
     check_number("step", step, 0)
-    return maximum * min(step / total_steps, 1.0)
+    return maximum * min(step / total_steps, 1.0) if step >= warmup else 0.0
