@@ -184,8 +184,8 @@ def fit_temperature(
         batches = []
         for x, t in zip(inputs, targets, strict=True):
             _, stats = loss(x, target=t, temperature=math.exp(log_tau), return_stats=True, **options)
-            batches.append([column.reshape(-1) for column in stats])
-        return RowStats(*map(torch.cat, zip(*batches, strict=True)))
+            batches.append(RowStats(*[column.reshape(-1) for column in stats]))
+        return RowStats.cat(batches)
 
     def slope(stats: RowStats) -> float:
         assert stats.entropy is not None
