@@ -154,7 +154,7 @@ def _find(table: dict[int, Tile], classes: int, itemsize: int) -> Tile:
 
 
 def registers(kernel: str, searches: bool, means: bool, itemsize: int, tile: Tile) -> int | None:
-    """Of a thread at most, two programs on a multiprocessor, one of products or moments; None: as the compiler likes."""
+    """Of a thread: two programs on a multiprocessor, one of products or moments. None: as the compiler likes."""
     if INTERPRETED:
         return None
     # Products of float32 are no tensor cores' work; programs of the fewest classes are small in any case.
