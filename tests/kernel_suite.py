@@ -80,9 +80,9 @@ TEMPERED: dict[str, Callable[..., Any]] = {
     "top 2": partial(fl.mixed_cross_entropy, alpha=0.5, top_k=2),
     "candidates": partial(fl.mixed_cross_entropy, alpha=0.5, candidates=torch.tensor([[0, 1]] * 9)),
     "one-vs-rest": partial(fl.dsc_loss, alpha=0.5),
-    "tversky": fl.tversky_loss,
+    "dice": fl.dice_loss,
     "level class": partial(fl.dsc_loss, alpha=0.5, level="class"),
-    "level set": partial(fl.tversky_loss, level="set"),
+    "level set": partial(fl.dsc_loss, level="set"),
     "statistics": partial(
         fl.flex_loss,
         loss_fn=lambda s: s.lse - s.top_logit + s.below_logit.clamp(min=-9) + s.mean_ce,

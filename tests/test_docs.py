@@ -32,7 +32,7 @@ each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name
 def test_public_names_are_all_there() -> None:
     assert sorted(fl.__all__) == fl.__all__
     assert {name for name in dir(fl) if name[0] != "_"} == {*fl.__all__, "nn"}
-    of_rows = {fl.log_probs, fl.linear_log_probs, fl.linear_topk_log_probs}
+    of_rows = {fl.log_probs, fl.linear_log_probs, fl.linear_topk_log_probs, fl.fit_temperature}
     assert {*LOSSES, *LINEAR} == {f for f in FUNCTIONS if "input" in inspect.signature(f).parameters} - of_rows
 
 

@@ -77,7 +77,8 @@ def flex_loss(
 
     Args:
         loss_fn: the loss, called once with all rows. Ignored rows hold harmless values and are masked afterwards.
-        statistics: those to compute beside the usual ones: "top", "second", "below", "mean".
+        statistics: those to compute beside the usual ones: "top", "second", "below", "mean",
+            "entropy", "power".
         candidates: (*) or (*, k) classes whose logits become ``s.candidate_logit`` and ``s.candidate_ce``, (N, k).
         row_tensors: tensors of the target's shape, which ``loss_fn(s, *row_tensors)`` gets as rows (N,), those of
             floating point in the dtype of the statistics. Those of ignored rows may hold anything: 1 stands for it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,36 +11,26 @@ from ..checks import check_int, check_logits
 from ..definition.projection import Projection
 from ..definition.statistics import LogProbs
 from ..engine.dispatch import row_loss, row_statistics
-from ..engine.options import CallOptions, LinearImpl
 from ..engine.topk import topk_log_probs
 from ._linear import projected
 from .cross_entropy import CROSS_ENTROPY
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
-    from ..distributed.vocabulary import VocabularyShards
+    from ..engine.options import LinearLogProbOptions, LogProbOptions, TopkOptions
 
 
 @overload
 def log_probs(
-    input: Tensor, target: Tensor, *, temperature: float | Tensor = ..., entropy: Literal[False] = ...,
-    ignore_index: int = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
-) -> Tensor: ...  # fmt: skip
+    input: Tensor, target: Tensor, *, entropy: Literal[False] = ..., **options: Unpack[LogProbOptions]
+) -> Tensor: ...
 @overload
 def log_probs(
-    input: Tensor, target: Tensor, *, temperature: float | Tensor = ..., entropy: Literal[True],
-    ignore_index: int = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
-) -> LogProbs: ...  # fmt: skip
+    input: Tensor, target: Tensor, *, entropy: Literal[True], **options: Unpack[LogProbOptions]
+) -> LogProbs: ...
 def log_probs(
-    input: Tensor,
-    target: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    entropy: bool = False,
-    ignore_index: int = -100,
-    group: ProcessGroup | VocabularyShards | None = None,
-    impl: LinearImpl | None = None,
+    input: Tensor, target: Tensor, *, entropy: bool = False, **options: Unpack[LogProbOptions]
 ) -> Tensor | LogProbs:
     r"""Log-probabilities of the targets, log p_t with p = softmax(input / temperature), and the rows' entropies.
 
@@ -73,46 +62,32 @@ def log_probs(
     >>> (-log_prob - 0.01 * entropy).mean().backward()
     """
     check_logits(input, target)
-    options: CallOptions = {"temperature": temperature, "ignore_index": ignore_index, "group": group, "impl": impl}  # type: ignore[typeddict-item]
     if not isinstance(entropy, bool):
         raise TypeError(f"entropy must be True or False, got {entropy!r}")
     if not entropy:
         # 0 minus, which leaves no -0.0 of an ignored row
-        options["reduction"] = "none"
-        return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, **options)
-    s = row_statistics("log_probs", input, target, ("entropy",), options)
+        return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, **options, reduction="none")
+    s = row_statistics("log_probs", input, target, ("entropy",), **options)
     return LogProbs(0 - s.ce.reshape(target.shape), s.entropy.reshape(target.shape))
 
 
 @overload
 def linear_log_probs(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    softcap: float | None = ..., temperature: float | Tensor = ..., entropy: Literal[False] = ...,
-    ignore_index: int = ..., budget: int | None = ..., drop_ignored: bool | None = ...,
-    sequence_parallel: bool = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *,
+    entropy: Literal[False] = ..., **options: Unpack[LinearLogProbOptions],
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_log_probs(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    softcap: float | None = ..., temperature: float | Tensor = ..., entropy: Literal[True],
-    ignore_index: int = ..., budget: int | None = ..., drop_ignored: bool | None = ...,
-    sequence_parallel: bool = ..., group: ProcessGroup | VocabularyShards | None = ..., impl: LinearImpl | None = ...,
+    input: Tensor, linear_weight: Tensor, target: Tensor, *,
+    entropy: Literal[True], **options: Unpack[LinearLogProbOptions],
 ) -> LogProbs: ...  # fmt: skip
 def linear_log_probs(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
     entropy: bool = False,
-    ignore_index: int = -100,
-    budget: int | None = None,
-    drop_ignored: bool | None = None,
-    sequence_parallel: bool = False,
-    group: ProcessGroup | VocabularyShards | None = None,
-    impl: LinearImpl | None = None,
+    **options: Unpack[LinearLogProbOptions],
 ) -> Tensor | LogProbs:
     r"""Log-probabilities of the targets under logits that are never stored, and the rows' entropies.
 
@@ -135,25 +110,12 @@ def linear_log_probs(
     >>> log_prob, entropy = fl.linear_log_probs(hidden, weight, torch.arange(8), temperature=0.7, entropy=True)
     >>> log_prob.sum().backward()
     """
-    made = {"linear_bias": linear_bias, "softcap": softcap, "budget": budget, "drop_ignored": drop_ignored}
-    options = {**made, "sequence_parallel": sequence_parallel, "temperature": temperature, "group": group}
-    projection, rest = projected(input, linear_weight, False, {**options, "ignore_index": ignore_index, "impl": impl})
-    del rest["return_stats"]
-    function: Callable[..., Any] = log_probs
-    return function(projection, target, entropy=entropy, **rest)
+    projection, rest = projected(input, linear_weight, options)
+    return log_probs(projection, target, entropy=entropy, **rest)  # type: ignore[call-overload,no-any-return]
 
 
 def linear_topk_log_probs(
-    input: Tensor,
-    linear_weight: Tensor,
-    k: int,
-    *,
-    linear_bias: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
-    budget: int | None = None,
-    group: ProcessGroup | VocabularyShards | None = None,
-    impl: LinearImpl | None = None,
+    input: Tensor, linear_weight: Tensor, k: int, **options: Unpack[TopkOptions]
 ) -> tuple[Tensor, Tensor]:
     r"""The k most likely classes of each row and their log-probabilities, of logits that are never stored.
 
@@ -178,9 +140,7 @@ def linear_topk_log_probs(
     >>> index.shape, log_prob.shape
     (torch.Size([8, 5]), torch.Size([8, 5]))
     """
-    options: dict[str, Any] = {"linear_bias": linear_bias, "softcap": softcap, "budget": budget, "group": group}
-    projection, rest = projected(input, linear_weight, False, {**options, "temperature": temperature, "impl": impl})
+    projection, rest = projected(input, linear_weight, options)
     assert isinstance(projection, Projection)
-    del rest["return_stats"]
     with torch.no_grad():
         return topk_log_probs(projection, check_int("k", k, 1), **rest)
