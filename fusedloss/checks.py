@@ -21,9 +21,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 IGNORED = -100
-"""The target of an ignored row behind the public functions, whatever their `ignore_index` is."""
+"""The target of an ignored row behind the public functions, whatever the caller's own number is."""
 _NOT_IGNORED = 1 - 2**63
-"""Stands there for a target of -100 where `ignore_index` is another number, so that it is out of range."""
+"""Stands there for a target of -100 where the caller's own is another number, so that it is out of range."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -222,12 +222,12 @@ def check_candidates(candidates: object, target: Tensor) -> None:
         raise ValueError(f"candidates are on {candidates.device}, but target on {target.device}")
 
 
-def normalized_targets(target: Tensor, ignore_index: int) -> Tensor:
-    """Return int64 targets in which IGNORED stands for `ignore_index`, which goes no further."""
+def normalized_targets(target: Tensor, ignored: int) -> Tensor:
+    """Return int64 targets in which IGNORED stands for the caller's number, which goes no further."""
     target = target.to(torch.int64)  # in which any other number has room
-    if ignore_index == IGNORED:
+    if ignored == IGNORED:
         return target
-    return target.masked_fill(target == IGNORED, _NOT_IGNORED).masked_fill(target == ignore_index, IGNORED)
+    return target.masked_fill(target == IGNORED, _NOT_IGNORED).masked_fill(target == ignored, IGNORED)
 
 
 def check_indices(target: Tensor, candidates: Tensor | None, classes: int) -> None:

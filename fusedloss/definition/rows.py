@@ -160,11 +160,6 @@ class Spec(NamedTuple):
         return self._replace(**picks._asdict(), **changes)
 
     @property
-    def more_statistics(self) -> int:
-        """Rows of them after the picks."""
-        return MOMENTS if self.moments else 0
-
-    @property
     def more_coefficients(self) -> int:
         return SLOPES if self.moments and not self.epilogue else 0
 
@@ -250,7 +245,7 @@ class Job:
         first, target, candidates = rows.hidden[0], rows.target, rows.candidates
         picks = spec.top_k + spec.below + (0 if candidates is None else candidates.shape[1])
         count, dtype = target.shape[0], torch.float64 if first.dtype == torch.float64 else torch.float32
-        more = spec.more_statistics + int(spec.top_q)
+        more = (MOMENTS if spec.moments else 0) + int(spec.top_q)
         statistics = first.new_empty((STATISTICS + picks + more, count), dtype=dtype)
         index = target.new_empty((picks, count))
         if not spec.epilogue:

@@ -99,7 +99,7 @@ def _dispatch(
     rows, spec, o = call.rows, call.spec, call.options
     reduction = Reduction(call.token_weight, divisor)
     unreduced, return_stats = o["reduction"] == "none", o["return_stats"]
-    moments, token_weight = _reported(o), call.token_weight
+    moments, token_weight = ALL_MOMENTS if o["stats"] else 0, call.token_weight
     # Whether nothing but a factor is upstream of the row losses.
     one_factor = not (
         unreduced
@@ -157,12 +157,12 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     # Asked here: within a function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
     if rows.weight:
         needed = tuple([x.requires_grad for x in rows.sources])
-        if temperature.is_learnt(rows, call.spec):
+        if call.spec.form.tempered and temperature.is_learnt(rows, call.spec):
             needed = temperature.needed(rows, needed)
         return needed if True in needed else ()
     if (
         not backends.BACKENDS[call.spec.impl].one_read
-        or not (rows.logits.requires_grad or temperature.is_learnt(rows, call.spec))
+        or not (rows.logits.requires_grad or (call.spec.form.tempered and temperature.is_learnt(rows, call.spec)))
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
         or rows.logits.dtype == torch.float16
@@ -204,7 +204,7 @@ def _composed(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
 def _picks_between(call: Call, epilogue: Epilogue) -> Picks:
     """What the statistics pass of a loss in PyTorch looks for."""
     picks, o = epilogue.picks, call.options
-    top_k, moments = max(picks.top_k, int(o["return_stats"])), max(picks.moments, _reported(o))
+    top_k, moments = max(picks.top_k, int(o["return_stats"])), ALL_MOMENTS if o["stats"] else picks.moments
     return picks._replace(top_k=top_k, mean=picks.mean or call.spec.smooths, moments=moments)
 
 
@@ -229,7 +229,7 @@ def _per_chunk(call: Call, epilogue: Epilogue, reduction: Reduction) -> tuple[Te
     loss, statistics, index = functions.loss(call.rows, spec, epilogue, False, reduction)
     if not call.options["return_stats"]:
         return loss, None
-    return loss, row_stats(statistics, index, call.rows.target, _reported(call.options) > 0)
+    return loss, row_stats(statistics, index, call.rows.target, len(call.options["stats"]) > 0)
 
 
 def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
@@ -246,14 +246,9 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     return loss.masked_fill(call.rows.target == checks.IGNORED, 0), s
 
 
-def _reported(options: CallOptions) -> int:
-    """The moments that are asked for beside the usual statistics."""
-    return ALL_MOMENTS if "entropy" in options["stats"] else 0
-
-
 def top_stats(call: Call) -> tuple[Tensor, ...]:
     """Compute the columns of RowStats by another statistics pass, where the loss did not look for the top class."""
-    picks = Picks(1, moments=_reported(call.options))
+    picks = Picks(1, moments=ALL_MOMENTS if call.options["stats"] else 0)
     rows = call.rows._replace(candidates=None)
     with torch.no_grad():
         statistics, index, _ = functions.merged_statistics(rows, call.spec, picks, call.shards)
@@ -270,7 +265,7 @@ def row_stats(statistics: Tensor, index: Tensor, target: Tensor, moments: bool) 
 def dense_row_stats(s: Statistics, call: Call) -> tuple[Tensor, ...]:
     """The same from statistics for a loss function; an entropy that is not among them takes a pass of its own."""
     entropy = []
-    if _reported(call.options):
+    if call.options["stats"]:
         entropy = [s.entropy.detach() if s.has("entropy") else _entropy(call)]
     return _row_stats(s.lse.detach(), s.ce.detach(), s.top_index, s.top_ce.detach(), call.rows.target, *entropy)
 

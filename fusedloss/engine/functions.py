@@ -97,7 +97,9 @@ class _Loss(torch.autograd.Function):
     ):
         rows, spec = Rows.unflatten(settings.counts, flat), settings.spec
         reduction, made = Reduction(token_weight, divisor), bool(spec.needed)
-        row_weight = _by_raw_logits(reduction.upstream(rows), rows, spec) if made else None
+        row_weight = reduction.upstream(rows) if made else None
+        if made and spec.form.tempered:
+            row_weight = _by_raw_logits(row_weight, rows)
         if spec.epilogue:
             loss, statistics, index, coefficients, gradients = operators.forward(*rows, row_weight, spec.encode())
         else:
@@ -150,10 +152,8 @@ class _Loss(torch.autograd.Function):
         return of_inputs(ctx, (None,) * 3, rows, spec, grads)
 
 
-def _by_raw_logits(upstream: Tensor | None, rows: Rows, spec: Spec) -> Tensor | None:
+def _by_raw_logits(upstream: Tensor | None, rows: Rows) -> Tensor:
     """The derivative by each row's loss (N,), as a gradient pass takes it: times the factor of the logits."""
-    if not spec.form.tempered:
-        return upstream
     assert rows.scalars is not None
     factor = rows.scalars.detach()[-1]
     return factor.expand(rows.target.shape[0]) if upstream is None else upstream * factor
@@ -202,10 +202,11 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Those of the sources, by the gradient pass."""
     spec = spec._replace(needed=tuple(needed))
-    saved = (statistics, index, coefficients, _by_raw_logits(upstream, rows, spec), spec.encode())
-    rows = rows._replace(candidates=None)
-    if not spec.form.tempered:
-        rows = rows._replace(scalars=None)
+    if spec.form.tempered:
+        upstream, rows = _by_raw_logits(upstream, rows), rows._replace(candidates=None)
+    else:
+        rows = rows._replace(candidates=None, scalars=None)
+    saved = (statistics, index, coefficients, upstream, spec.encode())
     if rows.is_linear:
         sources = [x for x, need in zip(rows.sources, needed, strict=True) if need]
         grads = operators.backward(*rows, *saved)

@@ -30,7 +30,7 @@ from ..backends import BACKENDS
 from ..backends.base import Backend
 from ..checks import DTYPES, compute_dtype
 from ..definition.rows import SCHEMA, Job, Rows, Spec, decode
-from ..definition.statistics import COEFFICIENTS, STATISTICS, new_losses
+from ..definition.statistics import COEFFICIENTS, MOMENTS, STATISTICS, new_losses
 from . import chunks
 
 _library = torch.library.Library("fusedloss", "DEF")
@@ -241,11 +241,11 @@ def _check(
         raise ValueError(f"{operator}: top_k must be 0, 1 or 2, got {spec.top_k}")
     picks = spec.top_k + spec.below
     if index is not None and statistics is not None:
-        picks = index.shape[0] if index.dim() else 0
+        picks, moments = index.shape[0] if index.dim() else 0, MOMENTS if spec.moments else 0
         sizes.append(("index", index, integer, (picks, count), True))
-        sizes.append(("statistics", statistics, compute, (STATISTICS + picks + spec.more_statistics, count), True))
+        sizes.append(("statistics", statistics, compute, (STATISTICS + picks + moments, count), True))
         if coefficients is not None:
-            more = COEFFICIENTS + picks + spec.more_coefficients
+            more = COEFFICIENTS + picks + (spec.more_coefficients if moments else 0)
             sizes.append(("coefficients", coefficients, compute, (more, count), True))
     elif candidates is not None:
         more = candidates.shape[-1] if candidates.dim() else 0

@@ -83,6 +83,34 @@ class LinearOptions(LinearClassLossOptions, _Smoothing, total=False):
     """Shared options of a linear form."""
 
 
+class LogProbOptions(TypedDict, total=False):
+    """Options of log-probabilities."""
+
+    temperature: float | Tensor
+    ignore_index: int
+    group: ProcessGroup | VocabularyShards | None
+    impl: Impl | None
+
+
+class TopkOptions(TypedDict, total=False):
+    """Options of the most likely classes."""
+
+    linear_bias: Tensor | None
+    softcap: float | None
+    temperature: float | Tensor
+    budget: int | None
+    group: ProcessGroup | VocabularyShards | None
+    impl: LinearImpl | None
+
+
+class LinearLogProbOptions(TopkOptions, total=False):
+    """Options of log-probabilities of hidden states."""
+
+    ignore_index: int
+    drop_ignored: bool | None
+    sequence_parallel: bool
+
+
 class CallOptions(RowOptions, total=False):
     """All that a row loss takes from any of its public forms."""
 

@@ -80,7 +80,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     if not isinstance(shift, bool):
         raise TypeError(f"shift must be True or False, got {shift!r}")
     _check_arguments(loss, arguments, _OF_THE_MODEL - {"ignore_index"} | {"return_stats"})
-    ignore_index = arguments.get("ignore_index", -100)
+    ignored = arguments.get("ignore_index", -100)
 
     def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
@@ -94,7 +94,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         labels = labels.to(logits.device)
         if shift:
-            labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+            labels = F.pad(labels, (0, 1), value=ignored)[..., 1:]
         return loss(logits, labels, normalizer=num_items_in_batch, **_current(arguments))
 
     return compute_loss

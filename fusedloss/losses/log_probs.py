@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,14 +12,13 @@ from ..checks import check_int, check_logits
 from ..definition.projection import Projection
 from ..definition.statistics import LogProbs
 from ..engine.dispatch import row_loss, row_statistics
+from ..engine.options import LinearLogProbOptions, LogProbOptions, TopkOptions
 from ..engine.topk import topk_log_probs
 from ._linear import projected
 from .cross_entropy import CROSS_ENTROPY
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from ..engine.options import LinearLogProbOptions, LogProbOptions, TopkOptions
 
 
 @overload
@@ -53,7 +53,7 @@ def log_probs(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range.
-        IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row is NaN).
+        IndexError: a target outside [0, V) that is not ignored (on a GPU: that row is NaN).
         RuntimeError: the named implementation cannot run here; a function transform together with `group`.
 
     >>> import torch, fusedloss as fl
@@ -61,13 +61,14 @@ def log_probs(
     >>> log_prob, entropy = fl.log_probs(logits, torch.arange(8), entropy=True)
     >>> (-log_prob - 0.01 * entropy).mean().backward()
     """
+    _check_names("log_probs", options, LogProbOptions)
     check_logits(input, target)
     if not isinstance(entropy, bool):
         raise TypeError(f"entropy must be True or False, got {entropy!r}")
     if not entropy:
         # 0 minus, which leaves no -0.0 of an ignored row
-        return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, **options, reduction="none")
-    s = row_statistics("log_probs", input, target, ("entropy",), **options)
+        return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, reduction="none", **options)
+    s = row_statistics("log_probs", input, target, ("entropy",), options)  # type: ignore[arg-type]
     return LogProbs(0 - s.ce.reshape(target.shape), s.entropy.reshape(target.shape))
 
 
@@ -110,8 +111,10 @@ def linear_log_probs(
     >>> log_prob, entropy = fl.linear_log_probs(hidden, weight, torch.arange(8), temperature=0.7, entropy=True)
     >>> log_prob.sum().backward()
     """
-    projection, rest = projected(input, linear_weight, options)
-    return log_probs(projection, target, entropy=entropy, **rest)  # type: ignore[call-overload,no-any-return]
+    _check_names("linear_log_probs", options, LinearLogProbOptions)
+    projection, rest = projected(input, linear_weight, False, options)
+    del rest["return_stats"]
+    return log_probs(projection, target, entropy=entropy, **rest)  # type: ignore[call-overload]
 
 
 def linear_topk_log_probs(
@@ -140,7 +143,15 @@ def linear_topk_log_probs(
     >>> index.shape, log_prob.shape
     (torch.Size([8, 5]), torch.Size([8, 5]))
     """
-    projection, rest = projected(input, linear_weight, options)
+    _check_names("linear_topk_log_probs", options, TopkOptions)
+    projection, rest = projected(input, linear_weight, False, options)
+    del rest["return_stats"]
     assert isinstance(projection, Projection)
     with torch.no_grad():
         return topk_log_probs(projection, check_int("k", k, 1), **rest)
+
+
+def _check_names(function: str, options: Mapping[str, object], known: Any) -> None:
+    for name in options:
+        if name not in known.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

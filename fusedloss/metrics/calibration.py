@@ -196,7 +196,7 @@ def fit_temperature(
         raise ValueError("a temperature needs at least one batch, got none")
     before = rows_at(0.0)
     if not bool((before.argmax >= 0).any()):
-        raise ValueError(f"a temperature needs at least one target that is not ignore_index, {ignore_index}")
+        raise ValueError(f"a temperature needs at least one target that counts, but all are {ignore_index}")
     log_tau = _zero(lambda x: slope(rows_at(x)), slope(before), math.log(_LARGEST))
     all_targets = torch.cat([t.reshape(-1) for t in targets])
     errors = [float(calibration_error(stats, all_targets, bins=bins)) for stats in (before, rows_at(log_tau))]
