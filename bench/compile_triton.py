@@ -288,6 +288,8 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_90", "dsc_over_rows", halves, ODD_CLASSES, "class_sums_pass"
     yield "sm_90", "dsc_over_rows", halves, 64, "top_rest_pass"
     yield "sm_80", "dsc_over_rows", halves, CLASSES, "class_terms_pass"
+    yield from (("sm_90", "statistics, moments", halves, classes, "statistics_pass") for classes in (16, ODD_CLASSES))
+    yield "sm_90", "statistics, moments", halves, CLASSES, "gradient_pass"
     yield "sm_90", "cross_entropy", torch.float16, CLASSES, "units_pass"
     yield "sm_90", "cross_entropy, in one", halves, CLASSES, "scale_pass"
     yield from (
@@ -322,7 +324,7 @@ def counted() -> Iterator[tuple[Any, ...]]:
         for loss in ("cross_entropy", "mixed_cross_entropy"):
             yield "sm_90", f"{loss}, plain", dtype, CLASSES
         yield "sm_90", "cross_entropy, plain in one", dtype, CLASSES
-        for loss in (name for name in LOSSES if name.endswith("_one_vs_rest")):
+        for loss in ("dsc_one_vs_rest", "statistics, moments"):
             yield "sm_90", loss, dtype, CLASSES
 
 
@@ -332,7 +334,7 @@ def everything() -> Iterator[tuple[Any, ...]]:
     oldest Triton only 16 bits and the largest tile of these others."""
     yield from counted()
     halves, full, wide = torch.bfloat16, torch.float32, torch.float64
-    by_tile = ("cross_entropy", "dsc_one_vs_rest", "dsc_over_rows")
+    by_tile = ("cross_entropy", "dsc_one_vs_rest", "dsc_over_rows", "statistics, moments")
     others = [loss for loss in LOSSES if loss not in by_tile]
     tiles = [*sorted({*launch.TILES, *launch.CLASS_TILES} - {2**31}), CLASSES, ODD_CLASSES]
     hard = (
@@ -340,6 +342,7 @@ def everything() -> Iterator[tuple[Any, ...]]:
         "statistics, weighted",
         "cross_entropy, in one",
         *(f"{loss}, whole product" for loss in ("cross_entropy", "mixed_cross_entropy", "dsc_one_vs_rest")),
+        "cross_entropy, moments product",
     )
     variants = (
         *hard,
