@@ -569,6 +569,7 @@ def test_blocks_of_very_different_height(dtype: torch.dtype, generator: torch.Ge
     assert torch.equal(stats.argmax, z.double().argmax(1))
 
 
+@pytest.mark.covering(2)
 class TestMoments(MomentSuite):
     ENTROPY_ERROR = (2, 1)
 
