@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
+TEMPERATURES = (1e-30, 1e30)
+"""The least and the largest temperature, whose inverse is a number in float32 too."""
 IGNORED = -100
 """The target of an ignored row behind the public functions, whatever the caller's own number is."""
 _NOT_IGNORED = 1 - 2**63
@@ -68,9 +69,11 @@ def check_number(
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf  # a rational number beyond all floats, whatever its sign
     if not (low < number if above else low <= number) or not number <= high:
-        high = math.inf if high == sys.float_info.max else high
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
 
 
@@ -262,7 +265,7 @@ def check_token_weight(token_weight: object, target: Tensor) -> None:
 
 def check_temperature(temperature: object, input: Tensor | Projection) -> None:
     if not isinstance(temperature, Tensor):
-        check_number("temperature", temperature, 0, sys.float_info.max, above=True)
+        check_number("temperature", temperature, *TEMPERATURES)
         return
     if not temperature.is_floating_point():
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
@@ -272,7 +275,8 @@ def check_temperature(temperature: object, input: Tensor | Projection) -> None:
         raise ValueError(f"temperature is on {temperature.device}, but input on {input.device}")
     value = transforms.values(temperature)
     if may_read(value):
-        check_number("temperature", float(value.detach()), 0, sys.float_info.max, above=True)
+        for number in value.detach().flatten().tolist():  # under vmap there are several
+            check_number("temperature", number, *TEMPERATURES)
     softcap = 0 if isinstance(input, Tensor) else input.form.softcap
     if temperature.requires_grad and softcap:
         raise ValueError(

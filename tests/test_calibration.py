@@ -163,7 +163,7 @@ def test_temperature_without_an_optimum():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((torch.zeros(2, 3), torch.full((2,), -100)), {}, ValueError, "one target that counts, but all are -100"),
+        ((torch.zeros(2, 3), torch.full((2,), -100)), {}, ValueError, "that counts, got 2, all of them -100"),
         (([], []), {}, ValueError, "at least one batch, got none"),
         (([torch.zeros(2, 3)], []), {}, ValueError, "as many batches, got 1 and 0"),
         (([torch.zeros(2, 3)], torch.zeros(2)), {}, TypeError, "tensors or two lists of them, got list and Tensor"),

@@ -172,6 +172,33 @@ def test_temperature_of_losses(loss, form, impl, generator):
     torch.testing.assert_close(*results, equal_nan=True, **EXACT)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_a_learnt_temperature_does_not_look_at_ignored_rows(bad, impl, generator):
+    """Nor at masked classes."""
+    z, target = problem(generator)
+    weight, bias = torch.randn(37, 37, generator=generator).double(), torch.zeros(37).double()
+    bias[6], target[target == 6] = -math.inf, 7
+    found = []
+    for value in (bad, 0.0):
+        z[2] = value
+        temperature = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        options = {"ignore_index": IGNORED, "temperature": temperature, "impl": impl}
+        row = fl.cross_entropy(z, target, **options)
+        linear = fl.linear_cross_entropy(z, weight, target, linear_bias=bias, **options)
+        both = fl.log_probs(z + bias, target, entropy=True, **options)
+        found.append([torch.autograd.grad(x.sum(), temperature)[0] for x in (row, linear, both.entropy)])
+    assert all(x.isfinite() for x in found[0])
+    torch.testing.assert_close(*found, **EXACT)
+
+
+def test_a_batch_of_temperatures(impl, generator):
+    z, target = problem(generator)
+    temperatures = torch.tensor([0.5, 0.6, 2.0], dtype=torch.float64)
+    options = {"ignore_index": IGNORED, "impl": impl}
+    got = torch.vmap(lambda t: fl.cross_entropy(z, target, temperature=t, **options))(temperatures)
+    torch.testing.assert_close(got, torch.stack([fl.cross_entropy(z / t, target, **options) for t in temperatures]))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "all else frozen"])
 def test_a_learnt_temperature_of_a_linear_loss(reduction, frozen, impl, generator):
@@ -210,9 +237,10 @@ def test_in_place(compiled_impl, generator):
 
 
 WRONG = {
-    "temperature": [(0, ValueError, "greater than 0, got 0"), (math.inf, ValueError, "got inf"),
+    "temperature": [(0, ValueError, "between 1e-30 and 1e\\+30, got 0"), (math.inf, ValueError, "got inf"),
                     (-1.0, ValueError, "-1.0"), (math.nan, ValueError, "got nan"),
                     ("1", TypeError, "'1'"), (True, TypeError, "True"),
+                    (1e-39, ValueError, "1e-39"), (10**400, ValueError, "10000"),
                     (torch.ones(2), ValueError, r"shape \(2,\)"), (torch.tensor(1), TypeError, "int64"),
                     (torch.tensor(-2.0), ValueError, "got -2.0")],
     "entropy": [(1, TypeError, "got 1"), (None, TypeError, "None")],

@@ -26,7 +26,9 @@ def tempered(logits: Tensor, rows: Rows, form: Form) -> Tensor:
     if not form.tempered:
         return logits
     assert rows.scalars is not None
-    return logits * rows.scalars[-1]
+    # A logit that is not finite, of a masked class or an ignored row, has no part in the factor's gradient.
+    finite = logits.isfinite()
+    return torch.where(finite, logits.masked_fill(~finite, 0) * rows.scalars[-1], logits)
 
 
 def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Statistics]:

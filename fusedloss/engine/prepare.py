@@ -223,7 +223,8 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
 
 def _inverse(temperature: Tensor) -> Tensor:
     """NaN of one that is out of range, which on a GPU nobody looks at."""
-    valid = (temperature > 0) & (temperature < math.inf)
+    low, high = checks.TEMPERATURES
+    valid = (temperature >= low) & (temperature <= high)
     return torch.where(valid, 1 / torch.where(valid, temperature, 1), math.nan)
 
 

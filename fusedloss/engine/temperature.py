@@ -46,12 +46,12 @@ def by_scalars(rows: Rows, spec: Spec, gradients: Sequence[Tensor | None], shard
 
 
 def _dot(x: Tensor, gradient: Tensor) -> Tensor:
-    """The sum of products, in float32 at least; a class without probability has no part in it."""
+    """The sum of products, in float32 at least. Where x is not finite, in an ignored row, its gradient is 0."""
     x, gradient = x.reshape(-1), gradient.reshape(-1)
     dtype = torch.promote_types(x.dtype, torch.float32)
     step = x.shape[0] if torch.compiler.is_compiling() else _BLOCK_BYTES // dtype.itemsize
     total = torch.zeros((), dtype=dtype, device=x.device)
     for begin in range(0, x.shape[0], max(1, step)):
         part = x[begin : begin + step].to(dtype)
-        total = total + (part.masked_fill(part == -torch.inf, 0) * gradient[begin : begin + step]).sum()
+        total = total + (part.masked_fill(~part.isfinite(), 0) * gradient[begin : begin + step]).sum()
     return total

@@ -51,7 +51,7 @@ def topk_log_probs(projection: Projection, k: int, **options: Unpack[CallOptions
             top = Rows.of(logits, index[:, 0].contiguous(), scalars=rows.scalars)
             statistics, *_ = functions.merged_statistics(top, spec, Picks(), shards)
             log_prob = lag - statistics[MAX][:, None] - statistics[SUM_EXP].log()[:, None]
-            log_prob[:, 0] = -statistics[CE]
+            log_prob[:, 0] = (0 - statistics[CE]).masked_fill(statistics[SUM_EXP] == 0, torch.nan)
         indices.append(index)
         values.append(log_prob)
     return torch.cat(indices).view(*shape, k), torch.cat(values).view(*shape, k)

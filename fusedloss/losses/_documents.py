@@ -10,9 +10,10 @@ from typing import Any
 from ..engine.options import DEFAULTS
 
 _OPTIONS_DOC = {
-    "temperature": """number or 0-d tensor, finite and > 0 (one on a GPU is not looked at: NaN rows), by which the
+    "temperature": """number or 0-d tensor from 1e-30 to 1e30 (one on a GPU is not looked at: NaN rows), by which the
 logits are divided, after the softcap and before all else; statistics are of the quotients. Differentiated if it
-requires grad, but not with softcap or inplace_backward.""",
+requires grad, but not with softcap or inplace_backward: by sum_j z_j dL/dz_j, which loses digits to a large
+common offset of the logits.""",
     "weight": "(V,) class weights w. A row's loss is multiplied by that of its target.",
     "ignore_index": "target value whose rows count for nothing: no loss, no gradient, not looked at.",
     "reduction": '"mean" over the targets not ignored, "sum", or "none" for losses of the target\'s shape.',

@@ -40,8 +40,8 @@ def log_probs(
     Args:
         input: logits (*, V) of float64, float32, bfloat16 or float16 with any strides.
         target: (*) class indices of any integer dtype.
-        temperature: number or 0-d tensor, finite and > 0 (one on a GPU is not looked at: NaN rows), by which the logits
-            are divided. Differentiated if it requires grad.
+        temperature: number or 0-d tensor from 1e-30 to 1e30 (one on a GPU is not looked at: NaN rows), by which the
+            logits are divided. Differentiated if it requires grad.
         entropy: also return the entropies -sum_j p_j log p_j, from the same read of the logits.
         ignore_index: target value whose rows are not looked at: 0 in both results, with gradient 0.
         group: of torch.distributed, as of the losses: this rank has the logits of some of the classes.

@@ -147,8 +147,9 @@ def fit_temperature(
     bracketed by factors of 2 and found by false position (Illinois) in log tau. tau is exact to a relative 1e-6, or to
     the rounding of the statistics where that is more. It takes some 8 to 20 passes, each of which the host waits for.
 
-    tau lies between 2^-10 and 2^10. Where L has no minimum between, tau is the end that it falls towards: the lower one
-    where each row is predicted right, the upper one where the logits point away from the targets.
+    tau lies between 2^-10 and 2^10. Where L has no minimum between, tau is the end that it falls towards, the upper one
+    where the logits point away from the targets; where each row is predicted right, it is the lower one, or the tau at
+    which the rounded slope is 0, beyond which L falls no more.
 
     Raises:
         TypeError, ValueError: as the loss; no target that counts; a cross-entropy that is not finite.
@@ -196,7 +197,9 @@ def fit_temperature(
         raise ValueError("a temperature needs at least one batch, got none")
     before = rows_at(0.0)
     if not bool((before.argmax >= 0).any()):
-        raise ValueError(f"a temperature needs at least one target that counts, but all are {ignore_index}")
+        raise ValueError(
+            f"a temperature needs at least one target that counts, got {len(before.argmax)}, all of them {ignore_index}"
+        )
     log_tau = _zero(lambda x: slope(rows_at(x)), slope(before), math.log(_LARGEST))
     all_targets = torch.cat([t.reshape(-1) for t in targets])
     errors = [float(calibration_error(stats, all_targets, bins=bins)) for stats in (before, rows_at(log_tau))]
