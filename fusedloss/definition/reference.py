@@ -68,7 +68,7 @@ def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:
     top = z.detach().argmax(-1, keepdim=True)
     m = z.detach().gather(-1, top)
     p, q, total = _softmax(z, top, m)
-    positive = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index[:, None], 1)
+    positive = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index[:, None], True)
     terms = epilogue.of_classes(p, q, positive, rows.params)
     base = (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1)
     lse = (m + total.log())[:, 0]
@@ -136,7 +136,7 @@ def _statistics(rows: Rows, form: Form, picks: Picks) -> tuple[Tensor, Statistic
 def _probabilities(z: Tensor, s: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     """p, 1 - p and whether it is the target, of every class."""
     p, q, _ = _softmax(z, s.top_index[:, None], s.top_logit.detach()[:, None])
-    return p, q, torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], 1)
+    return p, q, torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], True)
 
 
 def _softmax(z: Tensor, top: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -240,7 +240,7 @@ def dense_columns(
     m = torch.where(m.isneginf(), 0, m)
     shifted = z - m[:, None]
     exp = shifted.exp()
-    one_hot = torch.zeros_like(z, dtype=torch.bool).scatter(-1, target[:, None], 1)
+    one_hot = torch.zeros_like(z, dtype=torch.bool).scatter(-1, target[:, None], True)
     rest = exp.masked_fill(one_hot, 0).sum(-1)
     target_logit = z.gather(-1, target[:, None])[:, 0]
     ce, q, total = of_target(m, rest, target_logit)
