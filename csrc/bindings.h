@@ -43,11 +43,11 @@ pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
     return pybind11::class_<J>(module, name)
         .def(pybind11::init([](int dtype, Address logits, int64_t rows, int64_t classes, int64_t row_stride,
                                Address target, Address candidates, int candidate_count, int top_k, bool below,
-                               bool mean, int moments, Address class_weight, Address weight_sum, int epilogue,
-                               bool class_term, const std::vector<std::pair<Address, int64_t>>& params, Address common,
-                               Address loss, Address statistics, Address index, Address coefficients, Address grad,
-                               int64_t grad_row_stride, Address upstream, int64_t upstream_stride, Address sums,
-                               Address top_q, int threads) {
+                               bool mean, int moments, Address class_weight, Address weight_sum, int epilogue, int kind,
+                               const std::vector<std::pair<Address, int64_t>>& params, Address common, Address second,
+                               int64_t second_row_stride, Address loss, Address statistics, Address index,
+                               Address coefficients, Address grad, int64_t grad_row_stride, Address upstream,
+                               int64_t upstream_stride, Address sums, Address top_q, int threads) {
             J job{};
             static_cast<Job&>(job) = {static_cast<DType>(dtype),
                                       at<void>(logits),
@@ -64,10 +64,12 @@ pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
                                       at<void>(class_weight),
                                       at<const double>(weight_sum),
                                       epilogue,
-                                      class_term,
+                                      kind,
                                       {},
                                       {},
                                       at<void>(common),
+                                      at<void>(second),
+                                      second_row_stride,
                                       at<void>(loss),
                                       at<void>(statistics),
                                       at<int64_t>(index),
@@ -88,9 +90,9 @@ pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
         }));
 }
 
-// Those of rows, of classes, and of sums over the rows.
+// Those of rows, of classes, of pairs, and of sums over the rows.
 inline pybind11::tuple epilogues() {
-    return pybind11::make_tuple(parameters_of(RowEpilogues{}), parameters_of(ClassTerms{}),
+    return pybind11::make_tuple(parameters_of(RowEpilogues{}), parameters_of(ClassTerms{}), parameters_of(PairTerms{}),
                                 parameters_of_sums(SummedTerms{}));
 }
 

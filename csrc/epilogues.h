@@ -8,13 +8,15 @@
 // q = 1 - p_t, ce = -log p_t. A "pick" is another class that the loss looks at: a top prediction or a
 // candidate.
 //
-// Two kinds of loss:
+// Three kinds of loss:
 //   row epilogue   L = f(ce, q, picks ...)           dL/dz_j = a p_j - sum_k b_k [j == k]
 //   class term     L = sum_j w_j f(p_j, [j == t])    dL/dz_j = p_j (g_j - sum_k p_k g_k),  g_j = w_j df/dp_j
+//   pair term      L = sum_j f(p_j, y_j)             dL/dz_j = h_j - p_j sum_k h_k,  h_j = p_j df/dp_j
+// y is a second row over the classes: a teacher's probabilities, or targets.
 //
-// To add a loss: write its functor, with its name and the number of its parameters, and put it into RowEpilogues or
-// ClassTerms at the end of this file. A loss of overlap, such as dice, is one math functor that the three forms below
-// make epilogues of.
+// To add a loss: write its functor, with its name and the number of its parameters, and put it into RowEpilogues,
+// ClassTerms or PairTerms at the end of this file. A loss of overlap, such as dice, is one math functor that the three
+// forms below make epilogues of.
 #pragma once
 
 #include <cmath>
@@ -317,11 +319,157 @@ struct TverskyOverRows : OverRows<TverskyMath> {
     static constexpr const char* name = "tversky_over_rows";
 };
 
+// --- pair terms ---
+
+// A class in two rows: p of the student and y of the teacher, with d = log y - log p, which keeps its digits where the
+// rows are close, as p and y do not. The logarithms of p, y and of their mixture are for terms that mix.
+template <typename X>
+struct Both {
+    X p, y, d, log_p, log_y, log_mixture;
+};
+
+// What a class adds to the loss, h = p df/dp, and p - y.
+template <typename X>
+struct PairTerm {
+    X loss, slope, difference;
+};
+
+// Where |d| is below this, the terms are series in d: differences of probabilities would cancel.
+template <typename T>
+constexpr T kClose = sizeof(T) == 4 ? T(0.5) : T(0.125);
+
+// exp(-x) - 1 + x for |x| <= kClose
+template <typename T, typename X>
+FUSEDLOSS_HD X excess_of(X x) {
+    constexpr int terms = sizeof(T) == 4 ? 8 : 12;
+    constexpr double inverse[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
+                                  1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                  1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+    X sum = X{} + T(inverse[terms - 1]);
+#pragma GCC unroll 12
+    for (int k = terms - 2; k >= 0; --k) sum = T(inverse[k]) - x * sum;
+    return x * x * sum;
+}
+
+// log(a / b) of a - b and a + b, |log| <= kClose
+template <typename T, typename X>
+FUSEDLOSS_HD X log_ratio(X difference, X sum) {
+    constexpr int terms = sizeof(T) == 4 ? 6 : 8;
+    const X y = difference / sum, y2 = y * y;
+    X poly = X{} + T(1.0 / (2 * terms - 1));
+#pragma GCC unroll 8
+    for (int k = terms - 2; k >= 0; --k) poly = poly * y2 + T(1.0 / (2 * k + 1));
+    return y * 2 * poly;
+}
+
+// p - y, whether the two are close, and for these `excess` = exp(-d) - 1 + d.
+template <typename T, typename X>
+struct Distance {
+    decltype(X{} < X{}) close;
+    X excess, difference;
+
+    explicit FUSEDLOSS_HD Distance(const Both<X>& x) : close((x.d < kClose<T>)&(x.d > -kClose<T>)) {
+        const X d = close ? x.d : X{};
+        excess = excess_of<T>(d);
+        difference = close ? x.y * (excess - d) : x.p - x.y;
+    }
+};
+
+// sum_j y_j (log y_j - log p_j) = sum_j y_j (exp(-d_j) - 1 + d_j), in which no term is negative
+struct ForwardKl {
+    static constexpr const char* name = "forward_kl";
+    static constexpr int param_count = 1;
+    static constexpr bool of_logits = true, mixes = false;
+
+    template <typename T, typename X>
+    static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
+        const Distance<T, X> s(x);
+        const X apart = s.difference + (x.y > X{} ? x.y * x.d : X{});
+        return {s.close ? x.y * s.excess : apart, s.difference, s.difference};
+    }
+};
+
+// sum_j p_j (log p_j - log y_j) = sum_j p_j (exp(d_j) - 1 - d_j)
+struct ReverseKl {
+    static constexpr const char* name = "reverse_kl";
+    static constexpr int param_count = 1;
+    static constexpr bool of_logits = true, mixes = false;
+
+    template <typename T, typename X>
+    static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
+        const Distance<T, X> s(x);
+        const X slope = x.p > X{} ? -x.p * x.d : X{};
+        return {s.close ? x.p * excess_of<T>(s.close ? -x.d : X{}) : slope - s.difference, slope, s.difference};
+    }
+};
+
+// 1/2 sum_j |p_j - y_j|
+struct TotalVariation {
+    static constexpr const char* name = "total_variation";
+    static constexpr int param_count = 1;
+    static constexpr bool of_logits = true, mixes = false;
+
+    template <typename T, typename X>
+    static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
+        const Distance<T, X> s(x);
+        const X half = x.p * T(0.5);
+        const X slope = s.difference > X{} ? half : s.difference < X{} ? -half : s.difference;
+        return {s.difference * (s.difference > X{} ? X{} + T(0.5) : X{} - T(0.5)), slope, s.difference};
+    }
+};
+
+// a KL(y | m) + b KL(p | m) with m = mu y + (1 - mu) p: Jensen-Shannon and the skew divergences. Parameters: mu, a, b.
+struct MixtureKl {
+    static constexpr const char* name = "mixture_kl";
+    static constexpr int param_count = 4;
+    static constexpr bool of_logits = true, mixes = true;
+
+    template <typename X, typename T>
+    static FUSEDLOSS_HD X mixture(X p, X y, const T* params) {
+        return y * params[0] + p * (T(1) - params[0]);
+    }
+
+    template <typename T, typename X>
+    static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T* params) {
+        const T mu = params[0], a = params[1], b = params[2];
+        const Distance<T, X> s(x);
+        const X m = mixture(x.p, x.y, params), none = X{}, from_y = s.difference * (T(1) - mu),
+                from_p = s.difference * -mu;  // m - y and m - p
+        const auto close = s.close & (m > none);
+        const X close_y = log_ratio<T>(close ? from_y : none, close ? m + x.y : none + T(1));
+        const X close_p = log_ratio<T>(close ? from_p : none, close ? m + x.p : none + T(1));
+        // log(m / y) and log(m / p), times y and p
+        const X log_y = s.close ? close_y : x.log_mixture - x.log_y,
+                log_p = s.close ? close_p : x.log_mixture - x.log_p;
+        const X y_log = x.y > none ? x.y * log_y : none, p_log = x.p > none ? x.p * log_p : none;
+        const X of_y = s.close ? x.y * excess_of<T>(-close_y) : from_y - y_log;
+        const X of_p = s.close ? x.p * excess_of<T>(-close_p) : from_p - p_log;
+        const X share = m > none ? x.p / m : none;
+        const T bend = (T(1) - mu) * (a * (T(1) - mu) - b * mu);
+        return {of_y * a + of_p * b, share * s.difference * bend - p_log * b, s.difference};
+    }
+};
+
+// -sum_j y_j log p_j of targets y, which need not sum to 1; `d` is -log p. Parameters: what smoothing leaves of a
+// target, and what it adds to each.
+struct SoftTargets {
+    static constexpr const char* name = "soft_targets";
+    static constexpr int param_count = 2;
+    static constexpr bool of_logits = false, mixes = false;
+
+    template <typename T, typename X>
+    static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
+        // A NaN among the targets must pass through.
+        return {x.y == X{} ? X{} : x.y * x.d, -x.y, X{}};
+    }
+};
+
 template <typename... Functors>
 struct FunctorList {};
 
 using RowEpilogues = FunctorList<CrossEntropy, LogSumExp, Focal, MixedCrossEntropy, DscTarget, TverskyTarget>;
 using ClassTerms = FunctorList<DscOneVsRest, DscOverRows, TverskyOneVsRest, TverskyOverRows>;
+using PairTerms = FunctorList<ForwardKl, ReverseKl, TotalVariation, MixtureKl, SoftTargets>;
 using SummedTerms = FunctorList<DscOverRows, TverskyOverRows>;  // those whose sums over the rows are a loss's
 
 // What every loss shares: label smoothing, z-loss and class weight.

@@ -34,13 +34,22 @@ enum Moment { kEntropy, kExcess, kPower, kMoments };
 // Which of them a pass is asked for.
 enum Moments { kNoMoments, kPowerAlone, kAllMoments };
 
+// After all these, of a pair term: the teacher's largest logit and its sum of exp(t - max) (0 and 1 of targets), and
+// the sum of exp((z - max) / kLogits factor), as it is without the temperature, for the cross-entropy beside the term.
+enum Second { kSecondMax, kSecondSum, kPlainSum, kSeconds };
+
 // Coefficients: T [kCoefficients + picks, rows]; of moments [kCoefficients + picks + kSlopes, rows].
 //   row epilogue: a, u, gradient at the target; then b of each pick. dL/dz_j = a p_j - u w_j, minus b at the picks.
 //                 Of moments p_j (c (z_j - max) + e p_j) more, c and e their slopes.
 //   class term:   shift, gradient at the top class, gradient at the target. dL/dz_j = p_j (g_j - shift).
+//   pair term:    shift, factor of the softmax without the temperature, gradient at the target.
+//                 dL/dz_j = kMain h_j - p_j shift, plus that factor times exp((z_j - max) / kLogits factor).
 // The gradient pass leaves out a target, top class or pick that is negative.
-enum Coefficient { kA = 0, kU = 1, kTargetGradient = 2, kCoefficients = 3, kShift = 0, kTopGradient = 1 };
+enum Coefficient { kA = 0, kU = 1, kTargetGradient = 2, kCoefficients = 3, kShift = 0, kTopGradient = 1, kPlain = 1 };
 enum Slope { kOfExcess, kOfPower, kSlopes };
+
+// The kinds of epilogue, each with a list of its own.
+enum Kind { kRowEpilogue, kClassTerm, kPairTerm };
 
 // A matrix of logits (rows, classes), unit stride along a row, what a pass is to find in it, and where that goes. `T`
 // is float, or double where the logits are that. A pass takes what it needs; the rest is 0.
@@ -58,15 +67,17 @@ struct Job {
     const void* class_weight;   // T [classes] or null
     const double* weight_sum;   // their sum, for mean_ce; null: the number of classes
 
-    int epilogue;     // its number among RowEpilogues or ClassTerms, or of sums over the rows, SummedTerms; -1: none
-    bool class_term;  // which of the first two
+    int epilogue;  // its number among those of its kind, or of sums over the rows among SummedTerms; -1: none
+    int kind;
     const void* param[kMaxParams];     // T; null after the last
     int64_t param_stride[kMaxParams];  // 0: one value for all rows; 1: a value a row
     const void* common;                // T [kCommon]; null for (1, 0, 0, 1)
+    const void* second;                // of a pair term: the teacher's logits, of their dtype, or targets T
+    int64_t second_row_stride;
 
     // The statistics pass writes these, other passes read them.
     void* loss;          // T [rows]; null for statistics only
-    void* statistics;    // T [kStatistics + picks (+ kMoments), rows]
+    void* statistics;    // T [kStatistics + picks (+ kMoments) (+ kSeconds), rows]
     int64_t* index;      // [picks, rows]
     void* coefficients;  // T [kCoefficients + picks, rows]; null for statistics only
 
@@ -78,7 +89,7 @@ struct Job {
     // Sums of a class term, from statistics with the top class as the first pick. The logits may be some of the classes
     // of which the statistics are; target and top class are then -1 where they are not among them. Over the rows:
     // [2, classes], error and agreement of each class. Over the classes but the target and the top class: [2, rows],
-    // f and p df/dp.
+    // f and p df/dp. Of a pair term over all classes: [3, rows], f, p df/dp and p - y.
     double* sums;
     const void* top_q;  // T [rows], 1 - p of the top class; null: found among the logits
 

@@ -8,6 +8,7 @@ from .definition.statistics import LogProbs, RowStats, Statistics
 from .distributed.normalizer import normalizer
 from .distributed.vocabulary import VocabularyShards
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .losses.distillation import distillation_loss, linear_distillation_loss
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
@@ -38,11 +39,13 @@ __all__ = [
     "calibration_error",
     "cross_entropy",
     "dice_loss",
+    "distillation_loss",
     "dsc_loss",
     "fit_temperature",
     "flex_loss",
     "focal_loss",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_dsc_loss",
     "linear_flex_loss",
     "linear_focal_loss",

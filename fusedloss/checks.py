@@ -162,6 +162,21 @@ def check_logits(input: Any, target: object) -> None:
         raise ValueError(f"target is on {target.device}, but input on {input.device}")
 
 
+def check_second_row(name: str, second: Any, input: Tensor | Projection) -> None:
+    """A teacher's logits, or targets, of the input's shape; they get no gradient."""
+    if not isinstance(second, Tensor) and not hasattr(second, "hidden"):
+        raise TypeError(f"{name} must be a tensor, got {type(second).__name__}")
+    if not second.dtype.is_floating_point:
+        raise TypeError(f"{name} must be of a floating point dtype, got {second.dtype}")
+    if second.shape != input.shape:
+        raise ValueError(f"{name} must be of the input's shape {tuple(input.shape)}, got {tuple(second.shape)}")
+    if second.device != input.device:
+        raise ValueError(f"{name} is on {second.device}, but input on {input.device}")
+    parts = [second] if isinstance(second, Tensor) else [*second.hidden, *second.weight, second.bias]
+    if True in [x is not None and x.requires_grad for x in parts]:
+        raise ValueError(f"{name} requires grad, but gets no gradient here; pass {name}.detach()")
+
+
 def check_index_dtype(name: str, index: Tensor) -> None:
     if index.dtype not in INDEX_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in INDEX_DTYPES)

@@ -1,10 +1,11 @@
 // The passes of the CPU engine, compiled once for each instruction set (FUSEDLOSS_ISA names the namespace).
 //
 //   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without the
-//              target's term), then runs the loss's epilogue on them. A class term reads the row a second time.
+//              target's term), then runs the loss's epilogue on them. A class term reads the row a second time, a pair
+//              term two rows.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
 //   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
-//   term_sums  reads the logits once more for the sums over the classes, row by row, of a class term.
+//   term_sums  reads the logits once more for the sums over the classes, row by row, of a class or pair term.
 //
 // A row is cut into chunks whose partial statistics merge exactly in a fixed order, so that the bits of a
 // result do not depend on the number of threads, nor on whether a row was split over them.
@@ -149,6 +150,11 @@ struct ClassPartial {
     double slope = 0;  // sum of p g
 };
 
+// Sums of a pair term: of the loss, of h, and of p - y, which would be 0 if both rows were whole.
+struct PairPartial {
+    double loss = 0, slope = 0, difference = 0;
+};
+
 // e (a + c lag + d e), e = exp(lag): the part of a gradient that the probability is a factor of.
 template <typename T>
 struct Slopes {
@@ -188,7 +194,9 @@ class Engine {
 
     template <typename Functor>
     void forward() const {
-        if (narrow()) return side_by_side<Functor>();
+        if constexpr (!is_one_of<Functor>(PairTerms{})) {
+            if (narrow()) return side_by_side<Functor>();
+        }
         over_rows([&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch); });
     }
 
@@ -196,7 +204,11 @@ class Engine {
     void one_by_one(int64_t row, int threads, Scratch<T>& scratch) const {
         if (ignored(row)) return write_ignored(row);
         const RowStatistics<T> s = statistics(row, threads, scratch);
-        if constexpr (!std::is_void_v<Functor>) finish<Functor>(row, threads, s, scratch);
+        if constexpr (is_one_of<Functor>(PairTerms{})) {
+            finish_pair_term<Functor>(row, threads, s);
+        } else if constexpr (!std::is_void_v<Functor>) {
+            finish<Functor>(row, threads, s, scratch);
+        }
     }
 
     // Threads share out the blocks of columns, and where these are few, groups of rows, whose number depends on the
@@ -266,18 +278,25 @@ class Engine {
         over_rows([&](int64_t row, int threads, Scratch<T>&) {
             const int64_t n = job_.rows;
             job_.sums[row] = job_.sums[n + row] = 0;
-            if (ignored(row)) return;
-            const T* const statistic = static_cast<const T*>(job_.statistics) + row;
-            const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
-            T params[kMaxParams];
-            params_of(row, params);
-            const PowerSeries<T> series(Term::exponent(params));
-            const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
-                return sweep<Term>(logits(row), begin, end, max, inverse, job_.target[row], job_.index[row], params,
-                                   series);
-            });
-            job_.sums[row] = part.loss;
-            job_.sums[n + row] = part.slope;
+            if constexpr (is_one_of<Term>(PairTerms{})) {
+                const PairPartial part = ignored(row) ? PairPartial{} : pair_sums(PairRow<Term>(*this, row), threads);
+                const double sums[] = {part.loss, part.slope, part.difference};
+                for (int k = 0; k < 3; ++k) job_.sums[k * n + row] = sums[k];
+                return;
+            } else {
+                if (ignored(row)) return;
+                const T* const statistic = static_cast<const T*>(job_.statistics) + row;
+                const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
+                T params[kMaxParams];
+                params_of(row, params);
+                const PowerSeries<T> series(Term::exponent(params));
+                const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
+                    return sweep<Term>(logits(row), begin, end, max, inverse, job_.target[row], job_.index[row], params,
+                                       series);
+                });
+                job_.sums[row] = part.loss;
+                job_.sums[n + row] = part.slope;
+            }
         });
     }
 
@@ -343,6 +362,11 @@ class Engine {
         return parts[0];
     }
 
+    static void merge(PairPartial& x, const PairPartial& y) {
+        x.loss += y.loss;
+        x.slope += y.slope;
+        x.difference += y.difference;
+    }
     static void merge(ClassPartial& x, const ClassPartial& y) {
         x.rest += y.rest;
         x.loss += y.loss;
@@ -352,15 +376,8 @@ class Engine {
 
     // --- statistics pass ---
 
-    FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch) const {
-        const S* z = logits(row);
-        const int64_t target = job_.target[row];
-        const T target_logit = logit(z + target);
-        const T first = logit(z);
-        const T reference = std::isfinite(first) ? first : T(0);
-        const Partial<T> part = fold<Partial<T>>(
-            threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, reference); });
-
+    // Those of the softmax alone; of no target with that logit -inf.
+    RowStatistics<T> summary(const Partial<T>& part, int64_t target, T target_logit) const {
         RowStatistics<T> s;
         s.max = finite_max(part.max);
         s.target = target;
@@ -375,6 +392,28 @@ class Engine {
             s.p = T(0);
             s.ce = kInfinity<T>;
         }
+        return s;
+    }
+
+    // Those of a row without its picks.
+    FUSEDLOSS_ONE_COPY RowStatistics<T> softmax_of(int64_t row, int threads, int64_t target) const {
+        const S* z = logits(row);
+        const T target_logit = target < 0 ? -kInfinity<T> : logit(z + target);
+        return summary(
+            fold<Partial<T>>(
+                threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, T(0)); }),
+            target, target_logit);
+    }
+
+    FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch) const {
+        const S* z = logits(row);
+        const int64_t target = job_.target[row];
+        const T target_logit = logit(z + target);
+        const T first = logit(z);
+        const T reference = std::isfinite(first) ? first : T(0);
+        const Partial<T> part = fold<Partial<T>>(
+            threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, reference); });
+        RowStatistics<T> s = summary(part, target, target_logit);
         if (job_.mean) {
             const double sum_ce = weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
             s.mean_ce = T(sum_ce / double(job_.classes));
@@ -638,6 +677,7 @@ class Engine {
         for (int k = 0; job_.moments && k < kMoments; ++k) {
             static_cast<T*>(job_.statistics)[(kStatistics + picks + k) * n + row] = moments[k];
         }
+        for (int k = 0; job_.second && k < kSeconds; ++k) second_statistic(row)[k * n] = T(1);
         if (!job_.loss) return;
         static_cast<T*>(job_.loss)[row] = T(0);
         for (int k = 0; k < kCoefficients + picks; ++k) static_cast<T*>(job_.coefficients)[k * n + row] = T(0);
@@ -663,8 +703,8 @@ class Engine {
         const int64_t n = job_.rows;
         T* const loss = static_cast<T*>(job_.loss) + row;
         T* const coefficient = static_cast<T*>(job_.coefficients) + row;
-        if constexpr (is_class_term<Functor>(ClassTerms{})) {
-            const T z_slope = add_z_loss(s, loss);
+        if constexpr (is_one_of<Functor>(ClassTerms{})) {
+            const T z_slope = add_z_loss(s, weight_of(s.target), loss);
             finish_class_term<Functor>(row, threads, s, params, z_slope, job_.index[row], loss, coefficient);
             for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = T(0);
         } else {
@@ -683,10 +723,10 @@ class Engine {
         }
     }
 
-    // L = w_t z_loss lse^2, to which a class term adds; returns the slope: dL/dz_j = slope p_j.
-    T add_z_loss(const RowStatistics<T>& s, T* loss) const {
+    // L = w z_loss lse^2, to which a term adds; returns the slope: dL/dz_j = slope p_j.
+    T add_z_loss(const RowStatistics<T>& s, T weight, T* loss) const {
         const T lse = s.max + s.log_sum;
-        const T factor = common(kZLoss) * weight_of(s.target);
+        const T factor = common(kZLoss) * weight;
         *loss = factor != T(0) ? factor * lse * lse : T(0);
         return factor != T(0) ? T(2) * factor * lse : T(0);
     }
@@ -800,6 +840,166 @@ class Engine {
         part.slope += total<T>(slope);
     }
 
+    // --- pair terms ---
+
+    T* second_statistic(int64_t row) const {
+        const int after = kStatistics + job_.picks() + (job_.moments ? kMoments : 0);
+        return static_cast<T*>(job_.statistics) + after * job_.rows + row;
+    }
+
+    // What a pair term takes of a row and of the second.
+    template <typename Term_>
+    struct PairRow {
+        using Term = Term_;
+        using R = std::conditional_t<Term::of_logits, S, T>;
+        const S* z;
+        const R* second;
+        const R* limit;
+        T params[kMaxParams] = {};
+        T max, inverse, second_max, second_inverse;
+        T lag;  // log-sum-exp of the second row less that of the first; of targets log S
+        T log_sum, second_log_sum;
+        T factor = T(1), fill = T(0);  // of the second row's numbers, and behind its end
+
+        // Where vectors come in pairs they must in both rows.
+        static constexpr bool pairs = kPairs<S> && std::is_same_v<R, S>;
+
+        PairRow(const Engine& engine, int64_t row) {
+            const Job& job = engine.job_;
+            const auto rows = static_cast<const R*>(job.second);
+            z = engine.logits(row);
+            second = rows + row * job.second_row_stride;
+            limit = rows + (job.rows - 1) * job.second_row_stride + job.classes;
+            engine.params_of(row, params);
+            if (Term::of_logits) factor = engine.factor_, fill = -kInfinity<T>;
+            const int64_t n = job.rows;
+            const T* const statistic = static_cast<const T*>(job.statistics) + row;
+            const T* const more = engine.second_statistic(row);
+            const T sum = statistic[kSumExp * n], second_sum = more[kSecondSum * n];
+            max = statistic[kMax * n], inverse = T(1) / sum;
+            second_max = more[kSecondMax * n], second_inverse = T(1) / second_sum;
+            log_sum = std::log(sum), second_log_sum = std::log(second_sum);
+            lag = Term::of_logits ? (second_max - max) + std::log(second_sum / sum) : log_sum;
+        }
+    };
+
+    template <typename Row>
+    PairTerm<V> pair_term(const Row& row, V x, V second, int64_t column, int size) const {
+        using Term = typename Row::Term;
+        Both<V> pair{};
+        pair.p = exp_bounded<T>(x - row.max) * row.inverse;
+        if constexpr (Term::of_logits) {
+            pair.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
+            // A class that neither row has: -inf less -inf.
+            const auto none = pair.p + pair.y == V{};
+            pair.d = none ? V{} : (second - x) - row.lag;
+        } else {
+            pair.y = second * row.params[0] + row.params[1];
+            if (size < width) pair.y = lanes<T>() < size ? pair.y : V{};
+            if (class_weight()) pair.y *= load_weight(column, size);
+            pair.d = row.lag - (x - row.max);
+        }
+        if constexpr (Term::mixes) {
+            pair.log_p = (x - row.max) - row.log_sum;
+            pair.log_y = (second - row.second_max) - row.second_log_sum;
+            pair.log_mixture = log_positive<T>(Term::mixture(pair.p, pair.y, row.params));
+        }
+        return Term::template term<T>(pair, row.params);
+    }
+
+    // body(x, second, column, columns) for each vector of the columns of both rows; where the storage has pairs of
+    // vectors, in no order.
+    template <typename Row, typename Body>
+    FUSEDLOSS_INLINE void each_pair(const Row& row, int64_t begin, int64_t end, const Body& body) const {
+        int64_t at = begin;
+        if constexpr (Row::pairs) {
+            for (; at + 2 * width <= end; at += 2 * width) {
+                prefetch_after(row.z + at);
+                prefetch_after(row.second + at);
+                const Pair x = load_pair(row.z + at), y = load_pair(row.second + at);
+                body(x.even * factor_, y.even * row.factor, at, width);
+                body(x.odd * factor_, y.odd * row.factor, at, width);
+            }
+        }
+        for (; at + width <= end; at += width) {
+            prefetch_after(row.z + at);
+            prefetch_after(row.second + at);
+            body(load(row.z + at) * factor_, load(row.second + at) * row.factor, at, width);
+        }
+        if (at < end) last_pair(row, at, static_cast<int>(end - at), body);
+    }
+
+    template <typename Row, typename Body>
+    auto last_pair(const Row& row, int64_t at, int count, const Body& body) const {
+        return body(load_part(row.z + at, count, -kInfinity<T>, limit()) * factor_,
+                    load_part(row.second + at, count, row.fill, row.limit) * row.factor, at, count);
+    }
+
+    template <typename Row>
+    FUSEDLOSS_ONE_COPY PairPartial pair_sums(const Row& row, int threads) const {
+        return fold<PairPartial>(threads, [&](int64_t begin, int64_t end) {
+            PairPartial part;
+            for (int64_t from = begin; from < end; from += kBlock) {
+                V loss{}, slope{}, difference{};
+                each_pair(row, from, std::min(from + kBlock, end), [&](V x, V second, int64_t at, int size) {
+                    const PairTerm<V> term = pair_term(row, x, second, at, size);
+                    loss += term.loss;
+                    slope += term.slope;
+                    difference += term.difference;
+                });
+                merge(part, {double(total<T>(loss)), double(total<T>(slope)), double(total<T>(difference))});
+            }
+            return part;
+        });
+    }
+
+    // A weight of the cross-entropy beside a term is the last of its parameters.
+    template <typename Row>
+    T hard_weight(const Row& row) const {
+        return Row::Term::of_logits ? row.params[Row::Term::param_count - 1] : T(0);
+    }
+
+    template <typename Term>
+    FUSEDLOSS_ONE_COPY void finish_pair_term(int64_t row, int threads, const RowStatistics<T>& s) const {
+        const int64_t n = job_.rows;
+        T* const loss = static_cast<T*>(job_.loss) + row;
+        T* const coefficient = static_cast<T*>(job_.coefficients) + row;
+        T* const more = second_statistic(row);
+        more[kSecondMax * n] = T(0), more[kSecondSum * n] = T(1), more[kPlainSum * n] = s.sum_exp;
+        if constexpr (Term::of_logits) {
+            Job job = job_;
+            job.logits = job_.second, job.row_stride = job_.second_row_stride, job.mean = false, job.moments = 0;
+            job.top_k = 0, job.below = false;
+            const RowStatistics<T> second = Engine(job).softmax_of(row, threads, -1);
+            more[kSecondMax * n] = second.max, more[kSecondSum * n] = second.sum_exp;
+        }
+        const PairRow<Term> both(*this, row);
+        const T main = common(kMain), hard = hard_weight(both);
+        RowStatistics<T> plain = s;
+        if (hard != T(0) && factor_ != T(1)) {
+            Job job = job_;
+            job.common = nullptr, job.mean = false, job.moments = 0, job.top_k = 0, job.below = false;
+            plain = Engine(job).softmax_of(row, threads, s.target);
+            more[kPlainSum * n] = plain.sum_exp * std::exp(plain.max - s.max / factor_);
+        }
+        const PairPartial sum = pair_sums(both, threads);
+        const T at_target = last_pair(both, s.target, 1, [&](V x, V second, int64_t at, int size) {
+            return pair_term(both, x, second, at, size).slope;
+        })[0];
+        // A rounded log-sum-exp makes all p too large by the same factor, 1 + the sum of p - y: the derivative by it is
+        // that of h.
+        const T z_slope = add_z_loss(s, T(1), loss);
+        const T slope = main * T(sum.slope);
+        *loss += main * T(sum.loss - sum.difference * sum.slope);
+        if (hard != T(0)) *loss += hard * plain.ce;
+        // Without a temperature both are factors of the same exponentials.
+        const bool apart = hard != T(0) && factor_ != T(1);
+        coefficient[kShift * n] = slope - z_slope - (apart ? T(0) : hard);
+        coefficient[kPlain * n] = apart ? hard / (factor_ * more[kPlainSum * n]) : T(0);
+        coefficient[kTargetGradient * n] = main * at_target - s.p * (slope - z_slope) - hard / factor_ * plain.q;
+        for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = T(0);
+    }
+
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
     bool narrow() const {
@@ -882,7 +1082,7 @@ class Engine {
             for (int i = 0; i < count; ++i) job_.index[first + i] = top[i];
         }
         const V p = mine * inverse;
-        if constexpr (is_class_term<Functor>(ClassTerms{})) {
+        if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const T z_loss = common(kZLoss);
             const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
             const V z_slope = z_weight * lse * T(2);
@@ -1034,7 +1234,13 @@ class Engine {
         Exception<T>* const exceptions = scratch.exceptions.data();
         Exception<T>* last = exceptions;
         *last++ = {target, target_gradient};
-        if constexpr (is_class_term<Functor>(ClassTerms{})) {
+        if constexpr (is_one_of<Functor>(PairTerms{})) {
+            const PairRow<Functor> both(*this, row);
+            const T shift = coefficient[kShift * n], plain = coefficient[kPlain * n], main = common(kMain);
+            over_chunks(threads, [&](int64_t begin, int64_t end) {
+                pair_gradient(both, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
+            });
+        } else if constexpr (is_one_of<Functor>(ClassTerms{})) {
             T params[kMaxParams];
             params_of(row, params);
             const PowerSeries<T> series(Functor::exponent(params));
@@ -1172,8 +1378,38 @@ class Engine {
         }
     }
 
+    // main h - p shift + plain exp((z - max) / factor); the gradient may be the logits' memory.
+    template <typename Row>
+    FUSEDLOSS_ONE_COPY void pair_gradient(const Row& row, S* grad, int64_t begin, int64_t end, T main, T shift,
+                                          T plain) const {
+        const T per_factor = T(1) / factor_;
+        const auto formula = [&](V x, V second, int64_t at, int size) {
+            const V p = exp_bounded<T>(x - row.max) * row.inverse;
+            V g = pair_term(row, x, second, at, size).slope * main - p * shift;
+            if (plain != T(0)) g += exp_bounded<T>((x - row.max) * per_factor) * plain;
+            return g;
+        };
+        int64_t at = begin;
+        if constexpr (Row::pairs) {
+            for (; at + 2 * width <= end; at += 2 * width) {
+                prefetch_after(row.z + at);
+                prefetch_after(row.second + at);
+                const Pair x = load_pair(row.z + at), y = load_pair(row.second + at);
+                const V even = formula(x.even * factor_, y.even * row.factor, at, width);
+                store_pair(grad + at, even, formula(x.odd * factor_, y.odd * row.factor, at, width));
+            }
+        }
+        for (; at + width <= end; at += width) {
+            prefetch_after(row.z + at);
+            prefetch_after(row.second + at);
+            store(grad + at, formula(load(row.z + at) * factor_, load(row.second + at) * row.factor, at, width));
+        }
+        const int rest = static_cast<int>(end - at);
+        if (rest > 0) store_part(grad + at, rest, last_pair(row, at, rest, formula));
+    }
+
     template <typename Functor, typename... Terms>
-    static constexpr bool is_class_term(FunctorList<Terms...>) {
+    static constexpr bool is_one_of(FunctorList<Terms...>) {
         return (std::is_same_v<Functor, Terms> || ...);
     }
 
@@ -1211,13 +1447,15 @@ using Pointed = std::remove_pointer_t<Pointer>;
 
 void forward(const Job& job) {
     const auto pass = [](const auto& engine, auto* functor) { engine.template forward<Pointed<decltype(functor)>>(); };
-    job.class_term ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
+    if (job.kind == kPairTerm) return run(job, job.epilogue, PairTerms{}, pass);
+    job.kind == kClassTerm ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
 }
 
-// The gradient has the same form for every row epilogue, so that only class terms need their functor.
+// The gradient has the same form for every row epilogue, so that only terms need their functor.
 void backward(const Job& job) {
-    run(job, job.class_term ? job.epilogue : -1, ClassTerms{},
-        [](const auto& engine, auto* functor) { engine.template backward<Pointed<decltype(functor)>>(); });
+    const auto pass = [](const auto& engine, auto* functor) { engine.template backward<Pointed<decltype(functor)>>(); };
+    if (job.kind == kPairTerm) return run(job, job.epilogue, PairTerms{}, pass);
+    run(job, job.kind == kClassTerm ? job.epilogue : -1, ClassTerms{}, pass);
 }
 
 void class_sums(const Job& job) {
@@ -1228,10 +1466,11 @@ void class_sums(const Job& job) {
 }
 
 void term_sums(const Job& job) {
-    run(job, job.epilogue, ClassTerms{}, [](const auto& engine, auto* functor) {
+    const auto pass = [](const auto& engine, auto* functor) {
         using Term = Pointed<decltype(functor)>;
         if constexpr (!std::is_void_v<Term>) engine.template term_sums<Term>();
-    });
+    };
+    job.kind == kPairTerm ? run(job, job.epilogue, PairTerms{}, pass) : run(job, job.epilogue, ClassTerms{}, pass);
 }
 
 void class_terms(const Job& job) {

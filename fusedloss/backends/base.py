@@ -13,6 +13,9 @@ from torch import Tensor
 from ..definition.rows import Job, Spec
 from ..definition.statistics import COEFFICIENTS, A, Q, U
 
+#: The kinds of epilogue, as the extensions number them.
+ROWS, CLASSES, PAIRS = range(3)
+
 
 @dataclass(frozen=True)
 class Epilogues:
@@ -20,24 +23,26 @@ class Epilogues:
 
     rows: Mapping[str, int]
     classes: Mapping[str, int]
+    pairs: Mapping[str, int]
+    """Those over the classes of two rows."""
     sums: Mapping[str, int]
     """Those over the classes whose sums over the rows are a loss's; there they lack the last of their parameters."""
 
     @cached_property
-    def numbers(self) -> dict[str, tuple[int, bool]]:
-        """The place of each among those of its kind, and whether it is over the classes; -1 of none, ""."""
-        rows = {name: (i, False) for i, name in enumerate(self.rows)}
-        return {"": (-1, False), **rows, **{name: (i, True) for i, name in enumerate(self.classes)}}
+    def numbers(self) -> dict[str, tuple[int, int]]:
+        """The place of each among those of its kind, and the number of that; -1 of none, ""."""
+        kinds = (self.rows, self.classes, self.pairs)
+        return {"": (-1, ROWS)} | {name: (i, kind) for kind, names in enumerate(kinds) for i, name in enumerate(names)}
 
     @cached_property
-    def numbers_in_sums(self) -> dict[str, tuple[int, bool]]:
+    def numbers_in_sums(self) -> dict[str, tuple[int, int]]:
         """Inside of a sum over the rows."""
-        return {name: (i, True) for i, name in enumerate(self.sums)}
+        return {name: (i, CLASSES) for i, name in enumerate(self.sums)}
 
     @staticmethod
     def of(extension: Any) -> Epilogues:
         """Return those of an extension module, or none without one."""
-        return Epilogues(*(({}, {}, {}) if extension is None else extension.epilogues()))
+        return Epilogues(*(({}, {}, {}, {}) if extension is None else extension.epilogues()))
 
     def find(self, kind: str, name: str) -> int | None:
         """Return the parameters of an epilogue that a kind of job takes; None if there is none.
@@ -50,12 +55,11 @@ class Epilogues:
             return self.classes[name] if name in self.sums else None
         if kind == "sums over rows":
             return self.sums.get(name)
-        if kind == "sums over classes":
-            return self.classes.get(name)
-        return self.rows.get(name, self.classes.get(name))
+        over_classes = self.classes.get(name, self.pairs.get(name))
+        return over_classes if kind == "sums over classes" else self.rows.get(name, over_classes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.rows or name in self.classes
+        return name in self.rows or name in self.classes or name in self.pairs
 
 
 class Backend:
@@ -121,7 +125,9 @@ class Backend:
         upstream, sizes = job.upstream, job.coefficients.abs()
         if is_over_classes(self, job.spec):
             # Beside the target and the top class p df/dp is below 64 times the class weight, in all of float32's range.
-            bound = sizes[:COEFFICIENTS].sum(0) + 64 * (1 if largest_weight is None else largest_weight)
+            scalars = job.rows.scalars
+            main = 1 if scalars is None else scalars[0]
+            bound = sizes[:COEFFICIENTS].sum(0) + 64 * main * (1 if largest_weight is None else largest_weight)
         else:
             sizes[A] *= job.statistics[Q]  # the most that the probability of another class can be
             if largest_weight is not None:
@@ -143,7 +149,7 @@ class Backend:
 
 def is_over_classes(backend: Backend, spec: Spec) -> bool:
     """Tell whether the epilogue is a class term: its gradient has another form than that of a row."""
-    return spec.epilogue in backend.epilogues.classes
+    return spec.epilogue in backend.epilogues.classes or spec.epilogue in backend.epilogues.pairs
 
 
 def _power_of_two(x: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ class Cpu(Backend):
 
     def sums(self, job: Job) -> Tensor:
         rows, over_rows = job.rows, job.spec.over_rows
-        sums = rows.logits.new_empty((2, rows.classes if over_rows else len(rows.target)), dtype=torch.float64)
+        count = (2, rows.classes) if over_rows else (3 if rows.teacher else 2, len(rows.target))
+        sums = rows.logits.new_empty(count, dtype=torch.float64)
         epilogue = (self.epilogues.numbers_in_sums if over_rows else self.epilogues.numbers)[job.spec.epilogue]
         (_engine.class_sums if over_rows else _engine.term_sums)(native(_engine.Job, job, epilogue, sums=sums))
         return sums

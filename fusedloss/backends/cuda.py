@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_indices
 from ..definition.rows import Job
 from ..definition.statistics import Picks
-from .base import Backend, Epilogues
+from .base import ROWS, Backend, Epilogues
 from .native import DTYPES, native
 
 try:
@@ -109,15 +109,15 @@ class Cuda(Backend):
         epilogue = self.epilogues.numbers[spec.epilogue]
         launch = native(_cuda.Launch, job, epilogue, spec.picks, count, weight_sum)
         launch.forward = True
-        self._run(launch, rows.logits, on_chip=job.grad is not None or epilogue[1])
+        self._run(launch, rows.logits, on_chip=job.grad is not None or epilogue[1] != ROWS)
 
     def with_gradient(self, job: Job) -> None:
         self.forward(job)
 
     def backward(self, job: Job) -> None:
-        number, is_class_term = self.epilogues.numbers[job.spec.epilogue]
+        number, kind = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
-        epilogue = (number, True) if is_class_term else (-1, False)
+        epilogue = (-1, ROWS) if kind == ROWS else (number, kind)
         slopes = (0, False, False, job.spec.more_coefficients)
         launch = native(_cuda.Launch, job, epilogue, slopes, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..definition.rows import Job
+from .base import PAIRS
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -18,7 +19,7 @@ _Native = TypeVar("_Native")
 def native(
     kind: Callable[..., _Native],
     job: Job,
-    epilogue: tuple[int, bool],
+    epilogue: tuple[int, int],
     searched: tuple[int, bool, bool, int] = (0, False, False, 0),
     given: int = 0,
     weight_sum: Tensor | None = None,
@@ -33,7 +34,9 @@ def native(
     rows = job.rows
     logits, upstream, grad = rows.hidden[0], job.upstream, job.grad
     count, classes = logits.shape
-    number, is_class_term = epilogue
+    number, epilogue_kind = epilogue
+    # None for a pass that knows nothing of it.
+    second = rows.teacher[0] if rows.teacher and epilogue_kind == PAIRS else None
     top_k, below, mean, moments = searched
     params = []
     for p in rows.params if number >= 0 else ():
@@ -56,9 +59,11 @@ def native(
         0 if rows.class_weight is None else rows.class_weight.data_ptr(),
         0 if weight_sum is None else weight_sum.data_ptr(),
         number,
-        is_class_term,
+        epilogue_kind,
         params,
         0 if rows.scalars is None else rows.scalars.data_ptr(),
+        0 if second is None else second.data_ptr(),
+        0 if second is None else second.stride(0),
         0 if job.loss is None else job.loss.data_ptr(),
         job.statistics.data_ptr(),
         job.index.data_ptr(),

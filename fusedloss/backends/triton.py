@@ -29,7 +29,7 @@ def _epilogues() -> Epilogues:
     tables = _modules()[0]
     classes = {name: x.params for name, x in tables.CLASS_TERMS.items()}
     sums = {name: classes[name] - 1 for name in tables.SUMMED_TERMS}
-    return Epilogues({name: x.params for name, x in tables.ROW_EPILOGUES.items()}, classes, sums)
+    return Epilogues({name: x.params for name, x in tables.ROW_EPILOGUES.items()}, classes, {}, sums)
 
 
 @cache

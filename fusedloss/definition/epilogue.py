@@ -22,13 +22,20 @@ class Epilogue:
     q = 1 - p and whether it is the target; a row's loss is the sum over its classes, which must be 0 at p = 0 of a
     class that is not the target.
 
+    ``over="teacher"``: ``function(log_y, log_p, d, *params)`` gives the loss of each class from its log-probabilities
+    in the teacher's row and in the student's, and their difference d, which has digits that they have not. The last
+    of the loss's parameters is no argument: the weight of a cross-entropy beside it, of the logits without temperature.
+
+    ``over="targets"``: ``function(y, log_p)`` of targets y, any numbers. Its parameters are two factors, of a target
+    and of what is added to each class.
+
     Each parameter is a 0-d tensor or (N,) (for classes: (N, 1)). ``name`` is that of the same loss among a backend's
     compiled epilogues; a backend that does not know it runs ``function`` between its passes.
     """
 
     name: str
     function: Callable[..., Tensor]
-    over: Literal["rows", "classes"] = "rows"
+    over: Literal["rows", "classes", "teacher", "targets"] = "rows"
     statistics: tuple[str, ...] = ()
     per_chunk: bool = False
     """Whether the function of a linear form may be called once a chunk, so that gradients are made with the loss."""
@@ -44,6 +51,10 @@ class Epilogue:
     def of_classes(self, p: Tensor, q: Tensor, positive: Tensor, params: list[Tensor]) -> Tensor:
         columns = (x[:, None] if x.dim() else x for x in params)
         return self._checked(self.function(p, q, positive, *columns), p, "rows and classes")
+
+    @property
+    def has_second_row(self) -> bool:
+        return self.over in ("teacher", "targets")
 
     def _checked(self, loss: object, like: Tensor, each: str) -> Tensor:
         if isinstance(loss, Tensor) and loss.shape == like.shape:

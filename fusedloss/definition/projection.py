@@ -13,6 +13,8 @@ class Form(NamedTuple):
 
     softcap: float = 0.0
     """z = softcap * tanh(z / softcap); 0 for none."""
+    teacher_softcap: float = 0.0
+    """That of the teacher's logits."""
     budget: int = 0
     """Bytes of a chunk of logits, and of what is kept beside them; 0 for as many as the device's rule says."""
     drop_ignored: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import check_indices, compute_dtype, may_read
+from ..checks import IGNORED, check_indices, compute_dtype, may_read
 from .epilogue import Epilogue
 from .projection import Form, dense_logits
 from .rows import Rows, Spec
@@ -36,15 +36,16 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
     picks = epilogue.picks
     picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or spec.smooths)
     z, s, ignored, invalid = _statistics(rows, spec.form, picks)
-    over_classes = epilogue.over == "classes"
+    over_classes = epilogue.over != "rows"
+    if epilogue.has_second_row:
+        return _against_second_row(z, rows, epilogue, spec, s).masked_fill(ignored, 0) * _nan_where(invalid, z), s
     if over_classes:
         terms = epilogue.of_classes(*_probabilities(z, s), rows.params)
         base = (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1)
     else:
         base = epilogue.of_rows(s, rows.params)
     loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=over_classes)
-    # Times NaN, since masked_fill would give an invalid row a gradient of 0.
-    return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype), s
+    return loss.masked_fill(ignored, 0) * _nan_where(invalid, loss), s
 
 
 def statistics(rows: Rows, spec: Spec, picks: Picks) -> tuple[Statistics, Tensor, Tensor]:
@@ -78,7 +79,40 @@ def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:
         mean_ce = (ce if rows.class_weight is None else ce * rows.class_weight).mean(-1)
     s = Statistics(target=index, lse=lse, mean_ce=mean_ce)
     loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True)
-    return loss.masked_fill(ignored, 0) * torch.where(invalid, torch.nan, 1.0).to(loss.dtype)
+    return loss.masked_fill(ignored, 0) * _nan_where(invalid, loss)
+
+
+def _nan_where(invalid: Tensor, like: Tensor) -> Tensor:
+    """A factor, since masked_fill would give an invalid row a gradient of 0."""
+    return torch.where(invalid, torch.nan, 1.0).to(like.dtype)
+
+
+def second_row(rows: Rows, form: Form) -> Tensor:
+    """The teacher's logits over the temperature, or the targets, (N, V) in the compute dtype; of ignored rows 0."""
+    first, *layer = rows.teacher
+    if layer:
+        weight, bias = layer[0], layer[1] if len(layer) > 1 else None
+        first = dense_logits([first], [weight], bias, Form(form.teacher_softcap), None)
+    return first.to(compute_dtype(first.dtype)).masked_fill((rows.target == IGNORED)[:, None], 0)
+
+
+def _against_second_row(z: Tensor, rows: Rows, epilogue: Epilogue, spec: Spec, s: Statistics) -> Tensor:
+    second, log_p = second_row(rows, spec.form), z.log_softmax(-1)
+    params = [x[:, None] if x.dim() else x for x in rows.params]
+    if epilogue.over == "targets":
+        y = second * params[0] + params[1]
+        base = epilogue.function(y if rows.class_weight is None else y * rows.class_weight, log_p).sum(-1)
+        return with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True)
+    second = tempered(second, rows, spec.form)
+    none = (second == -torch.inf) & (z == -torch.inf)
+    lag = second.logsumexp(-1, keepdim=True) - z.logsumexp(-1, keepdim=True)
+    d = (second - z).masked_fill(none, 0) - lag
+    base = epilogue.function(second.log_softmax(-1), log_p, d, *params[:-1]).sum(-1)
+    ce = s.ce
+    if spec.form.tempered:
+        plain, index, *_ = _targeted(rows._replace(scalars=None), spec.form._replace(tempered=False))
+        ce = dense_columns(plain, index, None, None, Picks())[0].ce
+    return with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True) + rows.params[-1] * ce
 
 
 def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, classes: int, weighted: bool) -> Tensor:
@@ -86,7 +120,8 @@ def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, class
 
     `classes`: of all ranks. `weighted`: the base already holds the class weights.
     """
-    row_weight = None if rows.class_weight is None else rows.class_weight[s.target]
+    # Soft targets have no class whose weight the row's other terms could have.
+    row_weight = None if rows.class_weight is None or rows.teacher else rows.class_weight[s.target]
     loss = base if row_weight is None or weighted else row_weight * base
     if rows.scalars is None:
         return loss

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .projection import Form, Projection
-from .statistics import COEFFICIENTS, MOMENTS, SLOPES, STATISTICS, Picks
+from .statistics import COEFFICIENTS, MOMENTS, SECONDS, SLOPES, STATISTICS, Picks
 
 #: Logits in hand, or a :class:`Projection` that makes them.
 Source = Tensor | Projection
@@ -30,7 +30,8 @@ class Rows(NamedTuple):
     bias: Tensor | None
     """(V,), added to the products."""
     teacher: list[Tensor]
-    """[]: no loss against a second row of logits is here yet."""
+    """[]; of a loss against a second row [logits (N, V)] or [hidden states (N, E), weight (V, E)], perhaps with a
+    bias (V,), in the logits' dtype; or [targets (N, V)] in compute. Nothing here has a gradient."""
     target: Tensor
     """(N,) int64: a class, IGNORED, or -1 for a class of another rank."""
     class_weight: Tensor | None
@@ -218,12 +219,12 @@ class Job:
     ``backward`` reads statistics, index and coefficients, and writes `grad`. ``sums`` and ``terms`` read statistics and
     index; one returns sums in float64, the other writes loss and coefficients. Sums over the rows are (2, V): error and
     agreement of each class. Those over the classes are (2, N): the terms f and p df/dp, without those of the target and
-    the top class.
+    the top class; against a second row (3, N): f, p df/dp and p - y of all classes.
     """
 
     rows: Rows
     spec: Spec
-    statistics: Tensor  # (6 + K, N), with moments (9 + K, N)
+    statistics: Tensor  # (6 + K, N), 3 more with moments, 3 more against a second row
     index: Tensor  # (K, N)
     loss: Tensor | None = None  # (N,)
     coefficients: Tensor | None = None  # (3 + K, N), with slopes of moments (5 + K, N)
@@ -245,7 +246,7 @@ class Job:
         first, target, candidates = rows.hidden[0], rows.target, rows.candidates
         picks = spec.top_k + spec.below + (0 if candidates is None else candidates.shape[1])
         count, dtype = target.shape[0], torch.float64 if first.dtype == torch.float64 else torch.float32
-        more = (MOMENTS if spec.moments else 0) + int(spec.top_q)
+        more = (MOMENTS if spec.moments else 0) + (SECONDS if rows.teacher else 0) + int(spec.top_q)
         statistics = first.new_empty((STATISTICS + picks + more, count), dtype=dtype)
         index = target.new_empty((picks, count))
         if not spec.epilogue:

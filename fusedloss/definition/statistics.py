@@ -8,6 +8,9 @@ dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], with the gradient at the tar
 The moments, where they are asked for, are three rows more: the entropy H, the excess E = sum_j p_j (z_j - max), and the
 power P = sum_j p_j^2. Their gradient, where PyTorch made the coefficients, has two rows more, the slopes c and e of
 p_j (c (z_j - max) + e p_j).
+
+Against a second row, three rows come after all these: its largest logit and its sum_exp (of targets 0 and 1), and
+sum_j exp((z_j - max) tau) with the temperature tau, of the softmax without it.
 """
 
 # Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
@@ -28,6 +31,8 @@ MOMENTS = 3
 #: Which of them a pass is asked for: a power alone costs less, and leaves the others as they may be.
 POWER_ALONE, ALL_MOMENTS = 1, 2
 SLOPES = 2
+SECOND_MAX, SECOND_SUM, PLAIN_SUM = range(3)
+SECONDS = 3
 
 #: Statistics that are computed on request, and the fields that each gives.
 OPTIONAL = {

@@ -152,6 +152,8 @@ class _Chunks:
             # The ranks must agree on the chunks, and none knows whether the weight of another is frozen.
             most, of_weights = form.most_classes, (True,) * len(rows.weight)
             row = most * first.element_size() * (2 if form.softcap else 1)
+        if rows.teacher:
+            row += most * first.element_size()
         budget = form.budget or budgets.DEFAULT_BUDGET
         if not form.budget and first.device.type != "cpu":
             features = sum([w.shape[1] for w, need in zip(rows.weight, of_weights, strict=False) if need])
@@ -160,10 +162,15 @@ class _Chunks:
         self.buffers: list[Tensor] = []
         for _ in range(copies):
             self.buffers.append(new_buffer(first, (self.size, classes)))
+        self._teacher = [new_buffer(first, (self.size, classes))] if rows.teacher else []
         self._fetched: slice | None = None
         self._parts: list[Tensor] = []
         if form.row_parts > 1:
             self._parts = [h.new_empty((self.size, h.shape[1])) for h in rows.hidden]
+
+    def clear(self) -> None:
+        self.buffers.clear()
+        self._teacher.clear()
 
     def __iter__(self) -> Iterator[slice]:
         rows = self.rows.target.shape[0]
@@ -202,7 +209,20 @@ class _Chunks:
                 torch.mul(tanh, softcap, out=logits)
             if self.spec.form.mask_target:
                 logits.scatter_(1, rows.target.clamp(min=0)[:, None], -torch.inf)
-        return rows._replace(hidden=[logits], weight=[], bias=None)
+        teacher = [self._teachers_logits(rows, make)] if rows.teacher else []
+        return rows._replace(hidden=[logits], weight=[], bias=None, teacher=teacher)
+
+    def _teachers_logits(self, rows: Rows, make: bool) -> Tensor:
+        hidden, weight, *bias = rows.teacher
+        logits, softcap = self._teacher[0][: hidden.shape[0]], self.spec.form.teacher_softcap
+        if make:
+            if bias:
+                torch.addmm(bias[0], hidden, weight.t(), out=logits)
+            else:
+                torch.mm(hidden, weight.t(), out=logits)
+            if softcap:
+                logits.div_(softcap).tanh_().mul_(softcap)
+        return logits
 
     def gradient(self, job: Job, with_loss: bool) -> Tensor:
         """Write the gradient of a chunk's products; where its logits are stored, in their place."""
@@ -288,7 +308,7 @@ class _Gradients:
 
     def finish(self, order: Tensor | None) -> list[Tensor]:
         """Return the gradients as the operators hand them over, when all rows are through."""
-        self._chunks.buffers.clear()  # which makes room for the weight's gradient beside its sum
+        self._chunks.clear()  # which makes room for the weight's gradient beside its sum
         if self._scaled is not None:
             self._scaled.finish()
         for work in self._pending:
@@ -430,12 +450,14 @@ def _chunks(rows: Rows, spec: Spec, backend: Backend) -> tuple[Tensor | None, _C
 
 def _part(rows: Rows, which: slice | Tensor, hidden: list[Tensor]) -> Rows:
     """Select some of the rows; `hidden` are their hidden states."""
-    target, candidates, params = rows.target[which], rows.candidates, []
+    target, candidates, teacher, params = rows.target[which], rows.candidates, rows.teacher, []
     for x in rows.params:
         params.append(x[which] if x.dim() else x)
     if candidates is not None:
         candidates = candidates[which]
-    return rows._replace(hidden=hidden, target=target, candidates=candidates, params=params)
+    if teacher:
+        teacher = [teacher[0][which], *teacher[1:]]
+    return rows._replace(hidden=hidden, teacher=teacher, target=target, candidates=candidates, params=params)
 
 
 def _take(order: Tensor | None, *tensors: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from ..definition.statistics import (
 from . import dense, functions, over_classes, temperature
 from .functions import OwnGradientsError, Reduction
 from .options import CallOptions
-from .prepare import Call, divisor_of, prepare
+from .prepare import Call, divisor_of, prepare, with_second_row, without_zero_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,7 +51,38 @@ def row_loss(
     call = prepare(name, input, target, params, without, candidates, options)
     if epilogue.picks.top_k > 1 or epilogue.picks.below:
         _check_picks(epilogue.picks, call)
+    return reduced_loss(call, epilogue, target, mean_over_weights)
+
+
+def second_row_loss(
+    name: str,
+    input: Source,
+    target: Tensor,
+    second: Source,
+    epilogue: Epilogue,
+    params: Sequence[float | Tensor],
+    *,
+    without: tuple[str, ...] = (),
+    main: Callable[[Tensor], Tensor] | None = None,
+    **options: Unpack[CallOptions],
+) -> Any:
+    """The loss `epilogue` against a second row, of the input's shape; `main` makes its factor of that of the logits.
+
+    Rows are left out by their target and, where it is 0, by their token weight.
+    """
+    call = with_second_row(prepare(name, input, target, params, without, None, options), second)
+    if main is not None and call.rows.scalars is not None:
+        _, *others, factor = call.rows.scalars
+        scalars = torch.stack([main(factor), *others, factor])
+        call = call._replace(rows=call.rows._replace(scalars=scalars))
+    return reduced_loss(call, epilogue, target)
+
+
+def reduced_loss(call: Call, epilogue: Epilogue, target: Tensor, mean_over_weights: bool = False) -> Any:
+    """The loss of a call, with RowStats of the target's shape where asked."""
     divisor, normalizer = divisor_of(call, mean_over_weights)
+    if epilogue.has_second_row:
+        call = without_zero_weights(call)
     loss, stats = _dispatch(call, epilogue, divisor)
     o = call.options
     if o["reduction"] == "none":
@@ -125,6 +156,8 @@ def _dispatch(
         if not return_stats:
             return loss, None
         return loss, top_stats(call) if top_k == 0 else row_stats(statistics, index, rows.target, moments > 0)
+    if epilogue.has_second_row and spec.impl != "reference" and not has_compiled(epilogue.name, call):
+        raise ValueError(f"impl={spec.impl!r} has no losses against a second row; use another implementation")
     if epilogue.over == "classes" and call.shards is None and spec.impl != "reference":
         _check_dense(call)
         if unreduced:
@@ -142,7 +175,7 @@ def _dispatch(
 def has_compiled(name: str, call: Call) -> bool:
     """Whether the passes have the epilogue of that name, and all gradients that are asked for."""
     backend = backends.BACKENDS.get(call.spec.impl)
-    if backend is None or not (name in backend.epilogues.rows or name in backend.epilogues.classes):
+    if backend is None or name not in backend.epilogues:
         return False
     params = call.rows.params
     return not params or True not in [p.requires_grad for p in params]
@@ -191,6 +224,8 @@ def _in_pytorch(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
     """Row losses (N,) of which a part, or all, is PyTorch code, and statistics with the top class where asked for."""
     if call.spec.impl == "reference":
         return reference.row_losses(call.rows, epilogue, call.spec)
+    if epilogue.has_second_row:
+        return over_classes.pair_losses(call, epilogue)
     return _composed(call, epilogue) if epilogue.over == "rows" else _over_ranks(call, epilogue)
 
 
@@ -249,7 +284,7 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
 def top_stats(call: Call) -> tuple[Tensor, ...]:
     """Compute the columns of RowStats by another statistics pass, where the loss did not look for the top class."""
     picks = Picks(1, moments=ALL_MOMENTS if call.options["stats"] else 0)
-    rows = call.rows._replace(candidates=None)
+    rows = call.rows._replace(candidates=None, teacher=[])
     with torch.no_grad():
         statistics, index, _ = functions.merged_statistics(rows, call.spec, picks, call.shards)
     return row_stats(statistics, index, rows.target, picks.moments > 0)
@@ -272,7 +307,7 @@ def dense_row_stats(s: Statistics, call: Call) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _entropy(call: Call) -> Tensor:
-    rows = call.rows._replace(candidates=None, class_weight=None)
+    rows = call.rows._replace(candidates=None, class_weight=None, teacher=[])
     if call.spec.impl == "reference":
         return reference.statistics(rows, call.spec, Picks(moments=ALL_MOMENTS))[0].entropy
     statistics, *_ = functions.merged_statistics(rows, call.spec, Picks(moments=ALL_MOMENTS), call.shards)

@@ -5,7 +5,7 @@
 ``backward``   the gradients by what makes the logits, times ``upstream``; ``backward_`` that of logits in hand, in
                their own memory
 ``sums``       the sums of a class term, from statistics with the top class: over the rows, (2, V), or over the classes,
-               (2, N), as the spec says
+               (2, N), as the spec says; of a term of two rows (3, N)
 ``terms``      losses and coefficients of the rows, from the same statistics: with dL/d error as class weights and
                dL/d agreement of the row's target as the last parameter, their gradient is that of a loss L of the sums
                over the rows
@@ -29,8 +29,9 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..backends.base import Backend
 from ..checks import DTYPES, compute_dtype
+from ..definition.divergences import SOFT_TARGETS
 from ..definition.rows import SCHEMA, Job, Rows, Spec, decode
-from ..definition.statistics import COEFFICIENTS, MOMENTS, STATISTICS, new_losses
+from ..definition.statistics import COEFFICIENTS, MOMENTS, SECONDS, STATISTICS, new_losses
 from . import chunks
 
 _library = torch.library.Library("fusedloss", "DEF")
@@ -137,7 +138,7 @@ def _sums_arguments(arguments: Sequence[Any]) -> tuple[Rows, Spec, Backend, tupl
 def _fake_sums(*arguments: Any) -> Tensor:
     rows, spec, *_ = _sums_arguments(arguments)
     count = rows.classes if spec.over_rows else rows.target.shape[0]
-    return rows.hidden[0].new_empty((2, count), dtype=torch.float64)
+    return rows.hidden[0].new_empty((3 if rows.teacher else 2, count), dtype=torch.float64)
 
 
 @_operator(f"sums({SCHEMA}, {_SAVED}, Tensor? row_weight, Tensor? top_q, str spec) -> Tensor", _fake_sums)
@@ -192,7 +193,7 @@ def _check(
 ) -> Backend:
     """Check the tensors against each other and the spec, and return the backend that it names."""
     hidden, weight, bias, teacher, target, class_weight, candidates, params, scalars = rows
-    if not hidden or len(weight) not in (0, len(hidden)) or (not weight and len(hidden) > 1) or teacher:
+    if not hidden or len(weight) not in (0, len(hidden)) or (not weight and len(hidden) > 1):
         got = f"{len(hidden)} hidden, {len(weight)} weight, {len(teacher)} teacher"
         raise ValueError(f"{operator}: there must be one tensor of logits, or a weight for each hidden, got {got}")
     if weight and (operator in ("backward_", "terms") or (operator == "sums" and spec.over_rows)):
@@ -235,6 +236,7 @@ def _check(
         sizes.append(("scalars", scalars, compute, (4,), True))
     elif spec.form.tempered:
         raise ValueError(f"{operator}: logits with a temperature need scalars, got None")
+    _add_second(sizes, rows, spec, storage, compute, (count, classes))
     for i, x in enumerate(params):
         sizes.append((f"params[{i}]", x, compute, (count,) if x.dim() else (), False))
     if not 0 <= spec.top_k <= 2:
@@ -242,8 +244,9 @@ def _check(
     picks = spec.top_k + spec.below
     if index is not None and statistics is not None:
         picks, moments = index.shape[0] if index.dim() else 0, MOMENTS if spec.moments else 0
+        more = STATISTICS + picks + moments + (SECONDS if teacher else 0)
         sizes.append(("index", index, integer, (picks, count), True))
-        sizes.append(("statistics", statistics, compute, (STATISTICS + picks + moments, count), True))
+        sizes.append(("statistics", statistics, compute, (more, count), True))
         if coefficients is not None:
             more = COEFFICIENTS + picks + (spec.more_coefficients if moments else 0)
             sizes.append(("coefficients", coefficients, compute, (more, count), True))
@@ -266,16 +269,39 @@ def _check(
         kind = "sums over rows" if spec.over_rows else "sums over classes"
     takes = known.find(kind, name)
     if takes is None:
-        names = [repr(x) for x in ("", *known.rows, *known.classes) if known.find(kind, x) is not None]
+        names = [repr(x) for x in ("", *known.rows, *known.classes, *known.pairs) if known.find(kind, x) is not None]
         raise ValueError(f"{operator}: no epilogue named {name!r}; there are {', '.join(names)}")
     if len(params) != takes:
         raise ValueError(f"{operator}: {name!r} takes {takes} params, got {len(params)}")
+    if (name in known.pairs) != (len(teacher) > 0):
+        raise ValueError(f"{operator}: teacher is for an epilogue of two rows, got {len(teacher)} of {name!r}")
     over_classes = name in known.classes
     if spec.top_k < 1 and (spec.top_q or (over_classes and kind == "forward")):
         raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
     if over_classes and (picks < 1 or (kind == "terms" and picks > 1)):
         raise ValueError(f"{operator}: {name!r} needs the top class among the picks, got {picks} picks")
     return backend
+
+
+def _add_second(
+    sizes: list[Any], rows: Rows, spec: Spec, storage: torch.dtype, compute: torch.dtype, shape: tuple[Any, Any]
+) -> None:
+    """What the tensors of a second row must be."""
+    teacher, (count, classes) = rows.teacher, shape
+    if len(teacher) == 1:
+        (second,) = teacher
+        # Targets are no logits: half precision would round them.
+        dtype = compute if spec.epilogue == SOFT_TARGETS.name else storage
+        sizes.append(("teacher[0]", second, dtype, shape, False))
+        if second.dim() == 2 and second.stride(1) != 1 and classes > 1:
+            raise ValueError(f"teacher must have rows of unit stride, got strides {second.stride()}")
+    elif teacher:
+        features = teacher[0].shape[-1] if teacher[0].dim() else 0
+        shapes = ((count, features), (classes, features), (classes,))
+        for i, (x, of_part) in enumerate(zip(teacher, shapes, strict=False)):
+            sizes.append((f"teacher[{i}]", x, storage, of_part, False))
+    if teacher and (len(teacher) > 3 or (len(teacher) > 1) != rows.is_linear):
+        raise ValueError(f"teacher must be logits, or hidden states, weight and bias like the rows, got {len(teacher)}")
 
 
 def _no_backend(operator: str, impl: str, device: torch.device) -> ValueError:

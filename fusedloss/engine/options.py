@@ -111,6 +111,34 @@ class LinearLogProbOptions(TopkOptions, total=False):
     sequence_parallel: bool
 
 
+class DistillationOptions(BatchOptions, total=False):
+    """Shared options of losses against a teacher's logits."""
+
+    target: Tensor | None
+    hard_weight: float
+    ignore_index: int
+    temperature: float | Tensor
+    scale_by_temperature_squared: bool
+    reduction: Reduction
+    impl: Impl | None
+
+
+class LinearDistillationOptions(BatchOptions, total=False):
+    """Shared options of losses against the logits of a teacher's hidden states."""
+
+    target: Tensor | None
+    hard_weight: float
+    ignore_index: int
+    temperature: float | Tensor
+    scale_by_temperature_squared: bool
+    reduction: Reduction
+    linear_bias: Tensor | None
+    softcap: float | None
+    budget: int | None
+    drop_ignored: bool | None
+    impl: Impl | None
+
+
 class CallOptions(RowOptions, total=False):
     """All that a row loss takes from any of its public forms."""
 
@@ -175,6 +203,9 @@ LINEAR_DEFAULTS: dict[str, Any] = {
     "drop_ignored": None,
     "sequence_parallel": False,
 }
+
+#: What a loss against a teacher's logits takes none of.
+DISTILLATION_LACKS = ("weight", "z_loss", "label_smoothing", "smoothing_over", "inplace_backward")
 
 #: Label smoothing mixes the losses of all classes, which a loss over the classes has anyway.
 CLASS_LOSSES_LACK = tuple(_Smoothing.__annotations__)

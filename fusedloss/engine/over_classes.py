@@ -22,7 +22,7 @@ from .. import transforms
 from ..checks import IGNORED
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Rows, Spec
-from ..definition.statistics import CE, MAX, STATISTICS, SUM_EXP, Picks, Q, Statistics, Targets
+from ..definition.statistics import CE, MAX, STATISTICS, SUM_EXP, TARGET_LOGIT, Picks, Q, Statistics, Targets
 from ..distributed.vocabulary import VocabularyShards, columns, differentiated_once
 from . import functions, operators
 from .functions import Settings
@@ -179,6 +179,96 @@ class _RowLosses(torch.autograd.Function):
 
         rows = rows._replace(target=here.target, class_weight=weight)
         return Terms(function, rows, settings.spec, here.statistics, here.top, here.top_q)
+
+
+def pair_losses(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
+    """Losses against a second row (N,), and statistics with the top class if there are statistics at all."""
+    counts, flat = call.rows.flatten()
+    top = int(call.options["return_stats"])
+    spec = call.spec._replace(epilogue=epilogue.name, top_k=top)
+    settings = Settings(counts, spec, epilogue, call.inplace, False)
+    loss, *columns = _PairLosses.apply(settings, call.shards, *flat)
+    return loss, Statistics(**dict(zip(("lse", "ce", "top_ce", "top_index"), columns, strict=False)))
+
+
+class _PairLosses(torch.autograd.Function):
+    """The rows' softmax is that of all ranks; each sums the terms of its own classes."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, shards: VocabularyShards, *flat):  # type: ignore[no-untyped-def]
+        rows, spec, epilogue = Rows.unflatten(settings.counts, flat), settings.spec, settings.epilogue
+        alone, picks = rows._replace(teacher=[], params=[], class_weight=None), Picks(spec.top_k)
+        statistics, index, _ = functions.merged_statistics(alone, spec, picks, shards)
+        max_, sum_exp, q = statistics[MAX], statistics[SUM_EXP], statistics[Q]
+        ones = torch.ones_like(q)
+        second, plain = torch.stack([0 * ones, ones, sum_exp]), statistics
+        hard = rows.params[-1] if epilogue.over == "teacher" else torch.zeros_like(rows.params[-1])
+        main, _, z_loss, factor = (1, 0, 0, 1) if rows.scalars is None else rows.scalars
+        slope_at_target = torch.zeros_like(q)
+        if epilogue.over == "teacher":
+            first, *layer = rows.teacher
+            teacher = alone._replace(hidden=[first], weight=layer[:1], bias=layer[1] if len(layer) > 1 else None)
+            form = spec.form._replace(softcap=spec.form.teacher_softcap)
+            of_teacher, *_ = functions.merged_statistics(teacher, spec._replace(form=form), Picks(), shards)
+            if spec.form.tempered:
+                form = spec.form._replace(tempered=False)
+                raw = alone._replace(scalars=None)
+                plain, *_ = functions.merged_statistics(raw, spec._replace(form=form), Picks(), shards)
+            plain_sum = plain[SUM_EXP] * (plain[MAX] - max_ / factor).exp()
+            second = torch.stack([of_teacher[MAX], of_teacher[SUM_EXP], plain_sum])
+            slope_at_target = _slope_of(epilogue, statistics, of_teacher, rows.params[:-1])
+        own = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
+        weight = shards.weight(rows.class_weight)
+        here = rows._replace(target=own, class_weight=weight, candidates=None)
+        saved = torch.cat([statistics, second])
+        columns_here = shards.here(index)[0]
+        sums = q.new_zeros((3, len(q)), dtype=torch.float64)
+        if rows.classes:
+            sums = operators.sums(*here, saved, columns_here, None, None, spec.encode())
+        loss, slope, difference = shards.total(sums)
+        # As in the passes: a rounded log-sum-exp makes all p too large by the same factor.
+        loss = (main * (loss - difference * slope)).to(q.dtype)
+        lse = max_ + sum_exp.log()
+        z_slope = 2 * z_loss * lse
+        loss = loss + z_loss * lse.square() + torch.where(hard == 0, 0, hard * plain[CE])
+        shift = main * slope.to(q.dtype) - z_slope
+        p = (-statistics[CE]).exp()
+        at_target = main * slope_at_target - p * shift - hard / factor * plain[Q]
+        # The kernels' gradient is right at a target that has no cross-entropy beside it.
+        own = torch.where((hard == 0) & (own != IGNORED), -1, own)
+        coefficients = torch.stack([shift, hard / (factor * second[2]), at_target])
+        coefficients = torch.cat([coefficients, torch.zeros_like(statistics[: spec.top_k])])
+        ctx.save_for_backward(*flat, saved, columns_here, coefficients, own, weight)
+        ctx.settings, ctx.shards = settings, shards
+        loss = loss.masked_fill(rows.target == IGNORED, 0)
+        if not spec.top_k:
+            return (loss,)
+        stats = columns_of(statistics, index, rows.target)
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        differentiated_once(grad_loss)
+        *flat, statistics, index, coefficients, own, weight = ctx.saved_tensors
+        rows, spec = Rows.unflatten(ctx.settings.counts, flat), ctx.settings.spec
+        needed = functions.needed_of(ctx, 2, rows, spec)
+        by_sources: tuple[Tensor | None, ...] = (torch.zeros_like(rows.hidden[0]),)
+        if rows.classes or rows.is_linear:
+            here = rows._replace(target=own, class_weight=weight)
+            saved = (statistics, index, coefficients, grad_loss)
+            by_sources = functions.gradients(here, spec, needed, *saved, ctx.settings.inplace)
+        return functions.of_inputs(ctx, (None, None), rows, spec, by_sources, ctx.shards)
+
+
+def _slope_of(epilogue: Epilogue, student: Tensor, teacher: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """p df/dp of the targets' terms (N,), from statistics of whole rows."""
+    lag = (teacher[MAX] - student[MAX]) + (teacher[SUM_EXP] / student[SUM_EXP]).log()
+    d = (teacher[TARGET_LOGIT] - student[TARGET_LOGIT]) - lag
+    with torch.enable_grad():
+        log_p = (-student[CE]).requires_grad_()
+        value = epilogue.function(-teacher[CE], log_p, d - (log_p - log_p.detach()), *params)
+    return torch.autograd.grad(value, log_p, torch.ones_like(value))[0]
 
 
 class _Sums(NamedTuple):

@@ -101,7 +101,7 @@ def prepare(
             hidden = [h.reshape(-1, h.shape[-1]) for h in input.hidden]
             logits = Projection(hidden, input.weight, input.bias, form)
     else:
-        logits = _matrix(input, o["inplace_backward"])
+        logits = matrix(input, o["inplace_backward"])
     if inplace and impl == "reference":
         source = backends.named_by(o["impl"])
         raise ValueError(f"inplace_backward needs a compiled implementation, but {source} is 'reference'")
@@ -174,7 +174,28 @@ def _check(input: Source, target: Tensor, classes: int, o: CallOptions) -> None:
         checks.check_normalizer(o["normalizer"], o["reduction"], o["token_weight"])
 
 
-def _matrix(input: Tensor, inplace: bool) -> Tensor:
+def with_second_row(call: Call, second: Source) -> Call:
+    """The call with a teacher's logits or targets, checked, that are in hand or are made as the input's are."""
+    rows, form = call.rows, call.spec.form
+    if isinstance(second, Projection):
+        (hidden,), (weight,) = second.hidden, second.weight
+        teacher = [hidden.reshape(-1, hidden.shape[-1]), weight]
+        teacher += [] if second.bias is None else [second.bias]
+        form = form._replace(teacher_softcap=second.form.softcap)
+    else:
+        teacher = [matrix(second, False)]
+    return call._replace(rows=rows._replace(teacher=teacher), spec=call.spec._replace(form=form))
+
+
+def without_zero_weights(call: Call) -> Call:
+    """Rows whose token weight is 0 are ignored, unless the weights are learnt."""
+    token_weight, rows = call.token_weight, call.rows
+    if token_weight is None or token_weight.requires_grad:
+        return call
+    return call._replace(rows=rows._replace(target=rows.target.masked_fill(token_weight == 0, checks.IGNORED)))
+
+
+def matrix(input: Tensor, inplace: bool) -> Tensor:
     """(N, V) with unit stride along the rows, a view of the input wherever one exists."""
     classes = input.shape[-1]
     if inplace:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
+from ..checks import check_number, check_second_row, compute_dtype
+from ..definition.divergences import SOFT_TARGETS
 from ..definition.epilogue import Epilogue
+from ..definition.projection import Projection
 from ..definition.statistics import RowStats, Statistics
-from ..engine.dispatch import row_loss
+from ..distributed.vocabulary import shards_of
+from ..engine.dispatch import row_loss, second_row_loss
 from ..engine.options import LinearOptions, RowOptions
 from ._linear import projected
 from ._registry import example, linear_form, row_form
@@ -49,14 +54,47 @@ def cross_entropy(
     The same as :func:`torch.nn.functional.cross_entropy` on class indices, with the class dimension last. With
     ``weight``, "mean" divides by the sum of the targets' weights, as there.
 
+    A floating ``target`` (*, V) holds numbers y for all the classes, any that are finite and not negative, of which
+    nobody checks the sums: a row's loss is -sum_j w_j y'_j log p_j with y' = (1 - label_smoothing) y +
+    label_smoothing / V. It gets no gradient. "mean" divides by the number of rows, as in PyTorch; rows are left out by
+    a ``token_weight`` of 0, and there is no ``ignore_index``. There is no linear form of it.
+
     >>> import torch, fusedloss as fl
     >>> logits = torch.randn(8, 1000, requires_grad=True)
     >>> loss = fl.cross_entropy(logits, torch.arange(8), label_smoothing=0.1)
     >>> loss.backward()
     """
+    if isinstance(target, Tensor) and target.is_floating_point():
+        return _of_soft_targets(input, target, {**options, "return_stats": return_stats})
     return row_loss(
         "cross_entropy", input, target, CROSS_ENTROPY, mean_over_weights=True, return_stats=return_stats, **options
     )
+
+
+def _of_soft_targets(input: Any, target: Tensor, options: dict[str, Any]) -> Any:
+    if isinstance(input, Projection):
+        raise ValueError(
+            "the linear form takes class indices: targets for all the classes are as large as the logits; compute the "
+            f"logits and use the row form, or take distillation_loss of a teacher's hidden states, got {target.dtype}"
+        )
+    check_second_row("target", target, input)
+    for name, default in (("ignore_index", -100), ("smoothing_over", "all")):
+        if (given := options.get(name, default)) != default:
+            raise ValueError(f"{name} is for class indices, and targets for all the classes have none, got {given!r}")
+    smoothing = options.pop("label_smoothing", 0.0)
+    check_number("label_smoothing", smoothing, 0, 1)
+    shards = shards_of(options.get("group"), input)
+    classes = input.shape[-1] if shards is None else shards.classes
+    index = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)
+    if shards is not None:
+        options["group"] = shards
+    params = (1 - smoothing, smoothing / max(1, classes))
+    second = target.to(compute_dtype(input.dtype))
+    result = second_row_loss("cross_entropy", input, index, second, SOFT_TARGETS, params, **options)
+    if not isinstance(result, tuple):
+        return result
+    loss, stats = result
+    return loss, stats._replace(target_log_prob=torch.full_like(stats.target_log_prob, torch.nan))
 
 
 @overload
