@@ -155,6 +155,62 @@ struct PairPartial {
     double loss = 0, slope = 0, difference = 0;
 };
 
+// What a pair term takes of a row and of the second.
+template <typename T>
+struct PairRow {
+    T params[kMaxParams];
+    T max, inverse, log_sum;  // of the logits: the largest, 1 / S, log S
+    T second_max, second_inverse, second_log_sum;
+    T lag;  // log-sum-exp of the second row less that of the first; of targets log S
+};
+
+template <typename Term, typename T, typename V>
+FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p) {
+    Both<V> both{};
+    both.p = p;
+    if constexpr (Term::of_logits) {
+        both.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
+        // A class that neither row has: -inf less -inf.
+        both.d = both.p + both.y == V{} ? V{} : (second - x) - row.lag;
+    } else {
+        both.y = second;
+        both.d = row.lag - (x - row.max);
+    }
+    if constexpr (Term::mixes) {
+        both.log_p = (x - row.max) - row.log_sum;
+        both.log_y = (second - row.second_max) - row.second_log_sum;
+        both.log_mixture = log_positive<T>(Term::mixture(both.p, both.y, row.params));
+    }
+    return Term::template term<T>(both, row.params);
+}
+
+template <typename Term, typename T>
+FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, const T* second, int64_t count) {
+    using V = typename VectorOf<T>::Value;
+    V loss{}, slope{}, difference{};
+    for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
+        const V z = load(x + at);
+        const auto term = pair_term<Term, T, V>(row, z, load(second + at), exp_bounded<T>(z - row.max) * row.inverse);
+        loss += term.loss;
+        slope += term.slope;
+        difference += term.difference;
+    }
+    return {double(total<T>(loss)), double(total<T>(slope)), double(total<T>(difference))};
+}
+
+// main h - p shift + plain exp((z - max) per_factor), in the place of the logits.
+template <typename Term, typename T>
+FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, T* x, const T* second, int64_t count, T main,
+                                            T shift, T plain, T per_factor) {
+    using V = typename VectorOf<T>::Value;
+    for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
+        const V z = load(x + at), p = exp_bounded<T>(z - row.max) * row.inverse;
+        V g = pair_term<Term, T, V>(row, z, load(second + at), p).slope * main - p * shift;
+        if (plain != T(0)) g += exp_bounded<T>((z - row.max) * per_factor) * plain;
+        store(x + at, g);
+    }
+}
+
 // e (a + c lag + d e), e = exp(lag): the part of a gradient that the probability is a factor of.
 template <typename T>
 struct Slopes {
@@ -279,7 +335,8 @@ class Engine {
             const int64_t n = job_.rows;
             job_.sums[row] = job_.sums[n + row] = 0;
             if constexpr (is_one_of<Term>(PairTerms{})) {
-                const PairPartial part = ignored(row) ? PairPartial{} : pair_sums(PairRow<Term>(*this, row), threads);
+                const PairPartial part =
+                    ignored(row) ? PairPartial{} : pair_sums<Term>(row, pair_row<Term>(row), threads);
                 const double sums[] = {part.loss, part.slope, part.difference};
                 for (int k = 0; k < 3; ++k) job_.sums[k * n + row] = sums[k];
                 return;
@@ -376,7 +433,7 @@ class Engine {
 
     // --- statistics pass ---
 
-    // Those of the softmax alone; of no target with that logit -inf.
+    // Those of the softmax alone.
     RowStatistics<T> summary(const Partial<T>& part, int64_t target, T target_logit) const {
         RowStatistics<T> s;
         s.max = finite_max(part.max);
@@ -398,7 +455,7 @@ class Engine {
     // Those of a row without its picks.
     FUSEDLOSS_ONE_COPY RowStatistics<T> softmax_of(int64_t row, int threads, int64_t target) const {
         const S* z = logits(row);
-        const T target_logit = target < 0 ? -kInfinity<T> : logit(z + target);
+        const T target_logit = logit(z + target);
         return summary(
             fold<Partial<T>>(
                 threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, T(0)); }),
@@ -847,116 +904,75 @@ class Engine {
         return static_cast<T*>(job_.statistics) + after * job_.rows + row;
     }
 
-    // What a pair term takes of a row and of the second.
-    template <typename Term_>
-    struct PairRow {
-        using Term = Term_;
-        using R = std::conditional_t<Term::of_logits, S, T>;
-        const S* z;
-        const R* second;
-        const R* limit;
-        T params[kMaxParams] = {};
-        T max, inverse, second_max, second_inverse;
-        T lag;  // log-sum-exp of the second row less that of the first; of targets log S
-        T log_sum, second_log_sum;
-        T factor = T(1), fill = T(0);  // of the second row's numbers, and behind its end
-
-        // Where vectors come in pairs they must in both rows.
-        static constexpr bool pairs = kPairs<S> && std::is_same_v<R, S>;
-
-        PairRow(const Engine& engine, int64_t row) {
-            const Job& job = engine.job_;
-            const auto rows = static_cast<const R*>(job.second);
-            z = engine.logits(row);
-            second = rows + row * job.second_row_stride;
-            limit = rows + (job.rows - 1) * job.second_row_stride + job.classes;
-            engine.params_of(row, params);
-            if (Term::of_logits) factor = engine.factor_, fill = -kInfinity<T>;
-            const int64_t n = job.rows;
-            const T* const statistic = static_cast<const T*>(job.statistics) + row;
-            const T* const more = engine.second_statistic(row);
-            const T sum = statistic[kSumExp * n], second_sum = more[kSecondSum * n];
-            max = statistic[kMax * n], inverse = T(1) / sum;
-            second_max = more[kSecondMax * n], second_inverse = T(1) / second_sum;
-            log_sum = std::log(sum), second_log_sum = std::log(second_sum);
-            lag = Term::of_logits ? (second_max - max) + std::log(second_sum / sum) : log_sum;
+    // Columns of the logits times their factor, up to a whole number of vectors; -inf behind the end.
+    FUSEDLOSS_ONE_COPY static void fill_block(const S* z, int64_t count, const S* limit, T factor, T* block) {
+        for (int64_t at = 0; at < count; at += width) {
+            prefetch_after(z + at);
+            const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
+            const V x = rest == width ? load(z + at) : load_part(z + at, rest, -kInfinity<T>, limit);
+            store(block + at, x * factor);
         }
-    };
-
-    template <typename Row>
-    PairTerm<V> pair_term(const Row& row, V x, V second, int64_t column, int size) const {
-        using Term = typename Row::Term;
-        Both<V> pair{};
-        pair.p = exp_bounded<T>(x - row.max) * row.inverse;
-        if constexpr (Term::of_logits) {
-            pair.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
-            // A class that neither row has: -inf less -inf.
-            const auto none = pair.p + pair.y == V{};
-            pair.d = none ? V{} : (second - x) - row.lag;
-        } else {
-            pair.y = second * row.params[0] + row.params[1];
-            if (size < width) pair.y = lanes<T>() < size ? pair.y : V{};
-            if (class_weight()) pair.y *= load_weight(column, size);
-            pair.d = row.lag - (x - row.max);
-        }
-        if constexpr (Term::mixes) {
-            pair.log_p = (x - row.max) - row.log_sum;
-            pair.log_y = (second - row.second_max) - row.second_log_sum;
-            pair.log_mixture = log_positive<T>(Term::mixture(pair.p, pair.y, row.params));
-        }
-        return Term::template term<T>(pair, row.params);
     }
 
-    // body(x, second, column, columns) for each vector of the columns of both rows; where the storage has pairs of
-    // vectors, in no order.
-    template <typename Row, typename Body>
-    FUSEDLOSS_INLINE void each_pair(const Row& row, int64_t begin, int64_t end, const Body& body) const {
-        int64_t at = begin;
-        if constexpr (Row::pairs) {
-            for (; at + 2 * width <= end; at += 2 * width) {
-                prefetch_after(row.z + at);
-                prefetch_after(row.second + at);
-                const Pair x = load_pair(row.z + at), y = load_pair(row.second + at);
-                body(x.even * factor_, y.even * row.factor, at, width);
-                body(x.odd * factor_, y.odd * row.factor, at, width);
+    // Targets of the columns as the loss takes them; 0 behind the end.
+    FUSEDLOSS_ONE_COPY void fill_targets(const T* y, int64_t column, int64_t count, const T* limit, const T* params,
+                                         T* block) const {
+        for (int64_t at = 0; at < count; at += width) {
+            prefetch_after(y + at);
+            const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
+            V x = (rest == width ? load(y + at) : load_part(y + at, rest, T(0), limit)) * params[0] + params[1];
+            if (class_weight()) x *= load_weight(column + at, rest);
+            store(block + at, rest == width ? x : lanes<T>() < rest ? x : V{});
+        }
+    }
+
+    template <typename Term>
+    PairRow<T> pair_row(int64_t row) const {
+        const int64_t n = job_.rows;
+        PairRow<T> pair{};
+        params_of(row, pair.params);
+        const T* const statistic = static_cast<const T*>(job_.statistics) + row;
+        const T* const more = second_statistic(row);
+        const T sum = statistic[kSumExp * n], second_sum = more[kSecondSum * n];
+        pair.max = statistic[kMax * n], pair.second_max = more[kSecondMax * n];
+        pair.inverse = T(1) / sum, pair.second_inverse = T(1) / second_sum;
+        pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
+        pair.lag = Term::of_logits ? (pair.second_max - pair.max) + std::log(second_sum / sum) : pair.log_sum;
+        return pair;
+    }
+
+    // body(x, second, first column, columns) for each block of both rows' columns.
+    template <typename Term, typename Body>
+    void each_pair_block(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end, const Body& body) const {
+        T x[kBlock], second[kBlock];
+        for (int64_t from = begin; from < end; from += kBlock) {
+            const int64_t count = std::min(kBlock, end - from);
+            fill_block(logits(row) + from, count, limit(), factor_, x);
+            const int64_t last = (job_.rows - 1) * job_.second_row_stride + job_.classes;
+            if constexpr (Term::of_logits) {
+                const S* const t = static_cast<const S*>(job_.second);
+                fill_block(t + row * job_.second_row_stride + from, count, t + last, factor_, second);
+            } else {
+                const T* const y = static_cast<const T*>(job_.second);
+                fill_targets(y + row * job_.second_row_stride + from, from, count, y + last, pair.params, second);
             }
+            body(x, second, from, count);
         }
-        for (; at + width <= end; at += width) {
-            prefetch_after(row.z + at);
-            prefetch_after(row.second + at);
-            body(load(row.z + at) * factor_, load(row.second + at) * row.factor, at, width);
-        }
-        if (at < end) last_pair(row, at, static_cast<int>(end - at), body);
     }
 
-    template <typename Row, typename Body>
-    auto last_pair(const Row& row, int64_t at, int count, const Body& body) const {
-        return body(load_part(row.z + at, count, -kInfinity<T>, limit()) * factor_,
-                    load_part(row.second + at, count, row.fill, row.limit) * row.factor, at, count);
-    }
-
-    template <typename Row>
-    FUSEDLOSS_ONE_COPY PairPartial pair_sums(const Row& row, int threads) const {
-        return fold<PairPartial>(threads, [&](int64_t begin, int64_t end) {
-            PairPartial part;
-            for (int64_t from = begin; from < end; from += kBlock) {
-                V loss{}, slope{}, difference{};
-                each_pair(row, from, std::min(from + kBlock, end), [&](V x, V second, int64_t at, int size) {
-                    const PairTerm<V> term = pair_term(row, x, second, at, size);
-                    loss += term.loss;
-                    slope += term.slope;
-                    difference += term.difference;
-                });
-                merge(part, {double(total<T>(loss)), double(total<T>(slope)), double(total<T>(difference))});
-            }
-            return part;
+    template <typename Term>
+    PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end) const {
+        PairPartial part;
+        each_pair_block<Term>(row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count) {
+            merge(part, sum_pairs<Term>(pair, x, second, count));
         });
+        return part;
     }
 
-    // A weight of the cross-entropy beside a term is the last of its parameters.
-    template <typename Row>
-    T hard_weight(const Row& row) const {
-        return Row::Term::of_logits ? row.params[Row::Term::param_count - 1] : T(0);
+    template <typename Term>
+    PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int threads) const {
+        return fold<PairPartial>(threads,
+                                 [&](int64_t begin, int64_t end) { return pair_sums<Term>(row, pair, begin, end); });
     }
 
     template <typename Term>
@@ -968,29 +984,26 @@ class Engine {
         more[kSecondMax * n] = T(0), more[kSecondSum * n] = T(1), more[kPlainSum * n] = s.sum_exp;
         if constexpr (Term::of_logits) {
             Job job = job_;
-            job.logits = job_.second, job.row_stride = job_.second_row_stride, job.mean = false, job.moments = 0;
-            job.top_k = 0, job.below = false;
-            const RowStatistics<T> second = Engine(job).softmax_of(row, threads, -1);
+            job.logits = job_.second, job.row_stride = job_.second_row_stride;
+            // As the first row's, so that equal rows have the same bits.
+            const RowStatistics<T> second = Engine(job).softmax_of(row, threads, s.target);
             more[kSecondMax * n] = second.max, more[kSecondSum * n] = second.sum_exp;
         }
-        const PairRow<Term> both(*this, row);
-        const T main = common(kMain), hard = hard_weight(both);
+        const PairRow<T> pair = pair_row<Term>(row);
+        // The weight of the cross-entropy beside a term is the last of its parameters.
+        const T main = common(kMain), hard = Term::of_logits ? pair.params[Term::param_count - 1] : T(0);
         RowStatistics<T> plain = s;
         if (hard != T(0) && factor_ != T(1)) {
             Job job = job_;
-            job.common = nullptr, job.mean = false, job.moments = 0, job.top_k = 0, job.below = false;
+            job.common = nullptr;
             plain = Engine(job).softmax_of(row, threads, s.target);
             more[kPlainSum * n] = plain.sum_exp * std::exp(plain.max - s.max / factor_);
         }
-        const PairPartial sum = pair_sums(both, threads);
-        const T at_target = last_pair(both, s.target, 1, [&](V x, V second, int64_t at, int size) {
-            return pair_term(both, x, second, at, size).slope;
-        })[0];
-        // A rounded log-sum-exp makes all p too large by the same factor, 1 + the sum of p - y: the derivative by it is
-        // that of h.
+        const PairPartial sum = pair_sums<Term>(row, pair, threads);
+        const T at_target = T(pair_sums<Term>(row, pair, s.target, s.target + 1).slope);
         const T z_slope = add_z_loss(s, T(1), loss);
         const T slope = main * T(sum.slope);
-        *loss += main * T(sum.loss - sum.difference * sum.slope);
+        *loss += main * T(whole<Term>(sum.loss, sum.slope, sum.difference, pair.params));
         if (hard != T(0)) *loss += hard * plain.ce;
         // Without a temperature both are factors of the same exponentials.
         const bool apart = hard != T(0) && factor_ != T(1);
@@ -1235,10 +1248,9 @@ class Engine {
         Exception<T>* last = exceptions;
         *last++ = {target, target_gradient};
         if constexpr (is_one_of<Functor>(PairTerms{})) {
-            const PairRow<Functor> both(*this, row);
             const T shift = coefficient[kShift * n], plain = coefficient[kPlain * n], main = common(kMain);
             over_chunks(threads, [&](int64_t begin, int64_t end) {
-                pair_gradient(both, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
+                pair_gradient<Functor>(row, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
             });
         } else if constexpr (is_one_of<Functor>(ClassTerms{})) {
             T params[kMaxParams];
@@ -1378,34 +1390,18 @@ class Engine {
         }
     }
 
-    // main h - p shift + plain exp((z - max) / factor); the gradient may be the logits' memory.
-    template <typename Row>
-    FUSEDLOSS_ONE_COPY void pair_gradient(const Row& row, S* grad, int64_t begin, int64_t end, T main, T shift,
-                                          T plain) const {
-        const T per_factor = T(1) / factor_;
-        const auto formula = [&](V x, V second, int64_t at, int size) {
-            const V p = exp_bounded<T>(x - row.max) * row.inverse;
-            V g = pair_term(row, x, second, at, size).slope * main - p * shift;
-            if (plain != T(0)) g += exp_bounded<T>((x - row.max) * per_factor) * plain;
-            return g;
-        };
-        int64_t at = begin;
-        if constexpr (Row::pairs) {
-            for (; at + 2 * width <= end; at += 2 * width) {
-                prefetch_after(row.z + at);
-                prefetch_after(row.second + at);
-                const Pair x = load_pair(row.z + at), y = load_pair(row.second + at);
-                const V even = formula(x.even * factor_, y.even * row.factor, at, width);
-                store_pair(grad + at, even, formula(x.odd * factor_, y.odd * row.factor, at, width));
+    // The gradient may be the logits' memory.
+    template <typename Term>
+    void pair_gradient(int64_t row, S* grad, int64_t begin, int64_t end, T main, T shift, T plain) const {
+        const PairRow<T> pair = pair_row<Term>(row);
+        each_pair_block<Term>(row, pair, begin, end, [&](T* x, const T* second, int64_t from, int64_t count) {
+            differentiate_pairs<Term>(pair, x, second, count, main, shift, plain, T(1) / factor_);
+            for (int64_t at = 0; at < count; at += width) {
+                const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
+                rest == width ? store(grad + from + at, load(x + at))
+                              : store_part(grad + from + at, rest, load(x + at));
             }
-        }
-        for (; at + width <= end; at += width) {
-            prefetch_after(row.z + at);
-            prefetch_after(row.second + at);
-            store(grad + at, formula(load(row.z + at) * factor_, load(row.second + at) * row.factor, at, width));
-        }
-        const int rest = static_cast<int>(end - at);
-        if (rest > 0) store_part(grad + at, rest, last_pair(row, at, rest, formula));
+        });
     }
 
     template <typename Functor, typename... Terms>

@@ -14,8 +14,6 @@ numbers far larger than it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -79,12 +77,16 @@ def _soft_targets(y: Tensor, log_p: Tensor) -> Tensor:
     return -_times(y, log_p)
 
 
-def _of_teacher(name: str, function: Callable[..., Tensor]) -> Epilogue:
-    return Epilogue(name, function, over="teacher")
+def _one() -> int:
+    return 1
 
 
-FORWARD_KL = _of_teacher("forward_kl", _forward_kl)
-REVERSE_KL = _of_teacher("reverse_kl", _reverse_kl)
-TOTAL_VARIATION = _of_teacher("total_variation", _total_variation)
-MIXTURE_KL = _of_teacher("mixture_kl", _mixture_kl)
+def _curvature(mu: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return a * (1 - mu) ** 2 + b * mu**2
+
+
+FORWARD_KL = Epilogue("forward_kl", _forward_kl, over="teacher", curvature=_one)
+REVERSE_KL = Epilogue("reverse_kl", _reverse_kl, over="teacher", curvature=_one)
+TOTAL_VARIATION = Epilogue("total_variation", _total_variation, over="teacher")
+MIXTURE_KL = Epilogue("mixture_kl", _mixture_kl, over="teacher", curvature=_curvature)
 SOFT_TARGETS = Epilogue("soft_targets", _soft_targets, over="targets")

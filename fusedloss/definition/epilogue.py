@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .statistics import Picks, Statistics
+
+
+def _flat(*_: Tensor) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Epilogue:
     function: Callable[..., Tensor]
     over: Literal["rows", "classes", "teacher", "targets"] = "rows"
     statistics: tuple[str, ...] = ()
+    curvature: Callable[..., Any] = _flat
+    """Of those over the classes of two rows: sum_j p_j^2 d2f/dp_j^2 where both are the same, of the parameters."""
     per_chunk: bool = False
     """Whether the function of a linear form may be called once a chunk, so that gradients are made with the loss."""
     picks: Picks = field(init=False)

@@ -227,7 +227,8 @@ class _PairLosses(torch.autograd.Function):
             sums = operators.sums(*here, saved, columns_here, None, None, spec.encode())
         loss, slope, difference = shards.total(sums)
         # As in the passes: a rounded log-sum-exp makes all p too large by the same factor.
-        loss = (main * (loss - difference * slope)).to(q.dtype)
+        more = difference * (slope - epilogue.curvature(*rows.params[:-1]) / 2 * difference)
+        loss = (main * torch.where(loss.isinf(), loss, loss - more)).to(q.dtype)
         lse = max_ + sum_exp.log()
         z_slope = 2 * z_loss * lse
         loss = loss + z_loss * lse.square() + torch.where(hard == 0, 0, hard * plain[CE])
