@@ -478,10 +478,10 @@ struct MixtureKl {
 // The loss of a row from its sums over the classes. A rounded log-sum-exp makes all p too large by the same factor,
 // 1 + the sum of p - y; what that adds to the loss is taken off to the second order, whose coefficient is that of close
 // rows: elsewhere nobody would see it.
-template <typename Term, typename S, typename T>
-FUSEDLOSS_HD S whole(S loss, S slope, S difference, const T* params) {
-    const S more = difference * (slope - S(Term::curvature(params)) / 2 * difference);
-    return loss < std::numeric_limits<S>::infinity() ? loss - more : loss;
+template <typename T>
+FUSEDLOSS_HD T whole_loss(T loss, T slope, T difference, T curvature) {
+    const T more = difference * (slope - curvature / 2 * difference);
+    return loss < std::numeric_limits<T>::infinity() ? loss - more : loss;
 }
 
 // -sum_j y_j log p_j of targets y, which need not sum to 1; `d` is -log p. Parameters: what smoothing leaves of a

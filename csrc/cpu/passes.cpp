@@ -155,6 +155,10 @@ struct PairPartial {
     double loss = 0, slope = 0, difference = 0;
 };
 
+// Stands for every pair term.
+struct AnyPair {};
+using AnyPairTerm = FunctorList<AnyPair>;
+
 // What a pair term takes of a row and of the second.
 template <typename T>
 struct PairRow {
@@ -250,7 +254,7 @@ class Engine {
 
     template <typename Functor>
     void forward() const {
-        if constexpr (!is_one_of<Functor>(PairTerms{})) {
+        if constexpr (!std::is_same_v<Functor, AnyPair>) {
             if (narrow()) return side_by_side<Functor>();
         }
         over_rows([&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch); });
@@ -260,8 +264,8 @@ class Engine {
     void one_by_one(int64_t row, int threads, Scratch<T>& scratch) const {
         if (ignored(row)) return write_ignored(row);
         const RowStatistics<T> s = statistics(row, threads, scratch);
-        if constexpr (is_one_of<Functor>(PairTerms{})) {
-            finish_pair_term<Functor>(row, threads, s);
+        if constexpr (std::is_same_v<Functor, AnyPair>) {
+            finish_pair_term(row, threads, s);
         } else if constexpr (!std::is_void_v<Functor>) {
             finish<Functor>(row, threads, s, scratch);
         }
@@ -334,9 +338,8 @@ class Engine {
         over_rows([&](int64_t row, int threads, Scratch<T>&) {
             const int64_t n = job_.rows;
             job_.sums[row] = job_.sums[n + row] = 0;
-            if constexpr (is_one_of<Term>(PairTerms{})) {
-                const PairPartial part =
-                    ignored(row) ? PairPartial{} : pair_sums<Term>(row, pair_row<Term>(row), threads);
+            if constexpr (std::is_same_v<Term, AnyPair>) {
+                const PairPartial part = ignored(row) ? PairPartial{} : pair_sums(row, pair_row(row), threads);
                 const double sums[] = {part.loss, part.slope, part.difference};
                 for (int k = 0; k < 3; ++k) job_.sums[k * n + row] = sums[k];
                 return;
@@ -904,6 +907,24 @@ class Engine {
         return static_cast<T*>(job_.statistics) + after * job_.rows + row;
     }
 
+    // visit(Term{}): the term is chosen where its arithmetic is, so that nothing else is compiled once for each.
+    template <typename Visit>
+    void with_pair_term(const Visit& visit) const {
+        with_functor(
+            job_.epilogue,
+            [&](auto* functor) {
+                using Term = std::remove_pointer_t<decltype(functor)>;
+                if constexpr (!std::is_void_v<Term>) visit(Term{});
+            },
+            PairTerms{});
+    }
+
+    bool has_teacher() const {
+        bool result = false;
+        with_pair_term([&](auto term) { result = decltype(term)::of_logits; });
+        return result;
+    }
+
     // Columns of the logits times their factor, up to a whole number of vectors; -inf behind the end.
     FUSEDLOSS_ONE_COPY static void fill_block(const S* z, int64_t count, const S* limit, T factor, T* block) {
         for (int64_t at = 0; at < count; at += width) {
@@ -926,7 +947,6 @@ class Engine {
         }
     }
 
-    template <typename Term>
     PairRow<T> pair_row(int64_t row) const {
         const int64_t n = job_.rows;
         PairRow<T> pair{};
@@ -937,19 +957,19 @@ class Engine {
         pair.max = statistic[kMax * n], pair.second_max = more[kSecondMax * n];
         pair.inverse = T(1) / sum, pair.second_inverse = T(1) / second_sum;
         pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
-        pair.lag = Term::of_logits ? (pair.second_max - pair.max) + std::log(second_sum / sum) : pair.log_sum;
+        pair.lag = has_teacher() ? (pair.second_max - pair.max) + std::log(second_sum / sum) : pair.log_sum;
         return pair;
     }
 
     // body(x, second, first column, columns) for each block of both rows' columns.
-    template <typename Term, typename Body>
+    template <typename Body>
     void each_pair_block(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end, const Body& body) const {
         T x[kBlock], second[kBlock];
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             fill_block(logits(row) + from, count, limit(), factor_, x);
             const int64_t last = (job_.rows - 1) * job_.second_row_stride + job_.classes;
-            if constexpr (Term::of_logits) {
+            if (has_teacher()) {
                 const S* const t = static_cast<const S*>(job_.second);
                 fill_block(t + row * job_.second_row_stride + from, count, t + last, factor_, second);
             } else {
@@ -960,38 +980,39 @@ class Engine {
         }
     }
 
-    template <typename Term>
     PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end) const {
         PairPartial part;
-        each_pair_block<Term>(row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count) {
-            merge(part, sum_pairs<Term>(pair, x, second, count));
+        each_pair_block(row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count) {
+            with_pair_term([&](auto term) { merge(part, sum_pairs<decltype(term)>(pair, x, second, count)); });
         });
         return part;
     }
 
-    template <typename Term>
     PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int threads) const {
-        return fold<PairPartial>(threads,
-                                 [&](int64_t begin, int64_t end) { return pair_sums<Term>(row, pair, begin, end); });
+        return fold<PairPartial>(threads, [&](int64_t begin, int64_t end) { return pair_sums(row, pair, begin, end); });
     }
 
-    template <typename Term>
     FUSEDLOSS_ONE_COPY void finish_pair_term(int64_t row, int threads, const RowStatistics<T>& s) const {
         const int64_t n = job_.rows;
         T* const loss = static_cast<T*>(job_.loss) + row;
         T* const coefficient = static_cast<T*>(job_.coefficients) + row;
         T* const more = second_statistic(row);
         more[kSecondMax * n] = T(0), more[kSecondSum * n] = T(1), more[kPlainSum * n] = s.sum_exp;
-        if constexpr (Term::of_logits) {
+        if (has_teacher()) {
             Job job = job_;
             job.logits = job_.second, job.row_stride = job_.second_row_stride;
             // As the first row's, so that equal rows have the same bits.
             const RowStatistics<T> second = Engine(job).softmax_of(row, threads, s.target);
             more[kSecondMax * n] = second.max, more[kSecondSum * n] = second.sum_exp;
         }
-        const PairRow<T> pair = pair_row<Term>(row);
+        const PairRow<T> pair = pair_row(row);
         // The weight of the cross-entropy beside a term is the last of its parameters.
-        const T main = common(kMain), hard = Term::of_logits ? pair.params[Term::param_count - 1] : T(0);
+        T main = common(kMain), hard = T(0), curvature = T(0);
+        with_pair_term([&](auto term) {
+            using Term = decltype(term);
+            if (Term::of_logits) hard = pair.params[Term::param_count - 1];
+            curvature = Term::curvature(pair.params);
+        });
         RowStatistics<T> plain = s;
         if (hard != T(0) && factor_ != T(1)) {
             Job job = job_;
@@ -999,11 +1020,11 @@ class Engine {
             plain = Engine(job).softmax_of(row, threads, s.target);
             more[kPlainSum * n] = plain.sum_exp * std::exp(plain.max - s.max / factor_);
         }
-        const PairPartial sum = pair_sums<Term>(row, pair, threads);
-        const T at_target = T(pair_sums<Term>(row, pair, s.target, s.target + 1).slope);
+        const PairPartial sum = pair_sums(row, pair, threads);
+        const T at_target = T(pair_sums(row, pair, s.target, s.target + 1).slope);
         const T z_slope = add_z_loss(s, T(1), loss);
         const T slope = main * T(sum.slope);
-        *loss += main * T(whole<Term>(sum.loss, sum.slope, sum.difference, pair.params));
+        *loss += main * T(whole_loss(sum.loss, sum.slope, sum.difference, double(curvature)));
         if (hard != T(0)) *loss += hard * plain.ce;
         // Without a temperature both are factors of the same exponentials.
         const bool apart = hard != T(0) && factor_ != T(1);
@@ -1247,10 +1268,10 @@ class Engine {
         Exception<T>* const exceptions = scratch.exceptions.data();
         Exception<T>* last = exceptions;
         *last++ = {target, target_gradient};
-        if constexpr (is_one_of<Functor>(PairTerms{})) {
+        if constexpr (std::is_same_v<Functor, AnyPair>) {
             const T shift = coefficient[kShift * n], plain = coefficient[kPlain * n], main = common(kMain);
             over_chunks(threads, [&](int64_t begin, int64_t end) {
-                pair_gradient<Functor>(row, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
+                pair_gradient(row, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
             });
         } else if constexpr (is_one_of<Functor>(ClassTerms{})) {
             T params[kMaxParams];
@@ -1391,11 +1412,12 @@ class Engine {
     }
 
     // The gradient may be the logits' memory.
-    template <typename Term>
     void pair_gradient(int64_t row, S* grad, int64_t begin, int64_t end, T main, T shift, T plain) const {
-        const PairRow<T> pair = pair_row<Term>(row);
-        each_pair_block<Term>(row, pair, begin, end, [&](T* x, const T* second, int64_t from, int64_t count) {
-            differentiate_pairs<Term>(pair, x, second, count, main, shift, plain, T(1) / factor_);
+        const PairRow<T> pair = pair_row(row);
+        each_pair_block(row, pair, begin, end, [&](T* x, const T* second, int64_t from, int64_t count) {
+            with_pair_term([&](auto term) {
+                differentiate_pairs<decltype(term)>(pair, x, second, count, main, shift, plain, T(1) / factor_);
+            });
             for (int64_t at = 0; at < count; at += width) {
                 const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
                 rest == width ? store(grad + from + at, load(x + at))
@@ -1443,14 +1465,14 @@ using Pointed = std::remove_pointer_t<Pointer>;
 
 void forward(const Job& job) {
     const auto pass = [](const auto& engine, auto* functor) { engine.template forward<Pointed<decltype(functor)>>(); };
-    if (job.kind == kPairTerm) return run(job, job.epilogue, PairTerms{}, pass);
+    if (job.kind == kPairTerm) return run(job, 0, AnyPairTerm{}, pass);
     job.kind == kClassTerm ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
 }
 
 // The gradient has the same form for every row epilogue, so that only terms need their functor.
 void backward(const Job& job) {
     const auto pass = [](const auto& engine, auto* functor) { engine.template backward<Pointed<decltype(functor)>>(); };
-    if (job.kind == kPairTerm) return run(job, job.epilogue, PairTerms{}, pass);
+    if (job.kind == kPairTerm) return run(job, 0, AnyPairTerm{}, pass);
     run(job, job.kind == kClassTerm ? job.epilogue : -1, ClassTerms{}, pass);
 }
 
@@ -1466,7 +1488,7 @@ void term_sums(const Job& job) {
         using Term = Pointed<decltype(functor)>;
         if constexpr (!std::is_void_v<Term>) engine.template term_sums<Term>();
     };
-    job.kind == kPairTerm ? run(job, job.epilogue, PairTerms{}, pass) : run(job, job.epilogue, ClassTerms{}, pass);
+    job.kind == kPairTerm ? run(job, 0, AnyPairTerm{}, pass) : run(job, job.epilogue, ClassTerms{}, pass);
 }
 
 void class_terms(const Job& job) {
