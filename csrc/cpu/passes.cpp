@@ -168,6 +168,17 @@ struct PairRow {
     T lag;  // log-sum-exp of the second row less that of the first; of targets log S
 };
 
+// The columns after a block, of which a loop over the block asks for a vector's at a time: memory and arithmetic
+// overlap.
+struct Ahead {
+    const char* memory[2];
+    int64_t step[2];  // bytes of a vector
+
+    FUSEDLOSS_INLINE void prefetch(int64_t vector) const {
+        for (int i = 0; i < 2; ++i) __builtin_prefetch(memory[i] + vector * step[i]);
+    }
+};
+
 template <typename Term, typename T, typename V>
 FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p) {
     Both<V> both{};
@@ -189,10 +200,12 @@ FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p
 }
 
 template <typename Term, typename T>
-FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, const T* second, int64_t count) {
+FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, const T* second, int64_t count,
+                                         const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
     V loss{}, slope{}, difference{};
     for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
+        ahead.prefetch(at / VectorOf<T>::width);
         const V z = load(x + at);
         const auto term = pair_term<Term, T, V>(row, z, load(second + at), exp_bounded<T>(z - row.max) * row.inverse);
         loss += term.loss;
@@ -205,9 +218,10 @@ FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, cons
 // main h - p shift + plain exp((z - max) per_factor), in the place of the logits.
 template <typename Term, typename T>
 FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, T* x, const T* second, int64_t count, T main,
-                                            T shift, T plain, T per_factor) {
+                                            T shift, T plain, T per_factor, const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
     for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
+        ahead.prefetch(at / VectorOf<T>::width);
         const V z = load(x + at), p = exp_bounded<T>(z - row.max) * row.inverse;
         V g = pair_term<Term, T, V>(row, z, load(second + at), p).slope * main - p * shift;
         if (plain != T(0)) g += exp_bounded<T>((z - row.max) * per_factor) * plain;
@@ -928,7 +942,6 @@ class Engine {
     // Columns of the logits times their factor, up to a whole number of vectors; -inf behind the end.
     FUSEDLOSS_ONE_COPY static void fill_block(const S* z, int64_t count, const S* limit, T factor, T* block) {
         for (int64_t at = 0; at < count; at += width) {
-            prefetch_after(z + at);
             const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
             const V x = rest == width ? load(z + at) : load_part(z + at, rest, -kInfinity<T>, limit);
             store(block + at, x * factor);
@@ -939,7 +952,6 @@ class Engine {
     FUSEDLOSS_ONE_COPY void fill_targets(const T* y, int64_t column, int64_t count, const T* limit, const T* params,
                                          T* block) const {
         for (int64_t at = 0; at < count; at += width) {
-            prefetch_after(y + at);
             const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
             V x = (rest == width ? load(y + at) : load_part(y + at, rest, T(0), limit)) * params[0] + params[1];
             if (class_weight()) x *= load_weight(column + at, rest);
@@ -968,23 +980,33 @@ class Engine {
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from);
             fill_block(logits(row) + from, count, limit(), factor_, x);
+            const int64_t at = row * job_.second_row_stride + from;
             const int64_t last = (job_.rows - 1) * job_.second_row_stride + job_.classes;
+            Ahead ahead{{reinterpret_cast<const char*>(logits(row) + from + kBlock), nullptr}, {width * sizeof(S), 0}};
+            const auto fill = [&](const auto* rows, const auto& fill_from) {
+                fill_from(rows + at, rows + last);
+                ahead.memory[1] = reinterpret_cast<const char*>(rows + at + kBlock);
+                ahead.step[1] = width * sizeof(*rows);
+            };
             if (has_teacher()) {
-                const S* const t = static_cast<const S*>(job_.second);
-                fill_block(t + row * job_.second_row_stride + from, count, t + last, factor_, second);
+                fill(static_cast<const S*>(job_.second),
+                     [&](const S* t, const S* end_of_rows) { fill_block(t, count, end_of_rows, factor_, second); });
             } else {
-                const T* const y = static_cast<const T*>(job_.second);
-                fill_targets(y + row * job_.second_row_stride + from, from, count, y + last, pair.params, second);
+                fill(static_cast<const T*>(job_.second), [&](const T* y, const T* end_of_rows) {
+                    fill_targets(y, from, count, end_of_rows, pair.params, second);
+                });
             }
-            body(x, second, from, count);
+            body(x, second, from, count, ahead);
         }
     }
 
     PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end) const {
         PairPartial part;
-        each_pair_block(row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count) {
-            with_pair_term([&](auto term) { merge(part, sum_pairs<decltype(term)>(pair, x, second, count)); });
-        });
+        each_pair_block(
+            row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count, const Ahead& ahead) {
+                with_pair_term(
+                    [&](auto term) { merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead)); });
+            });
         return part;
     }
 
@@ -1414,16 +1436,18 @@ class Engine {
     // The gradient may be the logits' memory.
     void pair_gradient(int64_t row, S* grad, int64_t begin, int64_t end, T main, T shift, T plain) const {
         const PairRow<T> pair = pair_row(row);
-        each_pair_block(row, pair, begin, end, [&](T* x, const T* second, int64_t from, int64_t count) {
-            with_pair_term([&](auto term) {
-                differentiate_pairs<decltype(term)>(pair, x, second, count, main, shift, plain, T(1) / factor_);
-            });
-            for (int64_t at = 0; at < count; at += width) {
-                const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
-                rest == width ? store(grad + from + at, load(x + at))
-                              : store_part(grad + from + at, rest, load(x + at));
-            }
-        });
+        each_pair_block(row, pair, begin, end,
+                        [&](T* x, const T* second, int64_t from, int64_t count, const Ahead& ahead) {
+                            with_pair_term([&](auto term) {
+                                differentiate_pairs<decltype(term)>(pair, x, second, count, main, shift, plain,
+                                                                    T(1) / factor_, ahead);
+                            });
+                            for (int64_t at = 0; at < count; at += width) {
+                                const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
+                                rest == width ? store(grad + from + at, load(x + at))
+                                              : store_part(grad + from + at, rest, load(x + at));
+                            }
+                        });
     }
 
     template <typename Functor, typename... Terms>
