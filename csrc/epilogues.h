@@ -323,7 +323,8 @@ struct TverskyOverRows : OverRows<TverskyMath> {
 // --- pair terms ---
 
 // A class in two rows: p of the student and y of the teacher, with d = log y - log p, which keeps its digits where the
-// rows are close, as p and y do not. The logarithms of p, y and of their mixture are for terms that mix.
+// rows are close, as p and y do not. Where both are 0 it may be NaN, and must not count. The logarithms of p, y and of
+// their mixture are for terms that mix.
 template <typename X>
 struct Both {
     X p, y, d, log_p, log_y, log_mixture;
@@ -337,12 +338,12 @@ struct PairTerm {
 
 // Where |d| is below this, the terms are series in d: differences of probabilities would cancel.
 template <typename T>
-constexpr T kClose = sizeof(T) == 4 ? T(0.5) : T(0.125);
+constexpr T kClose = sizeof(T) == 4 ? T(0.25) : T(0.125);
 
 // exp(-x) - 1 + x for |x| <= kClose
 template <typename T, typename X>
 FUSEDLOSS_HD X excess_of(X x) {
-    constexpr int terms = sizeof(T) == 4 ? 8 : 12;
+    constexpr int terms = sizeof(T) == 4 ? 6 : 12;
     constexpr double inverse[] = {1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,
                                   1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
                                   1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
@@ -355,7 +356,7 @@ FUSEDLOSS_HD X excess_of(X x) {
 // log(a / b) of a - b and a + b, |log| <= kClose
 template <typename T, typename X>
 FUSEDLOSS_HD X log_ratio(X difference, X sum) {
-    constexpr int terms = sizeof(T) == 4 ? 6 : 8;
+    constexpr int terms = sizeof(T) == 4 ? 5 : 8;
     const X y = difference / sum, y2 = y * y;
     X poly = X{} + T(1.0 / (2 * terms - 1));
 #pragma GCC unroll 8

@@ -174,6 +174,12 @@ struct Ahead {
     const char* memory[2];
     int64_t step[2];  // bytes of a vector
 
+    template <typename A, typename B>
+    static Ahead of(const A* x, const B* second, int64_t width) {
+        return {{reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(second)},
+                {width * int64_t(sizeof(A)), width * int64_t(sizeof(B))}};
+    }
+
     FUSEDLOSS_INLINE void prefetch(int64_t vector) const {
         for (int i = 0; i < 2; ++i) __builtin_prefetch(memory[i] + vector * step[i]);
     }
@@ -185,8 +191,7 @@ FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p
     both.p = p;
     if constexpr (Term::of_logits) {
         both.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
-        // A class that neither row has: -inf less -inf.
-        both.d = both.p + both.y == V{} ? V{} : (second - x) - row.lag;
+        both.d = (second - x) - row.lag;
     } else {
         both.y = second;
         both.d = row.lag - (x - row.max);
@@ -215,17 +220,17 @@ FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, cons
     return {double(total<T>(loss)), double(total<T>(slope)), double(total<T>(difference))};
 }
 
-// main h - p shift + plain exp((z - max) per_factor), in the place of the logits.
+// main h - p shift + plain exp((z - max) per_factor); may take the place of the logits.
 template <typename Term, typename T>
-FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, T* x, const T* second, int64_t count, T main,
-                                            T shift, T plain, T per_factor, const Ahead& ahead) {
+FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, const T* x, const T* second, T* to, int64_t count,
+                                            T main, T shift, T plain, T per_factor, const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
     for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
         ahead.prefetch(at / VectorOf<T>::width);
         const V z = load(x + at), p = exp_bounded<T>(z - row.max) * row.inverse;
         V g = pair_term<Term, T, V>(row, z, load(second + at), p).slope * main - p * shift;
         if (plain != T(0)) g += exp_bounded<T>((z - row.max) * per_factor) * plain;
-        store(x + at, g);
+        store(to + at, g);
     }
 }
 
@@ -948,6 +953,15 @@ class Engine {
         }
     }
 
+    // The same; where the columns are that already, themselves.
+    const T* block_of(const S* z, int64_t count, const S* limit, T* block) const {
+        if constexpr (std::is_same_v<S, T>) {
+            if (factor_ == T(1) && count % width == 0) return z;
+        }
+        fill_block(z, count, limit, factor_, block);
+        return block;
+    }
+
     // Targets of the columns as the loss takes them; 0 behind the end.
     FUSEDLOSS_ONE_COPY void fill_targets(const T* y, int64_t column, int64_t count, const T* limit, const T* params,
                                          T* block) const {
@@ -977,26 +991,20 @@ class Engine {
     template <typename Body>
     void each_pair_block(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end, const Body& body) const {
         T x[kBlock], second[kBlock];
+        const auto* const teacher = static_cast<const S*>(job_.second);
+        const auto* const targets = static_cast<const T*>(job_.second);
+        const int64_t last = (job_.rows - 1) * job_.second_row_stride + job_.classes;
         for (int64_t from = begin; from < end; from += kBlock) {
-            const int64_t count = std::min(kBlock, end - from);
-            fill_block(logits(row) + from, count, limit(), factor_, x);
-            const int64_t at = row * job_.second_row_stride + from;
-            const int64_t last = (job_.rows - 1) * job_.second_row_stride + job_.classes;
-            Ahead ahead{{reinterpret_cast<const char*>(logits(row) + from + kBlock), nullptr}, {width * sizeof(S), 0}};
-            const auto fill = [&](const auto* rows, const auto& fill_from) {
-                fill_from(rows + at, rows + last);
-                ahead.memory[1] = reinterpret_cast<const char*>(rows + at + kBlock);
-                ahead.step[1] = width * sizeof(*rows);
-            };
+            const int64_t count = std::min(kBlock, end - from), at = row * job_.second_row_stride + from;
+            const S* const z = logits(row) + from;
+            const T* const own = block_of(z, count, limit(), x);
             if (has_teacher()) {
-                fill(static_cast<const S*>(job_.second),
-                     [&](const S* t, const S* end_of_rows) { fill_block(t, count, end_of_rows, factor_, second); });
+                const T* const other = block_of(teacher + at, count, teacher + last, second);
+                body(own, other, from, count, Ahead::of(z + kBlock, teacher + at + kBlock, width));
             } else {
-                fill(static_cast<const T*>(job_.second), [&](const T* y, const T* end_of_rows) {
-                    fill_targets(y, from, count, end_of_rows, pair.params, second);
-                });
+                fill_targets(targets + at, from, count, targets + last, pair.params, second);
+                body(own, second, from, count, Ahead::of(z + kBlock, targets + at + kBlock, width));
             }
-            body(x, second, from, count, ahead);
         }
     }
 
@@ -1436,18 +1444,21 @@ class Engine {
     // The gradient may be the logits' memory.
     void pair_gradient(int64_t row, S* grad, int64_t begin, int64_t end, T main, T shift, T plain) const {
         const PairRow<T> pair = pair_row(row);
-        each_pair_block(row, pair, begin, end,
-                        [&](T* x, const T* second, int64_t from, int64_t count, const Ahead& ahead) {
-                            with_pair_term([&](auto term) {
-                                differentiate_pairs<decltype(term)>(pair, x, second, count, main, shift, plain,
-                                                                    T(1) / factor_, ahead);
-                            });
-                            for (int64_t at = 0; at < count; at += width) {
-                                const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
-                                rest == width ? store(grad + from + at, load(x + at))
-                                              : store_part(grad + from + at, rest, load(x + at));
-                            }
-                        });
+        T block[kBlock];
+        const auto body = [&](const T* x, const T* second, int64_t from, int64_t count, const Ahead& ahead) {
+            T* to = block;
+            if constexpr (std::is_same_v<S, T>) to = count % width == 0 ? grad + from : block;
+            with_pair_term([&](auto term) {
+                differentiate_pairs<decltype(term)>(pair, x, second, to, count, main, shift, plain, T(1) / factor_,
+                                                    ahead);
+            });
+            for (int64_t at = 0; to == block && at < count; at += width) {
+                const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
+                rest == width ? store(grad + from + at, load(to + at))
+                              : store_part(grad + from + at, rest, load(to + at));
+            }
+        };
+        each_pair_block(row, pair, begin, end, body);
     }
 
     template <typename Functor, typename... Terms>
