@@ -43,6 +43,12 @@ class _Distance:
         self.difference = torch.where(self.close, self.y * (self.excess - self.d), self.p - self.y)
 
 
+def whole(log_y: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
+    """d without what its log-sum-exps were rounded by: the sum of p - y over the classes is 0."""
+    difference = _Distance(log_y, log_p, d).difference.sum(-1, keepdim=True).detach()
+    return d + torch.log1p(difference)
+
+
 def _times(p: Tensor, x: Tensor) -> Tensor:
     """p x, 0 where p is."""
     return p * torch.where(p == 0, 0, x)

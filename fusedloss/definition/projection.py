@@ -13,8 +13,6 @@ class Form(NamedTuple):
 
     softcap: float = 0.0
     """z = softcap * tanh(z / softcap); 0 for none."""
-    teacher_softcap: float = 0.0
-    """That of the teacher's logits."""
     budget: int = 0
     """Bytes of a chunk of logits, and of what is kept beside them; 0 for as many as the device's rule says."""
     drop_ignored: bool = False
@@ -23,6 +21,8 @@ class Form(NamedTuple):
     """Take the target's logit for -inf: a row is compared with all but itself."""
     tempered: bool = False
     """Whether the logits, of a row form too, are multiplied by the last of ``Rows.scalars``."""
+    teacher_softcap: float = 0.0
+    """That of the teacher's logits."""
     row_parts: int = 1
     """Over how many ranks of the group the rows of the hidden states are divided too, evenly."""
     most_classes: int = 0

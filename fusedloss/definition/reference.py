@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import IGNORED, check_indices, compute_dtype, may_read
+from .divergences import whole
 from .epilogue import Epilogue
 from .projection import Form, dense_logits
 from .rows import Rows, Spec
@@ -107,7 +108,8 @@ def _against_second_row(z: Tensor, rows: Rows, epilogue: Epilogue, spec: Spec, s
     none = (second == -torch.inf) & (z == -torch.inf)
     lag = second.logsumexp(-1, keepdim=True) - z.logsumexp(-1, keepdim=True)
     d = (second - z).masked_fill(none, 0) - lag
-    base = epilogue.function(second.log_softmax(-1), log_p, d, *params[:-1]).sum(-1)
+    log_y = second.log_softmax(-1)
+    base = epilogue.function(log_y, log_p, whole(log_y, log_p, d), *params[:-1]).sum(-1)
     ce = s.ce
     if spec.form.tempered:
         plain, index, *_ = _targeted(rows._replace(scalars=None), spec.form._replace(tempered=False))

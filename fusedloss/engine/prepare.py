@@ -72,7 +72,7 @@ def prepare(
         impl = "reference"
         if o["inplace_backward"]:
             transforms.refuse("inplace_backward=True")
-    form = Form()
+    form = Form(softcap=0.0, teacher_softcap=0.0)  # a compiler would make variables of the defaults
     if isinstance(input, Projection):
         form = input.form
         if len(input.weight) > 1 and impl in backends.PRODUCT_IMPLS:

@@ -64,7 +64,13 @@ def project(
         drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
         drop_ignored = first.device.type == "cpu"
-    return Projection(hidden, weight, bias, Form(float(softcap or 0.0), budget, drop_ignored, row_parts=row_parts))
+    form = Form(_constant(softcap or 0.0), budget, drop_ignored, teacher_softcap=0.0, row_parts=row_parts)
+    return Projection(hidden, weight, bias, form)
+
+
+def _constant(x: float) -> float:
+    """A float of which no compiler makes a variable, which the second loss of a graph could not read."""
+    return float(f"{float(x)}") if torch.compiler.is_compiling() else float(x)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
