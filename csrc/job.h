@@ -63,9 +63,9 @@ struct Job {
     int top_k;                  // 0, 1 or 2 largest logits
     bool below;                 // the largest logit strictly below the target's
     bool mean;                  // mean_ce
-    int moments;                // which of Moments; in a gradient pass, whether there are slopes of them
-    const void* class_weight;   // T [classes] or null
-    const double* weight_sum;   // their sum, for mean_ce; null: the number of classes
+    int moments;  // which of Moments; in a gradient pass, whether there are slopes, or such statistics of a pair term
+    const void* class_weight;  // T [classes] or null
+    const double* weight_sum;  // their sum, for mean_ce; null: the number of classes
 
     int epilogue;  // its number among those of its kind, or of sums over the rows among SummedTerms; -1: none
     int kind;

@@ -229,6 +229,10 @@ def test_reductions_and_weights(impl, generator):
     torch.testing.assert_close(gradient, rows)  # of the row of weight 0 too
     _, stats = fl.distillation_loss(z, t, temperature=2.0, return_stats=True, stats=("entropy",), impl=impl)
     own = fl.cross_entropy(z, z.argmax(-1), temperature=2.0, return_stats=True, stats=("entropy",))[1]
+    x = z.clone().requires_grad_()
+    every = fl.distillation_loss(x, t, return_stats=True, stats=("entropy",), impl=impl)[0]
+    (gradient,), (expected,) = (torch.autograd.grad(y, x) for y in (every, dense(x, t).mean()))
+    torch.testing.assert_close(gradient, expected)
     for name in ("lse", "argmax", "argmax_log_prob", "entropy"):
         torch.testing.assert_close(getattr(stats, name), getattr(own, name))
     assert stats.target_log_prob.isnan().all()

@@ -225,6 +225,42 @@ def _log_probs(rank: int, world: int) -> None:
     d.same_bits(log_prob)
 
 
+def _second_rows(rank: int, world: int) -> None:
+    """A teacher's divergences, of logits and of hidden states, and targets for all the classes."""
+    d = Division(rank, world)
+    teacher, y = d.normal(ROWS, d.classes) * 2, d.normal(ROWS, d.classes).abs()
+    teacher_input, teacher_weight = d.normal(ROWS, 3), d.normal(d.classes, 3)
+    hidden, weight = d.normal(ROWS, FEATURES), d.normal(d.classes, FEATURES)
+    columns = [(slice(None), d.part)]
+    for divergence in ("forward_kl", "reverse_kl", "tv", "jsd"):
+        options: dict[str, Any] = {"divergence": divergence, "target": d.target, "ignore_index": IGNORED}
+        for more in ({}, {"temperature": 0.8, "hard_weight": 0.3, "scale_by_temperature_squared": True}):
+            own = options | more
+
+            def row(z: Tensor, group: Any, own: Any = own, **rest: Any) -> Any:
+                second = teacher if group is None else teacher[:, d.part]
+                return fl.distillation_loss(z, second, group=group, **own, **rest)
+
+            def linear(h: Tensor, w: Tensor, group: Any, own: Any = own) -> Tensor:
+                if group is None:
+                    logits = 2 * torch.tanh(teacher_input @ teacher_weight.T / 2)
+                    return fl.distillation_loss(h @ w.T, logits, **own)
+                own = own | {"teacher_softcap": 2.0, "budget": 4 * d.classes * 16, "group": group}
+                return fl.linear_distillation_loss(h, w, teacher_input, teacher_weight[d.part], **own)
+
+            case = f"{divergence}, {more.keys()}"
+            d.check(case, lambda z, group, f=row: f(z, group, return_stats=True, stats=("entropy",)), [d.z], columns)
+            d.check(case, lambda z, group, f=row: f(z, group, reduction="none"), [d.z], columns)
+            d.same_bits(d.check(f"linear {case}", linear, [hidden, weight], [slice(None), d.part]))
+    weights = d.normal(d.classes).abs()
+
+    def soft(z: Tensor, group: Any) -> Tensor:
+        second = y if group is None else y[:, d.part]
+        return fl.cross_entropy(z, second, weight=weights, label_smoothing=0.1, z_loss=0.1, group=group)
+
+    d.check("targets for all the classes", soft, [d.z], columns)
+
+
 def _every_dtype(rank: int, world: int) -> None:
     """As accurate as the formula in PyTorch: the loss is PyTorch between the passes."""
     d = Division(rank, world, [100 + 37 * r for r in range(world)])
@@ -555,6 +591,7 @@ test_scene = ranks.tests_of({
     _levels: (1, 3, 4),
     _linear_form: (1, 3, 4),
     _log_probs: (1, 3, 4),
+    _second_rows: (1, 3, 4),
     _every_dtype: (2,),
     _small_factors_in_float16: (2,),
     _collectives: (2,),

@@ -90,15 +90,17 @@ class Cpu(Backend):
             or _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, _LOWEST) >= 0
         ):
             _check_saved(job)
-        number, slopes = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.spec.more_coefficients)
-        _engine.backward(native(_engine.Job, job, number, slopes, given=index.shape[0]))
+        number, moments = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.moments_of_gradient)
+        _engine.backward(native(_engine.Job, job, number, moments, given=index.shape[0]))
 
     def sums(self, job: Job) -> Tensor:
         rows, over_rows = job.rows, job.spec.over_rows
         count = (2, rows.classes) if over_rows else (3 if rows.teacher else 2, len(rows.target))
         sums = rows.logits.new_empty(count, dtype=torch.float64)
         epilogue = (self.epilogues.numbers_in_sums if over_rows else self.epilogues.numbers)[job.spec.epilogue]
-        (_engine.class_sums if over_rows else _engine.term_sums)(native(_engine.Job, job, epilogue, sums=sums))
+        run = _engine.class_sums if over_rows else _engine.term_sums
+        moments = (0, False, False, job.moments_of_gradient)
+        run(native(_engine.Job, job, epilogue, moments, given=job.index.shape[0], sums=sums))
         return sums
 
     def terms(self, job: Job) -> None:

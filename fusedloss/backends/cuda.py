@@ -118,7 +118,7 @@ class Cuda(Backend):
         number, kind = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
         epilogue = (-1, ROWS) if kind == ROWS else (number, kind)
-        slopes = (0, False, False, job.spec.more_coefficients)
+        slopes = (0, False, False, job.moments_of_gradient)
         launch = native(_cuda.Launch, job, epilogue, slopes, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)
 

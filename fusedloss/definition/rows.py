@@ -240,6 +240,11 @@ class Job:
         weight = self.rows.class_weight
         return weight.sum(dtype=torch.float64) if self.spec.mean and weight is not None else None
 
+    @property
+    def moments_of_gradient(self) -> int:
+        """Of a pass after the statistics: whether there are slopes of moments, or moments before a second row's rows."""
+        return self.spec.moments if self.rows.teacher else self.spec.more_coefficients
+
     @staticmethod
     def new(rows: Rows, spec: Spec) -> "Job":
         """A forward pass, with outputs to be written."""
