@@ -371,7 +371,8 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "triton_fused": (
         lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 5), impl="triton_fused"),
         (ValueError, RuntimeError), r"triton_fused"),
-    "soft shape": (lambda: fl.cross_entropy(Z, torch.zeros(2)), ValueError, r"target .*\(2, 5\).*\(2,\)"),
+    "soft shape": (lambda: fl.cross_entropy(Z, torch.zeros(2, 4)), ValueError, r"target .*\(2, 5\).*\(2, 4\)"),
+    "soft index": (lambda: fl.cross_entropy(Z, torch.zeros(2)), TypeError, r"float32"),
     "soft grad": (lambda: fl.cross_entropy(Z, T.clone().requires_grad_()), ValueError, r"target\.detach\(\)"),
     "soft ignore_index": (lambda: fl.cross_entropy(Z, T, ignore_index=3), ValueError, r"ignore_index.*3"),
     "soft others": (lambda: fl.cross_entropy(Z, T, smoothing_over="others"), ValueError, r"smoothing_over.*'others'"),

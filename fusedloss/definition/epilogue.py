@@ -41,10 +41,10 @@ class Epilogue:
     function: Callable[..., Tensor]
     over: Literal["rows", "classes", "teacher", "targets"] = "rows"
     statistics: tuple[str, ...] = ()
-    curvature: Callable[..., Any] = _flat
-    """Of those over the classes of two rows: sum_j p_j^2 d2f/dp_j^2 where both are the same, of the parameters."""
     per_chunk: bool = False
     """Whether the function of a linear form may be called once a chunk, so that gradients are made with the loss."""
+    curvature: Callable[..., Any] = _flat
+    """Of those over the classes of two rows: sum_j p_j^2 d2f/dp_j^2 where both are the same, of the parameters."""
     picks: Picks = field(init=False)
 
     def __post_init__(self) -> None:

@@ -242,7 +242,7 @@ class Job:
 
     @property
     def moments_of_gradient(self) -> int:
-        """Of a pass after the statistics: whether there are slopes of moments, or moments before a second row's rows."""
+        """Of a later pass: whether there are slopes of moments, or moments before the statistics of a second row."""
         return self.spec.moments if self.rows.teacher else self.spec.more_coefficients
 
     @staticmethod

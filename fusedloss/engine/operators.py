@@ -207,6 +207,8 @@ def _check(
     backend = BACKENDS.get(spec.impl)
     if backend is None or (backend.runs_on != device.type and device.type != "meta"):
         raise _no_backend(operator, spec.impl, device)
+    if (spec.epilogue in backend.epilogues.pairs) != (len(teacher) > 0):
+        raise ValueError(f"{operator}: teacher is for an epilogue of two rows, got {len(teacher)} of {spec.epilogue!r}")
     storage, compute, integer = dtypes
     count, classes = first.shape
     sizes: list[tuple[str, Tensor, torch.dtype, tuple[Any, ...], bool]] = []  # the last: contiguous
@@ -236,7 +238,8 @@ def _check(
         sizes.append(("scalars", scalars, compute, (4,), True))
     elif spec.form.tempered:
         raise ValueError(f"{operator}: logits with a temperature need scalars, got None")
-    _add_second(sizes, rows, spec, storage, compute, (count, classes))
+    if teacher:
+        _add_second(operator, sizes, rows, spec, storage, compute, (count, classes))
     for i, x in enumerate(params):
         sizes.append((f"params[{i}]", x, compute, (count,) if x.dim() else (), False))
     if not 0 <= spec.top_k <= 2:
@@ -273,8 +276,6 @@ def _check(
         raise ValueError(f"{operator}: no epilogue named {name!r}; there are {', '.join(names)}")
     if len(params) != takes:
         raise ValueError(f"{operator}: {name!r} takes {takes} params, got {len(params)}")
-    if (name in known.pairs) != (len(teacher) > 0):
-        raise ValueError(f"{operator}: teacher is for an epilogue of two rows, got {len(teacher)} of {name!r}")
     over_classes = name in known.classes
     if spec.top_k < 1 and (spec.top_q or (over_classes and kind == "forward")):
         raise ValueError(f"{operator}: {name or 'top_q'!r} needs top_k >= 1, got {spec.top_k}")
@@ -284,24 +285,29 @@ def _check(
 
 
 def _add_second(
-    sizes: list[Any], rows: Rows, spec: Spec, storage: torch.dtype, compute: torch.dtype, shape: tuple[Any, Any]
+    operator: str,
+    sizes: list[Any],
+    rows: Rows,
+    spec: Spec,
+    storage: torch.dtype,
+    compute: torch.dtype,
+    shape: tuple[Any, Any],
 ) -> None:
     """What the tensors of a second row must be."""
     teacher, (count, classes) = rows.teacher, shape
-    if len(teacher) == 1:
-        (second,) = teacher
-        # Targets are no logits: half precision would round them.
-        dtype = compute if spec.epilogue == SOFT_TARGETS.name else storage
-        sizes.append(("teacher[0]", second, dtype, shape, False))
-        if second.dim() == 2 and second.stride(1) != 1 and classes > 1:
-            raise ValueError(f"teacher must have rows of unit stride, got strides {second.stride()}")
-    elif teacher:
+    if len(teacher) > 3 or (len(teacher) > 1) != rows.is_linear:
+        raise ValueError(f"{operator}: teacher must be logits, or hidden states, weight and bias, got {len(teacher)}")
+    if rows.is_linear:
         features = teacher[0].shape[-1] if teacher[0].dim() else 0
-        shapes = ((count, features), (classes, features), (classes,))
+        shapes: tuple[tuple[Any, ...], ...] = ((count, features), (classes, features), (classes,))
         for i, (x, of_part) in enumerate(zip(teacher, shapes, strict=False)):
             sizes.append((f"teacher[{i}]", x, storage, of_part, False))
-    if teacher and (len(teacher) > 3 or (len(teacher) > 1) != rows.is_linear):
-        raise ValueError(f"teacher must be logits, or hidden states, weight and bias like the rows, got {len(teacher)}")
+        return
+    (second,) = teacher
+    # Targets are no logits: half precision would round them.
+    sizes.append(("teacher[0]", second, compute if spec.epilogue == SOFT_TARGETS.name else storage, shape, False))
+    if second.dim() == 2 and second.stride(1) != 1 and classes > 1:
+        raise ValueError(f"{operator}: teacher must have rows of unit stride, got strides {second.stride()}")
 
 
 def _no_backend(operator: str, impl: str, device: torch.device) -> ValueError:

@@ -64,7 +64,8 @@ def cross_entropy(
     >>> loss = fl.cross_entropy(logits, torch.arange(8), label_smoothing=0.1)
     >>> loss.backward()
     """
-    if isinstance(target, Tensor) and target.is_floating_point():
+    # One number a row is more likely meant for an index.
+    if isinstance(target, Tensor) and target.is_floating_point() and target.shape != input.shape[:-1]:
         return _of_soft_targets(input, target, {**options, "return_stats": return_stats})
     return row_loss(
         "cross_entropy", input, target, CROSS_ENTROPY, mean_over_weights=True, return_stats=return_stats, **options
