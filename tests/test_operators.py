@@ -30,6 +30,7 @@ each_form = pytest.mark.parametrize("pairs", FORMS.values(), ids=FORMS.keys())
 
 #: Softcap, chunks of two rows in float32, and the ignored rows last.
 CHUNKS = Form(softcap=3.0, budget=2 * CLASSES * 4 * 2, drop_ignored=True)
+WITH_TEACHER = CHUNKS._replace(budget=2 * CLASSES * 4 * 3)
 DSC = (0.5, 1.0, 1.0, 1.0)
 NO_PICKS = Picks()
 
@@ -66,13 +67,19 @@ class Case:
             hidden,
             [w.t().contiguous().t() if self.apart else w for w in weight],
             torch.randn(CLASSES, generator=generator).to(self.dtype) if pairs else None,
-            [],
+            self.teacher(pairs, count),
             target,
             torch.linspace(0.5, 2, CLASSES, dtype=compute) if self.weighted else None,
             candidates,
             [torch.tensor(x[:count] if isinstance(x, tuple) else x, dtype=compute) for x in self.params],
             torch.tensor([0.9, 0.1 / CLASSES, 0.01, 0.8], dtype=compute),
         )
+
+    def teacher(self, pairs: int, count: int) -> list[Tensor]:
+        if self.epilogue not in backends.BACKENDS["cpu"].epilogues.pairs:
+            return []
+        shapes = ((count, 3), (CLASSES, 3), (CLASSES,)) if pairs else ((count, CLASSES),)
+        return [torch.linspace(-1, 1, math.prod(shape)).to(self.dtype).view(shape) for shape in shapes]
 
     def spec(self, **changes: Any) -> Spec:
         common = {"smooths": self.picks.mean, "z_loss": True} if self.epilogue else {}
@@ -103,7 +110,8 @@ class Case:
             shape = (COEFFICIENTS + index.shape[0] + spec.more_coefficients, count)
             made = torch.linspace(-1, 1, math.prod(shape), dtype=statistics.dtype).view(shape)
             yield ops.backward, (*rows, *saved, made, None, some if pairs else every)
-        if self.epilogue in backends.BACKENDS["cpu"].epilogues.classes:
+        known = backends.BACKENDS["cpu"].epilogues
+        if self.epilogue in known.classes or self.epilogue in known.pairs:
             yield ops.sums, (*rows, *saved, None, None, spec.encode())
         if self.epilogue == "dsc_over_rows" and not pairs:
             over_rows = (*rows._replace(params=rows.params[:-1]), *saved)
@@ -132,6 +140,10 @@ CASES = {
         "focal", (2.0,), picks=Picks(1, moments=ALL_MOMENTS), form=CHUNKS._replace(tempered=True)
     ),
     "1 - p of the top class": Case(picks=Picks(1), top_q=True),
+    "a teacher": Case("forward_kl", (0.5,), torch.bfloat16, form=WITH_TEACHER._replace(tempered=True)),
+    "a teacher and every statistic": Case(
+        "mixture_kl", (0.5, 0.5, 0.5, 0.0), picks=Picks(1, moments=ALL_MOMENTS), form=WITH_TEACHER
+    ),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -148,6 +160,7 @@ OF_FORMS = {
     "every statistic": (0, 1),
     "temperature and moments": (0, 1),
     "1 - p of the top class": (0, 1),
+    "a teacher": (0, 1),
 }
 
 

@@ -294,8 +294,8 @@ def _add_second(
     shape: tuple[Any, Any],
 ) -> None:
     """What the tensors of a second row must be."""
-    teacher, (count, classes) = rows.teacher, shape
-    if len(teacher) > 3 or (len(teacher) > 1) != rows.is_linear:
+    teacher, (count, classes), of_logits = rows.teacher, shape, spec.epilogue != SOFT_TARGETS.name
+    if len(teacher) > 3 or (len(teacher) > 1) != rows.is_linear or (rows.is_linear and not of_logits):
         raise ValueError(f"{operator}: teacher must be logits, or hidden states, weight and bias, got {len(teacher)}")
     if rows.is_linear:
         features = teacher[0].shape[-1] if teacher[0].dim() else 0
@@ -305,7 +305,7 @@ def _add_second(
         return
     (second,) = teacher
     # Targets are no logits: half precision would round them.
-    sizes.append(("teacher[0]", second, compute if spec.epilogue == SOFT_TARGETS.name else storage, shape, False))
+    sizes.append(("teacher[0]", second, storage if of_logits else compute, shape, False))
     if second.dim() == 2 and second.stride(1) != 1 and classes > 1:
         raise ValueError(f"{operator}: teacher must have rows of unit stride, got strides {second.stride()}")
 
