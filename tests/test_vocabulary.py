@@ -451,14 +451,28 @@ def _own_arguments(rank: int, world: int) -> None:
         "candidates": own(fl.mixed_cross_entropy, alpha=0.25, candidates=candidates),
         "of rows": own(fl.focal_loss, learnt="gamma"),
         "of rows in place": own(fl.focal_loss, place=True, frozen="gamma"),
-        "of classes": own(fl.dsc_loss, frozen="alpha"),
+        "of classes": own(fl.dsc_loss, frozen="alpha", z_loss=0.01),
         "of classes in place": own(fl.dsc_loss, place=True, frozen="alpha"),
         "level": own(fl.dsc_loss, frozen="alpha", level="class"),
         "level in place": own(fl.dsc_loss, place=True, frozen="alpha", level="class"),
     }
     gamma, token_weight = d.uniform(2, ROWS).unbind()
+    token_weight[7] = 0
     for case, loss in losses.items():
         d.check(case, loss, (d.z, gamma, token_weight), [(slice(None), d.part), slice(None), slice(None)])
+
+
+def _what_a_function_sees(rank: int, world: int) -> None:
+    """All that it sees in one process, of ignored rows and of rows with one finite logit and with none too."""
+    d, seen = Division(rank, world), []
+    d.z[6] = d.z[7, 1:] = -torch.inf
+    for z, group in ((d.z, None), (d.z[:, d.part], d.shards)):
+        options = {"statistics": ALL, "candidates": d.target, "ignore_index": IGNORED, "group": group}
+        fl.flex_loss(z, d.target, lambda s: seen.append(s) or s.ce, **options)
+    for name in seen[0]._names:
+        # Without a finite logit the mean is inf or NaN.
+        expected, own = (getattr(s, name)[torch.arange(ROWS) != 6 if "mean" in name else ...] for s in seen)
+        assert_close(own, expected, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _by_the_passes(rank: int, world: int) -> None:
@@ -599,6 +613,7 @@ test_scene = ranks.tests_of({
     _out_of_range: (2,),
     _disagreements: (3,),
     _own_arguments: (2, 3),
+    _what_a_function_sees: (2,),
     _by_the_passes: (2,),
     _compiled: (2,),
     _sequence_parallel: (2, 3),
