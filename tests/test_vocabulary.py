@@ -40,7 +40,7 @@ ALL = ("top", "second", "mean", "entropy", "power")
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (loss.func.__name__ if hasattr(loss, "func") else "cross_entropy", getattr(loss, "keywords", {}))
        for name, loss in ROW_LOSSES.items() if name != "flex_loss classes"},  # refused, see _what_is_refused
-    "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ALL}),
+    "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ALL, "per_chunk": True}),
 }  # fmt: skip
 OVER_CLASSES = [name for name, loss in ROW_LOSSES.items() if is_over_classes(loss)]
 
@@ -214,6 +214,15 @@ def _log_probs(rank: int, world: int) -> None:
         "level", lambda z, temperature, group: fl.dsc_loss(z, d.target, temperature=temperature, group=group, **level),
         [z, temperature], [(slice(None), d.part), ...],
     )  # fmt: skip
+
+    # The largest logit is on each rank in turn, and in float64 the entropy of a gap of 60 is below 1e-24.
+    gap = torch.tensor([1.0, 20.0, 40.0, 60.0]).double().repeat_interleave(d.classes)
+    sure = gap[:, None] * torch.eye(d.classes, dtype=torch.float64).repeat(4, 1)
+    entropies = [
+        fl.log_probs(x, torch.zeros(len(gap)).long(), entropy=True, group=group).entropy
+        for x, group in ((sure, None), (sure[:, d.part], d.shards))
+    ]
+    assert_close(*entropies, rtol=1e-13, atol=0)
 
     expected = (F.linear(hidden, weight, bias) / 0.8).log_softmax(-1).topk(min(4, d.classes))
     k = expected.indices.shape[1]
@@ -522,16 +531,17 @@ def _sequence_parallel(rank: int, world: int) -> None:
     d, steps = Division(rank, world, [3 + r for r in range(world)]), 2
     hidden, weight = d.normal(steps * world, 3, FEATURES), d.normal(d.classes, FEATURES)
     target = d.integers(d.classes, steps * world, 3)
-    target[0, 1] = IGNORED
+    target[0, 1], temperature = IGNORED, torch.tensor(0.8, dtype=torch.float64)
     for loss in (fl.linear_cross_entropy, fl.linear_dsc_loss, fl.linear_focal_loss):
         for rows in (1, 4, 100):
 
-            def call(x: Tensor, w: Tensor, group: Any) -> Tensor:
+            def call(x: Tensor, w: Tensor, temperature: Tensor, group: Any) -> Tensor:
                 form = {"sequence_parallel": True, "budget": rows * max(d.sizes) * 8} if group else {}  # noqa: B023
-                return loss(x, w, target, ignore_index=IGNORED, reduction="sum", group=group, **form)  # noqa: B023
+                options = {"temperature": temperature, "ignore_index": IGNORED, "reduction": "sum", "group": group}
+                return loss(x, w, target, **options, **form)  # noqa: B023
 
-            own = [slice(steps * rank, steps * (rank + 1)), d.part]
-            d.check(f"{loss.__name__}, chunks of {rows}", call, (hidden, weight), own)
+            own = [slice(steps * rank, steps * (rank + 1)), d.part, ...]
+            d.check(f"{loss.__name__}, chunks of {rows}", call, (hidden, weight, temperature), own)
     for x, group, message in ((hidden[:1], d.shards, "have the input's shape"), (hidden, None, "but group is None")):
         with pytest.raises(ValueError, match=message):
             fl.linear_cross_entropy(x, weight[d.part], target, group=group, sequence_parallel=True)
