@@ -407,6 +407,8 @@ def _out_of_range(rank: int, world: int) -> None:
             assert torch.equal(loss.isnan(), ~valid), name
             loss[valid].sum().backward()
             assert mine.grad[valid].isfinite().all(), name
+        report = {"return_stats": True, "stats": ("entropy",)}
+        assert torch.equal(fl.cross_entropy(z, target, group=d.shards, **report)[1].entropy.isnan(), ~valid)
         for level in ("class", "set"):
             mine = z.clone().requires_grad_()
             loss = fl.dsc_loss(mine, target, group=d.shards, level=level)
