@@ -465,6 +465,14 @@ class RowLossSuite:
             (gradient,) = torch.autograd.grad(loss, problem.z, torch.full_like(loss, 0.37))
             assert gradient.shape == problem.z.shape and not gradient.any()
 
+    def test_no_rows_have_any_layout(self, case, impl, generator):
+        """Without an element every tensor is contiguous, whatever its strides."""
+        problem = Problem.make(case, (2, 19), generator)
+        problem.target, problem.own = problem.target[:0], of_rows(problem.own, lambda v: v[:0])
+        for name, z in layouts(problem.z):
+            loss, gradient = problem.run(impl, z=z[:0])
+            assert loss.shape == (0,) and gradient.shape == (0, 19), name
+
     # --- shapes and memory ---
 
     @pytest.mark.covering(1)

@@ -184,6 +184,9 @@ CASES: dict[str, Bad] = {
     "second of a list": bad(
         lambda z, t: fl.flex_loss([1.0], t, lambda s: s.ce, statistics=("second",)), TypeError, "input", "list"
     ),
+    "a candidate is what an ignored target is": mixed(
+        IndexError, "candidate -100 ", "5 classes", candidates=longs(0, -100, 2, 3)
+    ),
     "flex candidates out of range": flex(IndexError, "candidate 9 ", candidates=longs(0, 9, 2, 3)),
     # writing over the logits
     "a loss over the classes in place": flex(

@@ -56,13 +56,13 @@ CUDA, PLAN = backends.BACKENDS["cuda"], cuda.plan
 THREADS = 64
 
 
-def cut(parts: int = 1, on_chip: bool = True) -> Callable[..., cuda.Plan]:
+def cut(parts: int = 1, on_chip: bool = True, threads: int = THREADS) -> Callable[..., cuda.Plan]:
     """A plan of so many parts, with room for all of each, or for no more than the tiles on their way."""
 
     def plan(classes: int, itemsize: int, *limits: object) -> cuda.Plan:
         packs = -(-classes * itemsize // 16)
-        tiles = -(-(-(-packs // parts) * 16) // (THREADS * cuda.ITEM_BYTES))
-        return cuda.Plan(THREADS, parts, tiles if on_chip else cuda.STAGES)
+        tiles = -(-(-(-packs // parts) * 16) // (threads * cuda.ITEM_BYTES))
+        return cuda.Plan(threads, parts, tiles if on_chip else cuda.STAGES)
 
     return plan
 
@@ -283,6 +283,19 @@ def test_moments_take_nothing_from_the_other_statistics(generator, monkeypatch):
         torch.testing.assert_close(statistics[:without], found[0][0], rtol=1e-13, atol=0)
         torch.testing.assert_close(statistics[without:], found[1][0][without:], rtol=1e-13, atol=0)
         assert torch.equal(index, found[0][1])
+
+
+def test_more_warps_than_a_warp_has_threads(generator, monkeypatch):
+    """A thread then merges the sums of several warps, those of equal maxima and of class terms among them."""
+    z, target = (x[3:6] for x in rows_of_moments(4099, generator, torch.float64))
+    rows, loss = Rows.of(z, target), partial(fl.dsc_loss, target=target, reduction="none", impl="cuda")
+    found = []
+    for plan in (cut(1), cut(8, threads=cuda.MAX_THREADS)):
+        monkeypatch.setattr(cuda, "plan", plan)
+        specs = Spec("cuda", top_k=2, below=True, mean=True, moments=ALL_MOMENTS), Spec("cuda")
+        statistics = [ops.forward(*rows, None, spec.encode())[1:3] for spec in specs]
+        found.append((*statistics, with_gradient(loss, z, torch.ones(3))))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-18)
 
 
 def test_the_lowest_number_is_a_logit():

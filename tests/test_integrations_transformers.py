@@ -664,6 +664,16 @@ def test_a_hook_that_reads_the_logits(batch: dict[str, Tensor]) -> None:
         model.train()(**batch)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_another_fused_model_within_the_forward_of_one(training: bool, batch: dict[str, Tensor]) -> None:
+    """A teacher that a hook of the student calls: its output layer is none of the student's loss."""
+    student, teacher, seen = fuse(_llama().train(training)), fuse(_llama().eval()), []
+    expected, logits = student(**batch).loss, teacher(batch["input_ids"]).logits
+    student.lm_head.register_forward_pre_hook(lambda *_: seen.append(teacher(batch["input_ids"]).logits))
+    assert torch.equal(student(**batch).loss, expected)
+    assert type(seen[0]) is Tensor and torch.equal(seen[0], logits)
+
+
 # PEFT, before or after
 
 

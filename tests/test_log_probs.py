@@ -191,6 +191,36 @@ def test_a_learnt_temperature_does_not_look_at_ignored_rows(bad, impl, generator
     torch.testing.assert_close(*found, **EXACT)
 
 
+def test_a_learnt_temperature_of_more_than_one_block(impl, generator, monkeypatch):
+    monkeypatch.setattr("fusedloss.engine.temperature._BLOCK_BYTES", 5 * 8)
+    z, target = problem(generator)
+    leaf = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    losses = [
+        fl.cross_entropy(z.requires_grad_(), target, temperature=leaf, ignore_index=IGNORED, impl=impl),
+        F.cross_entropy(z / leaf, target, ignore_index=IGNORED),
+    ]
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaf) for x in losses), **EXACT)
+
+
+def test_the_sum_for_a_learnt_temperature_is_beyond_float16(impl):
+    z, leaf = torch.tensor([[100.0, 0.0]] * 1000, dtype=torch.float16), torch.tensor(1.0, requires_grad=True)
+    loss = fl.cross_entropy(z, torch.ones(1000).long(), temperature=leaf, reduction="sum", impl=impl)
+    assert torch.autograd.grad(loss, leaf)[0] == -1e5
+
+
+def test_the_most_likely_of_certain_rows_and_of_none(compiled_impl):
+    """The first keeps the digits of 1 - p; without a finite logit there is no probability."""
+    hidden, weight = torch.tensor([[40.0], [300.0]]).double(), torch.tensor([[0.0], [1.0], [-1.0], [-1.0]]).double()
+    index, log_prob = fl.linear_topk_log_probs(hidden, weight, 2, impl=compiled_impl)
+    assert index.tolist() == [[1, 0], [1, 0]]
+    lag = -hidden[:, 0]
+    expected = torch.stack([-lag.exp().add(2 * (2 * lag).exp()).log1p(), lag], 1)
+    torch.testing.assert_close(log_prob, expected, rtol=1e-14, atol=0)
+    bias = torch.full((4,), -math.inf, dtype=torch.float64)
+    assert fl.linear_topk_log_probs(hidden, weight, 2, linear_bias=bias, impl=compiled_impl)[1].isnan().all()
+    assert [x.shape for x in fl.linear_topk_log_probs(hidden[:0], weight, 2, impl=compiled_impl)] == [(0, 2)] * 2
+
+
 def test_a_batch_of_temperatures(impl, generator):
     z, target = problem(generator)
     temperatures = torch.tensor([0.5, 0.6, 2.0], dtype=torch.float64)

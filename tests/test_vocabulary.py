@@ -40,7 +40,7 @@ ALL = ("top", "second", "mean", "entropy", "power")
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (loss.func.__name__ if hasattr(loss, "func") else "cross_entropy", getattr(loss, "keywords", {}))
        for name, loss in ROW_LOSSES.items() if name != "flex_loss classes"},  # refused, see _what_is_refused
-    "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ALL}),
+    "flex_loss of all statistics": ("flex_loss", {"loss_fn": _all_of, "statistics": ALL, "per_chunk": True}),
 }  # fmt: skip
 OVER_CLASSES = [name for name, loss in ROW_LOSSES.items() if is_over_classes(loss)]
 
@@ -214,6 +214,15 @@ def _log_probs(rank: int, world: int) -> None:
         "level", lambda z, temperature, group: fl.dsc_loss(z, d.target, temperature=temperature, group=group, **level),
         [z, temperature], [(slice(None), d.part), ...],
     )  # fmt: skip
+
+    # The largest logit is on each rank in turn, and in float64 the entropy of a gap of 60 is below 1e-24.
+    gap = torch.tensor([1.0, 20.0, 40.0, 60.0]).double().repeat_interleave(d.classes)
+    sure = gap[:, None] * torch.eye(d.classes, dtype=torch.float64).repeat(4, 1)
+    entropies = [
+        fl.log_probs(x, torch.zeros(len(gap)).long(), entropy=True, group=group).entropy
+        for x, group in ((sure, None), (sure[:, d.part], d.shards))
+    ]
+    assert_close(*entropies, rtol=1e-13, atol=0)
 
     expected = (F.linear(hidden, weight, bias) / 0.8).log_softmax(-1).topk(min(4, d.classes))
     k = expected.indices.shape[1]
@@ -398,6 +407,8 @@ def _out_of_range(rank: int, world: int) -> None:
             assert torch.equal(loss.isnan(), ~valid), name
             loss[valid].sum().backward()
             assert mine.grad[valid].isfinite().all(), name
+        report = {"return_stats": True, "stats": ("entropy",)}
+        assert torch.equal(fl.cross_entropy(z, target, group=d.shards, **report)[1].entropy.isnan(), ~valid)
         for level in ("class", "set"):
             mine = z.clone().requires_grad_()
             loss = fl.dsc_loss(mine, target, group=d.shards, level=level)
@@ -451,14 +462,28 @@ def _own_arguments(rank: int, world: int) -> None:
         "candidates": own(fl.mixed_cross_entropy, alpha=0.25, candidates=candidates),
         "of rows": own(fl.focal_loss, learnt="gamma"),
         "of rows in place": own(fl.focal_loss, place=True, frozen="gamma"),
-        "of classes": own(fl.dsc_loss, frozen="alpha"),
+        "of classes": own(fl.dsc_loss, frozen="alpha", z_loss=0.01),
         "of classes in place": own(fl.dsc_loss, place=True, frozen="alpha"),
         "level": own(fl.dsc_loss, frozen="alpha", level="class"),
         "level in place": own(fl.dsc_loss, place=True, frozen="alpha", level="class"),
     }
     gamma, token_weight = d.uniform(2, ROWS).unbind()
+    token_weight[7] = 0
     for case, loss in losses.items():
         d.check(case, loss, (d.z, gamma, token_weight), [(slice(None), d.part), slice(None), slice(None)])
+
+
+def _what_a_function_sees(rank: int, world: int) -> None:
+    """All that it sees in one process, of ignored rows and of rows with one finite logit and with none too."""
+    d, seen = Division(rank, world), []
+    d.z[6] = d.z[7, 1:] = -torch.inf
+    for z, group in ((d.z, None), (d.z[:, d.part], d.shards)):
+        options = {"statistics": ALL, "candidates": d.target, "ignore_index": IGNORED, "group": group}
+        fl.flex_loss(z, d.target, lambda s: seen.append(s) or s.ce, **options)
+    for name in seen[0]._names:
+        # Without a finite logit the mean is inf or NaN.
+        expected, own = (getattr(s, name)[torch.arange(ROWS) != 6 if "mean" in name else ...] for s in seen)
+        assert_close(own, expected, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _by_the_passes(rank: int, world: int) -> None:
@@ -508,16 +533,17 @@ def _sequence_parallel(rank: int, world: int) -> None:
     d, steps = Division(rank, world, [3 + r for r in range(world)]), 2
     hidden, weight = d.normal(steps * world, 3, FEATURES), d.normal(d.classes, FEATURES)
     target = d.integers(d.classes, steps * world, 3)
-    target[0, 1] = IGNORED
+    target[0, 1], temperature = IGNORED, torch.tensor(0.8, dtype=torch.float64)
     for loss in (fl.linear_cross_entropy, fl.linear_dsc_loss, fl.linear_focal_loss):
         for rows in (1, 4, 100):
 
-            def call(x: Tensor, w: Tensor, group: Any) -> Tensor:
+            def call(x: Tensor, w: Tensor, temperature: Tensor, group: Any) -> Tensor:
                 form = {"sequence_parallel": True, "budget": rows * max(d.sizes) * 8} if group else {}  # noqa: B023
-                return loss(x, w, target, ignore_index=IGNORED, reduction="sum", group=group, **form)  # noqa: B023
+                options = {"temperature": temperature, "ignore_index": IGNORED, "reduction": "sum", "group": group}
+                return loss(x, w, target, **options, **form)  # noqa: B023
 
-            own = [slice(steps * rank, steps * (rank + 1)), d.part]
-            d.check(f"{loss.__name__}, chunks of {rows}", call, (hidden, weight), own)
+            own = [slice(steps * rank, steps * (rank + 1)), d.part, ...]
+            d.check(f"{loss.__name__}, chunks of {rows}", call, (hidden, weight, temperature), own)
     for x, group, message in ((hidden[:1], d.shards, "have the input's shape"), (hidden, None, "but group is None")):
         with pytest.raises(ValueError, match=message):
             fl.linear_cross_entropy(x, weight[d.part], target, group=group, sequence_parallel=True)
@@ -599,6 +625,7 @@ test_scene = ranks.tests_of({
     _out_of_range: (2,),
     _disagreements: (3,),
     _own_arguments: (2, 3),
+    _what_a_function_sees: (2,),
     _by_the_passes: (2,),
     _compiled: (2,),
     _sequence_parallel: (2, 3),

@@ -14,6 +14,7 @@ sum_j exp((z_j - max) tau) with the temperature tau, of the softmax without it.
 """
 
 # Annotations are evaluated here: help() of a NamedTuple would show a ForwardRef for each that is not.
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -226,6 +227,12 @@ def assemble(columns: Columns, target: Tensor, index: Tensor, picks: Picks, weig
         fields["candidate_logit"] = columns.pick_logit[first_candidate:].t()
         fields["candidate_ce"] = columns.pick_ce[first_candidate:].t()
     return Statistics(**fields)
+
+
+def neutral(picks: int, moments: int) -> list[float]:
+    """What a pass writes of an ignored row, for a loss function to see nothing that is not finite: two equal logits."""
+    log_2 = math.log(2)
+    return [0.0, 2.0, 0.5, log_2, 0.0, log_2, *[0.0] * picks, *([log_2, 0.0, 0.5] if moments else [])]
 
 
 def new_losses(statistics: Tensor, picks: int) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from ..definition.statistics import (
     TARGET_LOGIT,
     Picks,
     Q,
+    neutral,
     of_target,
 )
 from . import batch, collectives
@@ -254,7 +255,8 @@ def merge(
         top_q = torch.where(total == 0, 1, others.sum(0) / total)
     if picks.moments:
         columns.extend(_merged_moments(moments, sums, m - shift, outside))
-    merged = torch.stack(columns).masked_fill(ignored, 0)
+    values = neutral(index.shape[0] - has + top_k, picks.moments)
+    merged = torch.stack([x.masked_fill(ignored, value) for x, value in zip(columns, values, strict=True)])
     return merged, torch.stack(numbers_of) if numbers_of else target.new_empty((0, len(target))), top_q
 
 

@@ -227,7 +227,7 @@ def _check(
         if bias is not None:
             raise ValueError(f"{operator}: bias must be None of logits in hand, got shape {tuple(bias.shape)}")
         row, column = first.stride()
-        if column != 1 and classes > 1:
+        if column != 1 and classes > 1 and count > 0:
             raise ValueError(f"{operator}: logits must have rows of unit stride, got strides {first.stride()}")
         if operator == "backward_" and row < classes and count > 1:
             raise ValueError(f"{operator}: logits must have rows that do not overlap, got strides {first.stride()}")

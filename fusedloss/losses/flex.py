@@ -115,7 +115,7 @@ def flex_loss(
     names = tuple(statistics)
     if "second" in names and "top" not in names:
         names = ("top", *names)
-    epilogue = Epilogue("", loss_fn, over, names, per_chunk)
+    epilogue = Epilogue("", loss_fn, over, names, per_chunk=per_chunk)
     return row_loss(
         "flex_loss",
         input,
