@@ -1,7 +1,7 @@
-"""The linear forms: cross-entropy on every shape beside all its peers, the other losses on one."""
+"""The linear forms: cross-entropy on every shape beside all its peers, the other losses on one, some beside it."""
 
 import pytest
-from linear_suite import measure
+from linear_suite import BESIDE, measure
 from suite import declared
 
 import fusedloss as fl
@@ -17,3 +17,8 @@ def test_linear_cross_entropy(benchmark, linear_case):
 @pytest.mark.parametrize("loss", OTHERS, ids=lambda loss: f"linear_{loss.__name__}")
 def test_linear_losses(benchmark, linear_variant_case, loss):
     measure(benchmark, linear_variant_case, declared(loss))
+
+
+@pytest.mark.parametrize("example", BESIDE, ids=str)
+def test_beside_cross_entropy(benchmark, linear_large_case, example):
+    measure(benchmark, linear_large_case, example)

@@ -50,9 +50,11 @@ def _cases(config: pytest.Config) -> dict[str, Sequence[suite.Case | linear_suit
     return {
         "case": suite.cases(extent),
         "variant_case": suite.variant_cases(extent),
+        "both_case": suite.both_cases(extent),
         "growth_case": suite.growth_cases(extent),
         "linear_case": linear_suite.cases(linear_extent),
         "linear_variant_case": linear_suite.variant_cases(linear_extent),
+        "linear_large_case": linear_suite.large_cases(linear_extent),
         "supcon_case": _supcon_cases(config),
     }
 

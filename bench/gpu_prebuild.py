@@ -21,6 +21,9 @@ PEERS = ("liger-kernel", "cut-cross-entropy")
 MOST_BYTES = 60 * 2**20
 ARCH = 90
 
+#: Of compiling kernels, for which a busy machine of two cores needs hours.
+MOST_SECONDS = 24 * 3600
+
 #: What a launcher of Triton's links to; on the machine it finds the driver's own.
 LIBCUDA = """
 cuLaunchKernelEx cuGetErrorString cuPointerGetAttribute cuCtxGetCurrent cuCtxSetCurrent cuDevicePrimaryCtxRetain
@@ -60,9 +63,10 @@ def extensions(python: str) -> None:
 
 
 def triton(python: str) -> None:
-    """At the path at which the report unpacks it: the cache holds absolute paths."""
-    shutil.rmtree(bundle.CACHE, ignore_errors=True)
-    bundle.CACHE.mkdir(parents=True)
+    """At the path at which the report unpacks it: the cache holds absolute paths.
+
+    What an earlier run that did not come to its end has compiled of the same kernels is there already.
+    """
     site = bundle.SCRATCH / "prebuild"
     bundle.write_metadata(site)
     stub = site / "libcuda.so.1"
@@ -71,16 +75,21 @@ def triton(python: str) -> None:
     path = os.pathsep.join([str(bundle.ROOT), str(site), str(bundle.ROOT / "bench")])
     environment = os.environ | {"TRITON_CACHE_DIR": str(bundle.CACHE), "PYTHONPATH": path}
     environment |= {"TRITON_LIBCUDA_PATH": str(site), "LD_LIBRARY_PATH": str(site)}
-    found = precompile.compile_all(python, ARCH, environment)
-    print(f"{found['compiled']} kernels for sm_{ARCH} and launchers for {found['launchers']}")
+    ask = "from gpu.precompile import cache_key; print(cache_key())"
+    asked = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True, env=environment)
+    key, begun = asked.stdout.strip(), bundle.CACHE / "begun.txt"
+    if not begun.exists() or begun.read_text() != key:
+        shutil.rmtree(bundle.CACHE, ignore_errors=True)
+        bundle.CACHE.mkdir(parents=True)
+        begun.write_text(key)
+    found = precompile.compile_all(python, ARCH, environment, seconds=MOST_SECONDS)
+    kernels = found["compiled"] + found["hits"]
+    print(f"{kernels} kernels for sm_{ARCH}, {found['hits']} of them hits, and launchers for {found['launchers']}")
     for why in found["failures"]:
         print(f"failed: {why}", file=sys.stderr)
     if found["stopped"]:
         sys.exit(f"{found['stopped']} of the processes that compile did not end; nothing was packed")
-    ask = "from gpu.precompile import cache_key; print(cache_key())"
-    asked = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True, env=environment)
-    key = asked.stdout.strip()
-    (bundle.CACHE / "made.json").write_text(json.dumps({"key": key, "kernels": found["compiled"]}))
+    (bundle.CACHE / "made.json").write_text(json.dumps({"key": key, "kernels": kernels}))
     with tarfile.open(bundle.ARCHIVE, "w:gz") as archive:
         for file in sorted(bundle.CACHE.rglob("*")):
             if file.suffix in (".cubin", ".json", ".so"):  # the others are for people

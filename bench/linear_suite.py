@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from memory import peak_memory
+from suite import declared
 from torch import Tensor
 
 import fusedloss as fl
@@ -29,6 +31,27 @@ Shape = tuple[int, int, int]  # rows, features, classes
 Loss = Callable[..., Tensor]  # of hidden states (N, D) and weight (V, D), or of whatever is differentiated
 
 MAIN: Shape = (512, 512, 32000)
+
+#: For what is timed beside cross-entropy.
+LARGE: Shape = (2048, 512, 32768)
+
+#: The loss of this package that is a yardstick for others.
+YARDSTICK = "linear_cross_entropy"
+
+
+def _log_prob_and_entropy(input: Tensor, target: Tensor, entropy: bool) -> Tensor:
+    log_p = input.log_softmax(-1)
+    return log_p.gather(-1, target[:, None])[:, 0] - (log_p.exp() * log_p).sum(-1)
+
+
+_POLY1 = declared(fl.flex_loss)
+
+#: What the registry has no example of. Of log-probabilities and entropies, the mean of their sum is the loss.
+BESIDE = [
+    Example(fl.log_probs, _log_prob_and_entropy, {"entropy": True}),
+    replace(_POLY1, arguments={**_POLY1.arguments, "per_chunk": True}),
+]
+KNOWN = [*EXAMPLES, *BESIDE]
 
 #: Candidates whose first call takes far longer than those after it.
 COMPILED = ("compiled", "cut-cross-entropy")
@@ -95,6 +118,11 @@ def variant_cases(extent: Extent) -> list[Case]:
     return [Case(*MAIN, dtype, extent.rounds, extent.seconds) for dtype in extent.variants]
 
 
+def large_cases(extent: Extent) -> list[Case]:
+    """For what is timed beside cross-entropy: one shape."""
+    return [Case(*LARGE, dtype, extent.rounds, extent.seconds) for dtype in (extent.variants and BOTH)]
+
+
 def data(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, weight and targets; the logits have variance 1."""
     generator = torch.Generator().manual_seed(0)
@@ -112,11 +140,16 @@ def candidates(example: Example, target: Tensor) -> dict[str, Loss]:
             return F.cross_entropy(logits, target, **example.arguments)
         return example.formula(logits, target, **example.arguments).mean()
 
-    ways: dict[str, Loss] = {
-        "fused": partial(getattr(fl, f"linear_{example.loss.__name__}"), target=target, **example.arguments),
-        "eager": eager,
-        "compiled": timing.compile_when_called(eager),
-    }
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        result = getattr(fl, f"linear_{example.loss.__name__}")(hidden, weight, target, **example.arguments)
+        return torch.add(*result).mean() if isinstance(result, fl.LogProbs) else result
+
+    ways: dict[str, Loss] = {"fused": fused, "eager": eager}
+    if example in BESIDE:
+        of_rows = "none" if example.loss is fl.log_probs else "mean"
+        ways[YARDSTICK] = lambda *x: fl.linear_cross_entropy(*x, target, reduction=of_rows).mean()
+    else:
+        ways["compiled"] = timing.compile_when_called(eager)
     if example.loss is fl.cross_entropy and not example.arguments:
         ways["torch"] = partial(_torch, target=target, chunked=False)
         ways["torch chunked"] = partial(_torch, target=target, chunked=True)
@@ -253,7 +286,9 @@ def compare(
     contest = Contest(case, {"products": products, **running})
     right = expected()
     for name in running:
-        timing.require(f"{label}, {name},", contest.first(name), right)
+        first = contest.first(name)
+        if name != YARDSTICK:
+            timing.require(f"{label}, {name},", first, right)
     del right
 
     benchmark.group = label
@@ -280,7 +315,7 @@ class ChildFailed(Exception):
 
 def memory_in_process(example: Example, name: str, case: Case) -> float | None:
     """Bytes at the peak of a step beyond its inputs, in a process of its own; None where the kernel does not tell."""
-    arguments = (EXAMPLES.index(example), name, *case[:3], str(case.dtype).removeprefix("torch."))
+    arguments = (KNOWN.index(example), name, *case[:3], str(case.dtype).removeprefix("torch."))
     return child(Path(__file__), *arguments)
 
 
@@ -309,4 +344,4 @@ def memory(example: Example, name: str, case: Case) -> int | None:
 if __name__ == "__main__":
     index, name, *sizes, dtype = sys.argv[1:]
     case = Case(*map(int, sizes), getattr(torch, dtype), rounds=1, seconds=0)
-    print(json.dumps(memory(EXAMPLES[int(index)], name, case)))
+    print(json.dumps(memory(KNOWN[int(index)], name, case)))

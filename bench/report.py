@@ -53,6 +53,8 @@ Hidden states (N, D) and the output layer's weight (V, D) to the loss and both g
   one), than `torch.compile` of these, than `F.linear_cross_entropy` of torch without options and with
   `LinearCrossEntropyOptions()`, and than `impl="torch_compile"` of cut-cross-entropy. A number after @ is that of the
   candidate's turns where it had fewer than *fused*, as too slow for more.
+- *× linear_cross_entropy*: that of this package, which is another loss and only a yardstick; with `reduction="none"`
+  where the fused one gives rows.
 - *MiB*: the most that a step holds beyond hidden states and weight, in a process of its own, the gradients included.
 """
 
@@ -126,7 +128,14 @@ LINEAR = Kind(
     "Linear forms",
     "-linear",
     {"rows": "N", "features": "D", "classes": "V"},
-    {"eager": "x", "compiled": "+", "torch": "1", "torch chunked": "2", "cut-cross-entropy": "3"},
+    {
+        "eager": "x",
+        "compiled": "+",
+        "torch": "1",
+        "torch chunked": "2",
+        "cut-cross-entropy": "3",
+        "linear_cross_entropy": "4",
+    },
     "three matrix products",
     (512, 512, 32000),
     LINEAR_NOTES,

@@ -81,6 +81,11 @@ def variant_cases(extent: Extent) -> list[Case]:
     return [Case(*MAIN, dtype, extent.seconds, extent.rounds) for dtype in extent.variants]
 
 
+def both_cases(extent: Extent) -> list[Case]:
+    """For other arguments whose time depends on the dtype."""
+    return variant_cases(extent._replace(variants=extent.variants and BOTH))
+
+
 def growth_cases(extent: Extent) -> list[Case]:
     """For the growth of time and memory with each size: one loss."""
     return [Case(*shape, torch.float32, extent.seconds, extent.rounds) for shape in extent.growth]

@@ -91,6 +91,17 @@ def test_inductor_keeps_the_layout_that_the_kernels_rely_on(layout, generator):
 
 
 @pytest.mark.compile
+def test_inductor_compiles_the_reference(generator):
+    """All of it is PyTorch. Inductor of torch 2.11 does not take a mask that was filled with 1 in place of True."""
+
+    def step(z, target):
+        return torch.stack(fl.log_probs(z, target, entropy=True, impl="reference"))
+
+    z, target = problem(6, 37, generator)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(z, target), step(z, target))
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["mixed_cross_entropy", "flex_loss rows"])
 def test_dynamic_rows_compile_once(name, generator):
     counter = CompileCounterWithBackend("aot_eager")

@@ -17,6 +17,7 @@ from fusedloss.losses._registry import EXAMPLES
 from fusedloss.tools import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
+import linear_suite
 import memory
 import report as reporter
 
@@ -68,6 +69,17 @@ def test_wrong_results_are_refused() -> None:
     for wrong in ((loss, only_target), *((loss * x, gradient) for x in (0, 1.01, torch.nan)), (loss, gradient * 1.01)):
         with pytest.raises(timing.WrongResult, match="wrong is wrong by"):
             timing.require("wrong", wrong, right)
+
+
+@pytest.mark.parametrize("example", linear_suite.BESIDE, ids=str)
+def test_what_is_timed_beside_cross_entropy(example: Any) -> None:
+    """It computes its own formula, and the report has a column for the yardstick."""
+    hidden, weight, target = linear_suite.data(linear_suite.Case(8, 4, 50, torch.float32, rounds=1, seconds=1))
+    ways = linear_suite.candidates(example, target)
+    assert linear_suite.YARDSTICK in ways and {*ways} - {"fused"} <= {*reporter.LINEAR.peers}
+    expected = linear_suite.expected(example, hidden, weight, target)
+    for name in ("fused", "eager"):
+        timing.require(name, linear_suite.step(ways[name], hidden, weight), expected)
 
 
 def test_peak_memory_sees_what_was_freed() -> None:

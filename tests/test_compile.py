@@ -83,6 +83,9 @@ CASES: dict[str, Callable[..., Tensor]] = {
         logits, TARGET, alpha=0.25, top_k=2, weight=CLASS_WEIGHT, label_smoothing=0.1
     ),
     "row, a counted divisor": lambda logits: fl.cross_entropy(logits, TARGET, normalizer=fl.normalizer(TARGET)),
+    "row, log-probabilities": lambda logits, temperature: torch.stack(
+        fl.log_probs(logits, TARGET, entropy=True, temperature=temperature)
+    ),
     "class": lambda logits: fl.dsc_loss(logits, TARGET, alpha=0.5, weight=CLASS_WEIGHT),
     "class, a learnt number": lambda logits, alpha: fl.dsc_loss(logits, TARGET, alpha=alpha, reduction="none"),
     "class of the target, a learnt number": lambda logits, alpha: fl.dsc_loss(
@@ -114,6 +117,9 @@ CASES: dict[str, Callable[..., Tensor]] = {
         hidden, weight, TARGET, token_weight=token_weight
     ),
     "linear, a learnt number": lambda hidden, weight, gamma: fl.linear_focal_loss(hidden, weight, TARGET, gamma=gamma),
+    "linear, log-probabilities": lambda hidden, weight, bias, temperature: torch.stack(
+        fl.linear_log_probs(hidden, weight, TARGET, linear_bias=bias, entropy=True, temperature=temperature)
+    ),
     "linear, flex": lambda hidden, weight, bias: fl.linear_flex_loss(
         hidden, weight, TARGET, _picks, statistics=("top", "second", "mean"), linear_bias=bias
     ),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,13 +116,21 @@ def test_a_wrong_or_failing_loss_is_not_timed_and_does_not_end_the_table(tmp_pat
 
 
 def test_half_a_cache_is_not_packed(tmp_path, monkeypatch):
-    """Where a process that compiles was killed: the machine with the GPU would be told that all is there."""
+    """Where a process that compiles was killed: the machine with the GPU would be told that all is there.
+
+    The next run goes on from what there is, if it compiles the same kernels.
+    """
     for name in ("CACHE", "SCRATCH", "ARCHIVE"):
         monkeypatch.setattr(bundle, name, tmp_path / name)
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"]
     popen = subprocess.Popen
     monkeypatch.setattr(precompile.subprocess, "Popen", lambda _, **options: popen(command, **options))
-    monkeypatch.setattr(gpu_prebuild.subprocess, "run", lambda *_, **__: None)  # the C compiler
-    with pytest.raises(SystemExit, match="processes that compile did not end; nothing was packed"):
-        gpu_prebuild.triton(sys.executable)
-    assert not bundle.ARCHIVE.exists()
+    for key, kept in (("first", False), ("first", True), ("second", False)):
+        answer = SimpleNamespace(stdout=key)
+        monkeypatch.setattr(gpu_prebuild.subprocess, "run", lambda *_, answer=answer, **__: answer)  # and no C compiler
+        with pytest.raises(SystemExit, match="processes that compile did not end; nothing was packed"):
+            gpu_prebuild.triton(sys.executable)
+        assert not bundle.ARCHIVE.exists()
+        kernel = bundle.CACHE / "kernel.cubin"
+        assert kernel.exists() == kept
+        kernel.touch()

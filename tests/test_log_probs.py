@@ -124,23 +124,6 @@ def test_derivatives(linear, impl, generator):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-def test_compiled(impl, generator):
-    z, target = problem(generator)
-    weight = torch.randn(37, 37, generator=generator).double().requires_grad_()
-    leaves = [z.requires_grad_(), weight, torch.tensor(0.8, dtype=torch.float64, requires_grad=True)]
-
-    def function(z: Tensor, weight: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        row = fl.log_probs(z, target, entropy=True, temperature=temperature, impl=impl)
-        linear = fl.linear_log_probs(z, weight, target, entropy=True, temperature=temperature, impl=impl)
-        return row.log_prob.sum() + row.entropy.sum(), linear.log_prob.sum() - linear.entropy.sum()
-
-    def run(function: Any) -> tuple[Any, ...]:
-        values = function(*leaves)
-        return (*values, *torch.autograd.grad(sum(values), leaves))
-
-    torch.testing.assert_close(run(torch.compile(function, fullgraph=True)), run(function), **EXACT)
-
-
 # The temperature of losses
 
 

@@ -37,11 +37,9 @@ def topk_log_probs(projection: Projection, k: int, **options: Unpack[CallOptions
     most = rows.classes if shards is None else max(shards.sizes)
     row = most * rows.hidden[0].element_size() * (2 if spec.form.softcap else 1)
     _, size = budgets.chunk_rows(len(rows.target), row, spec.form.budget or budgets.DEFAULT_BUDGET)
-    made = spec.form._replace(tempered=False)
     indices, values = [], []
-    for begin in range(0, max(1, len(rows.target)), max(1, size)):
-        part = slice(begin, begin + size)
-        logits = dense_logits([h[part] for h in rows.hidden], rows.weight, rows.bias, made, None)
+    for hidden in zip(*[h.split(max(1, size)) for h in rows.hidden], strict=True):
+        logits = dense_logits(hidden, rows.weight, rows.bias, spec.form, None)
         logit, index = logits.topk(k, -1) if shards is None else _of_all_ranks(logits, k, shards)
         lag = reference.tempered(logit.to(compute_dtype(logits.dtype)), rows, spec.form)
         if spec.impl == "reference":

@@ -28,12 +28,12 @@ def _brier(p: Tensor, q: Tensor, positive: Tensor) -> Tensor:
     return torch.where(positive, q * q, p * p)
 
 
-def _poly1_formula(input: Tensor, target: Tensor, loss_fn: Any) -> Tensor:
+def _poly1_formula(input: Tensor, target: Tensor, **_: Any) -> Tensor:
     log_p = input.log_softmax(-1).gather(-1, target[:, None])[:, 0]
     return 1 - log_p.exp() - log_p
 
 
-def _brier_formula(input: Tensor, target: Tensor, loss_fn: Any, over: str) -> Tensor:
+def _brier_formula(input: Tensor, target: Tensor, **_: Any) -> Tensor:
     p = input.softmax(-1)
     return (p - (torch.arange(p.shape[-1], device=p.device) == target[:, None]).to(p.dtype)).square().sum(-1)
 
