@@ -239,6 +239,25 @@ class Contest:
         return {name: median(seconds) for name, seconds in self.seconds.items()}
 
 
+def measure_pair(benchmark: Any, case: Case, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Times linear_distillation_loss in turn with its four matrix products, and with the formula on all logits."""
+    hidden, weight, _ = data(case)
+    teacher = [x.detach().roll(1, 0).contiguous() for x in (hidden, weight)]
+
+    def eager(hidden: Tensor, weight: Tensor) -> Tensor:
+        return formula(F.linear(hidden, weight), F.linear(*teacher).to(hidden.dtype)).mean()
+
+    def exact() -> tuple[Tensor, ...]:
+        return step(eager, *[x.detach().float() for x in (hidden, weight)])
+
+    def four() -> tuple[Tensor, ...]:
+        return torch.mm(teacher[0], teacher[1].t()), *products(hidden, weight)
+
+    ways = {"fused": lambda *x: fl.linear_distillation_loss(*x, *teacher), "eager": eager}
+    compare(benchmark, case, "linear_distillation_loss()", (hidden, weight), ways, four, exact, lambda name: None)
+    benchmark.extra_info["classes"] = case.classes
+
+
 def measure(benchmark: Any, case: Case, example: Example) -> None:
     """Times a linear form in turn with the three matrix products and with its peers, forward and backward."""
     hidden, weight, target = data(case)

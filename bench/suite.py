@@ -96,20 +96,30 @@ def declared(loss: Callable[..., Any], **arguments: Any) -> Example:
     return next(e for e in EXAMPLES if e.loss is loss and arguments.items() <= e.arguments.items())
 
 
-def measure(benchmark: Any, case: Case, example: Example, same: dict[str, Any] | None = None) -> None:
+def measure(
+    benchmark: Any,
+    case: Case,
+    example: Example,
+    same: dict[str, Any] | None = None,
+    second: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> None:
     """Times a loss, in place too, in turn with the copy of its logits and with its peers.
 
     pytest-benchmark times the fused loss with a fresh gradient, forward and backward; all the others have their turns
     in the setup of each of its rounds, and their medians go into the extra information. `same`: the arguments with
-    which F.cross_entropy does the same job; without them it is there for a yardstick.
+    which F.cross_entropy does the same job; without them it is there for a yardstick. `second` makes a second row of
+    the logits and of noise, which takes the targets' place; then the floor is twice as much.
 
     Raises WrongResult, and so fails, where a candidate's loss or gradient is not that of the formula.
     """
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(case.rows, case.classes, generator=generator).to(case.dtype)
     target = torch.randint(case.classes, (case.rows,), generator=generator)
+    if second is not None:
+        target = second(logits, torch.randn(logits.shape, generator=generator))
     losses = timing.candidates(example, target)
-    losses["F.cross_entropy"] = partial(F.cross_entropy, target=target, **(same or {}))
+    if second is None:
+        losses["F.cross_entropy"] = partial(F.cross_entropy, target=target, **(same or {}))
     contest = timing.Contest(logits, losses)
 
     expected = timing.expected(example, logits, target)
@@ -135,7 +145,7 @@ def measure(benchmark: Any, case: Case, example: Example, same: dict[str, Any] |
         rows=case.rows,
         classes=case.classes,
         dtype=str(case.dtype).removeprefix("torch."),
-        floor=contest.floor,
+        floor=contest.floor * (1 if second is None else 2),
         noise=contest.noise,
         seconds={name: contest.median(name) for name in losses},
         forward={name: median(step.forward for step in contest.steps[name]) for name in losses},

@@ -42,7 +42,9 @@ def candidates(example: Example, target: Tensor, compiled: bool = True) -> dict[
     def eager(logits: Tensor) -> Tensor:
         return example.formula(logits, target, **example.arguments).mean()
 
-    fused = partial(example.loss, target=target, **example.arguments)
+    def fused(logits: Tensor, **options: bool) -> Tensor:
+        return example.loss(logits, target, **example.arguments, **options)
+
     ways: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused}
     if example.works_in_place():
         ways["in place"] = partial(fused, inplace_backward=True)
