@@ -353,15 +353,16 @@ FUSEDLOSS_HD X excess_of(X x) {
     return x * x * sum;
 }
 
-// log(a / b) of a - b and a + b, |log| <= kClose
+// 1 - u + u log u of u = 1 + x: a term of a divergence from a mixture. Near u = 1 it is a series, whose every term
+// counts where that with log u would cancel.
 template <typename T, typename X>
-FUSEDLOSS_HD X log_ratio(X difference, X sum) {
-    constexpr int terms = sizeof(T) == 4 ? 5 : 8;
-    const X y = difference / sum, y2 = y * y;
-    X poly = X{} + T(1.0 / (2 * terms - 1));
-#pragma GCC unroll 8
-    for (int k = terms - 2; k >= 0; --k) poly = poly * y2 + T(1.0 / (2 * k + 1));
-    return y * 2 * poly;
+FUSEDLOSS_HD X gap_of(X x, X u, X log_u) {
+    constexpr int terms = sizeof(T) == 4 ? 9 : 15;
+    X sum = X{} + T(1.0 / ((terms + 1) * (terms + 2)));
+#pragma GCC unroll 16
+    for (int k = terms; k > 0; --k) sum = T(1.0 / (k * (k + 1))) - x * sum;
+    const auto near = (x < kClose<T>)&(x > -kClose<T>);
+    return near ? x * x * sum : (u > X{} ? u * log_u : X{}) - x;
 }
 
 // p - y, whether the two are close, and for these `excess` = exp(-d) - 1 + d.
@@ -457,22 +458,16 @@ struct MixtureKl {
 
     template <typename T, typename X>
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T* params) {
-        const T mu = params[0], a = params[1], b = params[2];
+        const T mu = params[0], a = params[1], b = params[2], rest = T(1) - mu;
         const Distance<T, X> s(x);
-        const X m = mixture(x.p, x.y, params), none = X{}, from_y = s.difference * (T(1) - mu),
-                from_p = s.difference * -mu;  // m - y and m - p
-        const auto close = s.close & (m > none);
-        const X close_y = log_ratio<T>(close ? from_y : none, close ? m + x.y : none + T(1));
-        const X close_p = log_ratio<T>(close ? from_p : none, close ? m + x.p : none + T(1));
-        // log(m / y) and log(m / p), times y and p
-        const X log_y = s.close ? close_y : x.log_mixture - x.log_y,
-                log_p = s.close ? close_p : x.log_mixture - x.log_p;
-        const X y_log = x.y > none ? x.y * log_y : none, p_log = x.p > none ? x.p * log_p : none;
-        const X of_y = s.close ? x.y * excess_of<T>(-close_y) : from_y - y_log;
-        const X of_p = s.close ? x.p * excess_of<T>(-close_p) : from_p - p_log;
-        const X share = m > none ? x.p / m : none;
-        const T bend = (T(1) - mu) * (a * (T(1) - mu) - b * mu);
-        return {of_y * a + of_p * b, share * s.difference * bend - p_log * b, s.difference};
+        const X m = mixture(x.p, x.y, params), inverse = m == X{} ? X{} : T(1) / m;
+        // y / m and p / m less 1
+        const X of_y = s.difference * inverse * -rest, of_p = s.difference * inverse * mu;
+        const X gap_y = gap_of<T>(of_y, X(x.y * inverse), X(x.log_y - x.log_mixture));
+        const X gap_p = gap_of<T>(of_p, X(x.p * inverse), X(x.log_p - x.log_mixture));
+        // p log(p / m) = m (gap + p / m - 1)
+        const X bent = x.p * inverse * s.difference * (rest * (a * rest - b * mu));
+        return {m * (gap_y * a + gap_p * b), bent + m * (gap_p + of_p) * b, s.difference};
     }
 };
 
