@@ -13,7 +13,6 @@ from ..checks import (
     check_dtype,
     check_index_dtype,
     check_input,
-    check_int,
     check_local,
     check_logits,
     check_names,
@@ -184,7 +183,6 @@ def _loss(
     of_outcomes, params = chosen(divergence, beta)
     check_choice("rest", rest, RESTS)
     target, hard_weight, scaled = of_teacher(options)
-    ignored = check_int("ignore_index", options.pop("ignore_index", -100))
     temperature = options.get("temperature", 1.0)
     _check_teacher(input, index, log_prob)
     check_temperature(temperature, input)
@@ -198,7 +196,7 @@ def _loss(
     if k > classes:
         raise ValueError(f"index must be of at most {classes} different classes, as many as input has, got {k}")
 
-    left_out = _left_out(index, target, ignored, options.get("token_weight"))
+    left_out = _left_out(index, target, options)
     if left_out is not None:
         index = torch.where(left_out[..., None], torch.arange(k, device=index.device), index)
         log_prob = log_prob.masked_fill(left_out[..., None], 0)
@@ -208,11 +206,8 @@ def _loss(
     in_one_pass = not isinstance(temperature, Tensor) and temperature == 1
     hard = hard_weight if in_one_pass else 0.0
     factor = temperature * temperature if scaled else 1.0
-    if target is None:
-        # A class that is out of range must not be taken for a row that is left out.
-        slot = index[..., 0].clamp(min=-1)
-    else:
-        slot, options["ignore_index"] = target, ignored
+    # A class that is out of range must not be taken for a row that is left out.
+    slot = index[..., 0].clamp(min=-1) if target is None else target
     result = row_loss(
         "topk_distillation_loss", input, slot, _epilogue(of_outcomes, rest, bool(hard)),
         (log_prob, index, factor, float(hard), *params), candidates=index,
@@ -267,9 +262,10 @@ def _with_rest(log_p: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([log_p, torch.where(rest > tiny, rest, tiny).log()[:, None]], -1)
 
 
-def _left_out(index: Tensor, target: Tensor | None, ignored: int, token_weight: Tensor | None) -> Tensor | None:
+def _left_out(index: Tensor, target: Tensor | None, options: dict[str, Any]) -> Tensor | None:
     """Which rows are not looked at, (*); None for none."""
-    left_out = None if target is None else target == ignored
+    left_out = None if target is None else target == options.get("ignore_index", -100)
+    token_weight = options.get("token_weight")
     if token_weight is not None:
         check_token_weight(token_weight, index[..., 0])
         if not token_weight.requires_grad:
