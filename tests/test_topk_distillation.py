@@ -347,6 +347,9 @@ def _call(**changes: Any) -> Any:
 
 BAD = {
     "logits are a list": (_call(input=[0.0]), TypeError, "input must be a tensor of logits, got list"),
+    "logits beside a whole teacher": (
+        lambda: fl.distillation_loss([0.0], torch.zeros(2, 5)), TypeError, "input must be a tensor of logits, got list"
+    ),
     "index is a list": (_call(index=[[0]]), TypeError, "index must be a tensor, got list"),
     "index of floats": (_call(index=torch.zeros(2, 2)), TypeError, "index must hold indices .* got torch.float32"),
     "index of other rows": (
