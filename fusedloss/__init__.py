@@ -15,6 +15,7 @@ from .losses.focal import focal_loss, linear_focal_loss
 from .losses.log_probs import linear_log_probs, linear_topk_log_probs, log_probs
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .losses.supcon import supcon_loss
+from .losses.topk_distillation import linear_topk_distillation_loss, topk_distillation_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
 from .metrics.calibration import (
     CalibrationBins,
@@ -51,6 +52,7 @@ __all__ = [
     "linear_focal_loss",
     "linear_log_probs",
     "linear_mixed_cross_entropy",
+    "linear_topk_distillation_loss",
     "linear_topk_log_probs",
     "linear_tversky_loss",
     "log_probs",
@@ -59,6 +61,7 @@ __all__ = [
     "plot_reliability",
     "set_threads_after_fork",
     "supcon_loss",
+    "topk_distillation_loss",
     "tversky_loss",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +77,12 @@ def check_number(
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
 
 
+def check_names(function: str, options: Mapping[str, object], known: Any) -> None:
+    for name in options:
+        if name not in known.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
 def check_int(name: str, value: object, low: float = -math.inf) -> int:
     """`value` as an int: one of Python or of NumPy, at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
@@ -142,17 +148,21 @@ def check_readable(name: str, value: Tensor) -> None:
         )
 
 
-def check_logits(input: Any, target: object) -> None:
+def check_input(input: Any) -> None:
     if not isinstance(input, Tensor) and not hasattr(input, "hidden"):  # of a Projection
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
     if input.dtype not in DTYPES:
         check_dtype("input", input)
-    if target.dtype not in INDEX_DTYPES:
-        check_index_dtype("target", target)
     if len(input.shape) < 1:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
+
+
+def check_logits(input: Any, target: object) -> None:
+    check_input(input)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
+    if target.dtype not in INDEX_DTYPES:
+        check_index_dtype("target", target)
     if target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must have the input's shape without its last dimension, {tuple(input.shape[:-1])}, "
@@ -164,6 +174,7 @@ def check_logits(input: Any, target: object) -> None:
 
 def check_second_row(name: str, second: Any, input: Tensor | Projection) -> None:
     """A teacher's logits, or targets, of the input's shape; they get no gradient."""
+    check_input(input)
     if not isinstance(second, Tensor) and not hasattr(second, "hidden"):
         raise TypeError(f"{name} must be a tensor, got {type(second).__name__}")
     if not second.dtype.is_floating_point:

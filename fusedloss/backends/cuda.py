@@ -103,8 +103,8 @@ class Cuda(Backend):
         count, weight_sum = 0 if rows.candidates is None else rows.candidates.shape[1], job.weight_sum()
         if count > MAX_CANDIDATES:
             raise ValueError(
-                f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {count}; use another "
-                "implementation"
+                f"impl='cuda' takes at most {MAX_CANDIDATES} candidates for each target, got {count}, of which the k "
+                "classes of a top-k teacher are some; use another implementation"
             )
         epilogue = self.epilogues.numbers[spec.epilogue]
         launch = native(_cuda.Launch, job, epilogue, spec.picks, count, weight_sum)

@@ -33,8 +33,9 @@ class Epilogue:
     ``over="targets"``: ``function(y, log_p)`` of targets y, any numbers. Its parameters are two factors, of a target
     and of what is added to each class.
 
-    Each parameter is a 0-d tensor or (N,) (for classes: (N, 1)). ``name`` is that of the same loss among a backend's
-    compiled epilogues; a backend that does not know it runs ``function`` between its passes.
+    Each parameter is a 0-d tensor or (N,) (for classes: (N, 1)); one of a function over the rows may be (N, K).
+    ``name`` is that of the same loss among a backend's compiled epilogues; a backend that does not know it runs
+    ``function`` between its passes.
     """
 
     name: str

@@ -114,7 +114,10 @@ def _against_second_row(z: Tensor, rows: Rows, epilogue: Epilogue, spec: Spec, s
     if spec.form.tempered:
         plain, index, *_ = _targeted(rows._replace(scalars=None), spec.form._replace(tempered=False))
         ce = dense_columns(plain, index, None, None, Picks())[0].ce
-    return with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True) + rows.params[-1] * ce
+    hard = rows.params[-1]
+    # A row that has no target may have an infinite cross-entropy with what stands for it.
+    ce = torch.where(hard == 0, 0, ce)
+    return with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True) + hard * ce
 
 
 def with_common_terms(base: Tensor, s: Statistics, rows: Rows, spec: Spec, classes: int, weighted: bool) -> Tensor:

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     candidates: Tensor | None
     """(N, K) int64."""
     params: list[Tensor]
-    """Of the epilogue, () or (N,) compute each; those of a loss function may hold integers or bools."""
+    """Of the epilogue, () or (N,) compute each; those of a loss function may be (N, K), and hold integers or bools."""
     scalars: Tensor | None
     """(4,) compute: the factors of the loss itself, of the smoothing term sum_j w_j (-log p_j) and of the z-loss
     lse^2, and that of the logits, 1 / temperature. None for (1, 0, 0, 1)."""

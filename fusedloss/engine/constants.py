@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a number or a tensor as 0-d or (N,). Integers and bools of rows keep their dtype."""
+    """Return a number or a tensor as 0-d or flat. Integers and bools of rows keep their dtype."""
     if isinstance(value, Tensor):
         if value.dim() and not value.is_floating_point():
             return value.reshape(-1).to(device)
@@ -24,7 +24,7 @@ def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -
 def parameters(
     params: Sequence[float | Tensor], common: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Return a loss's parameters, 0-d or (N,), and what every loss has, (3,) or None; numbers are views of one tensor.
+    """Return a loss's parameters, 0-d or flat, and what every loss has, (3,) or None; numbers are views of one tensor.
 
     That is kept by its values, and so must never be written to.
     """

@@ -45,13 +45,17 @@ def row_loss(
     without: tuple[str, ...] = (),
     candidates: Tensor | None = None,
     mean_over_weights: bool = False,
+    skip_zero_weights: bool = False,
     **options: Unpack[CallOptions],
 ) -> Any:
-    """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits."""
+    """The loss `epilogue` of logits in hand or of a projection; `name` is the public function's on logits.
+
+    With `skip_zero_weights` rows are left out where their token weight is 0, too, and still count in "mean".
+    """
     call = prepare(name, input, target, params, without, candidates, options)
     if epilogue.picks.top_k > 1 or epilogue.picks.below:
         _check_picks(epilogue.picks, call)
-    return reduced_loss(call, epilogue, target, mean_over_weights)
+    return reduced_loss(call, epilogue, target, mean_over_weights, skip_zero_weights)
 
 
 def second_row_loss(
@@ -75,13 +79,15 @@ def second_row_loss(
         _, *others, factor = call.rows.scalars
         scalars = torch.stack([main(factor), *others, factor])
         call = call._replace(rows=call.rows._replace(scalars=scalars))
-    return reduced_loss(call, epilogue, target)
+    return reduced_loss(call, epilogue, target, skip_zero_weights=True)
 
 
-def reduced_loss(call: Call, epilogue: Epilogue, target: Tensor, mean_over_weights: bool = False) -> Any:
+def reduced_loss(
+    call: Call, epilogue: Epilogue, target: Tensor, mean_over_weights: bool = False, skip_zero_weights: bool = False
+) -> Any:
     """The loss of a call, with RowStats of the target's shape where asked."""
     divisor, normalizer = divisor_of(call, mean_over_weights)
-    if epilogue.has_second_row:
+    if skip_zero_weights:
         call = without_zero_weights(call)
     loss, stats = _dispatch(call, epilogue, divisor)
     o = call.options

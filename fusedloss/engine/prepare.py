@@ -127,9 +127,12 @@ def prepare(
         factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
         common = (*factors, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
     numbers, scalars = constants.parameters(params, common, dtype, input.device)
-    for i, x in enumerate(numbers):
-        # Those of ignored rows may hold anything, of which a loss must make no NaN.
-        numbers[i] = x.masked_fill(index == checks.IGNORED, 1) if x.dim() else x
+    for i, given_number in enumerate(params):
+        if isinstance(given_number, Tensor) and given_number.dim():
+            of_row = given_number.shape[target.dim() :]
+            ignored = (index == checks.IGNORED).view(-1, *[1] * len(of_row))
+            # Those of ignored rows may hold anything, of which a loss must make no NaN.
+            numbers[i] = numbers[i].reshape(index.shape + of_row).masked_fill(ignored, 1)
     if isinstance(temperature, Tensor):
         assert scalars is not None
         scalars = torch.cat([scalars[:-1], _inverse(temperature.to(input.device, dtype)).reshape(1)])

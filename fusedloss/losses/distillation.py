@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_second_row
+from ..checks import check_choice, check_int, check_names, check_number, check_second_row
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
@@ -126,7 +125,7 @@ def distillation_loss(
     >>> student, teacher = torch.randn(8, 1000, requires_grad=True), torch.randn(8, 1000)
     >>> fl.distillation_loss(student, teacher, divergence="jsd", temperature=2.0).backward()
     """
-    _check_names("distillation_loss", options, DistillationOptions)
+    check_names("distillation_loss", options, DistillationOptions)
     return _loss("distillation_loss", input, teacher, divergence, beta, {**options, "return_stats": return_stats})
 
 
@@ -180,7 +179,7 @@ def linear_distillation_loss(
     >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(1000, 64, requires_grad=True)
     >>> fl.linear_distillation_loss(hidden, weight, torch.randn(8, 128), torch.randn(1000, 128)).backward()
     """
-    _check_names("linear_distillation_loss", options, LinearDistillationOptions)
+    check_names("linear_distillation_loss", options, LinearDistillationOptions)
     projection, rest = projected(input, linear_weight, return_stats, options)
     teacher = project([teacher_input], [teacher_weight], teacher_bias, teacher_softcap, None, False)
     return _loss("distillation_loss", projection, teacher, divergence, beta, rest)
@@ -190,11 +189,22 @@ def _loss(
     name: str, input: Source, teacher: Source, divergence: str, beta: float | None, options: dict[str, Any]
 ) -> Any:
     epilogue, params = chosen(divergence, beta)
-    target, hard_weight = options.pop("target", None), options.pop("hard_weight", 0.0)
-    scaled = options.pop("scale_by_temperature_squared", False)
     check_second_row("teacher", teacher, input)
     if teacher.dtype != input.dtype:
         raise TypeError(f"teacher must be {input.dtype} as input is, got {teacher.dtype}")
+    target, hard_weight, scaled = of_teacher(options)
+    index = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device) if target is None else target
+    result = second_row_loss(
+        name, input, index, teacher, epilogue, (*params, float(hard_weight)),
+        without=DISTILLATION_LACKS, main=_inverse_square if scaled else None, **options,
+    )  # fmt: skip
+    return result if target is not None else without_target(result)
+
+
+def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
+    """Take the options out that a loss against a teacher alone has: target, hard_weight and whether it is scaled."""
+    target, hard_weight = options.pop("target", None), options.pop("hard_weight", 0.0)
+    scaled = options.pop("scale_by_temperature_squared", False)
     check_number("hard_weight", hard_weight, 0)
     if hard_weight and target is None:
         raise ValueError(f"hard_weight is of the cross-entropy with a target, but target is None, got {hard_weight!r}")
@@ -203,12 +213,16 @@ def _loss(
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
-    index = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device) if target is None else target
-    result = second_row_loss(
-        name, input, index, teacher, epilogue, (*params, float(hard_weight)),
-        without=DISTILLATION_LACKS, main=_inverse_square if scaled else None, **options,
-    )  # fmt: skip
-    if target is not None or not isinstance(result, tuple):
+    check_int("ignore_index", options.get("ignore_index", -100))
+    if target is None:
+        # A class stands for the target, and may be that number.
+        options.pop("ignore_index", None)
+    return target, hard_weight, scaled
+
+
+def without_target(result: Any) -> Any:
+    """The loss, with statistics that know no target where they were asked for."""
+    if not isinstance(result, tuple):
         return result
     loss, stats = result
     return loss, stats._replace(target_log_prob=torch.full_like(stats.target_log_prob, torch.nan))
@@ -216,9 +230,3 @@ def _loss(
 
 def _inverse_square(factor: Tensor) -> Tensor:
     return factor.square().reciprocal()
-
-
-def _check_names(function: str, options: Mapping[str, object], known: Any) -> None:
-    for name in options:
-        if name not in known.__annotations__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_logits
+from ..checks import check_int, check_logits, check_names
 from ..definition.projection import Projection
 from ..definition.statistics import LogProbs
 from ..engine.dispatch import row_loss, row_statistics
@@ -61,7 +60,7 @@ def log_probs(
     >>> log_prob, entropy = fl.log_probs(logits, torch.arange(8), entropy=True)
     >>> (-log_prob - 0.01 * entropy).mean().backward()
     """
-    _check_names("log_probs", options, LogProbOptions)
+    check_names("log_probs", options, LogProbOptions)
     check_logits(input, target)
     if not isinstance(entropy, bool):
         raise TypeError(f"entropy must be True or False, got {entropy!r}")
@@ -111,7 +110,7 @@ def linear_log_probs(
     >>> log_prob, entropy = fl.linear_log_probs(hidden, weight, torch.arange(8), temperature=0.7, entropy=True)
     >>> log_prob.sum().backward()
     """
-    _check_names("linear_log_probs", options, LinearLogProbOptions)
+    check_names("linear_log_probs", options, LinearLogProbOptions)
     projection, rest = projected(input, linear_weight, False, options)
     del rest["return_stats"]
     return log_probs(projection, target, entropy=entropy, **rest)  # type: ignore[call-overload]
@@ -143,15 +142,9 @@ def linear_topk_log_probs(
     >>> index.shape, log_prob.shape
     (torch.Size([8, 5]), torch.Size([8, 5]))
     """
-    _check_names("linear_topk_log_probs", options, TopkOptions)
+    check_names("linear_topk_log_probs", options, TopkOptions)
     projection, rest = projected(input, linear_weight, False, options)
     del rest["return_stats"]
     assert isinstance(projection, Projection)
     with torch.no_grad():
         return topk_log_probs(projection, check_int("k", k, 1), **rest)
-
-
-def _check_names(function: str, options: Mapping[str, object], known: Any) -> None:
-    for name in options:
-        if name not in known.__annotations__:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
