@@ -25,9 +25,11 @@
 
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
+#define FUSEDLOSS_UNROLL _Pragma("unroll")
 #else
 // Inlined always, because vectors that cross a call go through memory.
 #define FUSEDLOSS_HD inline __attribute__((always_inline))
+#define FUSEDLOSS_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fusedloss {
@@ -348,7 +350,7 @@ FUSEDLOSS_HD X excess_of(X x) {
                                   1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
                                   1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
     X sum = X{} + T(inverse[terms - 1]);
-#pragma GCC unroll 12
+    FUSEDLOSS_UNROLL
     for (int k = terms - 2; k >= 0; --k) sum = T(inverse[k]) - x * sum;
     return x * x * sum;
 }
@@ -359,7 +361,7 @@ FUSEDLOSS_HD X log_ratio(X difference, X sum) {
     constexpr int terms = sizeof(T) == 4 ? 5 : 8;
     const X y = difference / sum, y2 = y * y;
     X poly = X{} + T(1.0 / (2 * terms - 1));
-#pragma GCC unroll 8
+    FUSEDLOSS_UNROLL
     for (int k = terms - 2; k >= 0; --k) poly = poly * y2 + T(1.0 / (2 * k + 1));
     return y * 2 * poly;
 }

@@ -793,10 +793,11 @@ int shared_bytes(const Launch& job) {
 
 template <typename S>
 void run(Launch job) {
-    if (job.class_term && job.moments) {
+    if (job.kind == kPairTerm) throw std::invalid_argument("there are no CUDA kernels of losses against a second row");
+    if (job.kind == kClassTerm && job.moments) {
         // By a read of their own, so that not each class term has two kernels.
         Launch statistics = job;
-        statistics.class_term = false;
+        statistics.kind = kRowEpilogue;
         statistics.epilogue = -1;
         statistics.grad = nullptr;
         run<S>(statistics);
@@ -808,7 +809,7 @@ void run(Launch job) {
         launch(kernel, job.rows * job.parts, 1, cluster, job.threads, shared_bytes<S>(job), job.stream, job);
     };
     with_functor(
-        job.class_term ? job.epilogue : -1,
+        job.kind == kClassTerm ? job.epilogue : -1,
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;
             if constexpr (!std::is_void_v<Term>) {
