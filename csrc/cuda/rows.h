@@ -71,6 +71,25 @@ struct alignas(16) Board {
     T logit[picks], b[picks];
 };
 
+// Statistics of a row's logits as they lie, times a factor: from the largest, the sum of exp(factor (z - max)) over all
+// but the target, and the target's logit.
+template <typename T>
+FUSEDLOSS_DEVICE void settle(RowStatistics<T>& s, T max, T rest, T target_logit, T factor) {
+    s.max = rounded_product(max, factor);
+    const T lag = (target_logit - max) * factor, mine = std::exp(lag);
+    s.sum_exp = rest + mine;
+    s.log_sum = std::log(s.sum_exp);
+    s.q = rest / s.sum_exp;
+    s.p = mine / s.sum_exp;
+    s.ce = rest < mine ? std::log1p(rest / mine) : s.log_sum - lag;
+    if (s.sum_exp == T(0)) {  // no finite logit at all
+        s.max = T(0);
+        s.q = T(1);
+        s.p = T(0);
+        s.ce = kInfinity<T>;
+    }
+}
+
 // Runs the row epilogue of that number.
 template <typename T, typename... Functors>
 FUSEDLOSS_DEVICE void run_epilogue(int number, const RowStatistics<T>& s, const T* params, RowGradient<T>& g,
@@ -434,20 +453,7 @@ class RowPart {
         s.pick_index = board_.column;
 
         const T factor = this->factor();
-        s.max = rounded_product(part.max, factor);
-        const T lag = (target_logit - part.max) * factor, mine = std::exp(lag);
-        const T rest = T(Asked & kSums ? part.rest + part.ties : part.rest);
-        s.sum_exp = rest + mine;
-        if (s.sum_exp == T(0)) s.max = T(0);  // no finite logit at all
-        s.log_sum = std::log(s.sum_exp);
-        s.q = rest / s.sum_exp;
-        s.p = mine / s.sum_exp;
-        s.ce = rest < mine ? std::log1p(rest / mine) : s.log_sum - lag;
-        if (s.sum_exp == T(0)) {
-            s.q = T(1);
-            s.p = T(0);
-            s.ce = kInfinity<T>;
-        }
+        settle(s, part.max, T(Asked & kSums ? part.rest + part.ties : part.rest), target_logit, factor);
         s.mean_ce = T(0);
         if (asked_mean()) {
             const double lse = double(s.log_sum) + (double(part.max) - reference) * factor;
@@ -456,7 +462,10 @@ class RowPart {
         const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, rounded_product(target_logit, factor), s.mean_ce};
 #pragma unroll
         for (int i = 0; i < kStatistics; ++i) put(job_.statistics, i, values[i]);
-        if constexpr (Asked & kSums) put_moments(part, lag, mine);
+        if constexpr (Asked & kSums) {
+            const T lag = (target_logit - part.max) * factor;
+            put_moments(part, lag, std::exp(lag));
+        }
     }
 
     // NaN where no logit is finite, since nothing is the maximum then.
@@ -791,16 +800,19 @@ int shared_bytes(const Launch& job) {
            job.slots * (job.threads * kItemBytes + job.threads / kWarp * 16);
 }
 
+// The same without a loss.
+inline Launch of_statistics(Launch job) {
+    job.kind = kRowEpilogue;
+    job.epilogue = -1;
+    job.grad = nullptr;
+    return job;
+}
+
 template <typename S>
 void run(Launch job) {
-    if (job.kind == kPairTerm) throw std::invalid_argument("there are no CUDA kernels of losses against a second row");
     if (job.kind == kClassTerm && job.moments) {
         // By a read of their own, so that not each class term has two kernels.
-        Launch statistics = job;
-        statistics.kind = kRowEpilogue;
-        statistics.epilogue = -1;
-        statistics.grad = nullptr;
-        run<S>(statistics);
+        run<S>(of_statistics(job));
         job.moments = kNoMoments;
     }
     const auto start = [&](auto kernel) {
