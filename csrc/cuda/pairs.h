@@ -1,6 +1,6 @@
-// The passes of losses against a second row, from the statistics of the first that rows.h makes:
+// The passes of losses against a second row:
 //
-//   forward    the second row's statistics, the sums of the terms, the loss and its coefficients
+//   forward    the statistics of both rows, the sums of the terms, the loss and its coefficients
 //   gradient   the gradient of the first row, which may take its place
 //
 // or the sums alone. A block has a row, of which a thread looks at 16 bytes of logits at a time; later looks find both
@@ -32,7 +32,7 @@ FUSEDLOSS_DEVICE PairPartial merge_warp(PairPartial part, T) {
 template <typename T>
 struct alignas(16) PairBoard {
     static constexpr int warps = kMaxThreads / kWarp;
-    Partial<T> second[warps], plain[warps];
+    Partial<T> first[warps], second[warps], plain[warps];
     PairPartial sums[warps];
 };
 
@@ -62,7 +62,8 @@ class PairRow {
     FUSEDLOSS_DEVICE void run() const {
         if (job_.target[row_] == kIgnored) return ignore();
         if (job_.forward) return forward();
-        const PairNumbers<T> row = numbers(second_statistic(kSecondMax), second_statistic(kSecondSum));
+        const PairNumbers<T> row =
+            numbers(statistic(kMax), statistic(kSumExp), second_statistic(kSecondMax), second_statistic(kSecondSum));
         if (job_.sums) {
             const PairPartial sum = sums(row);
             if (thread_index() == 0) put_sums(sum);
@@ -81,13 +82,12 @@ class PairRow {
     }
     FUSEDLOSS_DEVICE T common(int k) const { return common_at<T>(job_.common, k); }
 
-    FUSEDLOSS_DEVICE PairNumbers<T> numbers(T second_max, T second_sum) const {
+    FUSEDLOSS_DEVICE PairNumbers<T> numbers(T max, T sum, T second_max, T second_sum) const {
         PairNumbers<T> x;
-        const T sum = statistic(kSumExp);
         x.factor = common(kLogits);
-        x.max = statistic(kMax), x.inverse = T(1) / sum, x.log_sum = std::log(sum);
+        x.max = max, x.inverse = T(1) / sum, x.log_sum = std::log(sum);
         x.second_max = second_max, x.second_inverse = T(1) / second_sum, x.second_log_sum = std::log(second_sum);
-        x.lag = Term::of_logits ? (second_max - x.max) + std::log(second_sum / sum) : x.log_sum;
+        x.lag = Term::of_logits ? (second_max - max) + std::log(second_sum / sum) : x.log_sum;
 #pragma unroll
         for (int k = 0; k < kMaxParams; ++k) {
             x.params[k] = job_.param[k] ? static_cast<const T*>(job_.param[k])[row_ * job_.param_stride[k]] : T(0);
@@ -148,9 +148,9 @@ class PairRow {
         return all;
     }
 
-    // Maximum and sum of a row of logits without one column (-1: with all).
+    // The statistics of a row of logits times a factor, of which the target's is in hand.
     template <typename X>
-    FUSEDLOSS_DEVICE Partial<T> softmax_of(const X* z, T factor, int hole, Partial<T>* records) const {
+    FUSEDLOSS_DEVICE RowStatistics<T> softmax_of(const X* z, T factor, T target_logit, Partial<T>* records) const {
         Partial<T> part;
         const T exponent = exponent_of(factor);
         over_packs([&](int from, int count) {
@@ -159,7 +159,7 @@ class PairRow {
             T max = -kInfinity<T>;
 #pragma unroll
             for (int k = 0; k < pack; ++k) {
-                if (k >= count || from + k == hole) x[k] = -kInfinity<T>;
+                if (k >= count || from + k == target_) x[k] = -kInfinity<T>;
                 max = larger(max, x[k]);
             }
             const T before = part.max, base = part.max = larger(before, max);
@@ -168,7 +168,11 @@ class PairRow {
             for (int k = 0; k < pack; ++k) rest += fast_exp(x[k] - base, exponent);
             part.rest = part.rest * double(fast_exp(before - base, exponent)) + double(rest);
         });
-        return gather(part, records, factor);
+        part = gather(part, records, factor);
+        refer<0>(part, larger(part.max, target_logit), factor);
+        RowStatistics<T> s;
+        settle(s, part.max, T(part.rest), target_logit, factor);
+        return s;
     }
 
     // --- terms ---
@@ -234,51 +238,56 @@ class PairRow {
     // --- forward ---
 
     FUSEDLOSS_DEVICE void forward() const {
-        const T factor = common(kLogits), max = statistic(kMax);
+        const T factor = common(kLogits);
         // Read before the gradient takes its place.
         const T target_logit = target_ >= 0 ? read(z_[target_]) : kNaN<T>;
         const T second_target = target_ >= 0 ? read(second_[target_]) : kNaN<T>;
-        RowStatistics<T> second{}, plain{};
-        second.sum_exp = T(1);
+        const RowStatistics<T> s = softmax_of(z_, factor, target_logit, board_.first);
+        T second_max = 0, second_sum = 1;
         if constexpr (Term::of_logits) {
-            const Partial<T> part = softmax_of(second_, factor, -1, board_.second);
-            settle(second, part.max, T(part.rest), -kInfinity<T>, factor);
+            // In the same order, so that equal rows have the same bits.
+            const RowStatistics<T> second = softmax_of(second_, factor, second_target, board_.second);
+            second_max = second.max, second_sum = second.sum_exp;
         }
-        const PairNumbers<T> row = numbers(second.max, second.sum_exp);
+        const PairNumbers<T> row = numbers(s.max, s.sum_exp, second_max, second_sum);
         const T main = common(kMain), hard = Term::of_logits ? row.params[Term::param_count - 1] : T(0);
-        plain.ce = statistic(kCe), plain.q = statistic(kQ);
-        T plain_sum = statistic(kSumExp);
         const bool apart = hard != T(0) && factor != T(1);
+        T plain_ce = s.ce, plain_q = s.q, plain_sum = s.sum_exp;
         if (Term::of_logits && apart) {
-            Partial<T> part = softmax_of(z_, T(1), target_, board_.plain);
-            refer<0>(part, larger(part.max, target_logit), T(1));
-            settle(plain, part.max, T(part.rest), target_logit, T(1));
-            plain_sum = plain.sum_exp * std::exp(plain.max - max / factor);
+            const RowStatistics<T> plain = softmax_of(z_, T(1), target_logit, board_.plain);
+            plain_ce = plain.ce, plain_q = plain.q;
+            plain_sum = plain.sum_exp * std::exp(plain.max - s.max / factor);
         }
         const PairPartial sum = sums(row);
 
         // A rounded log-sum-exp makes all p too large by the same factor, 1 + the sum of p - y: the derivative by it is
         // that of h.
         T loss = main * T(sum.loss - sum.difference * sum.slope);
-        if (hard != T(0)) loss += hard * plain.ce;
-        const T lse = max + row.log_sum, z_loss = common(kZLoss);
+        if (hard != T(0)) loss += hard * plain_ce;
+        const T lse = s.max + row.log_sum, z_loss = common(kZLoss);
         if (z_loss != T(0)) loss += z_loss * lse * lse;
         const T slope = main * T(sum.slope) - (z_loss != T(0) ? T(2) * z_loss * lse : T(0));
-        const T p = std::exp(statistic(kTargetLogit) - max) * row.inverse;
         // Without a temperature both are factors of the same exponentials.
         const T shift = slope - (apart ? T(0) : hard), of_plain = apart ? hard / (factor * plain_sum) : T(0);
-        const T at_target = main * term(row, target_logit, second_target, target_).slope - p * slope -
-                            (hard != T(0) ? hard / factor * plain.q : T(0));
+        const T at_target = main * term(row, target_logit, second_target, target_).slope - s.p * slope -
+                            (hard != T(0) ? hard / factor * plain_q : T(0));
         if (thread_index() == 0) {
-            second_statistic(kSecondMax) = second.max;
-            second_statistic(kSecondSum) = second.sum_exp;
-            second_statistic(kPlainSum) = plain_sum;
-            put(loss, shift, of_plain, at_target);
+            const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, rounded_product(target_logit, factor), T(0)};
+            const T seconds[kSeconds] = {second_max, second_sum, plain_sum};
+            put(values, seconds);
+            put_loss(loss, shift, of_plain, at_target);
         }
         if (job_.grad) gradient(row, shift, of_plain, at_target);
     }
 
-    FUSEDLOSS_DEVICE void put(T loss, T shift, T plain, T at_target) const {
+    FUSEDLOSS_DEVICE void put(const T* values, const T* seconds) const {
+#pragma unroll
+        for (int k = 0; k < kStatistics; ++k) statistic(k) = values[k];
+#pragma unroll
+        for (int k = 0; k < kSeconds; ++k) second_statistic(k) = seconds[k];
+    }
+
+    FUSEDLOSS_DEVICE void put_loss(T loss, T shift, T plain, T at_target) const {
         static_cast<T*>(job_.loss)[row_] = loss;
         coefficient(kShift) = shift;
         coefficient(kPlain) = plain;
@@ -309,8 +318,9 @@ class PairRow {
     // An ignored row is not looked at.
     FUSEDLOSS_DEVICE void ignore() const {
         if (thread_index() == 0 && job_.forward) {
-            for (int k = 0; k < kSeconds; ++k) second_statistic(k) = T(1);
-            put(T(0), T(0), T(0), T(0));
+            const T seconds[kSeconds] = {T(1), T(1), T(1)};
+            put(Neutral<T>().value, seconds);
+            put_loss(T(0), T(0), T(0), T(0));
         }
         if (thread_index() == 0 && job_.sums) put_sums(PairPartial());
         if (!job_.grad) return;
@@ -334,7 +344,7 @@ FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 ? 2 : 3) pair
 
 template <typename S>
 void run_pairs(const Launch& job) {
-    if (job.forward) run<S>(of_statistics(job));
+    if (job.forward && (job.picks() > 0 || job.moments)) run<S>(of_statistics(job));
     with_functor(
         job.epilogue,
         [&](auto* term) {

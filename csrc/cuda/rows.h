@@ -60,6 +60,15 @@ struct Slopes {
     FUSEDLOSS_DEVICE T gradient(T e, T lag) const { return (e * bounded(lag)) * by_excess + e * (e * by_power + a); }
 };
 
+// An ignored row gets the statistics of two equal logits, one of them the target, so that a user's loss function sees
+// nothing that is not finite, and loss, coefficients and gradient of zero.
+template <typename T>
+struct Neutral {
+    static constexpr T log2 = T(0.6931471805599453);
+    T value[kStatistics] = {T(0), T(2), T(0.5), log2, T(0), log2};
+    T moment[kMoments] = {log2, T(0), T(0.5)};
+};
+
 // What a block's threads tell each other in shared memory; the slots for tiles follow.
 template <typename T>
 struct alignas(16) Board {
@@ -738,22 +747,19 @@ class RowPart {
         });
     }
 
-    // An ignored row is not looked at. It gets the statistics of two equal logits, one of them the target, so that a
-    // user's loss function sees nothing that is not finite, and loss, coefficients and gradient of zero.
+    // An ignored row is not looked at.
     FUSEDLOSS_DEVICE void ignore() const {
         const int picks = job_.picks();
         if (thread_ == 0 && job_.forward) {
-            const T log2 = T(0.6931471805599453);
-            const T neutral[kStatistics] = {T(0), T(2), T(0.5), log2, T(0), log2};
+            const Neutral<T> neutral;
 #pragma unroll
-            for (int k = 0; k < kStatistics; ++k) put(job_.statistics, k, neutral[k]);
+            for (int k = 0; k < kStatistics; ++k) put(job_.statistics, k, neutral.value[k]);
             for (int k = 0; k < picks; ++k) {
                 put(job_.statistics, kStatistics + k, T(0));
                 put(job_.index, k, int64_t(-1));
             }
-            const T moments[kMoments] = {log2, T(0), T(0.5)};
             for (int k = 0; job_.moments && k < kMoments; ++k)
-                put(job_.statistics, kStatistics + picks + k, moments[k]);
+                put(job_.statistics, kStatistics + picks + k, neutral.moment[k]);
             for (int k = 0; job_.epilogue >= 0 && k < kCoefficients + picks; ++k) put(job_.coefficients, k, T(0));
             if (job_.epilogue >= 0) put(job_.loss, 0, T(0));
         }
