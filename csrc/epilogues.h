@@ -21,7 +21,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
@@ -484,7 +483,7 @@ struct MixtureKl {
 template <typename T>
 FUSEDLOSS_HD T whole_loss(T loss, T slope, T difference, T curvature) {
     const T more = difference * (slope - curvature / 2 * difference);
-    return loss < std::numeric_limits<T>::infinity() ? loss - more : loss;
+    return loss - loss == T(0) ? loss - more : loss;  // infinity stays
 }
 
 // -sum_j y_j log p_j of targets y, which need not sum to 1; `d` is -log p. Parameters: what smoothing leaves of a

@@ -260,9 +260,8 @@ class PairRow {
         }
         const PairPartial sum = sums(row);
 
-        // A rounded log-sum-exp makes all p too large by the same factor, 1 + the sum of p - y: the derivative by it is
-        // that of h.
-        T loss = main * T(sum.loss - sum.difference * sum.slope);
+        const double curvature = Term::curvature(row.params);
+        T loss = main * T(whole_loss(sum.loss, sum.slope, sum.difference, curvature));
         if (hard != T(0)) loss += hard * plain_ce;
         const T lse = s.max + row.log_sum, z_loss = common(kZLoss);
         if (z_loss != T(0)) loss += z_loss * lse * lse;
