@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import test_linear
@@ -25,6 +25,7 @@ from row_suite import (
     DTYPES,
     Problem,
     RowLossSuite,
+    cast,
     compute_dtype,
     logits_and_targets,
     modules_of_losses,
@@ -155,7 +156,7 @@ def test_its_epilogues_are_those_of_the_engine():
 #: Epilogues with the number of their parameters and of the top classes that they look at.
 EPILOGUES = {
     name: (count, {"cross_entropy": 0, "mixed_cross_entropy": 2}.get(name, 1))
-    for name, count in (CPU.rows | CPU.classes).items()
+    for name, count in (CPU.rows | CPU.classes | CPU.pairs).items()
 }
 
 
@@ -164,18 +165,18 @@ def _job(
 ) -> tuple[Rows, Spec, Tensor]:
     """With class weights, all terms that the epilogue takes, a factor, and an ignored row; and weights of the rows."""
     z, target = logits_and_targets(rows, classes, generator, dtype)
+    second = z.roll(1, 1).abs() if epilogue in CPU.pairs else None
     target[2:3] = -100
     compute = compute_dtype(dtype)
     weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
     count, top_k = EPILOGUES[epilogue]
-    smoothing = 0.0 if epilogue in CUDA.epilogues.classes else 0.1
+    smoothing = 0.1 if epilogue in CPU.rows else 0.0
     scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01, 1 / 0.7], dtype=compute)
     params = [torch.full((), 0.5, dtype=compute)] * count
-    return (
-        Rows.of(z, target, weight, None, params, scalars),
-        Spec("cuda", epilogue, top_k, mean=smoothing != 0),
-        row_weight,
-    )
+    batch = Rows.of(z, target, weight, None, params, scalars)
+    if second is not None:
+        batch = batch._replace(teacher=[second.to(compute) if epilogue == "soft_targets" else second])
+    return batch, Spec("cuda", epilogue, top_k, mean=smoothing != 0), row_weight
 
 
 NAMES = ("loss", "statistics", "index", "coefficients", "gradient")
@@ -228,7 +229,7 @@ CUT = [
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("dtype", "parts", "on_chip"), CUT, ids=str)
-@pytest.mark.parametrize("epilogue", ["cross_entropy", "dsc_one_vs_rest"])
+@pytest.mark.parametrize("epilogue", ["cross_entropy", "dsc_one_vs_rest", "mixture_kl", "soft_targets"])
 def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, generator, monkeypatch):
     """Rows and their gradients begin at every distance from a multiple of 16 bytes, and from each other's."""
     monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
@@ -238,9 +239,12 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
     classes = parts * tiles * THREADS * cuda.ITEM_BYTES // size + 3
     batch, spec, row_weight = _job(epilogue, rows, classes, dtype, generator)
 
+    def moved_by(offset: int, stride: int, x: Tensor) -> Tensor:
+        return x.new_empty(rows * stride + pack)[offset:].as_strided((rows, classes), (stride, 1)).copy_(x)
+
     def laid_out(offset: int, stride: int) -> Rows:
-        memory = torch.empty(rows * stride + pack, dtype=dtype)[offset:]
-        return batch._replace(hidden=[memory.as_strided((rows, classes), (stride, 1)).copy_(batch.logits)])
+        teacher = [moved_by(offset // 2, stride, x) for x in batch.teacher]
+        return batch._replace(hidden=[moved_by(offset, stride, batch.logits)], teacher=teacher)
 
     aligned = laid_out(0, classes + 16 - 3)
     assert aligned.logits.stride(0) % pack == 0
@@ -329,6 +333,152 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     for needed in ((True,), ()):
         ops.forward(*rows, None, Spec("cuda", "cross_entropy", needed=needed).encode())
     assert jobs == [-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), cuda.STAGES]
+
+
+# --- against a second row ---
+
+#: Losses of (input, second, target, **options).
+AGAINST: dict[str, Callable[..., Tensor]] = {
+    name: lambda z, second, target, name=name, **options: fl.distillation_loss(
+        z, second, target=target, divergence=name, **options
+    )
+    for name in ("forward_kl", "reverse_kl", "jsd", "tv", "skew_kl", "skew_reverse_kl")
+}
+SOFT = "soft targets"
+AGAINST[SOFT] = lambda z, second, target, token_weight=1.0, **options: fl.cross_entropy(
+    z, second, token_weight=token_weight * (target != -100), **options
+)
+
+
+def _second(name: str, z: Tensor, generator: torch.Generator, noise: float = 3) -> Tensor:
+    """A teacher's logits that are some noise away, or targets."""
+    other = (z.double() + noise * torch.randn(z.shape, generator=generator, dtype=torch.float64)).to(z.dtype)
+    return other.float().softmax(-1).to(z.dtype) if name == SOFT else other
+
+
+def _terms(name: str, rows: int, classes: int, generator: torch.Generator) -> dict[str, Any]:
+    """All that the loss takes."""
+    terms = {"temperature": 1.7, "token_weight": torch.rand(rows, generator=generator, dtype=torch.float64)}
+    if name == SOFT:
+        weight = torch.rand(classes, generator=generator, dtype=torch.float64)
+        return terms | {"weight": weight, "label_smoothing": 0.1, "z_loss": 0.01}
+    return terms | {"hard_weight": 0.3, "scale_by_temperature_squared": True}
+
+
+def assert_near(got: Tensor, right: Tensor, size: Any, tolerance: float) -> None:
+    """Relative to that size; NaN is where the other has it."""
+    error = (got.double() - right.double()).abs()
+    assert torch.equal(got.isnan(), right.isnan())
+    assert (error <= tolerance * size + 40 * torch.finfo(compute_dtype(got.dtype)).eps)[~right.isnan()].all()
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("stats", [(), ("entropy",)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("terms", ["plain", "hard", "all terms"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", AGAINST)
+def test_against_a_second_row(name, dtype, terms, reduction, stats, generator):
+    """Of which the rows that are left out are not looked at. The gradient is made with a mean, and later without."""
+    compute = compute_dtype(dtype)
+    for classes in (1, 37, 5000):
+        z, target = logits_and_targets(4, classes, generator, dtype)
+        second = _second(name, z, generator)
+        target[2], z[2], second[2] = -100, torch.nan, torch.nan
+        own = {"hard_weight": 0.3} if terms == "hard" and name != SOFT else {}
+        if terms == "all terms":
+            own = _terms(name, 4, classes, generator)
+        results = []
+        for impl, kind in (("cuda", dtype), ("reference", torch.float64)):
+            options = cast(cast(own, compute), compute_dtype(kind)) | {"reduction": reduction, "stats": stats}
+            logits = z.to(kind).requires_grad_()
+            loss, found = AGAINST[name](logits, second.to(kind), target, return_stats=True, impl=impl, **options)
+            (gradient,) = torch.autograd.grad(loss.sum(), logits)
+            results.append([gradient, loss, *(x for x in found if x is not None)])
+        (got, *found), (right, *others) = results
+        assert not got[2].any()
+        assert_near(got, right, right.abs().max(), 2 * torch.finfo(dtype).eps)
+        for x, y in zip(found, others, strict=True):
+            assert_near(x, y, 1 + y.abs(), 10 * torch.finfo(compute).eps)
+
+
+@pytest.mark.parametrize("name", [name for name in AGAINST if name != SOFT])
+def test_rows_that_are_close_or_the_same(name, generator):
+    """A plain difference of probabilities would leave no digit; equal rows have no loss and no gradient."""
+    z, target = logits_and_targets(3, 5000, generator, torch.float32)
+    for reduction in ("mean", "none"):
+        for temperature in (1.0, 0.7):
+            options = {"reduction": reduction, "temperature": temperature}
+            near = _second(name, z, generator, noise=1e-3)
+            loss = AGAINST[name](z, near, target, impl="cuda", **options)
+            right = AGAINST[name](z.double(), near.double(), target, impl="reference", **options)
+            torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)
+            loss, gradient = with_gradient(lambda x, o=options: AGAINST[name](x, z, target, impl="cuda", **o), z)
+            assert not loss.any() and not gradient.any()
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", AGAINST)
+def test_no_number_in_either_row(name, dtype, generator):
+    """Classes that one row lacks, or both, and what is not finite at all: as on a CPU."""
+    z, target = logits_and_targets(8, 37, generator, dtype)
+    second = _second(name, z, generator)
+    away = torch.arange(37) % 3 == 0
+    target[:] = 1  # which is not among them
+    z[0, away] = z[2, away] = -torch.inf
+    z[4, 5], z[5], z[6, 1] = torch.nan, -torch.inf, torch.inf
+    if name == SOFT:
+        second[2, away], second[3, 7] = 0, torch.nan
+    else:
+        second[1, away] = second[2, away] = -torch.inf
+        second[3, 7], second[7] = torch.nan, -torch.inf
+    results = []
+    for impl in ("cuda", "cpu"):
+        loss = partial(AGAINST[name], target=target, reduction="none", impl=impl, temperature=1.5)
+        results.append(with_gradient(lambda x, loss=loss: loss(x, second), z))
+    torch.testing.assert_close(*results, equal_nan=True, rtol=1e-10 if dtype == torch.float64 else None, atol=None)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", CPU.pairs)
+def test_sums_and_gradients_of_some_of_the_classes(epilogue, dtype, generator):
+    """As a rank of a group takes them: from statistics of more classes, without a target here."""
+    rows, spec, row_weight = _job(epilogue, 5, 300, dtype, generator)
+    results = []
+    for impl in ("cpu", "cuda"):
+        spec = spec._replace(impl=impl)
+        if impl == "cpu":
+            _, statistics, index, coefficients, _ = ops.forward(*rows, None, spec.encode())
+            here = rows._replace(target=rows.target.clone())
+            here.target[:2] = -1
+        sums = ops.sums(*here, statistics, index, None, None, spec.encode())
+        (gradient,) = ops.backward(*here, statistics, index, coefficients, row_weight, spec.encode())
+        results.append((sums, gradient))
+    assert not results[1][0][:, 2].any() and not results[1][1][2].any()
+    (sums, gradient), (found, got) = results
+    assert_near(found, sums, 1 + sums.abs(), 20 * torch.finfo(compute_dtype(dtype)).eps)
+    assert_near(got, gradient, gradient.abs().max(), 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("budget", [300 * 4 * 2 * 3, None], ids=["chunks", "one chunk"])
+def test_linear_forms_against_a_teacher(budget, generator, kernel_calls):
+    """Whose hidden states are of another size."""
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
+    teacher = [torch.randn(n, 24, generator=generator) for n in (7, 300)]
+    target = torch.randint(300, (7,), generator=generator)
+    target[2] = -100
+    results = []
+    for impl in ("cuda", "reference"):
+        loss = fl.linear_distillation_loss(
+            hidden, weight, *teacher, target=target, hard_weight=0.5, temperature=2.0, budget=budget, impl=impl
+        )
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    # Of three chunks the last has the ignored row alone, which has no gradient.
+    used = {"with_gradient": 2, "forward": 1, "scale_": 2} if budget else {"with_gradient": 1, "scale_": 2}
+    assert kernel_calls == {(name, "cuda"): count for name, count in used.items()}
 
 
 # --- a mean or a sum, whose gradient is made with it ---
