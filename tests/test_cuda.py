@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
+import test_distillation
 import test_linear
 import torch
 from cuda_host import ROOT, compiler, load
@@ -25,7 +26,6 @@ from row_suite import (
     DTYPES,
     Problem,
     RowLossSuite,
-    cast,
     compute_dtype,
     logits_and_targets,
     modules_of_losses,
@@ -337,93 +337,30 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
 
 # --- against a second row ---
 
-#: Losses of (input, second, target, **options).
-AGAINST: dict[str, Callable[..., Tensor]] = {
-    name: lambda z, second, target, name=name, **options: fl.distillation_loss(
-        z, second, target=target, divergence=name, **options
-    )
-    for name in ("forward_kl", "reverse_kl", "jsd", "tv", "skew_kl", "skew_reverse_kl")
-}
+
+@pytest.mark.covering(1)
+class TestSecondRow:
+    """The shared tests of what the kernels compute."""
+
+    test_against_the_formula = staticmethod(test_distillation.test_against_the_formula)
+    test_close_rows_keep_their_digits = staticmethod(test_distillation.test_close_rows_keep_their_digits)
+    test_masked_classes = staticmethod(test_distillation.test_masked_classes)
+    test_derivatives = staticmethod(test_distillation.test_derivatives)
+    test_reductions_and_weights = staticmethod(test_distillation.test_reductions_and_weights)
+    test_soft_targets = staticmethod(test_distillation.test_soft_targets)
+    test_soft_targets_of_other_kinds = staticmethod(test_distillation.test_soft_targets_of_other_kinds)
+
+
 SOFT = "soft targets"
-AGAINST[SOFT] = lambda z, second, target, token_weight=1.0, **options: fl.cross_entropy(
-    z, second, token_weight=token_weight * (target != -100), **options
-)
-
-
-def _second(name: str, z: Tensor, generator: torch.Generator, noise: float = 3) -> Tensor:
-    """A teacher's logits that are some noise away, or targets."""
-    other = (z.double() + noise * torch.randn(z.shape, generator=generator, dtype=torch.float64)).to(z.dtype)
-    return other.float().softmax(-1).to(z.dtype) if name == SOFT else other
-
-
-def _terms(name: str, rows: int, classes: int, generator: torch.Generator) -> dict[str, Any]:
-    """All that the loss takes."""
-    terms = {"temperature": 1.7, "token_weight": torch.rand(rows, generator=generator, dtype=torch.float64)}
-    if name == SOFT:
-        weight = torch.rand(classes, generator=generator, dtype=torch.float64)
-        return terms | {"weight": weight, "label_smoothing": 0.1, "z_loss": 0.01}
-    return terms | {"hard_weight": 0.3, "scale_by_temperature_squared": True}
-
-
-def assert_near(got: Tensor, right: Tensor, size: Any, tolerance: float) -> None:
-    """Relative to that size; NaN is where the other has it."""
-    error = (got.double() - right.double()).abs()
-    assert torch.equal(got.isnan(), right.isnan())
-    assert (error <= tolerance * size + 40 * torch.finfo(compute_dtype(got.dtype)).eps)[~right.isnan()].all()
-
-
-@pytest.mark.covering(2)
-@pytest.mark.parametrize("stats", [(), ("entropy",)], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("terms", ["plain", "hard", "all terms"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", AGAINST)
-def test_against_a_second_row(name, dtype, terms, reduction, stats, generator):
-    """Of which the rows that are left out are not looked at. The gradient is made with a mean, and later without."""
-    compute = compute_dtype(dtype)
-    for classes in (1, 37, 5000):
-        z, target = logits_and_targets(4, classes, generator, dtype)
-        second = _second(name, z, generator)
-        target[2], z[2], second[2] = -100, torch.nan, torch.nan
-        own = {"hard_weight": 0.3} if terms == "hard" and name != SOFT else {}
-        if terms == "all terms":
-            own = _terms(name, 4, classes, generator)
-        results = []
-        for impl, kind in (("cuda", dtype), ("reference", torch.float64)):
-            options = cast(cast(own, compute), compute_dtype(kind)) | {"reduction": reduction, "stats": stats}
-            logits = z.to(kind).requires_grad_()
-            loss, found = AGAINST[name](logits, second.to(kind), target, return_stats=True, impl=impl, **options)
-            (gradient,) = torch.autograd.grad(loss.sum(), logits)
-            results.append([gradient, loss, *(x for x in found if x is not None)])
-        (got, *found), (right, *others) = results
-        assert not got[2].any()
-        assert_near(got, right, right.abs().max(), 2 * torch.finfo(dtype).eps)
-        for x, y in zip(found, others, strict=True):
-            assert_near(x, y, 1 + y.abs(), 10 * torch.finfo(compute).eps)
-
-
-@pytest.mark.parametrize("name", [name for name in AGAINST if name != SOFT])
-def test_rows_that_are_close_or_the_same(name, generator):
-    """A plain difference of probabilities would leave no digit; equal rows have no loss and no gradient."""
-    z, target = logits_and_targets(3, 5000, generator, torch.float32)
-    for reduction in ("mean", "none"):
-        for temperature in (1.0, 0.7):
-            options = {"reduction": reduction, "temperature": temperature}
-            near = _second(name, z, generator, noise=1e-3)
-            loss = AGAINST[name](z, near, target, impl="cuda", **options)
-            right = AGAINST[name](z.double(), near.double(), target, impl="reference", **options)
-            torch.testing.assert_close(loss.double(), right, rtol=1e-5, atol=0)
-            loss, gradient = with_gradient(lambda x, o=options: AGAINST[name](x, z, target, impl="cuda", **o), z)
-            assert not loss.any() and not gradient.any()
 
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", AGAINST)
+@pytest.mark.parametrize("name", [*test_distillation.DIVERGENCES, SOFT])
 def test_no_number_in_either_row(name, dtype, generator):
     """Classes that one row lacks, or both, and what is not finite at all: as on a CPU."""
     z, target = logits_and_targets(8, 37, generator, dtype)
-    second = _second(name, z, generator)
+    second = z.roll(1, 1).abs() if name == SOFT else z.roll(1, 1)
     away = torch.arange(37) % 3 == 0
     target[:] = 1  # which is not among them
     z[0, away] = z[2, away] = -torch.inf
@@ -435,9 +372,12 @@ def test_no_number_in_either_row(name, dtype, generator):
         second[3, 7], second[7] = torch.nan, -torch.inf
     results = []
     for impl in ("cuda", "cpu"):
-        loss = partial(AGAINST[name], target=target, reduction="none", impl=impl, temperature=1.5)
-        results.append(with_gradient(lambda x, loss=loss: loss(x, second), z))
-    torch.testing.assert_close(*results, equal_nan=True, rtol=1e-10 if dtype == torch.float64 else None, atol=None)
+        options = {"reduction": "none", "impl": impl, "temperature": 1.5}
+        loss = partial(fl.cross_entropy, target=second)
+        if name != SOFT:
+            loss = partial(fl.distillation_loss, teacher=second, divergence=name, target=target, hard_weight=0.3)
+        results.append(with_gradient(partial(loss, **options), z))
+    torch.testing.assert_close(*results, equal_nan=True)
 
 
 @pytest.mark.covering(1)
@@ -446,20 +386,15 @@ def test_no_number_in_either_row(name, dtype, generator):
 def test_sums_and_gradients_of_some_of_the_classes(epilogue, dtype, generator):
     """As a rank of a group takes them: from statistics of more classes, without a target here."""
     rows, spec, row_weight = _job(epilogue, 5, 300, dtype, generator)
+    _, *saved, _ = ops.forward(*rows, None, spec._replace(impl="cpu").encode())
+    rows.target[:2] = -1
     results = []
     for impl in ("cpu", "cuda"):
-        spec = spec._replace(impl=impl)
-        if impl == "cpu":
-            _, statistics, index, coefficients, _ = ops.forward(*rows, None, spec.encode())
-            here = rows._replace(target=rows.target.clone())
-            here.target[:2] = -1
-        sums = ops.sums(*here, statistics, index, None, None, spec.encode())
-        (gradient,) = ops.backward(*here, statistics, index, coefficients, row_weight, spec.encode())
-        results.append((sums, gradient))
+        known = spec._replace(impl=impl).encode()
+        sums = ops.sums(*rows, *saved[:2], None, None, known)
+        results.append((sums, *ops.backward(*rows, *saved, row_weight, known)))
     assert not results[1][0][:, 2].any() and not results[1][1][2].any()
-    (sums, gradient), (found, got) = results
-    assert_near(found, sums, 1 + sums.abs(), 20 * torch.finfo(compute_dtype(dtype)).eps)
-    assert_near(got, gradient, gradient.abs().max(), 2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("budget", [300 * 4 * 2 * 3, None], ids=["chunks", "one chunk"])

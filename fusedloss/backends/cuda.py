@@ -119,8 +119,8 @@ class Cuda(Backend):
         number, kind = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
         epilogue = (-1, ROWS) if kind == ROWS else (number, kind)
-        slopes = (0, False, False, job.moments_of_gradient)
-        launch = native(_cuda.Launch, job, epilogue, slopes, given=job.index.shape[0])
+        moments = (0, False, False, job.moments_of_gradient)
+        launch = native(_cuda.Launch, job, epilogue, moments, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)
 
     def sums(self, job: Job) -> Tensor:
@@ -143,8 +143,8 @@ class Cuda(Backend):
     def _term_sums(self, job: Job) -> Tensor:
         logits = job.rows.logits
         sums = logits.new_empty((3 if job.rows.teacher else 2, logits.shape[0]), dtype=torch.float64)
-        epilogue, given = self.epilogues.numbers[job.spec.epilogue], job.index.shape[0]
-        launch = native(_cuda.Launch, job, epilogue, given=given, sums=sums)
+        epilogue, moments = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.moments_of_gradient)
+        launch = native(_cuda.Launch, job, epilogue, moments, given=job.index.shape[0], sums=sums)
         self._run(launch, logits, on_chip=False)
         return sums
 
