@@ -23,7 +23,7 @@ DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 TARGETS = ("sm_90a", "sm_80", "sm_100")
 #: Shared memory of a block and of a multiprocessor of sm_90, in bytes.
 BLOCK, MULTIPROCESSOR = 227 * 1024, 228 * 1024
-_KERNEL = re.compile(r"(row|class_sums|top_rest|scale)_pass")
+_KERNEL = re.compile(r"(row|pair|class_sums|top_rest|scale)_pass")
 #: The row kernel of losses that look at other classes than the target, or at the mean.
 WITH_PICKS = "picks or mean"
 #: That of entropy and power, too.
@@ -86,8 +86,9 @@ def _compile(dtype: str, target: str, folder: Path) -> list[Compiled]:
     ]
 
 
-#: The epilogues over the classes, by the names of their functors.
-TERMS = {name.title().replace("_", ""): name for name in BACKENDS["cpu"].epilogues.classes}
+_EPILOGUES = BACKENDS["cpu"].epilogues
+#: Those over the classes and those of two rows, by the names of their functors.
+TERMS = {name.title().replace("_", ""): name for name in (*_EPILOGUES.classes, *_EPILOGUES.pairs)}
 
 
 def _loss(name: str) -> str:

@@ -21,13 +21,14 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
 
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
+#define FUSEDLOSS_UNROLL _Pragma("unroll")
 #else
 // Inlined always, because vectors that cross a call go through memory.
 #define FUSEDLOSS_HD inline __attribute__((always_inline))
+#define FUSEDLOSS_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 namespace fusedloss {
@@ -348,7 +349,7 @@ FUSEDLOSS_HD X excess_of(X x) {
                                   1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
                                   1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
     X sum = X{} + T(inverse[terms - 1]);
-#pragma GCC unroll 12
+    FUSEDLOSS_UNROLL
     for (int k = terms - 2; k >= 0; --k) sum = T(inverse[k]) - x * sum;
     return x * x * sum;
 }
@@ -359,7 +360,7 @@ template <typename T, typename X>
 FUSEDLOSS_HD X gap_of(X x, X u, X log_u) {
     constexpr int terms = sizeof(T) == 4 ? 9 : 15;
     X sum = X{} + T(1.0 / ((terms + 1) * (terms + 2)));
-#pragma GCC unroll 16
+    FUSEDLOSS_UNROLL
     for (int k = terms; k > 0; --k) sum = T(1.0 / (k * (k + 1))) - x * sum;
     const auto near = (x < kClose<T>)&(x > -kClose<T>);
     return near ? x * x * sum : (u > X{} ? u * log_u : X{}) - x;
@@ -477,7 +478,7 @@ struct MixtureKl {
 template <typename T>
 FUSEDLOSS_HD T whole_loss(T loss, T slope, T difference, T curvature) {
     const T more = difference * (slope - curvature / 2 * difference);
-    return loss < std::numeric_limits<T>::infinity() ? loss - more : loss;
+    return loss - loss == T(0) ? loss - more : loss;  // infinity stays
 }
 
 // -sum_j y_j log p_j of targets y, which need not sum to 1; `d` is -log p. Parameters: what smoothing leaves of a

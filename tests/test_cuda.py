@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import test_distillation
 import test_linear
 import torch
 from cuda_host import ROOT, compiler, load
@@ -155,7 +156,7 @@ def test_its_epilogues_are_those_of_the_engine():
 #: Epilogues with the number of their parameters and of the top classes that they look at.
 EPILOGUES = {
     name: (count, {"cross_entropy": 0, "mixed_cross_entropy": 2}.get(name, 1))
-    for name, count in (CPU.rows | CPU.classes).items()
+    for name, count in (CPU.rows | CPU.classes | CPU.pairs).items()
 }
 
 
@@ -164,18 +165,18 @@ def _job(
 ) -> tuple[Rows, Spec, Tensor]:
     """With class weights, all terms that the epilogue takes, a factor, and an ignored row; and weights of the rows."""
     z, target = logits_and_targets(rows, classes, generator, dtype)
+    second = z.roll(1, 1).abs() if epilogue in CPU.pairs else None
     target[2:3] = -100
     compute = compute_dtype(dtype)
     weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
     count, top_k = EPILOGUES[epilogue]
-    smoothing = 0.0 if epilogue in CUDA.epilogues.classes else 0.1
+    smoothing = 0.1 if epilogue in CPU.rows else 0.0
     scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01, 1 / 0.7], dtype=compute)
     params = [torch.full((), 0.5, dtype=compute)] * count
-    return (
-        Rows.of(z, target, weight, None, params, scalars),
-        Spec("cuda", epilogue, top_k, mean=smoothing != 0),
-        row_weight,
-    )
+    batch = Rows.of(z, target, weight, None, params, scalars)
+    if second is not None:
+        batch = batch._replace(teacher=[second.to(compute) if epilogue == "soft_targets" else second])
+    return batch, Spec("cuda", epilogue, top_k, mean=smoothing != 0), row_weight
 
 
 NAMES = ("loss", "statistics", "index", "coefficients", "gradient")
@@ -228,7 +229,7 @@ CUT = [
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize(("dtype", "parts", "on_chip"), CUT, ids=str)
-@pytest.mark.parametrize("epilogue", ["cross_entropy", "dsc_one_vs_rest"])
+@pytest.mark.parametrize("epilogue", ["cross_entropy", "dsc_one_vs_rest", "mixture_kl", "soft_targets"])
 def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, generator, monkeypatch):
     """Rows and their gradients begin at every distance from a multiple of 16 bytes, and from each other's."""
     monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
@@ -238,9 +239,12 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
     classes = parts * tiles * THREADS * cuda.ITEM_BYTES // size + 3
     batch, spec, row_weight = _job(epilogue, rows, classes, dtype, generator)
 
+    def moved_by(offset: int, stride: int, x: Tensor) -> Tensor:
+        return x.new_empty(rows * stride + pack)[offset:].as_strided((rows, classes), (stride, 1)).copy_(x)
+
     def laid_out(offset: int, stride: int) -> Rows:
-        memory = torch.empty(rows * stride + pack, dtype=dtype)[offset:]
-        return batch._replace(hidden=[memory.as_strided((rows, classes), (stride, 1)).copy_(batch.logits)])
+        teacher = [moved_by(offset // 2, stride, x) for x in batch.teacher]
+        return batch._replace(hidden=[moved_by(offset, stride, batch.logits)], teacher=teacher)
 
     aligned = laid_out(0, classes + 16 - 3)
     assert aligned.logits.stride(0) % pack == 0
@@ -342,6 +346,87 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     for needed in ((True,), ()):
         ops.forward(*rows, None, Spec("cuda", "cross_entropy", needed=needed).encode())
     assert jobs == [-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), cuda.STAGES]
+
+
+# --- against a second row ---
+
+
+@pytest.mark.covering(1)
+class TestSecondRow:
+    """The shared tests of what the kernels compute."""
+
+    test_against_the_formula = staticmethod(test_distillation.test_against_the_formula)
+    test_close_rows_keep_their_digits = staticmethod(test_distillation.test_close_rows_keep_their_digits)
+    test_masked_classes = staticmethod(test_distillation.test_masked_classes)
+    test_derivatives = staticmethod(test_distillation.test_derivatives)
+    test_reductions_and_weights = staticmethod(test_distillation.test_reductions_and_weights)
+    test_soft_targets = staticmethod(test_distillation.test_soft_targets)
+    test_soft_targets_of_other_kinds = staticmethod(test_distillation.test_soft_targets_of_other_kinds)
+
+
+SOFT = "soft targets"
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*test_distillation.DIVERGENCES, SOFT])
+def test_no_number_in_either_row(name, dtype, generator):
+    """Classes that one row lacks, or both, and what is not finite at all: as on a CPU."""
+    z, target = logits_and_targets(8, 37, generator, dtype)
+    second = z.roll(1, 1).abs() if name == SOFT else z.roll(1, 1)
+    away = torch.arange(37) % 3 == 0
+    target[:] = 1  # which is not among them
+    z[0, away] = z[2, away] = -torch.inf
+    z[4, 5], z[5], z[6, 1] = torch.nan, -torch.inf, torch.inf
+    if name == SOFT:
+        second[2, away], second[3, 7] = 0, torch.nan
+    else:
+        second[1, away] = second[2, away] = -torch.inf
+        second[3, 7], second[7] = torch.nan, -torch.inf
+    results = []
+    for impl in ("cuda", "cpu"):
+        options = {"reduction": "none", "impl": impl, "temperature": 1.5}
+        loss = partial(fl.cross_entropy, target=second)
+        if name != SOFT:
+            loss = partial(fl.distillation_loss, teacher=second, divergence=name, target=target, hard_weight=0.3)
+        results.append(with_gradient(partial(loss, **options), z))
+    torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epilogue", CPU.pairs)
+def test_sums_and_gradients_of_some_of_the_classes(epilogue, dtype, generator):
+    """As a rank of a group takes them: from statistics of more classes, without a target here."""
+    rows, spec, row_weight = _job(epilogue, 5, 300, dtype, generator)
+    _, *saved, _ = ops.forward(*rows, None, spec._replace(impl="cpu").encode())
+    rows.target[:2] = -1
+    results = []
+    for impl in ("cpu", "cuda"):
+        known = spec._replace(impl=impl).encode()
+        sums = ops.sums(*rows, *saved[:2], None, None, known)
+        results.append((sums, *ops.backward(*rows, *saved, row_weight, known)))
+    assert not results[1][0][:, 2].any() and not results[1][1][2].any()
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("budget", [300 * 4 * 2 * 3, None], ids=["chunks", "one chunk"])
+def test_linear_forms_against_a_teacher(budget, generator, kernel_calls):
+    """Whose hidden states are of another size."""
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
+    teacher = [torch.randn(n, 24, generator=generator) for n in (7, 300)]
+    target = torch.randint(300, (7,), generator=generator)
+    target[2] = -100
+    results = []
+    for impl in ("cuda", "reference"):
+        loss = fl.linear_distillation_loss(
+            hidden, weight, *teacher, target=target, hard_weight=0.5, temperature=2.0, budget=budget, impl=impl
+        )
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    # Of three chunks the last has the ignored row alone, which has no gradient.
+    used = {"with_gradient": 2, "forward": 1, "scale_": 2} if budget else {"with_gradient": 1, "scale_": 2}
+    assert kernel_calls == {(name, "cuda"): count for name, count in used.items()}
 
 
 # --- a mean or a sum, whose gradient is made with it ---

@@ -26,12 +26,14 @@ PAIRS = {
 def compiled(request: pytest.FixtureRequest) -> list[compile_cuda.Compiled]:
     pairs = PAIRS[request.param]
     kernels = compile_cuda.compile_all(pairs)
-    terms = {*backends.BACKENDS["cpu"].epilogues.classes}
+    epilogues = backends.BACKENDS["cpu"].epilogues
+    terms = {*epilogues.classes}
     names = {("row", loss) for loss in {"", compile_cuda.WITH_PICKS, compile_cuda.WITH_MOMENTS, *terms}} | {
         ("top_rest", ""),
         ("scale", ""),
     }
     names |= {("class_sums", loss) for loss in terms if loss.endswith("over_rows")}
+    names |= {("pair", loss) for loss in epilogues.pairs}
     assert {(k.target, k.dtype, k.kernel, k.loss) for k in kernels} == {
         (*pair, *name) for pair in pairs for name in names
     }
@@ -45,7 +47,7 @@ def test_nothing_is_spilled(compiled):
 def test_logits_move_by_16_bytes(compiled):
     """Into shared memory, and out of it."""
     assert [k for k in compiled if k.kernel == "row" and not (k.wide_copies and k.wide_stores)] == []
-    assert [k for k in compiled if k.kernel == "scale" and not k.wide_stores] == []
+    assert [k for k in compiled if k.kernel in ("scale", "pair") and not k.wide_stores] == []
 
 
 def test_blocks_share_a_multiprocessor(compiled):

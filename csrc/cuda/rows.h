@@ -60,6 +60,15 @@ struct Slopes {
     FUSEDLOSS_DEVICE T gradient(T e, T lag) const { return (e * bounded(lag)) * by_excess + e * (e * by_power + a); }
 };
 
+// An ignored row gets the statistics of two equal logits, one of them the target, so that a user's loss function sees
+// nothing that is not finite, and loss, coefficients and gradient of zero.
+template <typename T>
+struct Neutral {
+    static constexpr T log2 = T(0.6931471805599453);
+    T value[kStatistics] = {T(0), T(2), T(0.5), log2, T(0), log2};
+    T moment[kMoments] = {log2, T(0), T(0.5)};
+};
+
 // What a block's threads tell each other in shared memory; the slots for tiles follow.
 template <typename T>
 struct alignas(16) Board {
@@ -70,6 +79,25 @@ struct alignas(16) Board {
     int64_t column[picks];
     T logit[picks], b[picks];
 };
+
+// Statistics of a row's logits as they lie, times a factor: from the largest, the sum of exp(factor (z - max)) over all
+// but the target, and the target's logit.
+template <typename T>
+FUSEDLOSS_DEVICE void settle(RowStatistics<T>& s, T max, T rest, T target_logit, T factor) {
+    s.max = rounded_product(max, factor);
+    const T lag = (target_logit - max) * factor, mine = std::exp(lag);
+    s.sum_exp = rest + mine;
+    s.log_sum = std::log(s.sum_exp);
+    s.q = rest / s.sum_exp;
+    s.p = mine / s.sum_exp;
+    s.ce = rest < mine ? std::log1p(rest / mine) : s.log_sum - lag;
+    if (s.sum_exp == T(0)) {  // no finite logit at all
+        s.max = T(0);
+        s.q = T(1);
+        s.p = T(0);
+        s.ce = kInfinity<T>;
+    }
+}
 
 // Runs the row epilogue of that number.
 template <typename T, typename... Functors>
@@ -434,20 +462,7 @@ class RowPart {
         s.pick_index = board_.column;
 
         const T factor = this->factor();
-        s.max = rounded_product(part.max, factor);
-        const T lag = (target_logit - part.max) * factor, mine = std::exp(lag);
-        const T rest = T(Asked & kSums ? part.rest + part.ties : part.rest);
-        s.sum_exp = rest + mine;
-        if (s.sum_exp == T(0)) s.max = T(0);  // no finite logit at all
-        s.log_sum = std::log(s.sum_exp);
-        s.q = rest / s.sum_exp;
-        s.p = mine / s.sum_exp;
-        s.ce = rest < mine ? std::log1p(rest / mine) : s.log_sum - lag;
-        if (s.sum_exp == T(0)) {
-            s.q = T(1);
-            s.p = T(0);
-            s.ce = kInfinity<T>;
-        }
+        settle(s, part.max, T(Asked & kSums ? part.rest + part.ties : part.rest), target_logit, factor);
         s.mean_ce = T(0);
         if (asked_mean()) {
             const double lse = double(s.log_sum) + (double(part.max) - reference) * factor;
@@ -456,7 +471,10 @@ class RowPart {
         const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, rounded_product(target_logit, factor), s.mean_ce};
 #pragma unroll
         for (int i = 0; i < kStatistics; ++i) put(job_.statistics, i, values[i]);
-        if constexpr (Asked & kSums) put_moments(part, lag, mine);
+        if constexpr (Asked & kSums) {
+            const T lag = (target_logit - part.max) * factor;
+            put_moments(part, lag, std::exp(lag));
+        }
     }
 
     // NaN where no logit is finite, since nothing is the maximum then.
@@ -729,22 +747,19 @@ class RowPart {
         });
     }
 
-    // An ignored row is not looked at. It gets the statistics of two equal logits, one of them the target, so that a
-    // user's loss function sees nothing that is not finite, and loss, coefficients and gradient of zero.
+    // An ignored row is not looked at.
     FUSEDLOSS_DEVICE void ignore() const {
         const int picks = job_.picks();
         if (thread_ == 0 && job_.forward) {
-            const T log2 = T(0.6931471805599453);
-            const T neutral[kStatistics] = {T(0), T(2), T(0.5), log2, T(0), log2};
+            const Neutral<T> neutral;
 #pragma unroll
-            for (int k = 0; k < kStatistics; ++k) put(job_.statistics, k, neutral[k]);
+            for (int k = 0; k < kStatistics; ++k) put(job_.statistics, k, neutral.value[k]);
             for (int k = 0; k < picks; ++k) {
                 put(job_.statistics, kStatistics + k, T(0));
                 put(job_.index, k, int64_t(-1));
             }
-            const T moments[kMoments] = {log2, T(0), T(0.5)};
             for (int k = 0; job_.moments && k < kMoments; ++k)
-                put(job_.statistics, kStatistics + picks + k, moments[k]);
+                put(job_.statistics, kStatistics + picks + k, neutral.moment[k]);
             for (int k = 0; job_.epilogue >= 0 && k < kCoefficients + picks; ++k) put(job_.coefficients, k, T(0));
             if (job_.epilogue >= 0) put(job_.loss, 0, T(0));
         }
@@ -791,15 +806,19 @@ int shared_bytes(const Launch& job) {
            job.slots * (job.threads * kItemBytes + job.threads / kWarp * 16);
 }
 
+// The same without a loss.
+inline Launch of_statistics(Launch job) {
+    job.kind = kRowEpilogue;
+    job.epilogue = -1;
+    job.grad = nullptr;
+    return job;
+}
+
 template <typename S>
 void run(Launch job) {
-    if (job.class_term && job.moments) {
+    if (job.kind == kClassTerm && job.moments) {
         // By a read of their own, so that not each class term has two kernels.
-        Launch statistics = job;
-        statistics.class_term = false;
-        statistics.epilogue = -1;
-        statistics.grad = nullptr;
-        run<S>(statistics);
+        run<S>(of_statistics(job));
         job.moments = kNoMoments;
     }
     const auto start = [&](auto kernel) {
@@ -808,7 +827,7 @@ void run(Launch job) {
         launch(kernel, job.rows * job.parts, 1, cluster, job.threads, shared_bytes<S>(job), job.stream, job);
     };
     with_functor(
-        job.class_term ? job.epilogue : -1,
+        job.kind == kClassTerm ? job.epilogue : -1,
         [&](auto* term) {
             using Term = std::remove_pointer_t<decltype(term)>;
             if constexpr (!std::is_void_v<Term>) {

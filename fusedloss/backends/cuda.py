@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checks import check_indices
 from ..definition.rows import Job
 from ..definition.statistics import Picks
-from .base import ROWS, Backend, Epilogues
+from .base import CLASSES, PAIRS, ROWS, Backend, Epilogues
 from .native import DTYPES, native
 
 try:
@@ -109,7 +109,8 @@ class Cuda(Backend):
         epilogue = self.epilogues.numbers[spec.epilogue]
         launch = native(_cuda.Launch, job, epilogue, spec.picks, count, weight_sum)
         launch.forward = True
-        self._run(launch, rows.logits, on_chip=job.grad is not None or epilogue[1] != ROWS)
+        looks_again = epilogue[1] == CLASSES or (job.grad is not None and epilogue[1] != PAIRS)
+        self._run(launch, rows.logits, on_chip=looks_again)
 
     def with_gradient(self, job: Job) -> None:
         self.forward(job)
@@ -118,8 +119,8 @@ class Cuda(Backend):
         number, kind = self.epilogues.numbers[job.spec.epilogue]
         # What a loss of the rows has of its own is in the coefficients.
         epilogue = (-1, ROWS) if kind == ROWS else (number, kind)
-        slopes = (0, False, False, job.moments_of_gradient)
-        launch = native(_cuda.Launch, job, epilogue, slopes, given=job.index.shape[0])
+        moments = (0, False, False, job.moments_of_gradient)
+        launch = native(_cuda.Launch, job, epilogue, moments, given=job.index.shape[0])
         self._run(launch, job.rows.logits, on_chip=False)
 
     def sums(self, job: Job) -> Tensor:
@@ -141,8 +142,9 @@ class Cuda(Backend):
 
     def _term_sums(self, job: Job) -> Tensor:
         logits = job.rows.logits
-        sums = logits.new_empty((2, logits.shape[0]), dtype=torch.float64)
-        launch = native(_cuda.Launch, job, self.epilogues.numbers[job.spec.epilogue], sums=sums)
+        sums = logits.new_empty((3 if job.rows.teacher else 2, logits.shape[0]), dtype=torch.float64)
+        epilogue, moments = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.moments_of_gradient)
+        launch = native(_cuda.Launch, job, epilogue, moments, given=job.index.shape[0], sums=sums)
         self._run(launch, logits, on_chip=False)
         return sums
 
