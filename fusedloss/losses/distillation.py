@@ -17,6 +17,7 @@ from ..engine.dispatch import second_row_loss
 from ..engine.options import DISTILLATION_LACKS, DistillationOptions, LinearDistillationOptions
 from ..engine.project import project
 from ._linear import projected
+from ._registry import of_teacher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,6 +67,7 @@ def distillation_loss(
     input: Tensor, teacher: Tensor, *, divergence: Divergence = ..., beta: float | None = ...,
     return_stats: Literal[True], **options: Unpack[DistillationOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@of_teacher(DistillationOptions)
 def distillation_loss(
     input: Tensor,
     teacher: Tensor,
@@ -144,6 +146,7 @@ def linear_distillation_loss(
     teacher_bias: Tensor | None = ..., teacher_softcap: float | None = ...,
     return_stats: Literal[True], **options: Unpack[LinearDistillationOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@of_teacher(LinearDistillationOptions)
 def linear_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,
