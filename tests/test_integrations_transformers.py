@@ -4,11 +4,13 @@ import copy
 import doctest
 import filecmp
 import functools
+import gc
 import pickle
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -725,6 +727,34 @@ def test_teachers_are_shared_and_let_go(batch: dict[str, Tensor]) -> None:
         students[1](**batch)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_the_model_teaches_it(dtype: torch.dtype, batch: dict[str, Tensor]) -> None:
+    """The loss of the two is rounding, if not 0, which no probe takes for a difference."""
+    model = _llama().to(dtype).train()
+    teacher = copy.deepcopy(model)
+    teacher.lm_head.weight.data.mul_(1 + 2**-9)
+    fuse(model, "distillation", teacher=teacher, divergence="tv")
+    assert model(**batch).loss < 1e-2
+    fuse(model, "distillation", teacher=copy.deepcopy(unfuse(model)))
+    assert model(**batch).loss < 1e-6
+
+
+def test_the_teachers_hidden_states_go_with_the_loss(batch: dict[str, Tensor]) -> None:
+    """Without a garbage collection: nothing refers to them in a circle."""
+    model, teacher = _llama().train(), _large()
+    fuse(model, "distillation", teacher=teacher)
+    seen: list[Any] = []
+    teacher.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    gc.collect()
+    gc.disable()
+    try:
+        loss = model(**batch).loss
+        loss.backward()
+        assert len(seen) == 1 and seen[0]() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.compile
 def test_distillation_compiles_without_a_break(batch: dict[str, Tensor]) -> None:
     torch._dynamo.reset()
@@ -748,7 +778,7 @@ def _fused() -> Any:
         ("distillation", _fused, {}, ValueError, "the teacher, a LlamaForCausalLM, is fused with a loss itself"),
         ("distillation", lambda: _sized(999), {}, ValueError, "has 999 classes, but the model 1031"),
         ("distillation", _bert, {}, ValueError, "the teacher's loss is of other targets than the model's"),
-        ("distillation", lambda: _llama().to("meta"), {}, ValueError, "is on meta, but the model cpu"),
+        ("distillation", lambda: _llama().to("meta"), {}, ValueError, "is on meta, but the model on cpu"),
         ("distillation", _llama, {"divergence": "kl"}, ValueError, "divergence must be one of .*got 'kl'"),
         ("distillation", _llama, {"teacher_softcap": 3.0}, TypeError, "gets 'teacher_softcap' from the model"),
         ("distillation", _llama, {"gamma": 1.0}, TypeError, "linear_distillation_loss.. got an unexpected .*'gamma'"),

@@ -190,15 +190,21 @@ def fuse(
     try:
         if fusion is None:
             fusion = _Fusion.of(model, head)
-        fusion.loss, fusion.eval_logits = chosen, eval_logits
+        fusion.loss, fusion.eval_logits = chosen.as_probe, eval_logits
         if chosen.teacher is not None:
             chosen.teacher.check(head, probe)
         _compare(model, head, fusion, probe)
+        fusion.loss = chosen
+        if chosen.teacher is not None:  # whose arguments the probe was not of
+            with _untouched(model):
+                fusion.run("linear", type(model).forward, model, **probe)
     except BaseException:
         if before is None:
             unfuse(model)
         else:
             fusion.loss, fusion.eval_logits = before  # type: ignore[union-attr]
+            if chosen.teacher is not None:
+                chosen.teacher.release()
         raise
     if before is not None and before[0].teacher is not None:
         before[0].teacher.release()
@@ -276,14 +282,13 @@ class _Teacher(NamedTuple):
     def lessons(self, head: Any, inputs: Mapping[str, Any], way: str = "linear") -> list[_Lesson]:
         """Run the teacher on the inputs of a model that has this output layer."""
         teacher, own = self.model, self.model.get_output_embeddings()
-        for what, theirs, models in (
-            ("has {} classes", _classes(own), _classes(head)),
-            ("is on {}", own.weight.device, head.weight.device),
-        ):
-            if theirs != models:
-                raise ValueError(
-                    f"the teacher, a {type(teacher).__name__}, {what.format(theirs)}, but the model {models}"
-                )
+        who, devices = f"the teacher, a {type(teacher).__name__},", (own.weight.device, head.weight.device)
+        if _classes(own) != _classes(head):
+            raise ValueError(
+                f"{who} has {_classes(own)} classes, but the model {_classes(head)}; both must have one vocabulary"
+            )
+        if devices[0] != devices[1]:
+            raise ValueError(f"{who} is on {devices[0]}, but the model on {devices[1]}; move it there: teacher.to(...)")
         for name in _NOT_SHARED:
             if inputs.get(name) is not None:
                 raise ValueError(f"the model gets {name}, which a teacher cannot share; pass tokens")
@@ -300,7 +305,8 @@ class _Teacher(NamedTuple):
                 teacher(**shared, **self.options)
         finally:
             _THREAD.passes.pop()
-        return under_way.lessons
+        lessons, under_way.lessons = under_way.lessons, []  # which refer to the pass, and would stay as long as it
+        return lessons
 
     def release(self) -> None:
         """Give the output layer its own forward back. Another model that has this teacher takes it again."""
@@ -342,10 +348,16 @@ class _Loss(NamedTuple):
         """Whether it is what the model computes by itself."""
         return self.row is fusedloss.cross_entropy and not self.arguments.keys() - _LINEAR_ONLY - {"impl"}
 
-    def of_logits(self, logits: Tensor, teacher: _Lesson | None, **options: Any) -> Tensor:
+    @property
+    def as_probe(self) -> _Loss:
+        """One that a probe can compare: a divergence of models that are almost the same is nothing but rounding."""
+        if self.teacher is None:
+            return self
+        kept = {name: value for name, value in self.arguments.items() if name in (*_LINEAR_ONLY, "impl")}
+        return self._replace(arguments={**kept, "hard_weight": 1.0})
+
+    def of_logits(self, logits: Tensor, **options: Any) -> Tensor:
         own = {name: value for name, value in self.arguments.items() if name not in _LINEAR_ONLY}
-        if teacher is not None:
-            options["teacher"] = teacher.built(logits.dtype)
         return self.row(logits, **_current(own), **options)
 
     def of_hidden(self, hidden: list[Tensor], weight: list[Tensor], **options: Any) -> Tensor:
@@ -477,7 +489,9 @@ class _Pass:
             if self.unit is not None:
                 return fsdp.after_forward(self.unit, lambda: logits.loss(self.loss, lesson, **options))
             return logits.loss(self.loss, lesson, **options)
-        return self.loss.of_logits(logits.as_subclass(Tensor), lesson, **options)
+        if lesson is not None:
+            options["teacher"] = lesson.built(self.head.weight.dtype).to(logits.dtype)  # type: ignore[arg-type]
+        return self.loss.of_logits(logits.as_subclass(Tensor), **options)
 
     def _lesson(self, lessons: list[_Lesson], target: Tensor) -> _Lesson:
         """The teacher's part in this call of cross_entropy."""
@@ -517,11 +531,8 @@ class _Lesson(NamedTuple):
         """The teacher's logits, as the loss of its hidden states would make them."""
         if isinstance(self.logits, Tensor):
             return self.logits.as_subclass(Tensor).to(dtype)
-        given = self.arguments(dtype)
-        logits, cap = (
-            F.linear(given["teacher_input"], given["teacher_weight"], given["teacher_bias"]),
-            self.logits.softcap,
-        )
+        given, cap = self.arguments(dtype), self.logits.softcap
+        logits = F.linear(given["teacher_input"], given["teacher_weight"], given["teacher_bias"])
         return logits if cap is None else cap * (logits / cap).tanh()
 
 
