@@ -28,9 +28,11 @@ from .distributed.dtensor import local_projection
 from .engine.options import (
     ClassLossModuleOptions,
     CrossEntropyOptions,
+    DistillationModuleOptions,
     ForwardOptions,
     Impl,
     LinearClassLossModuleOptions,
+    LinearDistillationModuleOptions,
     LinearImpl,
     LinearModuleOptions,
     ModuleOptions,
@@ -40,6 +42,7 @@ from .engine.project import project
 from .losses._overlap import Form, Level
 from .losses._registry import argument_names, options_of
 from .losses.cross_entropy import cross_entropy, linear_cross_entropy
+from .losses.distillation import Divergence, distillation_loss, linear_distillation_loss
 from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
@@ -64,9 +67,7 @@ The module form of :func:`~fusedloss.{function}`. The arguments of the construct
 Args:
 {layer}    {values}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives one
         when called, such as :class:`AlphaSchedule`. One in the call stands in for it.
-    weight: class weights (V,), a buffer.
-    return_stats: deprecated here; an argument of the call.
-
+{shared}
 All others are as below. The call takes what comes with a batch:
 {call}.
 The constructor raises what the function does, as far as its arguments alone are wrong.
@@ -74,7 +75,7 @@ The constructor raises what the function does, as far as its arguments alone are
 >>> import torch, fusedloss as fl
 >>> loss = fl.nn.{name}({example})
 >>> {input} = torch.randn(8, {size}, requires_grad=True)
->>> loss({input}, torch.arange(8)).backward()
+>>> loss({input}, {batch}).backward()
 
 The function, :func:`~fusedloss.{function}`:
 
@@ -145,9 +146,17 @@ class _Loss(nn.Module):
     """
 
     _impls: ClassVar[tuple[str, ...]] = backends.IMPLS
-    #: For the docstring: the arguments of a layer; of the example, the constructor's arguments, input and its size.
+    #: For the docstring: the arguments of a layer, and others of the constructor; of the example, the constructor's
+    #: arguments, input and its size, and what follows the input.
     _layer_doc: ClassVar[str] = ""
+    _shared_doc: ClassVar[str] = """\
+    weight: class weights (V,), a buffer.
+    return_stats: deprecated here; an argument of the call.
+"""
     _example: ClassVar[tuple[str, str, int]] = ("", "logits", 1000)
+    _batch: ClassVar[str] = "torch.arange(8)"
+    #: Arguments of the constructor that are the call's by now.
+    _deprecated: ClassVar[dict[str, Any]] = {"return_stats": False}
 
     _function: ClassVar[Callable[..., Any]]
     _defaults: ClassVar[dict[str, Any]]
@@ -163,10 +172,10 @@ class _Loss(nn.Module):
             return
         cls._function = staticmethod(loss)
         # What a batch brings along is none. A group could not be copied or saved with the module.
-        no_attributes = ("token_weight", "group", "linear_bias", "stats")
-        cls._defaults = {k: v for k, v in options_of(loss).items() if k not in no_attributes} | {"return_stats": False}
-        forward = inspect.signature(cls.forward).parameters.values()
-        cls._per_call = (*(p.name for p in forward if p.default is None), *ForwardOptions.__annotations__)
+        no_attributes = ("token_weight", "group", "linear_bias", "stats", "target")
+        cls._defaults = {k: v for k, v in options_of(loss).items() if k not in no_attributes} | cls._deprecated
+        forward = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        cls._per_call = (*[x for x in forward if x not in ("self", "input", "target")], *ForwardOptions.__annotations__)
         own = [name for name in inspect.signature(cls.__init__).parameters if name in argument_names(loss)]
         cls._arguments = (*own, *cls._defaults)
         document = inspect.getdoc(loss) or ""
@@ -175,12 +184,14 @@ class _Loss(nn.Module):
             summary=document.splitlines()[0],
             function=loss.__name__,
             layer=cls._layer_doc,
+            shared=cls._shared_doc,
             values=", ".join([name for name in own if name in cls._per_call] + ["normalizer"]),
             call=", ".join(cls._per_call),
             name=cls.__name__,
             example=", ".join(filter(None, (first, example))),
             input=input,
             size=size,
+            batch=cls._batch,
             document=textwrap.indent(document, "    "),
         )
 
@@ -241,7 +252,7 @@ class _Loss(nn.Module):
     def forward(self, input: Tensor, target: Tensor, **batch: Unpack[ForwardOptions]) -> Any:
         return self._call(input, target, batch)
 
-    def _call(self, input: Tensor, target: Tensor, batch: Mapping[str, Any], **own: Any) -> Any:
+    def _call(self, input: Tensor, target: Tensor | None, batch: Mapping[str, Any], **own: Any) -> Any:
         values = self._values()
         for name, value in {**own, **batch}.items():
             if name not in self._per_call:
@@ -387,7 +398,7 @@ class _LinearLoss(_Loss):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _call(self, input: Tensor, target: Tensor, batch: Mapping[str, Any], **own: Any) -> Any:
+    def _call(self, input: Tensor, target: Tensor | None, batch: Mapping[str, Any], **own: Any) -> Any:
         return self._with_layer(functools.partial(super()._call, target=target, batch=batch, **own), input)
 
     def _with_layer(self, function: Callable[[Tensor], Any], input: Tensor) -> Any:
@@ -437,6 +448,35 @@ class _LinearLoss(_Loss):
 class CrossEntropyLoss(_Loss, loss=cross_entropy, example="label_smoothing=0.1"):
     def __init__(self, **options: Unpack[ModuleOptions]) -> None:
         super().__init__(options)
+
+
+class _Distills(_Loss):
+    """A loss against a teacher, whose logits or hidden states the call takes."""
+
+    _shared_doc = ""
+    _deprecated: ClassVar[dict[str, Any]] = {}
+
+
+class DistillationLoss(_Distills, loss=distillation_loss, example='divergence="jsd"'):
+    _batch = "torch.randn(8, 1000)"
+
+    def __init__(
+        self,
+        *,
+        divergence: Divergence = "forward_kl",
+        beta: float | None = None,
+        **options: Unpack[DistillationModuleOptions],
+    ) -> None:
+        super().__init__(options, divergence=divergence, beta=beta)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, teacher: Tensor, target: Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, teacher=teacher)
+
+    def _one_row(self) -> dict[str, Any]:
+        logits = torch.zeros(2, device="cpu")
+        return {"input": logits, "teacher": logits}
 
 
 class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"):
@@ -547,6 +587,34 @@ class TverskyLoss(_Loss, loss=tversky_loss):
 class LinearCrossEntropyLoss(_LinearLoss, loss=linear_cross_entropy, example="label_smoothing=0.1"):
     def __init__(self, in_features: int, num_classes: int, **options: Unpack[LinearModuleOptions]) -> None:
         super().__init__(in_features, num_classes, options)
+
+
+class LinearDistillationLoss(_Distills, _LinearLoss, loss=linear_distillation_loss, example='divergence="jsd"'):
+    _batch = "torch.randn(8, 128), torch.randn(1000, 128)"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        divergence: Divergence = "forward_kl",
+        beta: float | None = None,
+        teacher_softcap: float | None = None,
+        **options: Unpack[LinearDistillationModuleOptions],
+    ) -> None:
+        own = {"divergence": divergence, "beta": beta, "teacher_softcap": teacher_softcap}
+        super().__init__(in_features, num_classes, options, **own)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, teacher_input: Tensor, teacher_weight: Tensor, target: Tensor | None = None, *,
+        teacher_bias: Tensor | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        teacher = {"teacher_input": teacher_input, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+        return self._call(input, target, batch, **teacher)
+
+    def _one_row(self) -> dict[str, Any]:
+        row = super()._one_row()
+        return {**row, "teacher_input": row["input"], "teacher_weight": row["linear_weight"]}
 
 
 class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"):

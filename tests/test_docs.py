@@ -33,18 +33,18 @@ def test_public_names_are_all_there() -> None:
     assert sorted(fl.__all__) == fl.__all__
     assert {name for name in dir(fl) if name[0] != "_"} == {*fl.__all__, "nn"}
     of_rows = {fl.log_probs, fl.linear_log_probs, fl.linear_topk_log_probs, fl.fit_temperature}
-    of_teachers = {f for f in FUNCTIONS if f.__name__.endswith("distillation_loss")}
-    of_logits = {f for f in FUNCTIONS if "input" in inspect.signature(f).parameters}
-    assert {*LOSSES, *LINEAR} == of_logits - of_rows - of_teachers
+    losses = {*LOSSES, *LINEAR, *_registry.OF_TEACHERS}
+    assert losses == {f for f in FUNCTIONS if "input" in inspect.signature(f).parameters} - of_rows
 
 
 def test_examples_in_docstrings_run() -> None:
     """In a namespace of their own: an example must import what it uses, as one that is pasted has to."""
+    losses = {*LOSSES, *LINEAR, *_registry.OF_TEACHERS}
     for name in fl.__all__:
         thing = getattr(fl, name)
         module = importlib.import_module(thing.__module__)
         tests = doctest.DocTestFinder(recurse=False).find(thing, name, module, globs={name: thing})
-        assert len(tests) == 1 and (tests[0].examples or thing not in (*LOSSES, *LINEAR)), name
+        assert len(tests) == 1 and (tests[0].examples or thing not in losses), name
         out: list[str] = []
         assert not doctest.DocTestRunner().run(tests[0], out=out.append).failed, "".join(out)
 
@@ -69,6 +69,15 @@ def test_docstring_names_the_options_that_it_takes_and_no_other(loss: Callable[.
     assert documented.keys() == {*_registry.argument_names(loss)} - {"input", "target"}
     for name, default in _registry.options_of(loss).items():
         assert default is None or documented[name].endswith(f" Default: {default!r}."), name
+
+
+@pytest.mark.parametrize("loss", _registry.OF_TEACHERS, ids=lambda loss: loss.__name__)
+def test_losses_against_a_teacher_document_all_that_they_take(loss: Callable[..., Any]) -> None:
+    documented = re.findall(r"^ {4}([a-z_,\s]+): \S", loss.__doc__ or "", re.M)
+    names = {name.strip() for names in documented for name in names.split(",")}
+    assert {*_registry.argument_names(loss)} == names
+    (options,) = [p for p in inspect.signature(loss).parameters.values() if p.kind is p.VAR_KEYWORD]
+    assert options.annotation.endswith("DistillationOptions]")
 
 
 @pytest.mark.parametrize("linear", LINEAR, ids=lambda linear: linear.__name__)

@@ -4,6 +4,7 @@ import copy
 import doctest
 import filecmp
 import functools
+import gc
 import pickle
 import random
 import subprocess
@@ -621,6 +622,187 @@ def test_a_new_output_layer_is_followed(training: bool, batch: dict[str, Tensor]
         torch.testing.assert_close(loss, unfuse(plain)(**batch).loss)
     assert _attributes(unfuse(model)) == before
     assert "forward" not in old.__dict__ and old(torch.zeros(1, 16)).shape == (1, VOCABULARY)
+
+
+# Distillation
+
+
+def _large() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"hidden_size": 32, "vocab_size": 1031}))
+
+
+def _dense(model: Any, teacher: Any, batch: dict[str, Tensor], divergence: str, **options: Any) -> Tensor:
+    """The divergence of the rows whose label is not -100, and half their cross-entropy, from the logits of both."""
+    with torch.no_grad():
+        t = teacher(**batch).logits
+    z, labels = model(**batch).logits, batch["labels"]
+    if not (model.config.is_encoder_decoder or isinstance(model, transformers.BertForMaskedLM)):
+        z, t, labels = z[:, :-1], t[:, :-1], labels[:, 1:]
+    z, t, labels = z[labels != -100], t[labels != -100], labels[labels != -100]
+    log_p, log_y = (z / 2).log_softmax(-1), (t / 2).log_softmax(-1)
+    if divergence == "jsd":
+        m = (log_p.exp() * 0.7 + log_y.exp() * 0.3).log()
+        soft = 0.3 * F.kl_div(m, log_y, reduction="sum", log_target=True)
+        soft = soft + 0.7 * F.kl_div(m, log_p, reduction="sum", log_target=True)
+    else:
+        soft = F.kl_div(log_p, log_y, reduction="sum", log_target=True)
+    return 4 * soft + 0.5 * F.cross_entropy(z, labels, reduction="sum")
+
+
+#: Students and their teachers, whose logits are made otherwise.
+LESSONS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
+    "gpt2: larger": (_gpt2, _large, {"divergence": "forward_kl"}),
+    "llama: softcap": (_llama, _gemma2, {"divergence": "jsd", "beta": 0.3}),
+    "gemma2: scaled": (_gemma2, _granite, {"divergence": "jsd", "beta": 0.3}),
+    "bert: a bias, no shift": (_bert, lambda: _bert(tied=False), {"divergence": "forward_kl"}),
+    "marian: a bias, and hidden states scaled": (_marian, _t5, {"divergence": "forward_kl"}),
+}
+
+
+@pytest.mark.parametrize("pair", LESSONS)
+def test_distillation(pair: str, batch: dict[str, Tensor]) -> None:
+    """Loss and gradients of the dense formula; neither model's logits are built, and the teacher stays as it was."""
+    make, make_teacher, own = LESSONS[pair]
+    model, teacher = make().double().train(), make_teacher().double().train()
+    for module in teacher.modules():
+        if isinstance(module, nn.Embedding | nn.Linear):
+            nn.init.normal_(module.weight, std=0.2)
+    held = copy.deepcopy(teacher.eval())
+    before, names = _attributes(teacher), [*model.state_dict()]
+    expected = _dense(model, teacher, batch, own["divergence"])
+    gradients = _gradients(expected, model)
+    own = own | {"temperature": 2.0, "scale_by_temperature_squared": True, "hard_weight": 0.5, "budget": 2 * BUDGET}
+    fuse(model, "distillation", teacher=teacher.train(), **own)
+    weight = max(parameter.numel() for x in (model, teacher) for parameter in x.parameters())
+    with Largest() as fused:
+        loss = model(**batch, num_items_in_batch=8).loss
+    got = _gradients(loss, model)
+    assert fused.elements <= weight < BATCH * (LENGTH - 1) * VOCABULARY + weight
+    torch.testing.assert_close(loss, expected / 8, rtol=1e-6, atol=0)
+    _assert_close(got, [x / 8 for x in gradients], 1e-6)
+    rows = (
+        int((batch["labels"] != -100).sum())
+        if "no shift" in pair or "marian" in pair
+        else int((batch["labels"][:, 1:] != -100).sum())
+    )
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(**batch).loss, expected / rows, check_dtype=False)
+    assert not teacher.training and all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert all(
+        torch.equal(x, y) for x, y in zip(held.state_dict().values(), teacher.state_dict().values(), strict=True)
+    )
+    assert [*model.state_dict()] == names and not {*map(id, model.parameters())} & {*map(id, teacher.parameters())}
+    unfuse(model)
+    assert _attributes(teacher) == before
+
+
+def test_distillation_in_half_precision_and_under_autocast(batch: dict[str, Tensor]) -> None:
+    """A teacher of another dtype is cast to the products' where the model's hidden states are not."""
+    model, teacher = _llama().train(), _large().bfloat16()
+    for parameter in teacher.parameters():
+        parameter.data.mul_(5)
+    fuse(model, fl.distillation_loss, teacher=teacher, divergence="tv")
+    loss = model(**batch).loss
+    exact = copy.deepcopy(teacher).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(**batch).loss
+    right = fuse(model, "distillation", teacher=exact, divergence="tv")(**batch).loss
+    torch.testing.assert_close((loss, half), (right, right), rtol=2e-2, atol=0)
+
+
+def test_teachers_are_shared_and_let_go(batch: dict[str, Tensor]) -> None:
+    """By two students of whom one is unfused; a copy of a student has the same one."""
+    teacher, students = _llama().eval(), [_llama().train() for _ in range(2)]
+    for student in students:
+        fuse(student, "distillation", teacher=teacher)
+    losses = [student(**batch).loss for student in students]
+    copied = copy.deepcopy(students[1])
+    fuse(students[0], "focal_loss")
+    assert "forward" not in teacher.lm_head.__dict__
+    for student in (students[1], copied):
+        assert torch.equal(student(**batch).loss, losses[1])
+    students[1].resize_token_embeddings(VOCABULARY + 8, mean_resizing=False)
+    with pytest.raises(ValueError, match="LlamaForCausalLM, has 1031 classes, but the model 1039"):
+        students[1](**batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_the_model_teaches_it(dtype: torch.dtype, batch: dict[str, Tensor]) -> None:
+    """The loss of the two is rounding, if not 0, which no probe takes for a difference."""
+    model = _llama().to(dtype).train()
+    teacher = copy.deepcopy(model)
+    teacher.lm_head.weight.data.mul_(1 + 2**-9)
+    fuse(model, "distillation", teacher=teacher, divergence="tv")
+    assert model(**batch).loss < 1e-2
+    fuse(model, "distillation", teacher=copy.deepcopy(unfuse(model)))
+    assert model(**batch).loss < 1e-6
+
+
+def test_the_teachers_hidden_states_go_with_the_loss(batch: dict[str, Tensor]) -> None:
+    """Without a garbage collection: nothing refers to them in a circle."""
+    model = fuse(_llama().train(), "distillation", teacher=_large())
+    gc.collect()
+    gc.disable()
+    try:
+        model(**batch).loss.backward()
+        assert not [x for x in gc.get_objects() if type(x) is integration._Logits]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.compile
+def test_distillation_compiles_without_a_break(batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    model = fuse(_llama().train(), "distillation", teacher=_large(), divergence="reverse_kl")
+    expected = model(**batch).loss
+    loss = torch.compile(model, backend="eager", fullgraph=True)(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    _assert_close(_gradients(loss, model), _gradients(expected, model), 1e-5)
+
+
+def _fused() -> Any:
+    return fuse(_llama())
+
+
+@pytest.mark.parametrize(
+    ("loss", "teacher", "arguments", "error", "message"),
+    [
+        ("distillation", lambda: None, {}, TypeError, "distillation needs a teacher"),
+        ("focal_loss", _llama, {}, TypeError, "teacher is for distillation, got one with focal_loss"),
+        ("distillation", lambda: nn.Linear(1, 1), {}, TypeError, "must be a transformers.PreTrainedModel, got Linear"),
+        ("distillation", _fused, {}, ValueError, "the teacher, a LlamaForCausalLM, is fused with a loss itself"),
+        ("distillation", lambda: _sized(999), {}, ValueError, "has 999 classes, but the model 1031"),
+        ("distillation", _bert, {}, ValueError, "the teacher's loss is of other targets than the model's"),
+        ("distillation", lambda: _llama().to("meta"), {}, ValueError, "is on meta, but the model on cpu"),
+        ("distillation", _llama, {"divergence": "kl"}, ValueError, "divergence must be one of .*got 'kl'"),
+        ("distillation", _llama, {"teacher_softcap": 3.0}, TypeError, "gets 'teacher_softcap' from the model"),
+        ("distillation", _llama, {"gamma": 1.0}, TypeError, "linear_distillation_loss.. got an unexpected .*'gamma'"),
+    ],
+)
+def test_bad_teachers_are_refused(
+    loss: str, teacher: Callable[[], Any], arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    model = _llama()
+    with pytest.raises(error, match=message):
+        fuse(model, loss, teacher=teacher(), **arguments)
+    assert "forward" not in model.__dict__
+
+
+def _sized(classes: int) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER | {"vocab_size": classes}))
+
+
+def test_what_a_teacher_cannot_do_is_refused(batch: dict[str, Tensor]) -> None:
+    model, teacher = _llama().train(), _llama()
+    with pytest.raises(ValueError, match="cannot be its own teacher; pass a copy"):
+        fuse(model, "distillation", teacher=model)
+    fuse(model, "distillation", teacher=teacher)
+    with pytest.raises(ValueError, match="the model gets inputs_embeds, which a teacher cannot share"):
+        model(inputs_embeds=torch.zeros(BATCH, LENGTH, 16), labels=batch["labels"])
+    adapted = _with_adapter(teacher, ("lm_head",)).get_base_model()
+    with pytest.raises(ValueError, match=r"the teacher has LoRA on its output layer.*merge it"):
+        fuse(model, "distillation", teacher=adapted)
+    unfuse(model)
 
 
 # Hooks of the output layer

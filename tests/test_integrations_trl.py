@@ -385,3 +385,21 @@ def test_adapters(saved: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     learnt = {name for name, value in moved.items() if value.any()}
     assert any("lora_A" in name for name in learnt) and any("lm_head" in name for name in learnt) == bool(saved)
     _assert_same((logs, {k: moved[k] for k in learnt}), (own[0], {k: own[1][k] for k in learnt}))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("beta", [0, 1, 0.3])
+def test_losses_of_gkd(beta: float) -> None:
+    """What docs/migration.md says of TRL's divergence: its beta, and what it divides by."""
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer.generalized_jsd_loss
+    torch.manual_seed(1)
+    student, teacher = (torch.randn(3, 5, VOCABULARY, dtype=torch.float64) for _ in range(2))
+    labels = torch.randint(VOCABULARY, (3, 5))
+    labels[0, :2] = -100
+    own: dict[str, Any] = {0: {}, 1: {"divergence": "reverse_kl"}}.get(beta, {"divergence": "jsd", "beta": beta})
+    ours = functools.partial(fl.distillation_loss, student, teacher, temperature=2.0, **own)
+    theirs = functools.partial(gkd, student, teacher, beta=beta, temperature=2.0)
+    torch.testing.assert_close(ours(target=labels), theirs(labels=labels))
+    torch.testing.assert_close(ours(normalizer=3), theirs())
+    torch.testing.assert_close(ours(target=labels) / VOCABULARY, theirs(labels=labels, reduction="mean"))
+    torch.testing.assert_close(ours(target=labels, normalizer=40), theirs(labels=labels, num_items_in_batch=40))

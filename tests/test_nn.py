@@ -42,7 +42,10 @@ def arguments(function: Callable[..., Any], *without: str) -> dict[str, Any]:
     return named | dict.fromkeys(shared_options(function))
 
 
-MODULES = {name: cls for name, cls in vars(fl.nn).items() if inspect.isclass(cls) and hasattr(cls, "_function")}
+_ALL = {name: cls for name, cls in vars(fl.nn).items() if inspect.isclass(cls) and hasattr(cls, "_function")}
+#: Losses against a teacher, which take other tensors.
+TEACHERS = {name: cls for name, cls in _ALL.items() if cls._function in _registry.OF_TEACHERS}
+MODULES = {name: cls for name, cls in _ALL.items() if name not in TEACHERS}
 LINEAR = [name for name in MODULES if name.startswith("Linear")]
 each_module = pytest.mark.parametrize("name", MODULES)
 each_linear = pytest.mark.parametrize("name", LINEAR)
@@ -89,6 +92,7 @@ def input_for(name: str, hidden: Tensor) -> Tensor:
 def test_every_loss_has_its_module():
     losses = {function for loss in _registry.LOSSES.values() for function in (loss.row, loss.linear) if function}
     assert {cls._function for cls in MODULES.values()} == losses
+    assert {cls._function for cls in TEACHERS.values()} == _registry.OF_TEACHERS.keys()
 
 
 @each_module
@@ -143,7 +147,7 @@ def test_return_stats_of_the_constructor_goes(batch):
 OTHERS = ["AlphaSchedule", "SupConLoss", "CrossEntropySupConLoss"]
 
 
-@pytest.mark.parametrize("name", [*MODULES, *OTHERS])
+@pytest.mark.parametrize("name", [*MODULES, *TEACHERS, *OTHERS])
 def test_docstring_and_its_examples(name):
     cls = getattr(fl.nn, name)
     test = doctest.DocTestParser().get_doctest(cls.__doc__, {}, name, None, None)
@@ -230,6 +234,125 @@ def test_compiles(name, batch):
     leaves = [hidden, *module.parameters()]
     z = input_for(name, hidden)
     got, expected = compiled(z, target, token_weight=token_weight), module(z, target, token_weight=token_weight)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_cross_entropy_takes_soft_targets(batch, generator):
+    """As torch does; where classes are indices alone, the error of the function comes through."""
+    hidden, _, token_weight = batch
+    weight = torch.rand(FEATURES, generator=generator, dtype=torch.float64)
+    y = torch.rand(hidden.shape, generator=generator, dtype=torch.float64)
+    module = fl.nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1, reduction="sum")
+    expected = nn.functional.cross_entropy(hidden, y, weight=weight, label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(module(hidden, y), expected)
+    rows = nn.functional.cross_entropy(hidden, y, reduction="none")
+    got = fl.nn.CrossEntropyLoss()(hidden, y, token_weight=token_weight)
+    torch.testing.assert_close(got, (rows * token_weight).mean())
+    with pytest.raises(ValueError, match="the linear form takes class indices"):
+        fl.nn.LinearCrossEntropyLoss(FEATURES, FEATURES, dtype=torch.float64)(hidden, y)
+
+
+# --- against a teacher ---
+
+
+@pytest.fixture
+def teacher(generator) -> dict[str, Tensor]:
+    """Of three features."""
+    sizes = {"teacher_input": (ROWS, 3), "teacher_weight": (CLASSES, 3), "teacher_bias": (CLASSES,)}
+    return {name: torch.randn(size, generator=generator, dtype=torch.float64) for name, size in sizes.items()}
+
+
+def teachers_logits(teacher: dict[str, Tensor], softcap: float = 1.5) -> Tensor:
+    z = teacher["teacher_input"] @ teacher["teacher_weight"].t() + teacher["teacher_bias"]
+    return softcap * (z / softcap).tanh()
+
+
+OF_TEACHER: dict[str, Any] = {
+    "divergence": "skew_kl", "beta": 0.3, "temperature": 2.0, "scale_by_temperature_squared": True, "hard_weight": 0.5,
+    "ignore_index": IGNORED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_distillation_equals_the_function(name, batch, teacher):
+    """With a target and without, whose rows and whose weight of 0 are left out."""
+    hidden, target, token_weight = batch
+    call = {"token_weight": token_weight.clone(), "normalizer": 7.0, "return_stats": True}
+    call["token_weight"][1] = 0
+    if name == "DistillationLoss":
+        module, tensors, own = fl.nn.DistillationLoss(**OF_TEACHER), {"teacher": teachers_logits(teacher)}, {}
+    else:
+        own = {"softcap": 2.0, "teacher_softcap": 1.5, "drop_ignored": False, "budget": 2**12}
+        module = fl.nn.LinearDistillationLoss(FEATURES, CLASSES, bias=True, dtype=torch.float64, **OF_TEACHER, **own)
+        own |= {"linear_weight": module.linear.weight, "linear_bias": module.linear.bias}
+        tensors = teacher
+    z = hidden if own else input_for(name, hidden)
+    leaves = [hidden, *module.parameters()]
+    got, stats = module(z, **tensors, target=target, **call)
+    expected, expected_stats = module._function(z, **tensors, target=target, **call, **own, **OF_TEACHER)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    torch.testing.assert_close(stats, expected_stats, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"hard_weight .* target is None, got 0.5"):
+        module(z, **tensors)
+    module.hard_weight, others = 0.0, {k: v for k, v in OF_TEACHER.items() if k != "hard_weight"}
+    assert torch.equal(module(z, **tensors), module._function(z, **tensors, **own, **others))
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_signatures_of_distillation_are_the_functions(name):
+    cls = TEACHERS[name]
+    constructor, forward = arguments(cls), arguments(cls.forward, "self")
+    linear = name.startswith("Linear")
+    layer = {"in_features", "num_classes", "bias", "device", "dtype"} if linear else set()
+    of_layer = {"linear_weight", "linear_bias"} if linear else set()
+    assert {*constructor, *forward} == {*arguments(cls._function)} - of_layer | layer
+    assert {*forward} & {*constructor} == {"normalizer"}
+    assert {"target", "token_weight", "normalizer", "group", "stats", "return_stats"} <= {*forward}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"divergence": "kl"}, ValueError, "divergence must be one of 'forward_kl', .*got 'kl'"),
+        ({"divergence": "jsd", "beta": 1.0}, ValueError, "'reverse_kl' by 1"),
+        ({"hard_weight": -1.0}, ValueError, "hard_weight must be at least 0, got -1.0"),
+        ({"temperature": nn.Parameter(torch.ones(()))}, ValueError, "temperature requires grad"),
+        ({"return_stats": True}, TypeError, "unexpected keyword argument 'return_stats'"),
+        ({"weight": torch.ones(2)}, TypeError, "unexpected keyword argument 'weight'"),
+        ({"target": torch.ones(2)}, TypeError, "unexpected keyword argument 'target'"),
+    ],
+)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_distillation_refuses_at_construction(name, arguments, error, message):
+    with pytest.raises(error, match=message):
+        TEACHERS[name](*([FEATURES, CLASSES] if name.startswith("Linear") else []), **arguments)
+
+
+def test_distillation_with_lora_on_a_tied_layer(batch, teacher):
+    """The student's output layer is that of the other modules, and its temperature a buffer."""
+    hidden, target, _ = batch
+    model, _ = with_lora(nn.Linear(FEATURES, CLASSES, dtype=torch.float64))
+    options = OF_TEACHER | {"temperature": torch.tensor(2.0)}
+    loss = fl.nn.LinearDistillationLoss.tied(model["head"], **options)
+    assert list(loss.state_dict()) == ["temperature"]
+    z = model["head"](hidden)
+    right = fl.distillation_loss(z, teachers_logits(teacher, 1e9), target=target, impl="reference", **OF_TEACHER)
+    got = loss(hidden, **teacher, target=target)
+    sources = [hidden, *(x for x in model.parameters() if x.requires_grad)]
+    torch.testing.assert_close(got, right)
+    torch.testing.assert_close(torch.autograd.grad(got, sources), torch.autograd.grad(right, sources))
+
+
+@pytest.mark.compile
+def test_distillation_compiles(batch, teacher):
+    torch._dynamo.reset()
+    hidden, target, token_weight = batch
+    module = fl.nn.LinearDistillationLoss(FEATURES, CLASSES, dtype=torch.float64, **OF_TEACHER)
+    leaves = [hidden, *module.parameters()]
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    got, expected = (f(hidden, **teacher, target=target, token_weight=token_weight) for f in (compiled, module))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
 

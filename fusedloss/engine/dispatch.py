@@ -82,6 +82,14 @@ def second_row_loss(
     return reduced_loss(call, epilogue, target, skip_zero_weights=True)
 
 
+def without_target(result: Any) -> Any:
+    """The loss, with statistics that know no target where they were asked for."""
+    if not isinstance(result, tuple):
+        return result
+    loss, stats = result
+    return loss, stats._replace(target_log_prob=torch.full_like(stats.target_log_prob, torch.nan))
+
+
 def reduced_loss(
     call: Call, epilogue: Epilogue, target: Tensor, mean_over_weights: bool = False, skip_zero_weights: bool = False
 ) -> Any:

@@ -111,10 +111,7 @@ class LinearLogProbOptions(TopkOptions, total=False):
     sequence_parallel: bool
 
 
-class DistillationOptions(BatchOptions, total=False):
-    """Shared options of losses against a teacher's logits."""
-
-    target: Tensor | None
+class _OfTeacher(TypedDict, total=False):
     hard_weight: float
     ignore_index: int
     temperature: float | Tensor
@@ -123,20 +120,23 @@ class DistillationOptions(BatchOptions, total=False):
     impl: Impl | None
 
 
-class LinearDistillationOptions(BatchOptions, total=False):
-    """Shared options of losses against the logits of a teacher's hidden states."""
-
-    target: Tensor | None
-    hard_weight: float
-    ignore_index: int
-    temperature: float | Tensor
-    scale_by_temperature_squared: bool
-    reduction: Reduction
-    linear_bias: Tensor | None
+class _OfTeachersHidden(_OfTeacher, total=False):
     softcap: float | None
     budget: int | None
     drop_ignored: bool | None
-    impl: Impl | None
+
+
+class DistillationOptions(_OfTeacher, BatchOptions, total=False):
+    """Shared options of losses against a teacher's logits."""
+
+    target: Tensor | None
+
+
+class LinearDistillationOptions(_OfTeachersHidden, BatchOptions, total=False):
+    """Shared options of losses against the logits of a teacher's hidden states."""
+
+    target: Tensor | None
+    linear_bias: Tensor | None
 
 
 class CallOptions(RowOptions, total=False):
@@ -145,8 +145,11 @@ class CallOptions(RowOptions, total=False):
     return_stats: bool
 
 
-class _OfModule(TypedDict, total=False):
+class _Divided(TypedDict, total=False):
     normalizer: float | Tensor | nn.Module | Literal["token_weight"] | None
+
+
+class _OfModule(_Divided, total=False):
     return_stats: bool  # deprecated: forward takes it
 
 
@@ -154,6 +157,14 @@ class _OfLayer(TypedDict, total=False):
     bias: bool
     device: torch.device | str | None
     dtype: torch.dtype | None
+
+
+class DistillationModuleOptions(_OfTeacher, _Divided, total=False):
+    """Shared options of the module of a loss against a teacher's logits."""
+
+
+class LinearDistillationModuleOptions(_OfTeachersHidden, _Divided, _OfLayer, total=False):
+    """Shared options of the module of its linear form."""
 
 
 class ClassLossModuleOptions(_Weighting, _OfModule, _OfLogits, total=False):
@@ -203,6 +214,9 @@ LINEAR_DEFAULTS: dict[str, Any] = {
     "drop_ignored": None,
     "sequence_parallel": False,
 }
+
+#: Those of losses against a teacher beside.
+DISTILLATION_DEFAULTS: dict[str, Any] = {"target": None, "hard_weight": 0.0, "scale_by_temperature_squared": False}
 
 #: What a loss against a teacher's logits takes none of.
 DISTILLATION_LACKS = ("weight", "z_loss", "label_smoothing", "smoothing_over", "inplace_backward")

@@ -29,7 +29,7 @@ import fusedloss
 
 from ..distributed import fsdp
 from ..engine.output_layer import beside_lora, described, is_lora, products
-from ..losses._registry import argument_names
+from ..losses._registry import LOSSES, argument_names
 
 try:
     from transformers import PreTrainedModel
@@ -48,6 +48,12 @@ _ATTRIBUTE = "_fusedloss"
 #: Arguments of the losses that come from the model: from its output layer and its own call of cross-entropy.
 _OF_THE_MODEL = frozenset(
     ("input", "target", "linear_weight", "linear_bias", "softcap", "ignore_index", "reduction", "normalizer")
+)
+_OF_THE_TEACHER = frozenset(("teacher", "teacher_input", "teacher_weight", "teacher_bias", "teacher_softcap"))
+#: Inputs of a model that a teacher cannot share, and those that it does without.
+_NOT_SHARED = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
+_NOT_FOR_TEACHERS = frozenset(
+    ("num_items_in_batch", "use_cache", "return_dict", "output_attentions", "output_hidden_states")
 )
 _UNUSABLE = frozenset(("return_stats", "inplace_backward"))
 _LINEAR_ONLY = frozenset(("budget", "drop_ignored"))
@@ -106,6 +112,7 @@ def fuse(
     *,
     probe: Mapping[str, Any] | None = None,
     eval_logits: bool = True,
+    teacher: PreTrainedModel | None = None,
     **arguments: Any,
 ) -> _Model:
     """Makes a language model of transformers train with a linear form: with labels, its logits are never built.
@@ -135,12 +142,19 @@ def fuse(
     adapter there is refused in training until it is merged. torch.nn.DataParallel and pickling are refused.
     Under torch.compile, evaluation with labels and models that call torch.nn.CrossEntropyLoss break the graph.
 
+    "distillation" trains the model on a `teacher`'s predictions, by :func:`fusedloss.linear_distillation_loss`. In each
+    pass with labels the teacher runs on the same inputs, in evaluation and without gradients, and its logits are not
+    built either. Labels of -100 leave their rows out; ``hard_weight`` adds the cross-entropy with the others. The model
+    does not hold the teacher: it is in no state_dict, nobody trains it, and its owner moves it to the model's device.
+
     Args:
         loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
         probe: inputs of the model with labels to compare with; None makes ``input_ids`` and ``labels`` of two short
             sequences. Loss and gradients of this batch must be those of the model as it was (of the row form of its
             logits where the loss is another). This leaves no trace in the model or in the random numbers.
         eval_logits: see above.
+        teacher: of "distillation", a model that takes the same inputs and has as many classes, and is not fused. It is
+            put in evaluation mode.
         arguments: of the linear form, such as ``gamma``, ``label_smoothing`` or ``budget``. A callable (but for
             ``loss_fn``) is called at each step for its value, a tensor may be changed in place by the caller.
 
@@ -158,7 +172,7 @@ def fuse(
     >>> model.train()(input_ids=tokens, labels=tokens).loss.backward()
     """
     _check_model(model)
-    name, chosen = type(model).__name__, _Loss.of(loss, arguments)
+    name, chosen = type(model).__name__, _Loss.of(loss, arguments, _Teacher.of(teacher, model))
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no output layer (get_output_embeddings() gives None)")
@@ -176,14 +190,24 @@ def fuse(
     try:
         if fusion is None:
             fusion = _Fusion.of(model, head)
-        fusion.loss, fusion.eval_logits = chosen, eval_logits
+        fusion.loss, fusion.eval_logits = chosen.as_probe, eval_logits
+        if chosen.teacher is not None:
+            chosen.teacher.check(head, probe)
         _compare(model, head, fusion, probe)
+        fusion.loss = chosen
+        if chosen.teacher is not None:  # whose arguments the probe was not of
+            with _untouched(model):
+                fusion.run("linear", type(model).forward, model, **probe)
     except BaseException:
         if before is None:
             unfuse(model)
         else:
             fusion.loss, fusion.eval_logits = before  # type: ignore[union-attr]
+            if chosen.teacher is not None:
+                chosen.teacher.release()
         raise
+    if before is not None and before[0].teacher is not None:
+        before[0].teacher.release()
     return model
 
 
@@ -196,6 +220,8 @@ def unfuse(model: _Model) -> _Model:
     fusion = model.__dict__.pop(_ATTRIBUTE, None)
     if fusion is not None:
         fusion.handle.remove()
+        if fusion.loss.teacher is not None:
+            fusion.loss.teacher.release()
     for module in model.modules():  # PEFT copies output layers, with their forward
         if _is_replaced(module):
             del module.forward
@@ -210,34 +236,132 @@ def _check_model(model: Any) -> None:
         )
 
 
+class _Teacher(NamedTuple):
+    """A model whose predictions another one learns, which runs beside it."""
+
+    model: PreTrainedModel
+    options: dict[str, Any]
+    """Of its forward, beside the inputs of the other."""
+
+    @staticmethod
+    def of(teacher: Any, model: PreTrainedModel) -> _Teacher | None:
+        if teacher is None:
+            return None
+        name = type(teacher).__name__
+        if not isinstance(teacher, PreTrainedModel):
+            raise TypeError(
+                f"teacher must be a transformers.PreTrainedModel, got {name}; pass the model that it wraps (for PEFT: "
+                "get_base_model())"
+            )
+        if teacher is model:
+            raise ValueError(f"this {name} cannot be its own teacher; pass a copy of it, as copy.deepcopy makes")
+        if _ATTRIBUTE in teacher.__dict__:
+            raise ValueError(f"the teacher, a {name}, is fused with a loss itself; unfuse it")
+        if teacher.get_output_embeddings() is None:
+            raise ValueError(f"the teacher, a {name}, has no output layer (get_output_embeddings() gives None)")
+        if any(fsdp.is_unit(module) for module in teacher.modules()):
+            raise ValueError(f"the teacher, a {name}, is sharded by fully_shard, but must be whole on each rank")
+        cached = "use_cache" in inspect.signature(type(teacher).forward).parameters
+        return _Teacher(teacher, {"use_cache": False} if cached else {})
+
+    def check(self, head: nn.Module, probe: Mapping[str, Any]) -> None:
+        """Raise where the logits that it learns from are not the teacher's."""
+        name = type(self.model).__name__
+        try:
+            lessons, exact = (self.lessons(head, probe, way) for way in ("linear", "row"))
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{name} cannot be a teacher: {error}") from error
+        for lesson, right in zip(lessons, exact, strict=True):
+            logits = right.built(torch.float32)
+            difference = (lesson.built(self.model.dtype) - logits).abs().max().item()
+            if not difference <= _TOLERANCE.get(self.model.dtype, 5e-2) * logits.abs().max().item():
+                raise ValueError(
+                    f"{name} cannot be a teacher: its logits differ by {difference:.3g} from what it makes"
+                )
+
+    def lessons(self, head: Any, inputs: Mapping[str, Any], way: str = "linear") -> list[_Lesson]:
+        """Run the teacher on the inputs of a model that has this output layer."""
+        teacher, own = self.model, self.model.get_output_embeddings()
+        who, devices = f"the teacher, a {type(teacher).__name__},", (own.weight.device, head.weight.device)
+        if _classes(own) != _classes(head):
+            raise ValueError(
+                f"{who} has {_classes(own)} classes, but the model {_classes(head)}; both must have one vocabulary"
+            )
+        if devices[0] != devices[1]:
+            raise ValueError(f"{who} is on {devices[0]}, but the model on {devices[1]}; move it there: teacher.to(...)")
+        for name in _NOT_SHARED:
+            if inputs.get(name) is not None:
+                raise ValueError(f"the model gets {name}, which a teacher cannot share; pass tokens")
+        shared = {k: v for k, v in inputs.items() if v is not None and k not in _NOT_FOR_TEACHERS}
+        if not _is_replaced(own):
+            self.release()  # another output layer, which may have this one within it now
+            _replace_forward(own, functools.partial(_head_forward, own))
+        if teacher.training:
+            teacher.eval()
+        under_way = _TeachersPass(own, way)
+        _THREAD.passes.append(under_way)
+        try:
+            with torch.no_grad():
+                teacher(**shared, **self.options)
+        finally:
+            _THREAD.passes.pop()
+        lessons, under_way.lessons = under_way.lessons, []  # which refer to the pass, and would stay as long as it
+        return lessons
+
+    def release(self) -> None:
+        """Give the output layer its own forward back. Another model that has this teacher takes it again."""
+        for module in self.model.modules():
+            if _is_replaced(module):
+                del module.forward
+
+
+def _classes(head: Any) -> int:
+    return getattr(head, "out_features", None) or len(head.weight)
+
+
 class _Loss(NamedTuple):
     """A loss in its two forms."""
 
     row: Callable[..., Any]
     linear: Callable[..., Any]
     arguments: dict[str, Any]
+    teacher: _Teacher | None = None
 
     @staticmethod
-    def of(loss: str | Callable[..., Any], arguments: dict[str, Any]) -> _Loss:
+    def of(loss: str | Callable[..., Any], arguments: dict[str, Any], teacher: _Teacher | None) -> _Loss:
         name = (loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss))).removeprefix("linear_")
-        linear, row = getattr(fusedloss, f"linear_{name}", None), getattr(fusedloss, name, None)
-        if linear is None or row is None or not (isinstance(loss, str) or loss in (row, linear)):
-            names = [n.removeprefix("linear_") for n in fusedloss.__all__ if n.startswith("linear_")]
-            raise ValueError(f"loss must be one of {', '.join(names)} or its function, got {loss!r}")
-        _check_arguments(linear, arguments, _OF_THE_MODEL | _UNUSABLE)
-        return _Loss(row, linear, arguments)
+        forms = {name: (x.row, x.linear) for name, x in LOSSES.items() if x.linear is not None}
+        forms["distillation_loss"] = (fusedloss.distillation_loss, fusedloss.linear_distillation_loss)
+        row, linear = forms.get(name) or forms.get(f"{name}_loss") or (None, None)
+        if row is None or linear is None or not (isinstance(loss, str) or loss in (row, linear)):
+            raise ValueError(f"loss must be one of {', '.join(forms)} or its function, got {loss!r}")
+        taught = row is fusedloss.distillation_loss
+        if taught and teacher is None:
+            raise TypeError("distillation needs a teacher: fuse(model, 'distillation', teacher=...)")
+        if teacher is not None and not taught:
+            raise TypeError(f"teacher is for distillation, got one with {row.__name__}")
+        _check_arguments(linear, arguments, _OF_THE_MODEL | _OF_THE_TEACHER | _UNUSABLE)
+        return _Loss(row, linear, arguments, teacher)
 
     @property
     def is_the_models(self) -> bool:
         """Whether it is what the model computes by itself."""
         return self.row is fusedloss.cross_entropy and not self.arguments.keys() - _LINEAR_ONLY - {"impl"}
 
-    def of_logits(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        own = {name: value for name, value in self.arguments.items() if name not in _LINEAR_ONLY}
-        return self.row(logits, target, **_current(own), **options)
+    @property
+    def as_probe(self) -> _Loss:
+        """One that a probe can compare: a divergence of models that are almost the same is nothing but rounding."""
+        if self.teacher is None:
+            return self
+        kept = {name: value for name, value in self.arguments.items() if name in (*_LINEAR_ONLY, "impl")}
+        return self._replace(arguments={**kept, "hard_weight": 1.0})
 
-    def of_hidden(self, hidden: list[Tensor], weight: list[Tensor], target: Tensor, **options: Any) -> Tensor:
-        return self.linear(hidden, weight, target, **_current(self.arguments), **options)
+    def of_logits(self, logits: Tensor, **options: Any) -> Tensor:
+        own = {name: value for name, value in self.arguments.items() if name not in _LINEAR_ONLY}
+        return self.row(logits, **_current(own), **options)
+
+    def of_hidden(self, hidden: list[Tensor], weight: list[Tensor], **options: Any) -> Tensor:
+        return self.linear(hidden, weight, **_current(self.arguments), **options)
 
 
 def _check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], excluded: frozenset[str]) -> None:
@@ -251,7 +375,7 @@ def _check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], exclud
             raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
     for parameter in list(inspect.signature(loss).parameters.values())[2:]:
         needed = parameter.default is parameter.empty and parameter.name in known
-        if needed and parameter.name not in (*arguments, *_OF_THE_MODEL):
+        if needed and parameter.name not in (*arguments, *_OF_THE_MODEL, *_OF_THE_TEACHER):
             raise TypeError(f"{name}() needs the argument {parameter.name!r}")
 
 
@@ -266,10 +390,13 @@ class _Fusion:
     eval_logits: bool
     head: nn.Module
     handle: Any
+    names: tuple[str, ...]
+    """Of the arguments of the model's forward."""
 
     @staticmethod
     def of(model: PreTrainedModel, head: nn.Module) -> _Fusion:
         fusion = _Fusion()
+        fusion.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         _replace_forward(model, _fused_forward(type(model).forward).__get__(model))
         fusion.attach(head)
         fusion.handle = model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
@@ -289,8 +416,10 @@ class _Fusion:
         head: Any = model.get_output_embeddings()
         if head is not self.head:  # exchanged or wrapped, by PEFT for example
             self.attach(head)
-        unit = fsdp.unit_below(model, head)
-        under_way = _Pass(self.loss, head, unit, way, kwargs.get("num_items_in_batch"))
+        unit, lessons, teacher = fsdp.unit_below(model, head), None, self.loss.teacher
+        if teacher is not None:  # before the model has anything to keep for its backward
+            lessons = teacher.lessons(head, dict(zip(self.names, args, strict=False)) | kwargs)
+        under_way = _Pass(self.loss, head, unit, way, kwargs.get("num_items_in_batch"), lessons)
         _THREAD.passes.append(under_way)
         try:
             outputs = forward(model, *args, **kwargs)
@@ -319,8 +448,17 @@ class _Fusion:
 class _Pass:
     """A forward pass with labels: how it computes its loss, "linear" or as the "row" form of the logits."""
 
-    def __init__(self, loss: _Loss, head: nn.Module, unit: nn.Module | None, way: str, normalizer: Any) -> None:
+    def __init__(
+        self,
+        loss: _Loss,
+        head: nn.Module,
+        unit: nn.Module | None,
+        way: str,
+        normalizer: Any,
+        lessons: list[_Lesson] | None,
+    ) -> None:
         self.loss, self.head, self.unit, self.way, self.normalizer = loss, head, unit, way, normalizer
+        self.lessons = lessons
         self.calls = 0
 
     def cross_entropy(
@@ -342,28 +480,86 @@ class _Pass:
             raise ValueError(f"the model smooths its labels by {label_smoothing}; pass label_smoothing to fuse instead")
         if logits.dim() != 2:
             raise ValueError(f"the model calls cross_entropy with {logits.dim()} dimensions instead of (tokens, V)")
+        lesson = None if self.lessons is None else self._lesson(self.lessons, target)
         self.calls += 1
-        options = {"ignore_index": ignore_index, "reduction": reduction}
+        options = {"target": target, "ignore_index": ignore_index, "reduction": reduction}
         if reduction == "mean":
             options["normalizer"] = self.normalizer
         if isinstance(logits, _Logits):
             if self.unit is not None:
-                return fsdp.after_forward(self.unit, lambda: logits.loss(self.loss, target, **options))
-            return logits.loss(self.loss, target, **options)
-        return self.loss.of_logits(logits.as_subclass(Tensor), target, **options)
+                return fsdp.after_forward(self.unit, lambda: logits.loss(self.loss, lesson, **options))
+            return logits.loss(self.loss, lesson, **options)
+        if lesson is not None:
+            options["teacher"] = lesson.built(self.head.weight.dtype).to(logits.dtype)  # type: ignore[arg-type]
+        return self.loss.of_logits(logits.as_subclass(Tensor), **options)
+
+    def _lesson(self, lessons: list[_Lesson], target: Tensor) -> _Lesson:
+        """The teacher's part in this call of cross_entropy."""
+        if self.calls >= len(lessons):
+            raise ValueError(
+                f"the teacher computes {len(lessons)} losses by torch.nn.functional.cross_entropy of what its output "
+                "layer gives, but the model more"
+            )
+        lesson = lessons[self.calls]
+        same = target.shape == lesson.target.shape
+        if same and self.way == "row":  # as the probe is: a look at each step would hold a GPU up
+            same = torch.equal(target, lesson.target)
+        if not same:
+            raise ValueError(
+                "the teacher's loss is of other targets than the model's; both must shift and flatten labels alike"
+            )
+        return lesson
+
+
+class _Lesson(NamedTuple):
+    """What a teacher would have computed a cross-entropy of."""
+
+    logits: _Logits | Tensor
+    target: Tensor
+
+    def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Those of a distillation whose products are of this dtype."""
+        assert isinstance(self.logits, _Logits)
+        hidden, bias = self.logits.scaled()
+        if len(hidden) > 1:
+            raise ValueError("the teacher has LoRA on its output layer, whose products do not add up here; merge it")
+        tensors = {"teacher_input": hidden[0], "teacher_weight": self.logits.weight[0], "teacher_bias": bias}
+        cast = {name: None if x is None else x.detach().to(dtype) for name, x in tensors.items()}
+        return {**cast, "teacher_softcap": self.logits.softcap}
+
+    def built(self, dtype: torch.dtype) -> Tensor:
+        """The teacher's logits, as the loss of its hidden states would make them."""
+        if isinstance(self.logits, Tensor):
+            return self.logits.as_subclass(Tensor).to(dtype)
+        given, cap = self.arguments(dtype), self.logits.softcap
+        logits = F.linear(given["teacher_input"], given["teacher_weight"], given["teacher_bias"])
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+
+class _TeachersPass:
+    """A forward pass of a teacher, which keeps its logits and computes no loss."""
+
+    def __init__(self, head: nn.Module, way: str) -> None:
+        self.head, self.way = head, way
+        self.lessons: list[_Lesson] = []
+
+    def cross_entropy(self, logits: _Logits | Tensor, target: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.lessons.append(_Lesson(logits, target))
+        return torch.zeros((), device=target.device)
 
 
 class _Thread(threading.local):
     """The passes under way in this thread, the innermost last: two threads may run one model at a time."""
 
     def __init__(self) -> None:
-        self.passes: list[_Pass] = []  # a list, since torch.compile of torch 2.11 cannot set attributes here
+        # a list, since torch.compile of torch 2.11 cannot set attributes here
+        self.passes: list[_Pass | _TeachersPass] = []
 
 
 _THREAD = _Thread()
 
 
-def _under_way() -> _Pass | None:
+def _under_way() -> _Pass | _TeachersPass | None:
     return _THREAD.passes[-1] if _THREAD.passes else None
 
 
@@ -542,7 +738,7 @@ class _NoTensor:
 class _Hidden(_NoTensor):
     """Hidden states on their way into the output layer, whose product it puts off."""
 
-    def __init__(self, under_way: _Pass, hidden: Tensor) -> None:
+    def __init__(self, under_way: _Pass | _TeachersPass, hidden: Tensor) -> None:
         self.under_way, self.hidden = under_way, hidden
 
     @classmethod
@@ -575,7 +771,7 @@ class _Logits(_NoTensor):
 
     def __init__(
         self,
-        under_way: _Pass,
+        under_way: _Pass | _TeachersPass,
         hidden: list[Tensor],
         weight: list[Tensor],
         classes: int,
@@ -592,11 +788,18 @@ class _Logits(_NoTensor):
     def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
         return AttributeError(f"{what!r} of {of} is not understood by the fused loss")
 
-    def loss(self, loss: _Loss, target: Tensor, **options: Any) -> Tensor:
+    def loss(self, loss: _Loss, lesson: _Lesson | None, **options: Any) -> Tensor:
+        hidden, bias = self.scaled()
+        if lesson is not None:
+            options |= lesson.arguments(_product_dtype(hidden[0]))
+        return loss.of_hidden(hidden, self.weight, linear_bias=bias, softcap=self.softcap, **options)
+
+    def scaled(self) -> tuple[list[Tensor], Tensor | None]:
+        """Hidden states and bias with the scale in them."""
         hidden, bias = self.hidden, self.bias
         if not math.isclose(self.scale, 1.0, rel_tol=1e-12):  # dividing by a cap and multiplying by it leaves almost 1
             hidden, bias = [h * self.scale for h in hidden], None if bias is None else bias * self.scale
-        return loss.of_hidden(hidden, self.weight, target, linear_bias=bias, softcap=self.softcap, **options)
+        return hidden, bias
 
     def _but(self, **changed: Any) -> _Logits:
         names = ("under_way", "hidden", "weight", "classes", "bias", "scale", "softcap", "dtype")

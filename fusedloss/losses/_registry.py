@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..engine.options import DEFAULTS, LINEAR_DEFAULTS
+from ..engine.options import DEFAULTS, DISTILLATION_DEFAULTS, LINEAR_DEFAULTS
 from . import _documents
 
 _Loss = TypeVar("_Loss", bound=Callable[..., Any])
@@ -78,6 +78,9 @@ LOSSES: dict[str, Loss] = {}
 #: Of all the losses.
 EXAMPLES: list[Example] = []
 
+#: The losses against a teacher, which take no target alone, with the options that they share.
+OF_TEACHERS: dict[Callable[..., Any], dict[str, Any]] = {}
+
 
 def row_form(
     *examples: Callable[[Callable[..., Any]], Example],
@@ -114,8 +117,21 @@ def linear_form(row: Callable[..., Any]) -> Callable[[_Loss], _Loss]:
     return register
 
 
+def teacher_form(options: Any) -> Callable[[_Loss], _Loss]:
+    """Register the decorated function as a loss against a teacher, in either form, with the type of its options."""
+    known = {**LINEAR_DEFAULTS, **DEFAULTS, **DISTILLATION_DEFAULTS}
+
+    def register(loss: _Loss) -> _Loss:
+        OF_TEACHERS[loss] = {name: known[name] for name in options.__annotations__}
+        return loss
+
+    return register
+
+
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The shared options of a loss in either form, which its signature has as ``**options``, with their defaults."""
+    if function in OF_TEACHERS:
+        return OF_TEACHERS[function]
     for loss in LOSSES.values():
         if function in (loss.row, loss.linear):
             linear = function is loss.linear

@@ -13,7 +13,7 @@ from ..definition.epilogue import Epilogue
 from ..definition.projection import Projection
 from ..definition.statistics import RowStats, Statistics
 from ..distributed.vocabulary import shards_of
-from ..engine.dispatch import row_loss, second_row_loss
+from ..engine.dispatch import row_loss, second_row_loss, without_target
 from ..engine.options import LinearOptions, RowOptions
 from ._linear import projected
 from ._registry import example, linear_form, row_form
@@ -91,11 +91,7 @@ def _of_soft_targets(input: Any, target: Tensor, options: dict[str, Any]) -> Any
         options["group"] = shards
     params = (1 - smoothing, smoothing / max(1, classes))
     second = target.to(compute_dtype(input.dtype))
-    result = second_row_loss("cross_entropy", input, index, second, SOFT_TARGETS, params, **options)
-    if not isinstance(result, tuple):
-        return result
-    loss, stats = result
-    return loss, stats._replace(target_log_prob=torch.full_like(stats.target_log_prob, torch.nan))
+    return without_target(second_row_loss("cross_entropy", input, index, second, SOFT_TARGETS, params, **options))
 
 
 @overload

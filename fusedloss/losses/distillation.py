@@ -12,10 +12,11 @@ from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
 from ..definition.statistics import RowStats
-from ..engine.dispatch import second_row_loss
+from ..engine.dispatch import second_row_loss, without_target
 from ..engine.options import DISTILLATION_LACKS, DistillationOptions, LinearDistillationOptions
 from ..engine.project import project
 from ._linear import projected
+from ._registry import teacher_form
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -65,6 +66,7 @@ def distillation_loss(
     input: Tensor, teacher: Tensor, *, divergence: Divergence = ..., beta: float | None = ...,
     return_stats: Literal[True], **options: Unpack[DistillationOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@teacher_form(DistillationOptions)
 def distillation_loss(
     input: Tensor,
     teacher: Tensor,
@@ -143,6 +145,7 @@ def linear_distillation_loss(
     teacher_bias: Tensor | None = ..., teacher_softcap: float | None = ...,
     return_stats: Literal[True], **options: Unpack[LinearDistillationOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@teacher_form(LinearDistillationOptions)
 def linear_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -218,14 +221,6 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
         # A class stands for the target, and may be that number.
         options.pop("ignore_index", None)
     return target, hard_weight, scaled
-
-
-def without_target(result: Any) -> Any:
-    """The loss, with statistics that know no target where they were asked for."""
-    if not isinstance(result, tuple):
-        return result
-    loss, stats = result
-    return loss, stats._replace(target_log_prob=torch.full_like(stats.target_log_prob, torch.nan))
 
 
 def _inverse_square(factor: Tensor) -> Tensor:

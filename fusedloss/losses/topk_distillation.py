@@ -26,11 +26,12 @@ from ..definition.rows import Source
 from ..definition.statistics import RowStats, Statistics
 from ..distributed.dtensor import local_rows
 from ..distributed.vocabulary import shards_of
-from ..engine.dispatch import row_loss
+from ..engine.dispatch import row_loss, without_target
 from ..engine.options import DISTILLATION_LACKS, DistillationOptions, LinearDistillationOptions
 from ._linear import projected
+from ._registry import teacher_form
 from .cross_entropy import CROSS_ENTROPY
-from .distillation import Divergence, chosen, of_teacher, without_target
+from .distillation import Divergence, chosen, of_teacher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,6 +53,7 @@ def topk_distillation_loss(
     rest: Rest = ..., divergence: Divergence = ..., beta: float | None = ...,
     return_stats: Literal[True], **options: Unpack[DistillationOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@teacher_form(DistillationOptions)
 def topk_distillation_loss(
     input: Tensor,
     index: Tensor,
@@ -131,6 +133,7 @@ def linear_topk_distillation_loss(
     rest: Rest = ..., divergence: Divergence = ..., beta: float | None = ...,
     return_stats: Literal[True], **options: Unpack[LinearDistillationOptions],
 ) -> tuple[Tensor, RowStats]: ...  # fmt: skip
+@teacher_form(LinearDistillationOptions)
 def linear_topk_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,
