@@ -48,6 +48,8 @@ fl.nn.FocalLoss(gama=1.0)  # error: call-arg
 fl.nn.FocalLoss(token_weight=torch.ones(2))  # error: call-arg
 fl.nn.DiceLoss(label_smoothing=0.1)  # error: call-arg
 fl.nn.MixedCrossEntropyLoss()  # error: call-arg
+fl.nn.DistillationLoss(label_smoothing=0.1)  # error: call-arg
+fl.nn.LinearDistillationLoss(4, 3, teacher_cap=3.0)  # error: call-arg
 fl.nn.LinearFocalLoss(4, 3, soft_cap=3.0)  # error: call-arg
 fl.nn.LinearDSCLoss(4, 3, inplace_backward=True)  # error: call-arg
 fl.nn.SupConLoss(temprature=0.1)  # error: call-arg
@@ -66,6 +68,7 @@ fl.linear_cross_entropy(hidden, layer, t, reduction="avg")  # error: call-overlo
 fl.linear_cross_entropy(hidden, layer, t, impl="gpu")  # error: call-overload
 fl.supcon_loss(hidden, t, positives="both")  # error: arg-type
 fl.nn.DSCLoss(level="batch")  # error: arg-type
+fl.nn.DistillationLoss(divergence="kl")  # error: arg-type
 fl.nn.CrossEntropyLoss(reduction="avg")  # error: arg-type
 fl.nn.LinearCrossEntropyLoss(4, 3, reduction="avg")  # error: arg-type
 fl.nn.SupConLoss(reduction="avg")  # error: arg-type
@@ -75,5 +78,6 @@ fl.nn.SupConLoss(reduction="avg")  # error: arg-type
 fl.nn.FocalLoss(gamma=torch.nn.Parameter(torch.tensor(1.0)), weight=torch.ones(3), inplace_backward=True)
 fl.nn.MixedCrossEntropyLoss(alpha=fl.nn.AlphaSchedule(10), normalizer=torch.nn.Identity(), smoothing_over="others")
 fl.nn.LinearDSCLoss(4, 3, alpha=0.5, bias=True, dtype=torch.float64, softcap=30.0, drop_ignored=False)
+fl.nn.LinearDistillationLoss(4, 3, divergence="jsd", beta=0.5, bias=True, softcap=30.0).forward(hidden, hidden, layer)
 fl.nn.CrossEntropySupConLoss(lam=0.5, label_smoothing=0.1, weight=torch.ones(3))
 fl.nn.FlexLoss(poly1, statistics=("top",)).forward(z, t, candidates=t, group=None, return_stats=True)
