@@ -48,6 +48,7 @@ from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
 from .losses.supcon import SupConReduction, supcon_loss
+from .losses.topk_distillation import Rest, linear_topk_distillation_loss, topk_distillation_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
 
 if TYPE_CHECKING:
@@ -479,6 +480,34 @@ class DistillationLoss(_Distills, loss=distillation_loss, example='divergence="j
         return {"input": logits, "teacher": logits}
 
 
+class TopkDistillationLoss(_Distills, loss=topk_distillation_loss, example='divergence="jsd"'):
+    _batch = "torch.arange(16).expand(8, -1), torch.randn(8, 16).log_softmax(-1)"
+
+    def __init__(
+        self,
+        *,
+        rest: Rest = "bucket",
+        divergence: Divergence = "forward_kl",
+        beta: float | None = None,
+        **options: Unpack[DistillationModuleOptions],
+    ) -> None:
+        super().__init__(options, rest=rest, divergence=divergence, beta=beta)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, index: Tensor, log_prob: Tensor, target: Tensor | None = None,
+        **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, index=index, log_prob=log_prob)
+
+    def _one_row(self) -> dict[str, Any]:
+        return {"input": torch.zeros(2, device="cpu"), **_one_class()}
+
+
+def _one_class() -> dict[str, Tensor]:
+    """A teacher's one class of one row."""
+    return {"index": torch.zeros(1, dtype=torch.int64, device="cpu"), "log_prob": torch.zeros(1, device="cpu")}
+
+
 class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"):
     def __init__(
         self,
@@ -615,6 +644,33 @@ class LinearDistillationLoss(_Distills, _LinearLoss, loss=linear_distillation_lo
     def _one_row(self) -> dict[str, Any]:
         row = super()._one_row()
         return {**row, "teacher_input": row["input"], "teacher_weight": row["linear_weight"]}
+
+
+class LinearTopkDistillationLoss(
+    _Distills, _LinearLoss, loss=linear_topk_distillation_loss, example='divergence="jsd"'
+):
+    _batch = "torch.arange(16).expand(8, -1), torch.randn(8, 16).log_softmax(-1)"
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        rest: Rest = "bucket",
+        divergence: Divergence = "forward_kl",
+        beta: float | None = None,
+        **options: Unpack[LinearDistillationModuleOptions],
+    ) -> None:
+        super().__init__(in_features, num_classes, options, rest=rest, divergence=divergence, beta=beta)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, index: Tensor, log_prob: Tensor, target: Tensor | None = None,
+        **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, index=index, log_prob=log_prob)
+
+    def _one_row(self) -> dict[str, Any]:
+        return {**super()._one_row(), **_one_class()}
 
 
 class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"):

@@ -280,14 +280,19 @@ def test_distillation_equals_the_function(name, batch, teacher):
     hidden, target, token_weight = batch
     call = {"token_weight": token_weight.clone(), "normalizer": 7.0, "return_stats": True}
     call["token_weight"][1] = 0
-    if name == "DistillationLoss":
-        module, tensors, own = fl.nn.DistillationLoss(**OF_TEACHER), {"teacher": teachers_logits(teacher)}, {}
-    else:
-        own = {"softcap": 2.0, "teacher_softcap": 1.5, "drop_ignored": False, "budget": 2**12}
-        module = fl.nn.LinearDistillationLoss(FEATURES, CLASSES, bias=True, dtype=torch.float64, **OF_TEACHER, **own)
+    own: dict[str, Any] = {"rest": "renormalize"} if "Topk" in name else {}
+    tensors = teacher if name.startswith("Linear") else {"teacher": teachers_logits(teacher)}
+    if "Topk" in name:
+        log_prob, index = teachers_logits(teacher).log_softmax(-1).topk(3)
+        tensors = {"index": index, "log_prob": log_prob}
+    if name.startswith("Linear"):
+        own |= {"softcap": 2.0, "drop_ignored": False, "budget": 2**12}
+        own |= {} if "Topk" in name else {"teacher_softcap": 1.5}
+        module = TEACHERS[name](FEATURES, CLASSES, bias=True, dtype=torch.float64, **OF_TEACHER, **own)
         own |= {"linear_weight": module.linear.weight, "linear_bias": module.linear.bias}
-        tensors = teacher
-    z = hidden if own else input_for(name, hidden)
+    else:
+        module = TEACHERS[name](**OF_TEACHER, **own)
+    z = hidden if name.startswith("Linear") else input_for(name, hidden)
     leaves = [hidden, *module.parameters()]
     got, stats = module(z, **tensors, target=target, **call)
     expected, expected_stats = module._function(z, **tensors, target=target, **call, **own, **OF_TEACHER)
