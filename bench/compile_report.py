@@ -43,7 +43,8 @@ NOTES = """\
 
 - *instructions* of a thread for each of its logits: in the main loop, or in the program if that has no loop, on the
   shortest way that loads logits. *apart*: instructions of rare branches beside that way. *around*: of the loop around
-  the main one, for each time that this is done. *barriers* and *shuffles* are those on the way.
+  the main one, for each time that this is done. *barriers* and *shuffles* are those on the way. Of the passes over
+  pairs of rows a logit is one of either row.
 - *registers* of a thread. *programs*: how many of them the registers and warps of a multiprocessor allow at a time.
 - *spills*: instructions that move registers to local memory and back; for gfx942 vector registers that go there.
 """

@@ -41,6 +41,7 @@ LOSSES = {
     **{name: (x.params, 2 if name == "mixed_cross_entropy" else 0) for name, x in epilogues.ROW_EPILOGUES.items()},
     **{name: (x.params, 1) for name, x in epilogues.CLASS_TERMS.items()},
 }
+PAIRS = epilogues.PAIR_TERMS
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 ROWS, CLASSES, DEPTH = 4096, 32000, 1024
 ODD_CLASSES = 50257  # whose rows begin anywhere
@@ -114,6 +115,8 @@ def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     hidden states, or "whole product": with bias, softcap and masked targets too; "moments" and "moments product": with
     these, and a temperature."""
     loss, _, variant = loss.partition(", ")
+    if loss in PAIRS:
+        return _run_pair(loss, variant, dtype, classes)
     count = FEW_ROWS if variant == "few rows" else ROWS
     is_term, over_rows, is_loss = loss in epilogues.CLASS_TERMS, loss.endswith("over_rows"), loss in LOSSES
     parameters, top_k = LOSSES.get(loss, (0, 2))
@@ -166,10 +169,28 @@ def run_passes(loss: str, dtype: torch.dtype, classes: int) -> None:
     run.backward(job)
 
 
+def _run_pair(loss: str, variant: str, dtype: torch.dtype, classes: int) -> None:
+    """Of two rows; "tempered": over a temperature, and with the sums for another rank."""
+    tempered, count = variant == "tempered", ROWS
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    scalar, scalars = torch.empty((), dtype=compute), torch.empty(4, dtype=compute)
+    logits, target = torch.empty(count, classes, dtype=dtype), torch.zeros(count, dtype=torch.int64)
+    second = torch.empty_like(logits, dtype=dtype if PAIRS[loss].of_logits else compute)
+    rows = Rows.of(logits, target, None, None, [scalar] * PAIRS[loss].params, scalars if tempered else None)
+    job = Job.new(rows._replace(teacher=[second]), Spec("triton", loss, form=Form(tempered=tempered)))
+    run = BACKENDS["triton"]
+    run.forward(job)
+    if tempered:
+        run.sums(Job(job.rows, job.spec, job.statistics, job.index))
+    job.grad, job.upstream = torch.empty_like(logits), scalar.expand(count)
+    run.backward(job)
+
+
 def launches(
     target: str, loss: str, dtype: torch.dtype, classes: int, only: str = ""
 ) -> Iterator[tuple[Launch, Callable[[], Any]]]:
-    """The kernels of `run_passes` for that GPU, or one of them, each with a function that returns its binary."""
+    """The kernels of `run_passes` for that GPU, or one of them, or those named "pair_...", each with a function that
+    returns its binary."""
     found: list[tuple[Launch, Callable[[], Any]]] = []
 
     def find_instead(kernel: Any, grid: tuple[int, ...], device: Any, *arguments: Any, **constants: Any) -> None:
@@ -178,7 +199,7 @@ def launches(
         shown = f"{constants.get('ROWS', 1)} × {constants['BLOCK']}{f' × {depth}' * bool(depth)}"
         shown += f", {constants['num_warps']} warps{f', at most {registers}' * bool(registers)}"
         one = Launch(target, f"{kernel.fn.__name__}{role}", loss, str(dtype)[6:], classes, shown)
-        if only in ("", one.kernel):
+        if only in ("", one.kernel, one.kernel.partition("_")[0]):
             call = partial(kernel.warmup, *arguments, grid=grid, **constants)
             found.append((one, call))
 
@@ -292,6 +313,9 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_90", "statistics, moments", halves, CLASSES, "gradient_pass"
     yield "sm_90", "cross_entropy", torch.float16, CLASSES, "units_pass"
     yield "sm_90", "cross_entropy, in one", halves, CLASSES, "scale_pass"
+    yield "sm_90", "forward_kl", halves, CLASSES, "pair"
+    yield "sm_90", "mixture_kl", halves, CLASSES, "pair"
+    yield "sm_90", "reverse_kl", full, CLASSES, "pair_terms_pass"
     yield from (
         ("sm_100", "dsc_one_vs_rest, whole product", halves, CLASSES, kernel)
         for kernel in ("class_terms_pass, split", "gradient_pass")
@@ -306,6 +330,7 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_80", "statistics, weighted", full, CLASSES, "statistics_pass"
     yield "sm_100", "dsc_over_rows", full, CLASSES, "class_terms_pass"
     yield "sm_90", "dsc_over_rows", wide, 16, "class_terms_pass"
+    yield "sm_90", "mixture_kl", wide, CLASSES, "pair_terms_pass"
     yield "sm_80", "dsc_one_vs_rest", wide, ODD_CLASSES, "statistics_pass"
     yield "sm_90", "cross_entropy, in one", wide, CLASSES
     yield "sm_90", "dsc_one_vs_rest, product", full, CLASSES, "statistics_pass, split"
@@ -326,6 +351,8 @@ def counted() -> Iterator[tuple[Any, ...]]:
         yield "sm_90", "cross_entropy, plain in one", dtype, CLASSES
         for loss in ("dsc_one_vs_rest", "statistics, moments"):
             yield "sm_90", loss, dtype, CLASSES
+        for loss in ("forward_kl", "mixture_kl"):
+            yield "sm_90", loss, dtype, CLASSES, "pair"
 
 
 def everything() -> Iterator[tuple[Any, ...]]:
@@ -351,8 +378,13 @@ def everything() -> Iterator[tuple[Any, ...]]:
         "mixed_cross_entropy, candidates",
         *(f"{loss}, product" for loss in LOSSES if not loss.endswith("over_rows")),
     )
+    yield "sm_90", "mixture_kl", wide, CLASSES, "pair"
+    yield "sm_90", "mixture_kl, tempered", halves, CLASSES, "pair"
+    yield "sm_90", "reverse_kl", full, CLASSES, "pair"
+    yield "sm_90", "soft_targets", halves, CLASSES, "pair"
     oldest = triton.__version__ == tritons.OLDEST
     for target in TARGETS:
+        yield target, "mixture_kl", halves, CLASSES, "pair"
         first = target == "sm_90"
         if oldest and not first:
             yield from ((target, loss, halves, CLASSES) for loss in (*by_tile, *hard))

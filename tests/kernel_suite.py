@@ -431,15 +431,24 @@ class KernelSuite(MomentSuite):
         q, weight = torch.rand(count, generator=generator), torch.tensor(3.0) if weighted else None
         factor = torch.randn(count, generator=generator)
         factor = {"none": None, "one": factor[:1].expand(count), "rows": factor}[upstream]
-        rows = Rows.of(torch.empty(count, 3, dtype=torch.float16), torch.zeros(count, dtype=torch.int64))
-        job = Job(rows, Spec(impl, loss), torch.stack([q] * 6), None, None, coefficients.clone(), upstream=factor)
+        scalars = torch.tensor([2.0, 0.0, 0.0, 1.0]) if weighted else None
+        logits, target = torch.empty(count, 3, dtype=torch.float16), torch.zeros(count, dtype=torch.int64)
+        job = Job(
+            Rows.of(logits, target, scalars=scalars),
+            Spec(impl, loss),
+            torch.stack([q] * 6),
+            None,
+            None,
+            coefficients.clone(),
+            upstream=factor,
+        )
         norms, scales = torch.tensor([5.0, 0.0, 2.0**15]), torch.tensor([0.0, 1.0, 2.0**-120])
         before = scales.clone()
         unit, factors, changes = backend.units_(job, weight, norms, scales)
 
         wide, by = coefficients.double().abs(), 1 if factor is None else factor.double()
         if loss == "dsc_one_vs_rest":
-            bound = wide[:3].sum(0) + 64 * (3 if weighted else 1)
+            bound = wide[:3].sum(0) + 64 * (3 * 2 if weighted else 1)
         else:
             bound = wide[0] * q + wide[1] * (3 if weighted else 1) + wide[2:].sum(0)
         share = bound * abs(by) / unit

@@ -7,16 +7,23 @@ suite's shapes, most cross blocks and some the spans of four blocks. On a GPU th
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import test_linear
 import torch
 from kernel_suite import KernelSuite, check_operators
+from oracle import assert_as_accurate_as
+from row_losses import computed
 from row_suite import (
+    DTYPES,
     Problem,
     RowLossSuite,
     assert_same_bits,
+    cast,
+    class_weights,
+    compute_dtype,
     layouts,
     logits_and_targets,
     modules_of_losses,
@@ -205,6 +212,192 @@ def test_ties_go_to_the_lowest_index(generator, monkeypatch):
             monkeypatch.setattr(launch, "PROGRAMS", programs)
             _, _, index, *_ = ops.forward(*Rows.of(z, torch.tensor([11])), None, Spec("triton", top_k=2).encode())
             assert tuple(index[:, 0].tolist()) == columns[:2]
+
+
+# --- losses against a second row ---
+
+
+DIVERGENCES = ["forward_kl", "reverse_kl", "jsd", "tv", "skew_kl", "skew_reverse_kl"]
+#: One class, a part of a block, and rows that are split.
+WIDTHS = [1, 37, SPAN + 3]
+#: What of a row is read: all of it, but where `hard_weight` is.
+DISTILLATION = {
+    "alone": {},
+    "temperature": {"temperature": 2.0, "scale_by_temperature_squared": True},
+    "target": {"hard_weight": 0.75},
+    "both": {"temperature": 0.5, "hard_weight": 2.0, "return_stats": True},
+}
+
+
+def two_rows(rows, classes, generator, dtype):
+    """Logits of student and teacher, and targets."""
+    student, target = logits_and_targets(rows, classes, generator, dtype)
+    return student, logits_and_targets(rows, classes, generator, dtype)[0], target
+
+
+def check_two_rows(loss, student, second, terms, monkeypatch, **inplace):
+    """A loss of (logits, second row, impl=...) whole and split, by the tolerance rule. `terms` cancel in its gradient.
+
+    The second of the rows is left out and holds NaN.
+    """
+    student[1] = second[1] = torch.nan
+    upstream, results = torch.tensor([1.0, 2.0, -0.5, 3.0, 0.25]).double(), []
+    for programs in (2**30, 0):
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
+        z = computed(student.clone()) if programs and inplace else student
+        options = inplace if programs else {}
+        results.append(with_gradient(lambda x, o=options: loss(x, second, impl="triton", **o), z, upstream))
+    assert_same_bits(*results)
+    compute = compute_dtype(student.dtype)
+    of = [(student.to(dtype), second.to(dtype)) for dtype in (compute, torch.float64)]
+    (eager, eager_slope), (truth, slope) = (
+        with_gradient(lambda x, y=y: loss(x, y, impl="reference"), z, upstream) for z, y in of
+    )
+    rows = torch.tensor([0, 2, 3, 4])
+    ulps = {torch.float64: 5000, torch.float32: 32}.get(student.dtype, 1)
+    value, gradient = results[0]
+    assert value[1] == 0 and (gradient[1] == 0).all()
+    scale = slope.abs() + terms * upstream[:, None].abs()
+    assert_as_accurate_as(value[rows], eager[rows], truth[rows], 5000 if student.dtype == torch.float64 else 16)
+    assert_as_accurate_as(gradient[rows], eager_slope.to(student.dtype)[rows], slope[rows], ulps, scale[rows])
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", DISTILLATION)
+@pytest.mark.parametrize("classes", WIDTHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_divergences(divergence, classes, options, dtype, generator, monkeypatch):
+    student, teacher, target = two_rows(5, classes, generator, dtype)
+    own = DISTILLATION[options] | {"target": target, "token_weight": torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0])}
+
+    def loss(x, y, impl):
+        result = fl.distillation_loss(
+            x, y, divergence=divergence, reduction="none", impl=impl, **cast(own, compute_dtype(x.dtype))
+        )
+        return result[0] if isinstance(result, tuple) else result
+
+    factor = 1 / own.get("temperature", 1.0)
+    p, y = ((x.double() * factor).log_softmax(-1) for x in (student, teacher))
+    terms = (p.exp() + y.exp()) * (1 + (p - y).abs()) * max(factor, 1 / factor)
+    hard = own.get("hard_weight", 0.0)
+    terms += hard * (student.double().softmax(-1) + torch.nn.functional.one_hot(target, classes))
+    check_two_rows(loss, student, teacher, terms, monkeypatch)
+
+
+@pytest.mark.covering(2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", ["plain", "everything", "temperature"])
+@pytest.mark.parametrize("classes", WIDTHS)
+def test_soft_targets(classes, options, dtype, generator, monkeypatch):
+    """Of which some are 0, and none sum to 1."""
+    student, _, _ = two_rows(5, classes, generator, dtype)
+    target = (torch.rand(5, classes, generator=generator) - 0.25).clamp(min=0).to(compute_dtype(dtype))
+    weight = class_weights(classes, generator)
+    own = {
+        "plain": {},
+        "everything": {"weight": weight, "label_smoothing": 0.1, "z_loss": 0.01},
+        "temperature": {"weight": weight, "temperature": 0.5},
+    }[options] | {"token_weight": torch.tensor([1.0, 0.0, 0.5, 1.0, 1.0]), "reduction": "none"}
+    loss = lambda x, y, **o: fl.cross_entropy(x, y, **cast(own, compute_dtype(x.dtype)), **o)  # noqa: E731
+    terms = 3 * (target + 0.1) + target.sum(-1, keepdim=True) * student.double().softmax(-1)
+    check_two_rows(loss, student, target, 4 * terms, monkeypatch, inplace_backward=True)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_that_are_close(divergence, generator):
+    """The digits of a divergence of 5e-7, and none at all of the same row."""
+    teacher = 3 * torch.randn(4, 2 * SPAN + 1, generator=generator)
+    student = teacher + 1e-3 * torch.randn(teacher.shape, generator=generator)
+    student[0] = teacher[0]
+    loss = partial(fl.distillation_loss, divergence=divergence, reduction="none")
+    found, gradient = with_gradient(lambda x: loss(x, teacher, impl="triton"), student)
+    expected, slope = with_gradient(lambda x: loss(x, teacher.double(), impl="reference"), student.double())
+    assert found[0] == 0 and (gradient[0] == 0).all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    error = (gradient - slope).norm(dim=-1)[1:] / slope.norm(dim=-1)[1:]
+    assert (error < 1e-3).all()  # of d, which is a difference of logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_classes_and_nan_in_two_rows(divergence, dtype, generator):
+    """A class that neither row has is none. One that the student alone lacks makes some losses infinite."""
+    student, teacher, target = two_rows(7, BLOCK + 9, generator, dtype)
+    student[:, 5] = teacher[:, 5] = -torch.inf
+    teacher[1, 7:99] = student[2, BLOCK:] = -torch.inf
+    student[3, :] = -torch.inf
+    student[3, 2] = teacher[3, 2] = 1.0
+    student[4, 8], teacher[5, BLOCK + 1] = torch.nan, torch.nan
+    target[1:4], target[6] = torch.tensor([3, 2, 2]), -100
+    student[6], teacher[6] = torch.nan, torch.inf
+    results = []
+    for impl, dtypes in (("triton", dtype), ("reference", torch.float64)):
+        z, y = student.to(dtypes), teacher.to(dtypes)
+        options = {"divergence": divergence, "target": target, "hard_weight": 0.5, "reduction": "none", "impl": impl}
+        results.append(with_gradient(lambda x, y=y, o=options: fl.distillation_loss(x, y, **o), z))
+    (found, gradient), (expected, slope) = results
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert expected[1].isinf() == (divergence == "reverse_kl") and expected[2].isinf() == (divergence == "forward_kl")
+    assert found[4:6].isnan().all() and gradient[4:6].isnan().all() and (gradient[6] == 0).all()
+    finite = expected.isfinite()
+    rough = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(gradient.double()[finite], slope[finite], rtol=rough, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduction"), [(torch.float64, "mean"), (torch.float64, "none"), (torch.float16, "mean")], ids=str
+)
+def test_linear_distillation(dtype, reduction, generator, kernel_calls):
+    """Gradients in the place of the student's logits; hidden sizes that differ."""
+    shapes = (9, 16), (300, 16), (9, 24), (300, 24), (300,), (300,)
+    sources = [(torch.randn(shape, generator=generator) / 2).to(dtype) for shape in shapes]
+    target = torch.randint(300, (9,), generator=generator)
+    target[4] = -100
+    options = {
+        "divergence": "jsd", "target": target, "hard_weight": 0.5, "temperature": 2.0, "softcap": 4.0,
+        "teacher_softcap": 5.0, "scale_by_temperature_squared": True, "reduction": reduction,
+    }  # fmt: skip
+    results = []
+    for impl, kind in (("triton", dtype), ("reference", torch.float64)):
+        own = [x.to(kind).requires_grad_(i in (0, 1, 4)) for i, x in enumerate(sources)]
+        *layers, bias, teacher_bias = own
+        budget = 3 * 3 * 300 * dtype.itemsize  # the logits, the softcap's tanh and the teacher's
+        loss = fl.linear_distillation_loss(
+            *layers, linear_bias=bias, teacher_bias=teacher_bias, budget=budget, impl=impl, **options
+        )
+        results.append((loss, *torch.autograd.grad(loss.sum(), (own[0], own[1], own[4]))))
+    for found, right in zip(*results, strict=True):
+        error = (found.double() - right).norm() / right.norm()
+        assert error < (1e-12 if dtype == torch.float64 else 4e-3)
+    if reduction == "mean" and dtype == torch.float64:
+        assert kernel_calls == {("with_gradient", "triton"): 3, ("scale_", "triton"): 3}
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "soft_targets"])
+def test_sums_of_two_rows_over_some_of_the_classes(name, generator):
+    """Of ignored rows nothing, and of the others what the whole rows have."""
+    student, teacher, target = two_rows(5, SPAN + 9, generator, torch.float32)
+    target[2] = -100
+    params, cut = [torch.tensor(0.5)] * (2 if name == "soft_targets" else 1), SPAN + 2
+    rows = Rows.of(student, target, params=params)._replace(teacher=[teacher])
+    results = []
+    for impl in ("triton", "cpu"):
+        spec = Spec(impl, name).encode()
+        _, statistics, index, *_ = ops.forward(*rows, None, spec)
+        parts = [
+            rows._replace(hidden=[student[:, part]], teacher=[teacher[:, part]], target=target.clamp(max=-1))
+            for part in (slice(cut), slice(cut, None))
+        ]
+        results.append(sum(ops.sums(*part, statistics, index, None, None, spec) for part in parts))
+        assert results[-1].shape == (3, 5) and (results[-1][:, 2] == 0).all()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernels_that_make_logits_have_no_second_row(generator):
+    hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(9, 8, generator=generator)
+    with pytest.raises(ValueError, match="impl='triton_fused' has no losses against a second row"):
+        fl.linear_distillation_loss(hidden, weight, hidden, weight, impl="triton_fused")
 
 
 # --- linear forms, torch.compile ---

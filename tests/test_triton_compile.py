@@ -25,7 +25,7 @@ of_all_targets = pytest.mark.skipif(
     reason=f"triton {tritons.OLDEST} compiles fewer kernels here",
 )
 #: Of the main loop of a kernel for sm_90 with 32000 classes, by either Triton: the most instructions for each logit,
-#: barriers and shuffles. A gradient has no such loop, and the whole program is counted.
+#: barriers and shuffles. A gradient has no such loop, and the whole program is counted. Pairs have two logits.
 BOUNDS = {
     ("statistics_pass", "cross_entropy, plain", "bfloat16"): (10, 0, 0),
     ("statistics_pass", "cross_entropy, plain", "float32"): (11, 0, 0),
@@ -33,6 +33,10 @@ BOUNDS = {
     ("gradient_pass", "cross_entropy, plain", "float32"): (14, 0, 0),
     ("statistics_pass", "mixed_cross_entropy, plain", "bfloat16"): (16, 0, 0),
     ("statistics_pass", "mixed_cross_entropy, plain", "float32"): (16, 0, 0),
+    ("pair_terms_pass", "forward_kl", "bfloat16"): (21, 0, 0),
+    ("pair_gradient_pass", "forward_kl", "bfloat16"): (27, 0, 0),
+    ("pair_terms_pass", "mixture_kl", "bfloat16"): (60, 0, 0),
+    ("pair_gradient_pass", "mixture_kl", "bfloat16"): (48, 0, 0),
 }
 #: Of statistics, class terms and gradient of one-vs-rest dice together, in bfloat16.
 DICE_BOUND = 120
@@ -89,6 +93,7 @@ def test_every_target_is_compiled_for(everything):
     assert {row["target"] for row in everything} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     split = {f"{kernel}, {role}" for kernel in ("statistics_pass", "class_terms_pass") for role in ("split", "merge")}
     passes = {"statistics", "class_terms", "gradient", "class_sums", "top_rest", "scale", "units"}
+    passes |= {"pair_terms", "pair_gradient"}
     assert {row["kernel"] for row in everything} == split | {f"{name}_pass" for name in passes}
     assert {row["dtype"] for row in everything} == {"bfloat16", "float16", "float32", "float64"}
 
@@ -115,16 +120,17 @@ def test_main_loops_are_short(report):
 
 
 def test_logits_move_by_16_bytes(compiled):
-    """All of them; where loss and gradient are made in one they are read twice."""
+    """All of them; where loss and gradient are made in one they are read twice, and pairs are of two rows."""
     for row in compiled:
         block, warps = map(int, re.findall(r"× (\d+), (\d+) warps", row["tile"])[0])
         threads = warps * (64 if row["target"] == "gfx942" else 32)
         moves = block * (4 if row["dtype"] == "float32" else 2) / (16 * threads)
         in_one = "in one" in row["loss"]
+        reads = 2 if in_one or "pair" in row["kernel"] else 1
         # Weights are as large as the logits.
         if "merge" not in row["kernel"] and not re.search("weighted|over_rows", row["loss"]):
-            assert row["wide_loads"] == (2 * moves if in_one else moves), row
-        if row["kernel"] == "gradient_pass" or in_one:
+            assert row["wide_loads"] == reads * moves, row
+        if row["kernel"] in ("gradient_pass", "pair_gradient_pass") or in_one:
             assert row["wide_stores"] == moves, row
 
 

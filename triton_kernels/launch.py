@@ -60,6 +60,9 @@ CLASS_TILES = {
     2**31: Tile(1, 2048, 4),
 }
 
+#: More in the sums of a pair term, and there are two rows to read.
+PAIR_TILES = {**CLASS_TILES, 2**31: Tile(1, 1024, 4)}
+
 #: So do the sums of moments.
 MOMENT_TILES = {**CLASS_TILES, 2**31: Tile(1, 2048, 8)}
 
@@ -114,6 +117,8 @@ ROOMY = {
     ("class_terms_pass", False, False, 2, 32): (80, 100),
     ("class_terms_pass", False, False, 2, 2048): (80, 90, 100),
     ("class_terms_pass", False, False, 4, 2048): (80, 90, 100),
+    ("pair_terms_pass", False, False, 2, 1024): (100,),
+    ("pair_terms_pass", False, False, 4, 1024): (90,),
     ("class_sums_pass", False, False, 2, 256): (80, 90),
     ("class_sums_pass", False, False, 4, 256): (80, 90),
     ("top_rest_pass", False, False, 2, 64): (90, 100),

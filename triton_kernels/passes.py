@@ -5,6 +5,7 @@
                       still in the caches
     class_terms_pass  for losses over all classes: their sums over each row, from a second look at it
     gradient_pass     reads the logits once more and writes their gradient, which may take their place
+    pair_terms_pass, pair_gradient_pass    the same two for losses over the classes of two rows
     top_rest_pass, class_sums_pass    the sums over the rows of each class's error and agreement
 
 Logits come out of memory, or are products of hidden states and a weight that are made on the chip and never stored:
@@ -601,6 +602,71 @@ def _class_term(
     return loss.to(T), shift, top_gradient, tl.where(is_top, top_gradient, p * (target_g - shift))
 
 
+# --- pair terms ---
+
+
+@triton.jit
+def _both_rows(statistics, second_statistics, rows, live, N, OF_LOGITS: tl.constexpr):
+    """Of both rows max and sum of exp; the log-sum-exp of the second less that of the first, of targets log sum."""
+    m = tl.load(statistics + rows, live, other=0.0)
+    total = tl.load(statistics + (rows + N), live, other=1.0)
+    if OF_LOGITS:
+        second_m = tl.load(second_statistics + rows, live, other=0.0)
+        second_total = tl.load(second_statistics + (rows + N), live, other=1.0)
+        return m, total, second_m, second_total, (second_m - m) + tl.log(second_total / total)
+    else:
+        return m, total, tl.zeros_like(m), tl.full(m.shape, 1.0, m.dtype), tl.log(total)
+
+
+@triton.jit
+def _pair_term(z, second, real, weight, both, params, TERM: tl.constexpr, OF_LOGITS: tl.constexpr):
+    """p, and what classes add to the loss, p df/dp and p - y: nothing where both rows are -inf, or no class is."""
+    m, total, second_m, second_total, lag = both
+    p = exp(z - m) * (1.0 / total)
+    if OF_LOGITS:
+        y = exp(second - second_m) * (1.0 / second_total)
+        d = tl.where(p + y == 0, 0.0, (second - z) - lag)
+    else:
+        y = tl.where(real, second * params[0] + params[1], 0.0) * weight
+        d = lag - (z - m)
+    loss, slope, difference = TERM(p, y, d, params)
+    return p, loss, slope, difference
+
+
+@triton.jit
+def _pair_sums(
+    where,
+    second,
+    rows,
+    live,
+    begin,
+    end,
+    V,
+    target,
+    both,
+    class_weight,
+    params,
+    TERM: tl.constexpr,
+    OF_LOGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    APART: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Of a span: sums of loss, p df/dp and p - y. Lanes as in `_scan`."""
+    LANE: tl.constexpr = 128 // where[0].dtype.element_ty.primitive_bitwidth
+    zero = tl.zeros((rows.shape[0], BLOCK // LANE), T)
+    loss, slope, difference = zero, zero, zero
+    for start in range(begin, end, BLOCK):
+        columns, exists, z = _block(where, rows, live, start, V, target, None, BLOCK, T)
+        _, _, other = _block(second, rows, live, start, V, target, None, BLOCK, T)
+        weight = _class_weights(class_weight, columns, exists, T)
+        _, f, h, apart = _pair_term(z, other, live & exists, weight, both, params, TERM, OF_LOGITS)
+        loss += tl.sum(_lanes(f, LANE, APART), 1)
+        slope += tl.sum(_lanes(h, LANE, APART), 1)
+        difference += tl.sum(_lanes(apart, LANE, APART), 1)
+    return _row_sum(loss), _row_sum(slope), _row_sum(difference)
+
+
 # --- the gradient ---
 
 
@@ -867,6 +933,154 @@ def class_terms_pass(
         tl.store(loss + rows, tl.where(ignored, 0.0, total + z_term), inside)
         columns = (shift, at_top, at_target, tl.zeros_like(shift))
         _store_live(coefficients, rows, N, inside, ignored, columns, (0.0, 0.0, 0.0, 0.0))
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def pair_terms_pass(
+    where,
+    target,
+    class_weight,
+    param_values,
+    param_strides,
+    statistics,
+    second,
+    second_statistics,
+    plain_statistics,
+    more_statistics,
+    loss,
+    coefficients,
+    part_sums,
+    N: tl.int64,
+    V: tl.int32,
+    common,
+    TERM: tl.constexpr,
+    CURVATURE: tl.constexpr,
+    OF_LOGITS: tl.constexpr,
+    PARAMS: tl.constexpr,
+    PICKS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    MERGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPAN: tl.constexpr,
+    APART: tl.constexpr,
+):
+    """Losses, coefficients and the last statistics, of logits in hand. SPLIT and MERGE as in the statistics pass.
+
+    The statistics of the second row begin with max and sum of exp. Those without the temperature are of the rows that
+    have a cross-entropy beside the term; None where there is no temperature.
+    """
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
+    rows, inside = _rows(tl.program_id(0), N, ROWS)
+    t, live = _targets(target, rows, inside, V)
+    both = _both_rows(statistics, second_statistics, rows, live, N, OF_LOGITS)
+    values = _params(param_values, param_strides, rows, inside, PARAMS)
+    end = tl.where(_any(live), V, 0)
+
+    of_row = tl.zeros((ROWS, 1), tl.float64)
+    slope, difference = of_row, of_row
+    if MERGE:
+        for span in range(0, tl.cdiv(V, SPAN * BLOCK)):
+            x, y, z = _load_three(part_sums, rows + span * 3 * N, N, inside, 0.0)
+            of_row, slope, difference = of_row + x, slope + y, difference + z
+    else:
+        first = tl.program_id(1) * (SPAN * BLOCK) if SPLIT else 0
+        last = tl.minimum(first + SPAN * BLOCK, end) if SPLIT else end
+        for begin in range(first, last, SPAN * BLOCK):
+            x, y, z = _pair_sums(
+                where, second, rows, live, begin, tl.minimum(begin + SPAN * BLOCK, end), V, t, both, class_weight,
+                values, TERM, OF_LOGITS, BLOCK, APART, T,
+            )  # fmt: skip
+            of_row, slope, difference = of_row + x, slope + y, difference + z
+
+    if SPLIT:
+        _store_rows(part_sums, rows + tl.program_id(1) * 3 * N, N, inside, (of_row, slope, difference))
+    else:
+        m, sum_exp, second_m, second_sum, _ = both
+        q, ce, target_logit = _load_three(statistics + 2 * N, rows, N, live, 0.0)
+        there = live & (t >= 0)
+        weight = _target_weight(class_weight, t, live, V, T)
+        of_target = _logit(second, rows, t, there, None, T)
+        p, _, at_target, _ = _pair_term(target_logit, of_target, there, weight, both, values, TERM, OF_LOGITS)
+        p = tl.where(sum_exp == 0, 0.0, p)
+        main = _common(common, 0, T)
+        z_term, z_slope = _z_loss(common, 1.0, m + tl.log(sum_exp), T)
+        # A rounded log-sum-exp makes all p too large by the same factor, 1 + the sum of p - y; what that adds to the
+        # loss is taken off to the second order, whose coefficient is that of close rows.
+        more = difference * (slope - 0.5 * CURVATURE(values) * difference)
+        of_row = tl.where(of_row < float("inf"), of_row - more, of_row)
+        shift = main * slope.to(T) - z_slope
+        of_row = main * of_row.to(T) + z_term
+        at_target = main * at_target - p * shift
+        plain, plain_sum = tl.zeros_like(m), sum_exp
+        if OF_LOGITS:
+            hard = values[PARAMS - 1]
+            if plain_statistics is None:  # both are factors of the same exponentials
+                factor = 1.0
+                shift -= hard
+            else:
+                factor = _common(common, 3, T)
+                plain_m = tl.load(plain_statistics + rows, live, other=0.0)
+                plain_sum = tl.load(plain_statistics + (rows + N), live, other=1.0)
+                plain_sum = tl.where(hard != 0, plain_sum * exp(plain_m - m / factor), sum_exp)
+                q, ce, _ = _load_three(plain_statistics + 2 * N, rows, N, live, 0.0)
+                plain = hard / (factor * plain_sum)
+            of_row += tl.where(hard != 0, hard * ce, 0.0)
+            at_target -= hard / factor * q
+        ignored = live == 0
+        tl.store(loss + rows, tl.where(ignored, 0.0, of_row), inside)
+        _store_rows(more_statistics, rows, N, inside, (second_m, second_sum, plain_sum))
+        _store_live(coefficients, rows, N, inside, ignored, (shift, plain, at_target), (0.0, 0.0, 0.0))
+        for k in tl.static_range(PICKS):
+            tl.store(coefficients + (rows + (_COEFFICIENTS + k) * N), tl.zeros_like(shift), inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def pair_gradient_pass(
+    where,
+    second,
+    target,
+    class_weight,
+    param_values,
+    param_strides,
+    statistics,
+    second_statistics,
+    coefficients,
+    grad_output,
+    grad_output_stride: tl.int64,
+    grad,
+    grad_stride: tl.int64,
+    N: tl.int64,
+    V: tl.int32,
+    common,
+    TERM: tl.constexpr,
+    OF_LOGITS: tl.constexpr,
+    PARAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (row blocks times column blocks). `grad` may be the logits themselves."""
+    T: tl.constexpr = tl.float64 if where[0].dtype.element_ty == tl.float64 else tl.float32
+    blocks = tl.cdiv(V, BLOCK)
+    rows, inside = _rows(tl.program_id(0) // blocks, N, ROWS)
+    begin = (tl.program_id(0) % blocks) * BLOCK
+    t, live = _targets(target, rows, inside, V)
+    both = _both_rows(statistics, second_statistics, rows, live, N, OF_LOGITS)
+    of_rows = _row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T)
+    m, _, upstream, shift, plain, at_target = of_rows
+    values = _params(param_values, param_strides, rows, inside, PARAMS)
+    columns, exists, z = _block(where, rows, live, begin, V, t, None, BLOCK, T)
+    _, _, other = _block(second, rows, live, begin, V, t, None, BLOCK, T)
+    weight = _class_weights(class_weight, columns, exists, T)
+    p, _, h, _ = _pair_term(z, other, live & exists, weight, both, values, TERM, OF_LOGITS)
+    gradient = (_common(common, 0, T) * h - p * shift) * upstream
+    if _any(plain != 0):
+        gradient += plain * exp((z - m) / _common(common, 3, T))
+    if _in_block(t, begin, BLOCK):
+        gradient = tl.where(columns == t, at_target, gradient)
+    gradient = tl.where(live, gradient, 0.0)
+    tl.store(grad + (rows * grad_stride + columns), convert(gradient, grad.dtype.element_ty), inside & exists)
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -40,6 +40,7 @@ def units_pass(
     upstream,
     upstream_stride: tl.int64,
     largest_weight,
+    common,
     norms,
     scales,
     changes,
@@ -52,6 +53,7 @@ def units_pass(
 ):
     """Backend.units_ has the formula; `found` (2 + SUMS, N): units, upstream gradients over them, units over scales."""
     class_weight = 1.0 if largest_weight is None else tl.load(largest_weight)
+    main = 1.0 if common is None else tl.load(common)
     largest = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, N, BLOCK):
         rows = begin + tl.arange(0, BLOCK)
@@ -59,7 +61,7 @@ def units_pass(
         bound = tl.abs(tl.load(coefficients + rows, inside, other=0.0))  # of a, the factor of p
         of_weights = tl.abs(tl.load(coefficients + N.to(tl.int64) + rows, inside, other=0.0))  # and u
         if OVER_CLASSES:
-            bound += of_weights + 64.0 * class_weight
+            bound += of_weights + 64.0 * main * class_weight
         else:
             bound = bound * tl.load(q + rows, inside, other=0.0) + of_weights * class_weight
         for k in range(2, SUMMED):

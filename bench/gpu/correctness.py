@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -13,23 +13,30 @@ from torch import Tensor
 import fusedloss as fl
 from fusedloss import backends
 from fusedloss.losses._registry import EXAMPLES, Example
+from fusedloss.losses.distillation import DIVERGENCES, Divergence
 from fusedloss.tools import selfcheck
 
 from .part import Part
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-#: Of `_error`: the products are in the dtype's own precision.
+#: Of `_error`. The products of linear forms are in the dtype's own precision.
+ROWS_ALLOWED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LINEAR_ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+Loss = Callable[..., Tensor]
+_Of = TypeVar("_Of")
 
 
 def triton(part: Part) -> None:
     _rows(part, "triton")
+    _second_rows(part, "triton")
     _linear(part, "triton")
 
 
 def cuda(part: Part) -> None:
     _rows(part, "cuda")
+    _second_rows(part, "cuda")
     _linear(part, "cuda")
 
 
@@ -63,7 +70,7 @@ def _rows(part: Part, impl: str) -> None:
                 _row(part, what, [pair for pairs in found for pair in pairs])
 
 
-def _in_each_dtype(part: Part, examples: Iterable[Example]) -> Iterator[tuple[Example, torch.dtype]]:
+def _in_each_dtype(part: Part, examples: Iterable[_Of]) -> Iterator[tuple[_Of, torch.dtype]]:
     """Yield every example with every dtype; a rehearsal takes the dtypes in turn."""
     for i, example in enumerate(examples):
         for dtype in DTYPES[i % 4 :][:1] if part.rehearse else DTYPES:
@@ -79,6 +86,34 @@ def _row(part: Part, what: str, errors: list[tuple[selfcheck.Error, selfcheck.Er
             f"{name} {e.found:.1e} of {e.allowed:.1e}" for name, e in (("loss", loss), ("gradient", gradient))
         )
         part.failed(what, f"errors: {', '.join(figures_of)}")
+
+
+def _second_rows(part: Part, impl: str) -> None:
+    """Of a teacher's logits and of soft targets, on rows that are split; of a backend that has such losses."""
+    if not _ready(part, impl) or not backends.BACKENDS[impl].epilogues.pairs:
+        return
+    rows, classes = (3, 130) if part.rehearse else (20, 9000)
+    generator = torch.Generator().manual_seed(rows)
+    logits, second = (3 * torch.randn(rows, classes, generator=generator) for _ in range(2))
+    target = torch.randint(classes, (rows,), generator=generator)
+
+    def soft_targets(z: Tensor, y: Tensor, **options: Any) -> Tensor:
+        return fl.cross_entropy(z, y.softmax(-1), **options)
+
+    def divergence(name: Divergence) -> Loss:
+        own: dict[str, Any] = {"divergence": name, "temperature": 2.0, "hard_weight": 0.5}
+        return lambda z, y, **options: fl.distillation_loss(z, y, target=target.to(z.device), **own, **options)
+
+    losses: dict[str, Loss] = {"soft targets": soft_targets} | {name: divergence(name) for name in DIVERGENCES}
+    for name, dtype in _in_each_dtype(part, losses):
+        what = f"{name} {impl} {str(dtype)[6:]}"
+        if part.late(what):
+            continue
+        with part.attempt(what):
+            z, y = logits.to(dtype), second.to(dtype)
+            expected = _step(partial(losses[name], impl="reference"), z.double(), y.double())
+            found = _step(partial(losses[name], impl=impl), z.to(part.device), y.to(part.device))
+            _require(part, what, found, expected, ROWS_ALLOWED[dtype])
 
 
 def _linear(part: Part, impl: str) -> None:
@@ -129,8 +164,6 @@ def _require(part: Part, what: str, found: tuple[Tensor, ...], expected: tuple[T
 
 
 # --- traps ---
-
-Loss = Callable[..., Tensor]
 
 
 def traps(part: Part) -> None:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_indices
-from ..definition.rows import Job
-from ..definition.statistics import COEFFICIENTS, Q
+from ..checks import IGNORED, check_indices
+from ..definition.projection import Form
+from ..definition.rows import Job, Rows, Spec
+from ..definition.statistics import COEFFICIENTS, SECONDS, Q
 from .base import Backend, Epilogues, is_over_classes
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
@@ -25,11 +26,12 @@ def _modules() -> tuple[Any, Any, Any]:
 
 
 @cache
-def _epilogues() -> Epilogues:
+def _epilogues(makes_logits: bool) -> Epilogues:
     tables = _modules()[0]
-    classes = {name: x.params for name, x in tables.CLASS_TERMS.items()}
-    sums = {name: classes[name] - 1 for name in tables.SUMMED_TERMS}
-    return Epilogues({name: x.params for name, x in tables.ROW_EPILOGUES.items()}, classes, {}, sums)
+    # A teacher's logits are made by no pass.
+    kinds = (tables.ROW_EPILOGUES, tables.CLASS_TERMS, {} if makes_logits else tables.PAIR_TERMS)
+    rows, classes, pairs = ({name: x.params for name, x in kind.items()} for kind in kinds)
+    return Epilogues(rows, classes, pairs, {name: classes[name] - 1 for name in tables.SUMMED_TERMS})
 
 
 @cache
@@ -163,7 +165,8 @@ class Triton(Backend):
     @property
     def epilogues(self) -> Epilogues:
         # torch.compile warns of a cache in what it traces.
-        return _epilogues.__wrapped__() if torch.compiler.is_compiling() else _epilogues()
+        of = _epilogues.__wrapped__ if torch.compiler.is_compiling() else _epilogues
+        return of(self.makes_logits)
 
     def forward(self, job: Job) -> None:
         tables, _, kernels = _modules()
@@ -211,8 +214,27 @@ class Triton(Backend):
             PICKS=picks,
             PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
         )
-        if spec.epilogue and row_epilogue is None:
+        if spec.epilogue in tables.PAIR_TERMS:
+            self._pair_losses(job)
+        elif spec.epilogue and row_epilogue is None:
             _class_terms_pass(job)
+
+    def _pair_losses(self, job: Job) -> None:
+        rows, of_logits = job.rows, _modules()[0].PAIR_TERMS[job.spec.epilogue].of_logits
+
+        def statistics(logits: Tensor, target: Tensor, form: Form) -> Tensor:
+            other = Job.new(Rows.of(logits, target, scalars=rows.scalars), Spec(self.name, form=form))
+            self.forward(other)
+            return other.statistics
+
+        second = plain = None
+        if of_logits:
+            second = statistics(rows.teacher[0], rows.target, job.spec.form)
+        if of_logits and job.spec.form.tempered:
+            # Of rows that have no cross-entropy beside the term nothing is read.
+            target = rows.target.masked_fill(rows.params[-1] == 0, IGNORED)
+            plain = statistics(rows.logits, target, Form())
+        _pair_terms_pass(job, second, plain)
 
     def with_gradient(self, job: Job) -> None:
         """Of one read where programs have whole rows."""
@@ -224,6 +246,8 @@ class Triton(Backend):
 
     def backward(self, job: Job) -> None:
         assert job.grad is not None
+        if job.spec.epilogue in _modules()[0].PAIR_TERMS:
+            return _pair_gradient_pass(job)
         rows, kernels, term = job.rows, _modules()[2], _term(job.spec.epilogue)
         source = _source(job, "GRADIENT_TILES" if term["TERM"] is None else "CLASS_TILES")
         tile = source.tile
@@ -253,6 +277,8 @@ class Triton(Backend):
         )
 
     def sums(self, job: Job) -> Tensor:
+        if job.rows.teacher:
+            return _pair_terms_pass(job, job.statistics[-SECONDS:], None).sum(0)
         return _class_sums(job) if job.spec.over_rows else _class_terms_pass(job)[:, 1:].sum(0)
 
     def terms(self, job: Job) -> None:
@@ -289,6 +315,7 @@ class Triton(Backend):
             upstream,
             0 if upstream is None else upstream.stride(0),
             largest_weight,
+            job.rows.scalars,
             norms,
             scales,
             changes,
@@ -306,22 +333,32 @@ class Triton(Backend):
 
 
 def _class_terms_pass(job: Job) -> Tensor:
+    return _terms_pass(job, _modules()[2].class_terms_pass, "CLASS_TILES", job.index, **_term(job.spec.epilogue))
+
+
+def _pair_terms_pass(job: Job, second_statistics: Tensor | None, plain_statistics: Tensor | None) -> Tensor:
+    statistics = (second_statistics, plain_statistics, job.statistics[-SECONDS:])
+    term = _modules()[0].PAIR_TERMS[job.spec.epilogue]
+    constants = _pair_term(job) | {"CURVATURE": term.curvature, "PICKS": len(job.index)}
+    return _terms_pass(job, _modules()[2].pair_terms_pass, "PAIR_TILES", _second(job), *statistics, **constants)
+
+
+def _terms_pass(job: Job, kernel: Any, table: str, *own: Any, **constants: Any) -> Tensor:
     """Writes losses and coefficients; without them gives the sums of the rows' spans (S, 3, N)."""
-    _, launch, kernels = _modules()
-    rows, source = job.rows, _source(job, "CLASS_TILES")
+    rows, source = job.rows, _source(job, table)
     merge = job.loss is not None
-    spans = source.spans if merge else launch.all_spans(source.classes, source.tile)
+    spans = source.spans if merge else _modules()[1].all_spans(source.classes, source.tile)
     shape = (spans if spans > 1 or not merge else 0, 3, source.rows)
     parts = job.statistics.new_empty(shape, dtype=torch.float64)
     _run_split(
-        kernels.class_terms_pass,
+        kernel,
         spans,
         source,
         rows.target,
         rows.class_weight,
         *_params(rows.params),
         job.statistics,
-        job.index,
+        *own,
         job.loss,
         job.coefficients,
         parts,
@@ -329,10 +366,50 @@ def _class_terms_pass(job: Job) -> Tensor:
         source.classes,
         rows.scalars,
         merge=merge,
-        **_term(job.spec.epilogue),
+        **constants,
         PARAMS=len(rows.params),
     )
     return parts
+
+
+def _pair_gradient_pass(job: Job) -> None:
+    assert job.grad is not None
+    rows, source = job.rows, _source(job, "CLASS_TILES")
+    _run(
+        _modules()[2].pair_gradient_pass,
+        (-(-source.rows // source.tile.rows) * -(-source.classes // source.tile.block),),
+        source.tile,
+        source.where,
+        _second(job),
+        rows.target,
+        rows.class_weight,
+        *_params(rows.params),
+        job.statistics,
+        job.statistics[-SECONDS:],
+        job.coefficients,
+        job.upstream,
+        0 if job.upstream is None else job.upstream.stride(0),
+        job.grad,
+        job.grad.stride(0),
+        source.rows,
+        source.classes,
+        rows.scalars,
+        **_pair_term(job),
+        PARAMS=len(rows.params),
+    )
+
+
+def _pair_term(job: Job) -> dict[str, Any]:
+    """The constants of a pass that say which pair term it is for."""
+    term = _modules()[0].PAIR_TERMS[job.spec.epilogue]
+    return {"TERM": term.term, "OF_LOGITS": term.of_logits}
+
+
+def _second(job: Job) -> tuple[Any, ...]:
+    """The second row as the kernels take it: logits have the factor of the others."""
+    (second,) = job.rows.teacher
+    factor = _factor(job) if _pair_term(job)["OF_LOGITS"] else ()
+    return second, second.stride(0), *factor
 
 
 def _class_sums(job: Job) -> Tensor:
