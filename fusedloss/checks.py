@@ -158,7 +158,9 @@ def check_input(input: Any) -> None:
 
 
 def check_logits(input: Any, target: object) -> None:
-    check_input(input)
+    # A call less where nothing is wrong.
+    if getattr(input, "dtype", None) not in DTYPES or len(input.shape) < 1:
+        check_input(input)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
     if target.dtype not in INDEX_DTYPES:

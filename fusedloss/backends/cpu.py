@@ -90,8 +90,8 @@ class Cpu(Backend):
             or _engine.first_invalid(index.data_ptr(), index.numel(), classes, -1, _LOWEST) >= 0
         ):
             _check_saved(job)
-        number, moments = self.epilogues.numbers[job.spec.epilogue], (0, False, False, job.moments_of_gradient)
-        _engine.backward(native(_engine.Job, job, number, moments, given=index.shape[0]))
+        number, moments = self.epilogues.numbers[job.spec.epilogue], job.moments_of_gradient if job.spec.moments else 0
+        _engine.backward(native(_engine.Job, job, number, (0, False, False, moments), given=index.shape[0]))
 
     def sums(self, job: Job) -> Tensor:
         rows, over_rows = job.rows, job.spec.over_rows

@@ -159,18 +159,15 @@ class _Chunks:
             features = sum([w.shape[1] for w, need in zip(rows.weight, of_weights, strict=False) if need])
             budget = budgets.default_budget(first.device, first.dtype, count * row, most * features, features > 0)
         self.count, self.size = budgets.chunk_rows(count, row, budget) if row else (1, count)
+        # With a teacher, its logits are the last.
         self.buffers: list[Tensor] = []
-        for _ in range(copies):
+        for _ in range(copies + len(rows.teacher[:1])):
             self.buffers.append(new_buffer(first, (self.size, classes)))
-        self._teacher = [new_buffer(first, (self.size, classes))] if rows.teacher else []
+        self._slopes = slice(1, copies)
         self._fetched: slice | None = None
         self._parts: list[Tensor] = []
         if form.row_parts > 1:
             self._parts = [h.new_empty((self.size, h.shape[1])) for h in rows.hidden]
-
-    def clear(self) -> None:
-        self.buffers.clear()
-        self._teacher.clear()
 
     def __iter__(self) -> Iterator[slice]:
         rows = self.rows.target.shape[0]
@@ -205,7 +202,7 @@ class _Chunks:
                 for some in _rows_in_cache(logits, w):
                     logits[some].addmm_(h[some], w.t())
             if softcap:
-                tanh = torch.tanh(logits.div_(softcap), out=self.buffers[-1][: first.shape[0]])
+                tanh = torch.tanh(logits.div_(softcap), out=self.buffers[self._slopes.stop - 1][: first.shape[0]])
                 torch.mul(tanh, softcap, out=logits)
             if self.spec.form.mask_target:
                 logits.scatter_(1, rows.target.clamp(min=0)[:, None], -torch.inf)
@@ -214,7 +211,7 @@ class _Chunks:
 
     def _teachers_logits(self, rows: Rows, make: bool) -> Tensor:
         hidden, weight, *bias = rows.teacher
-        logits, softcap = self._teacher[0][: hidden.shape[0]], self.spec.form.teacher_softcap
+        logits, softcap = self.buffers[-1][: hidden.shape[0]], self.spec.form.teacher_softcap
         if make:
             if bias:
                 torch.addmm(bias[0], hidden, weight.t(), out=logits)
@@ -231,7 +228,7 @@ class _Chunks:
             self.backend.with_gradient(job)
         else:
             self.backend.backward(job)
-        for tanh in self.buffers[1:]:
+        for tanh in self.buffers[self._slopes]:
             torch.ops.aten.tanh_backward.grad_input(gradient, tanh[: gradient.shape[0]], grad_input=gradient)
         return gradient
 
@@ -308,7 +305,7 @@ class _Gradients:
 
     def finish(self, order: Tensor | None) -> list[Tensor]:
         """Return the gradients as the operators hand them over, when all rows are through."""
-        self._chunks.clear()  # which makes room for the weight's gradient beside its sum
+        self._chunks.buffers.clear()  # which makes room for the weight's gradient beside its sum
         if self._scaled is not None:
             self._scaled.finish()
         for work in self._pending:

@@ -22,9 +22,12 @@ Impl: TypeAlias = Literal["reference", "cpu", "triton", "cuda"]
 LinearImpl: TypeAlias = Literal["reference", "cpu", "triton", "cuda", "triton_fused"]
 
 
-class _Weighting(TypedDict, total=False):
-    weight: Tensor | None
+class _Ignoring(TypedDict, total=False):
     ignore_index: int
+
+
+class _Weighting(_Ignoring, total=False):
+    weight: Tensor | None
     z_loss: float
 
 
@@ -83,11 +86,10 @@ class LinearOptions(LinearClassLossOptions, _Smoothing, total=False):
     """Shared options of a linear form."""
 
 
-class LogProbOptions(TypedDict, total=False):
+class LogProbOptions(_Ignoring, total=False):
     """Options of log-probabilities."""
 
     temperature: float | Tensor
-    ignore_index: int
     group: ProcessGroup | VocabularyShards | None
     impl: Impl | None
 
@@ -103,17 +105,15 @@ class TopkOptions(TypedDict, total=False):
     impl: LinearImpl | None
 
 
-class LinearLogProbOptions(TopkOptions, total=False):
+class LinearLogProbOptions(_Ignoring, TopkOptions, total=False):
     """Options of log-probabilities of hidden states."""
 
-    ignore_index: int
     drop_ignored: bool | None
     sequence_parallel: bool
 
 
-class _OfTeacher(TypedDict, total=False):
+class _OfTeacher(_Ignoring, total=False):
     hard_weight: float
-    ignore_index: int
     temperature: float | Tensor
     scale_by_temperature_squared: bool
     reduction: Reduction

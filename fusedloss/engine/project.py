@@ -64,13 +64,11 @@ def project(
         drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
         drop_ignored = first.device.type == "cpu"
-    form = Form(_constant(softcap or 0.0), budget, drop_ignored, teacher_softcap=0.0, row_parts=row_parts)
+    cap = float(softcap or 0.0)
+    if torch.compiler.is_compiling():  # which would make a variable of it, that the second loss of a graph cannot read
+        cap = float(f"{cap}")
+    form = Form(cap, budget, drop_ignored, teacher_softcap=0.0, row_parts=row_parts)
     return Projection(hidden, weight, bias, form)
-
-
-def _constant(x: float) -> float:
-    """A float of which no compiler makes a variable, which the second loss of a graph could not read."""
-    return float(f"{float(x)}") if torch.compiler.is_compiling() else float(x)
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:

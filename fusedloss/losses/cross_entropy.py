@@ -57,7 +57,7 @@ def cross_entropy(
     A floating ``target`` (*, V) holds numbers y for all the classes, any that are finite and not negative, of which
     nobody checks the sums: a row's loss is -sum_j w_j y'_j log p_j with y' = (1 - label_smoothing) y +
     label_smoothing / V. It gets no gradient. "mean" divides by the number of rows, as in PyTorch; rows are left out by
-    a ``token_weight`` of 0, and there is no ``ignore_index``. There is no linear form of it.
+    a ``token_weight`` of 0, and no number stands for ignored ones. There is no linear form of it.
 
     >>> import torch, fusedloss as fl
     >>> logits = torch.randn(8, 1000, requires_grad=True)

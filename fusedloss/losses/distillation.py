@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_names, check_number, check_second_row
+from ..checks import check_choice, check_names, check_number, check_second_row
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
@@ -98,7 +98,7 @@ def distillation_loss(
         temperature: number or 0-d tensor from 1e-30 to 1e30 by which both rows' logits are divided. Not differentiated.
         scale_by_temperature_squared: multiply the divergence, though not the cross-entropy, by temperature^2, so that
             its gradients have the size that they have at temperature 1 (Hinton et al. 2015).
-        target: (*) class indices, or None. Rows that equal `ignore_index` are left out; the others have the
+        target: (*) class indices, or None. Rows of the ignored index are left out; the others have the
             cross-entropy of `hard_weight`.
         hard_weight: adds hard_weight * (-log softmax(input)_t), of the logits without temperature.
         ignore_index: target value whose rows are left out.
@@ -117,7 +117,7 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range; a teacher that requires grad.
-        IndexError: a target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
+        IndexError: a target outside [0, V) that is not ignored (on a GPU: that row's loss is NaN).
         RuntimeError: the named implementation cannot run here.
 
     Sources: Hinton et al. 2015 (arXiv:1503.02531); Agarwal et al. 2024 for "jsd" (arXiv:2306.13649); Wen et al. 2023
@@ -173,8 +173,7 @@ def linear_distillation_loss(
         teacher_bias, teacher_softcap: (V,) and a number, or None.
         budget: bytes that a chunk of the logits of both may take; None as for :func:`~fusedloss.linear_cross_entropy`.
         linear_bias, softcap, drop_ignored, group: as of :func:`~fusedloss.linear_cross_entropy`.
-        divergence, beta, temperature, scale_by_temperature_squared, target, hard_weight, ignore_index, token_weight,
-            reduction, normalizer, return_stats, stats, impl: as of :func:`distillation_loss`.
+        All other options are as of :func:`distillation_loss`.
 
     Returns and raises as :func:`distillation_loss`.
 
@@ -216,7 +215,6 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
-    check_int("ignore_index", options.get("ignore_index", -100))
     if target is None:
         # A class stands for the target, and may be that number.
         options.pop("ignore_index", None)

@@ -98,8 +98,8 @@ def linear_log_probs(
         input: hidden states (*, D). Under autocast it, the weight and the bias are cast as by
             torch.nn.functional.linear.
         linear_weight: (V, D), such as the weight of the output layer.
-        target, temperature, entropy, ignore_index, impl: as of :func:`log_probs`; the temperature comes after the
-            softcap, and has no gradient with one.
+        target, entropy, impl, and all others: as of :func:`log_probs`; the temperature comes after the softcap, and has
+            no gradient with one.
         linear_bias, softcap, budget, drop_ignored, sequence_parallel, group: as of
             :func:`~fusedloss.linear_cross_entropy`.
 

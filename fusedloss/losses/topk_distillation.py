@@ -90,12 +90,12 @@ def topk_distillation_loss(
         temperature: number or 0-d tensor from 1e-30 to 1e30 by which the student's logits are divided. Not
             differentiated.
         scale_by_temperature_squared: multiply the divergence, though not the cross-entropy, by temperature^2.
-        target: (*) class indices, or None. Rows that equal `ignore_index` are left out; the others have the
+        target: (*) class indices, or None. Rows of the ignored index are left out; the others have the
             cross-entropy of `hard_weight`.
         hard_weight: adds hard_weight * (-log softmax(input)_t), of the logits without temperature. With a temperature
             other than 1 it takes two passes more.
-        ignore_index, token_weight, reduction, normalizer, return_stats, stats, group, impl: as of
-            :func:`~fusedloss.distillation_loss`. With a group `index` and `target` are of the classes of all ranks.
+        All other options are as of :func:`~fusedloss.distillation_loss`. With a group `index` and `target` are of the
+        classes of all ranks.
 
     Rows that are left out are not looked at, may hold any index, and have loss and gradient 0.
 
@@ -109,7 +109,7 @@ def topk_distillation_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range; a `log_prob` that requires grad; on a CPU
             one above 0, or a class that is twice in a row.
-        IndexError: a class or target outside [0, V) that is not ignore_index (on a GPU: that row's loss is NaN).
+        IndexError: a class or target outside [0, V) that is not ignored (on a GPU: that row's loss is NaN).
         RuntimeError: the named implementation cannot run here.
 
     >>> import torch, fusedloss as fl
@@ -158,9 +158,7 @@ def linear_topk_distillation_loss(
             torch.nn.functional.linear.
         linear_weight: (V, D), such as the weight of the student's output layer.
         linear_bias, softcap, budget, drop_ignored, group: as of :func:`~fusedloss.linear_cross_entropy`.
-        index, log_prob, rest, divergence, beta, temperature, scale_by_temperature_squared, target, hard_weight,
-            ignore_index, token_weight, reduction, normalizer, return_stats, stats, impl: as of
-            :func:`topk_distillation_loss`.
+        All others are as of :func:`topk_distillation_loss`.
 
     Returns and raises as :func:`topk_distillation_loss`.
 
