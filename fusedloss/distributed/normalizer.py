@@ -69,9 +69,9 @@ def normalizer(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape or range; a group without torch.distributed being
-            initialised, or whose ranks do not agree on `ignore_index`, `averaged` and which weights they give (on a
+            initialised, or whose ranks do not agree on the ignored target, `averaged` and which weights they give (on a
             GPU, where looking would stall the stream, the result is NaN).
-        IndexError: with `weight`, a target outside [0, V) that is not ignore_index (on a GPU the result is NaN).
+        IndexError: with `weight`, a target outside [0, V) that is not ignored (on a GPU the result is NaN).
 
     >>> import torch, fusedloss as fl
     >>> batches = torch.tensor([[3, 1, -100], [2, -100, -100]])

@@ -189,7 +189,7 @@ def _dispatch(
 def has_compiled(name: str, call: Call) -> bool:
     """Whether the passes have the epilogue of that name, and all gradients that are asked for."""
     backend = backends.BACKENDS.get(call.spec.impl)
-    if backend is None or name not in backend.epilogues.numbers:
+    if not name or backend is None or name not in backend.epilogues.numbers:
         return False
     params = call.rows.params
     return not params or True not in [p.requires_grad for p in params]

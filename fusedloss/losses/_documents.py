@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,6 +106,14 @@ def row_form(loss: Callable[..., Any], without: Sequence[str]) -> str:
             shown = "" if default is None else f" Default: {default!r}."
             options += _wrapped(f"{name}: {text}{shown}") + "\n"
     return f"{inspect.cleandoc(loss.__doc__ or '')}\n\nOptions of every row loss:\n{options}{_SHAPES_DOC}"
+
+
+def of_teacher(loss: Callable[..., Any], names: Sequence[str]) -> str:
+    """The docstring of a loss against a teacher, with the arguments that it does not name in the place of %others%."""
+    document = inspect.cleandoc(loss.__doc__ or "")
+    (line,) = re.findall(r"^ *%others%.*$", document, re.M) or [""]
+    others = [x for x in names if not re.search(rf"^ +([a-z_, ]*, )?{x}(, [a-z_, ]*)?: \S", document, re.M)]
+    return document.replace(line, _wrapped(line.strip().replace("%others%", ", ".join(others)))) if line else document
 
 
 def linear_form(row: Callable[..., Any], arguments: Sequence[str]) -> str:

@@ -123,6 +123,7 @@ def teacher_form(options: Any) -> Callable[[_Loss], _Loss]:
 
     def register(loss: _Loss) -> _Loss:
         OF_TEACHERS[loss] = {name: known[name] for name in options.__annotations__}
+        loss.__doc__ = _documents.of_teacher(loss, argument_names(loss))
         return loss
 
     return register

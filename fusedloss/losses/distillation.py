@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_names, check_number, check_second_row
+from ..checks import check_choice, check_int, check_names, check_number, check_second_row
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
@@ -173,7 +173,7 @@ def linear_distillation_loss(
         teacher_bias, teacher_softcap: (V,) and a number, or None.
         budget: bytes that a chunk of the logits of both may take; None as for :func:`~fusedloss.linear_cross_entropy`.
         linear_bias, softcap, drop_ignored, group: as of :func:`~fusedloss.linear_cross_entropy`.
-        All other options are as of :func:`distillation_loss`.
+        %others%: as of :func:`distillation_loss`.
 
     Returns and raises as :func:`distillation_loss`.
 
@@ -215,6 +215,7 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
+    check_int("ignore_index", options.get("ignore_index", -100))
     if target is None:
         # A class stands for the target, and may be that number.
         options.pop("ignore_index", None)

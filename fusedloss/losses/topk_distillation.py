@@ -94,10 +94,10 @@ def topk_distillation_loss(
             cross-entropy of `hard_weight`.
         hard_weight: adds hard_weight * (-log softmax(input)_t), of the logits without temperature. With a temperature
             other than 1 it takes two passes more.
-        All other options are as of :func:`~fusedloss.distillation_loss`. With a group `index` and `target` are of the
-        classes of all ranks.
+        %others%: as of :func:`~fusedloss.distillation_loss`.
 
-    Rows that are left out are not looked at, may hold any index, and have loss and gradient 0.
+    With a group `index` and `target` are of the classes of all ranks. Rows that are left out are not looked at, may hold
+    any index, and have loss and gradient 0.
 
     1 - sum_k p_k is computed from 1 - p_t, t the target or, without one, the first class. In float32 its absolute error
     is about 1e-7 (1 - p_t), and 1e-7 where t is none of the k. Below the smallest normal number it is taken for that,
@@ -158,7 +158,7 @@ def linear_topk_distillation_loss(
             torch.nn.functional.linear.
         linear_weight: (V, D), such as the weight of the student's output layer.
         linear_bias, softcap, budget, drop_ignored, group: as of :func:`~fusedloss.linear_cross_entropy`.
-        All others are as of :func:`topk_distillation_loss`.
+        %others%: as of :func:`topk_distillation_loss`.
 
     Returns and raises as :func:`topk_distillation_loss`.
 
