@@ -44,6 +44,23 @@ KINDS |= {
 }
 
 
+def _teacher(tokens: Tensor) -> dict[str, Tensor]:
+    weight = torch.linspace(-1, 1, 3 * CLASSES, dtype=torch.float64).view(CLASSES, 3)
+    return {"teacher_input": nn.functional.one_hot(tokens % 3, 3).double(), "teacher_weight": weight}
+
+
+def _two_classes(tokens: Tensor) -> dict[str, Tensor]:
+    index = (tokens[..., None] + torch.arange(2)) % CLASSES
+    return {"index": index, "log_prob": torch.tensor([0.5, 0.3]).double().log().expand(index.shape)}
+
+
+#: What a teacher gives in place of targets.
+OF_TEACHERS: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+    "LinearDistillationLoss": _teacher,
+    "LinearTopkDistillationLoss": _two_classes,
+}
+
+
 class _Model(nn.Module):
     """Embedding, a layer and the loss, whose output layer is its own or the embedding."""
 
@@ -57,7 +74,7 @@ class _Model(nn.Module):
         self.double()
 
     def forward(self, tokens: Tensor, target: Tensor, **tensors: Tensor) -> Tensor:
-        return self.criterion(self.body(self.embedding(tokens)).tanh(), target, **tensors)
+        return self.criterion(self.body(self.embedding(tokens)).tanh(), target=target, **tensors)
 
 
 def _batch(rank: int | None) -> tuple[Tensor, Tensor]:
@@ -73,12 +90,16 @@ def _alone(kind: str, tied: bool, bias: bool = False) -> _Model:
     """A model of one process, with its gradients."""
     model = _Model(kind, tied, bias)
     tokens, target = _batch(None)
-    model(tokens, target, normalizer=_count(model, target)).backward()
+    model(tokens, target, normalizer=_count(model, target), **_of_teacher(kind, tokens)).backward()
     return model
 
 
+def _of_teacher(kind: str, tokens: Tensor) -> dict[str, Tensor]:
+    return OF_TEACHERS[kind](tokens) if kind in OF_TEACHERS else {}
+
+
 def _count(model: _Model, target: Tensor, **across: Any) -> Tensor:
-    return fl.normalizer(target, weight=model.criterion.weight, **across)
+    return fl.normalizer(target, weight=getattr(model.criterion, "weight", None), **across)
 
 
 def _equals(model: nn.Module, alone: nn.Module, **tolerance: float) -> None:
@@ -123,7 +144,7 @@ def _loss_sharded_apart(model: _Model) -> Callable[..., Tensor]:
     """Called after the model's forward, as where the loss is no part of it."""
     body = fully_shard(nn.Sequential(model.embedding, model.body, nn.Tanh()))
     fully_shard(model.criterion)
-    return lambda tokens, target, **tensors: model.criterion(body(tokens), target, **tensors)
+    return lambda tokens, target, **tensors: model.criterion(body(tokens), target=target, **tensors)
 
 
 def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
@@ -142,7 +163,7 @@ def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
             model = _Model(kind, tied, bias=not tied)
             wrapped = way(model)
             n = _count(model, target, group=dist.group.WORLD, averaged=True)
-            wrapped(tokens, target, normalizer=n).backward()
+            wrapped(tokens, target, normalizer=n, **_of_teacher(kind, tokens)).backward()
             try:
                 _equals(model, alone)
             except AssertionError as error:

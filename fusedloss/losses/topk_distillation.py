@@ -96,8 +96,8 @@ def topk_distillation_loss(
             other than 1 it takes two passes more.
         %others%: as of :func:`~fusedloss.distillation_loss`.
 
-    With a group `index` and `target` are of the classes of all ranks. Rows that are left out are not looked at, may hold
-    any index, and have loss and gradient 0.
+    With a group `index` and `target` are of the classes of all ranks. Rows that are left out are not looked at, may
+    hold any index, and have loss and gradient 0.
 
     1 - sum_k p_k is computed from 1 - p_t, t the target or, without one, the first class. In float32 its absolute error
     is about 1e-7 (1 - p_t), and 1e-7 where t is none of the k. Below the smallest normal number it is taken for that,
