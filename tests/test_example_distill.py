@@ -53,12 +53,24 @@ def test_a_students_loss_is_the_share_of_the_divergence_and_the_rest_of_cross_en
     student = example.train.Student(*shared, teacher=teacher, soft=0.3, temperature=2.0)
     batch = next(iter(student.sampler))
     student.loss(batch).backward()
-    assert all(p.grad is None for p in teacher.parameters())
+    assert not teacher.training and all(p.grad is None for p in teacher.parameters())
     keep = batch.target_out != example.data.PAD
     rows = [m.logits(m(batch.source, batch.target_in))[keep].double() for m in (student.model, teacher)]
     log_p, log_y = ((x / 2).log_softmax(-1) for x in rows)
     divergence = 4 * (log_y.exp() * (log_y - log_p)).sum(-1).mean()
     dense = 0.3 * divergence + 0.7 * torch.nn.functional.cross_entropy(rows[0], batch.target_out[keep])
     torch.testing.assert_close(student.loss(batch).double(), dense, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--soft 0", "--soft must be above 0, got 0.0"),
+        ("--d-model 12", "half of --d-model 12 must be a multiple of twice --heads 2"),
+        ("--temperature 0", "must be above 0, got 0"),
+    ],
+)
+def test_wrong_options(example, wrong, message, capsys):
     with pytest.raises(SystemExit):
-        example.train.parse_arguments([*TINY.split(), "--soft", "0"])
+        example.train.parse_arguments([*TINY.split(), *wrong.split()])
+    assert message in capsys.readouterr().err

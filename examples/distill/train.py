@@ -1,4 +1,4 @@
-"""Distils a small translation model into one of the same width and one of half of it, and measures what that brings.
+"""Distils a small translation model into one of the same width and one of half the width, and measures both.
 
 README.md tells the options. The data, the model and the training are those of examples/nmt.
 """
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ import torch
 
 import fusedloss as fl
 
-EXAMPLES = Path(__file__).resolve().parents[1]
-sys.path += [str(EXAMPLES), str(EXAMPLES / "papers"), str(EXAMPLES / "nmt")]  # what the examples share
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+sys.path.append(str(Path(__file__).resolve().parents[1] / "papers"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
 from arguments import count, cpus, positive, share_or_all
 from data import PAD, Batch
 from experiment import COLUMNS, Experiment, told
@@ -52,15 +52,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--soft", type=share_or_all, default=0.5, help="share of the divergence in the loss; CE has the rest")
     add("--temperature", type=positive, default=1.0, help="of the divergence")
     add_options(parser)
-    parser.set_defaults(d_model=128, vocab_size=4000, steps=600)
+    parser.set_defaults(d_model=128, vocab_size=4000, steps=500)
     options = parser.parse_args(arguments)
     check(parser, options)
     if options.d_model % (4 * options.heads):
-        parser.error(
-            f"--d-model {options.d_model} must be a multiple of four times --heads {options.heads}: see --help"
-        )
+        parser.error(f"half of --d-model {options.d_model} must be a multiple of twice --heads {options.heads}")
     if not options.soft:
-        parser.error("--soft must be above 0: 0 is CE, which is trained anyway")
+        parser.error(
+            f"--soft must be above 0, got {options.soft}: without a teacher the loss is CE, which is trained anyway"
+        )
     return options
 
 
@@ -72,7 +72,7 @@ class Student(Trainer):
         self._teacher, self._soft, self._temperature = teacher.eval().requires_grad_(False), soft, temperature
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The mean of soft * KL(teacher | student) + (1 - soft) * CE, of logits of neither model that are stored."""
+        """The mean of soft * T^2 * KL(teacher | student) + (1 - soft) * CE; the logits of neither model are stored."""
         with torch.no_grad():
             teacher_hidden = self._teacher(batch.source, batch.target_in)  # (B, T, E)
         hidden = self.model(batch.source, batch.target_in)  # (B, T, D)
@@ -137,8 +137,9 @@ def compare(options: argparse.Namespace) -> None:
             plan.append(settings("CE", "ce", width, seed, None))
             plan.append(settings("mixed CE", "mixed", width, seed, None))
             plan.append(settings("KD", "ce", width, seed, teacher["config"]))
-    trained = functools.cache(partial(train, experiment))
-    runs = run_all(plan, partial(run, experiment, trained), lambda run: told(*run), options.out, options.fresh)
+    trained = functools.cache(functools.partial(train, experiment))
+    one = functools.partial(run, experiment, trained)
+    runs = run_all(plan, one, lambda run: told(*run), options.out, options.fresh)
     pairs = {
         f"{name} - CE, {width} wide": (f"{name}, {width} wide", f"CE, {width} wide")
         for width in widths
