@@ -24,7 +24,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot demo-distill papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -40,6 +40,9 @@ demo-tp: .venv/installed ## the same model, its output layer divided over 2 rank
 
 demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon: 10 minutes of processor time
 	$(BIN)/python examples/fewshot/train.py $(ARGS)
+
+demo-distill: .venv/installed ## teach small translation models by a first one, against CE and mixed CE: about 5 minutes
+	$(BIN)/python examples/distill/train.py $(ARGS)
 
 papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
 	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done

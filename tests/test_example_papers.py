@@ -10,7 +10,9 @@ from example_modules import imported
 
 OWN = "scores frame bilstm texts tags calibration dice contrastive"
 SHARED = "data model training experiment report options"  # of examples/fewshot
-TRANSLATION = "mixed_cross_entropy data model optimizer options checkpoint evaluate trainer"  # of examples/nmt
+TRANSLATION = (
+    "mixed_cross_entropy experiment data model optimizer options checkpoint evaluate trainer"  # of examples/nmt
+)
 KEYS = {"spam": "win", "ham": "home"}
 NAMES = {"PER": ("ana", "bob"), "LOC": ("oslo", "rome")}
 TINY = "--seeds 1 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --threads 1"

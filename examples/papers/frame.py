@@ -17,7 +17,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 from arguments import count, cpus, positive, share_or_all
 from packages import DataError
-from tables import spread
+from tables import interval, spread
 
 #: The settings that `add_training` adds.
 TRAINING = ("limit", "epochs", "batch", "lr", "width", "hidden", "dropout", "max_length", "least")
@@ -134,6 +134,23 @@ def table(runs: Sequence[Run], by: str, columns: dict[str, float], form: str = "
         own = [run.measured for run in runs if run.settings[by] == value]
         cells = (spread([scale * measured[name] for measured in own], form) for name, scale in columns.items())
         lines.append(f"| {value} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def scores(runs: Sequence[Run], loss: str, column: str) -> list[float]:
+    """Of the runs of a loss, a number for each seed."""
+    return [run.measured[column] for run in runs if run.settings["loss"] == loss]
+
+
+def differences(runs: Sequence[Run], title: str, pairs: dict[str, tuple[str, str]], columns: Sequence[str]) -> str:
+    """In Markdown, what the first loss of a named pair adds to the second one's columns, seed by seed."""
+    lines = [f"| {title} | mean | 95 % interval | of each seed |", "|---|---:|---:|---:|"]
+    for name, pair in pairs.items():
+        for column in columns:
+            both = (scores(runs, loss, column) for loss in pair)
+            own = [ours - plain for ours, plain in zip(*both, strict=True)]
+            each = ", ".join(f"{value:+.2f}" for value in own)
+            lines.append(f"| {name}, {column} | {spread(own, '+.2f')} | {interval(own, '+.2f')} | {each} |")
     return "\n".join(lines) + "\n"
 
 

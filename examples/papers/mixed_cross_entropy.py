@@ -13,28 +13,24 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
-import copy
 import dataclasses
-import random
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
 from arguments import share
-from data import PAD, Batch, DataError, Vocabulary, all_batches, encode_pairs, fingerprint, load_pairs, split_by_file
-from evaluate import bleu, held_out, translate
-from frame import Run, draw_scores, main, make_parser, parse, run_all, save_figure, table
-from model import autocast
+from data import PAD, Batch
+from experiment import COLUMNS, Experiment, told
+from frame import differences, draw_scores, main, make_parser, parse, run_all, save_figure, scores, table
 from options import Config, add_options, check, make_config
-from tables import interval, spread
 from trainer import Trainer, training_loss, warming_up
 
 #: The names of the runs: the loss, and whether its scheduled sampling follows the warm-up.
@@ -44,8 +40,6 @@ LOSSES = {
     "CE, sampled": ("ce", True),
     "mixed CE, sampled": ("mixed", True),
 }
-COLUMNS = ("BLEU", "held-out CE", "accuracy in %")
-SPLIT = 1  # the seed of the split, the same for all runs
 QUICK = {"seeds": 2, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60}
 
 
@@ -89,52 +83,15 @@ class SampledTrainer(Trainer):
         return torch.where((torch.rand(target_in.shape) < share) & (target_in != PAD), before, target_in)
 
 
-class Experiment:
-    """The corpus, and the runs on it."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        pairs = load_pairs(options.data)
-        train, held = split_by_file(pairs, options.held_out, SPLIT)
-        self.fingerprint = fingerprint(pairs)
-        self._vocabulary = Vocabulary.train(train, options.vocab_size)
-        self._train, self._held = (encode_pairs(side, self._vocabulary, options.max_length) for side in (train, held))
-        if not self._train or not self._held:
-            raise DataError(f"no sentence is within --max-length {options.max_length} pieces")
-        self._translated = random.Random(SPLIT).sample(held, min(options.bleu_sentences or len(held), len(held)))
-        self._warm: dict[str, Any] | None = None
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self._train):,} pairs to train on and {len(self._held):,} to test, of which "
-            f"{len(self._translated):,} are translated; {len(self._vocabulary):,} BPE pieces"
-        )
-
-    def run(self, settings: dict[str, Any]) -> dict[str, float]:
-        """A network, trained and measured."""
-        config = Config(**settings["config"])
-        trainer = self._trainer(config, settings["gold"])
-        trainer.load(self._warmed_up(config))
-        for _ in tqdm(range(trainer.step, config.steps), settings["loss"], unit="update", leave=False, disable=None):
-            trainer.update()
-        with autocast(config.dtype):
-            ce, accuracy = held_out(trainer.model, all_batches(self._held, 4096))
-        sources, references = ([getattr(pair, side) for pair in self._translated] for side in ("source", "target"))
-        score = bleu(translate(trainer.model, self._vocabulary, sources, settings["beam"]), references)
-        return dict(zip(COLUMNS, (score, ce, 100 * accuracy), strict=True))
-
-    def _trainer(self, config: Config, gold: float | None) -> Trainer:
-        arguments = (config, self._train, self._vocabulary, None)
-        return Trainer(*arguments) if gold is None else SampledTrainer(*arguments, gold=gold)
-
-    def _warmed_up(self, config: Config) -> dict[str, Any]:
-        """What a run goes on from: until the warm-up is over all losses are one, and a seed has one of it."""
-        config = dataclasses.replace(config, loss="ce")
-        if self._warm is None or self._warm["config"] != dataclasses.asdict(config):
-            trainer = self._trainer(config, None)
-            while warming_up(config, trainer.step):
-                trainer.update()
-            self._warm = trainer.state()
-        return copy.deepcopy(self._warm)
+def run(experiment: Experiment, settings: dict[str, Any]) -> dict[str, float]:
+    """A network, trained and measured."""
+    config = Config(**settings["config"])
+    arguments = (config, experiment.train, experiment.vocabulary, None)
+    gold = settings["gold"]
+    trainer = Trainer(*arguments) if gold is None else SampledTrainer(*arguments, gold=gold)
+    trainer.load(experiment.warmed_up(config))
+    experiment.finish(trainer, settings["loss"])
+    return experiment.measure(trainer, settings["beam"])
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -153,8 +110,11 @@ def compare(options: argparse.Namespace) -> None:
                     "config": dataclasses.asdict(make_config(own, experiment.fingerprint)),
                 }
             )
-    runs = run_all(plan, experiment.run, told, options.out, options.fresh)
-    written = f"{table(runs, 'loss', dict.fromkeys(COLUMNS, 1), '.2f')}\n{differences(runs)}"
+    runs = run_all(plan, partial(run, experiment), lambda run: told(*run), options.out, options.fresh)
+    forcing = {"teacher forcing": "", "scheduled sampling": ", sampled"}
+    pairs = {name: (f"mixed CE{ending}", f"CE{ending}") for name, ending in forcing.items()}
+    added = differences(runs, "mixed CE - CE", pairs, COLUMNS)
+    written = f"{table(runs, 'loss', dict.fromkeys(COLUMNS, 1), '.2f')}\n{added}"
     print(f"\nmean and standard deviation over {options.seeds} seed(s)\n\n{written}")
     (options.out / "table.md").write_text(written, encoding="utf-8")
     with save_figure(options.out / "mixed_cross_entropy.png", 1, len(COLUMNS)) as (panels,):
@@ -162,28 +122,6 @@ def compare(options: argparse.Namespace) -> None:
             draw_scores(panel, {name.replace(" ", "\n"): scores(runs, name, column) for name in LOSSES})
             panel.set(title=column)
     print(f"table, plot and results: {options.out}")
-
-
-def told(run: Run) -> str:
-    values = ", ".join(f"{column} {run.measured[column]:.2f}" for column in COLUMNS)
-    return f"{run.settings['loss']}, seed {run.settings['config']['seed']}: {values}"
-
-
-def scores(runs: Sequence[Run], loss: str, column: str) -> list[float]:
-    """Of the runs of a loss, a number for each seed."""
-    return [run.measured[column] for run in runs if run.settings["loss"] == loss]
-
-
-def differences(runs: Sequence[Run]) -> str:
-    """In Markdown, what mixed cross-entropy adds to the columns, seed by seed."""
-    lines = ["| mixed CE - CE | mean | 95 % interval | of each seed |", "|---|---:|---:|---:|"]
-    for ending, forcing in (("", "teacher forcing"), (", sampled", "scheduled sampling")):
-        for column in COLUMNS:
-            both = (scores(runs, name + ending, column) for name in ("mixed CE", "CE"))
-            own = [mixed - plain for mixed, plain in zip(*both, strict=True)]
-            each = ", ".join(f"{value:+.2f}" for value in own)
-            lines.append(f"| {forcing}, {column} | {spread(own, '+.2f')} | {interval(own, '+.2f')} | {each} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
