@@ -41,7 +41,7 @@ demo-tp: .venv/installed ## the same model, its output layer divided over 2 rank
 demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE against CE + SupCon: 10 minutes of processor time
 	$(BIN)/python examples/fewshot/train.py $(ARGS)
 
-demo-distill: .venv/installed ## teach small translation models by a first one, against CE and mixed CE: about 5 minutes
+demo-distill: .venv/installed ## teach small translation models by a first one, against CE and mixed CE: 7 minutes of processor time
 	$(BIN)/python examples/distill/train.py $(ARGS)
 
 papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
