@@ -129,6 +129,20 @@ def test_masked_classes(divergence, impl, generator):
 
 
 @each_divergence
+def test_rows_far_from_0(divergence, impl, generator):
+    """A common offset of a row's logits is none of the loss's."""
+    z, t = problem(generator, 9, dtype=torch.float32)
+    own = {"divergence": divergence, "beta": BETA.get(divergence), "reduction": "none", "impl": impl}
+    expected = fl.distillation_loss(z.round(), t.round(), **own)
+    for offset in (2.0**12, -(2.0**20)):
+        torch.testing.assert_close(fl.distillation_loss(z.round() + offset, t.round(), **own), expected)
+    certain = torch.tensor([[1e30, 0.0, -1e30]])
+    got = fl.distillation_loss(torch.zeros(1, 3), certain, **own).item()
+    limits = {"forward_kl": math.log(3), "tv": 2 / 3}
+    assert got == pytest.approx(limits.get(divergence, got), rel=1e-6)
+
+
+@each_divergence
 def test_derivatives(divergence, compiled_impl, generator):
     z, t = problem(generator, 7, rows=3)
     own: dict[str, Any] = {"divergence": divergence, "temperature": 1.7, "target": torch.tensor([0, 3, -100])}

@@ -607,13 +607,13 @@ def _class_term(
 
 @triton.jit
 def _both_rows(statistics, second_statistics, rows, live, N, OF_LOGITS: tl.constexpr):
-    """Of both rows max and sum of exp; the log-sum-exp of the second less that of the first, of targets log sum."""
+    """Of both rows max and sum of exp; the log of the second's sum less that of the first, of targets log sum."""
     m = tl.load(statistics + rows, live, other=0.0)
     total = tl.load(statistics + (rows + N), live, other=1.0)
     if OF_LOGITS:
         second_m = tl.load(second_statistics + rows, live, other=0.0)
         second_total = tl.load(second_statistics + (rows + N), live, other=1.0)
-        return m, total, second_m, second_total, (second_m - m) + tl.log(second_total / total)
+        return m, total, second_m, second_total, tl.log(second_total / total)
     else:
         return m, total, tl.zeros_like(m), tl.full(m.shape, 1.0, m.dtype), tl.log(total)
 
@@ -625,7 +625,8 @@ def _pair_term(z, second, real, weight, both, params, TERM: tl.constexpr, OF_LOG
     p = exp(z - m) * (1.0 / total)
     if OF_LOGITS:
         y = exp(second - second_m) * (1.0 / second_total)
-        d = tl.where(p + y == 0, 0.0, (second - z) - lag)
+        # One after the other: a large common offset would leave no digits of the second.
+        d = tl.where(p + y == 0, 0.0, ((second - z) - (second_m - m)) - lag)
     else:
         y = tl.where(real, second * params[0] + params[1], 0.0) * weight
         d = lag - (z - m)

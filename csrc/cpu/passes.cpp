@@ -165,7 +165,9 @@ struct PairRow {
     T params[kMaxParams];
     T max, inverse, log_sum;  // of the logits: the largest, 1 / S, log S
     T second_max, second_inverse, second_log_sum;
-    T lag;  // log-sum-exp of the second row less that of the first; of targets log S
+    // Of the second row less that of the first: the largest, and log S; of targets the logits' log S. They are taken
+    // off one after the other, since a large common offset would leave no digits of the second.
+    T offset, lag;
 };
 
 // The columns after a block, of which a loop over the block asks for a vector's at a time: memory and arithmetic
@@ -191,7 +193,7 @@ FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p
     both.p = p;
     if constexpr (Term::of_logits) {
         both.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
-        both.d = (second - x) - row.lag;
+        both.d = ((second - x) - row.offset) - row.lag;
     } else {
         both.y = second;
         both.d = row.lag - (x - row.max);
@@ -983,7 +985,8 @@ class Engine {
         pair.max = statistic[kMax * n], pair.second_max = more[kSecondMax * n];
         pair.inverse = T(1) / sum, pair.second_inverse = T(1) / second_sum;
         pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
-        pair.lag = has_teacher() ? (pair.second_max - pair.max) + std::log(second_sum / sum) : pair.log_sum;
+        pair.offset = pair.second_max - pair.max;
+        pair.lag = has_teacher() ? std::log(second_sum / sum) : pair.log_sum;
         return pair;
     }
 

@@ -40,7 +40,9 @@ struct alignas(16) PairBoard {
 template <typename T>
 struct PairNumbers {
     T factor, max, inverse, log_sum, second_max, second_inverse, second_log_sum;
-    T lag;  // log-sum-exp of the second row less that of the first; of targets log S
+    // Of the second row less that of the first: the largest, and log S; of targets the logits' log S. They are taken
+    // off one after the other, since a large common offset would leave no digits of the second.
+    T offset, lag;
     T params[kMaxParams];
 };
 
@@ -87,7 +89,8 @@ class PairRow {
         x.factor = common(kLogits);
         x.max = max, x.inverse = T(1) / sum, x.log_sum = std::log(sum);
         x.second_max = second_max, x.second_inverse = T(1) / second_sum, x.second_log_sum = std::log(second_sum);
-        x.lag = Term::of_logits ? (second_max - max) + std::log(second_sum / sum) : x.log_sum;
+        x.offset = second_max - max;
+        x.lag = Term::of_logits ? std::log(second_sum / sum) : x.log_sum;
 #pragma unroll
         for (int k = 0; k < kMaxParams; ++k) {
             x.params[k] = job_.param[k] ? static_cast<const T*>(job_.param[k])[row_ * job_.param_stride[k]] : T(0);
@@ -185,7 +188,7 @@ class PairRow {
             const T second_lag = rounded_product(second, row.factor) - row.second_max;
             pair.y = fast_exp(second_lag) * row.second_inverse;
             // A class that neither row has: -inf less -inf. The difference of close logits is exact, of products not.
-            pair.d = pair.p + pair.y == T(0) ? T(0) : (second - z) * row.factor - row.lag;
+            pair.d = pair.p + pair.y == T(0) ? T(0) : ((second - z) * row.factor - row.offset) - row.lag;
             if constexpr (Term::mixes) {
                 pair.log_p = lag - row.log_sum;
                 pair.log_y = second_lag - row.second_log_sum;

@@ -106,8 +106,11 @@ def _against_second_row(z: Tensor, rows: Rows, epilogue: Epilogue, spec: Spec, s
         return with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True)
     second = tempered(second, rows, spec.form)
     none = (second == -torch.inf) & (z == -torch.inf)
-    lag = second.logsumexp(-1, keepdim=True) - z.logsumexp(-1, keepdim=True)
-    d = (second - z).masked_fill(none, 0) - lag
+    # One after the other: a large common offset would leave no digits of the sums.
+    tops = [x.detach().amax(-1, keepdim=True) for x in (second, z)]
+    second_top, top = (torch.where(x.isfinite(), x, 0) for x in tops)
+    log_sums = (second - second_top).logsumexp(-1, keepdim=True) - (z - top).logsumexp(-1, keepdim=True)
+    d = ((second - z).masked_fill(none, 0) - (second_top - top)) - log_sums
     log_y = second.log_softmax(-1)
     base = epilogue.function(log_y, log_p, whole(log_y, log_p, d), *params[:-1]).sum(-1)
     ce = s.ce

@@ -264,8 +264,9 @@ class _PairLosses(torch.autograd.Function):
 
 def _slope_of(epilogue: Epilogue, student: Tensor, teacher: Tensor, params: Sequence[Tensor]) -> Tensor:
     """p df/dp of the targets' terms (N,), from statistics of whole rows."""
-    lag = (teacher[MAX] - student[MAX]) + (teacher[SUM_EXP] / student[SUM_EXP]).log()
-    d = (teacher[TARGET_LOGIT] - student[TARGET_LOGIT]) - lag
+    # As in the passes, one after the other.
+    d = (teacher[TARGET_LOGIT] - student[TARGET_LOGIT]) - (teacher[MAX] - student[MAX])
+    d = d - (teacher[SUM_EXP] / student[SUM_EXP]).log()
     with torch.enable_grad():
         log_p = (-student[CE]).requires_grad_()
         value = epilogue.function(-teacher[CE], log_p, d - (log_p - log_p.detach()), *params)
