@@ -626,7 +626,7 @@ def _pair_term(z, second, real, weight, both, params, TERM: tl.constexpr, OF_LOG
     if OF_LOGITS:
         y = exp(second - second_m) * (1.0 / second_total)
         # One after the other: a large common offset would leave no digits of the second.
-        d = tl.where(p + y == 0, 0.0, ((second - z) - (second_m - m)) - lag)
+        d = ((second - z) - (second_m - m)) - lag  # NaN of a class that neither row has, where no term looks at it
     else:
         y = tl.where(real, second * params[0] + params[1], 0.0) * weight
         d = lag - (z - m)
