@@ -58,9 +58,6 @@ class Epilogues:
         over_classes = self.classes.get(name, self.pairs.get(name))
         return over_classes if kind == "sums over classes" else self.rows.get(name, over_classes)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.rows or name in self.classes or name in self.pairs
-
 
 class Backend:
     """The passes of one implementation. A job's tensors have been checked; `epilogues` says which it may name."""
