@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 from writing import pyplot, table
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 GUIDE = "docs/benchmarks.md"
 
 Run = dict[str, Any]  # of one case, as the benchmark left it
@@ -74,10 +75,23 @@ How time and memory grow: exponents of a power law through the above, by least s
 does not vary.
 """
 
-README_NOTES = """\
+TABLE_NOTES = """\
 *floor*: 1.5 × a `copy_()` of the logits (row losses), or the matrix products alone (linear forms, contrastive loss).
 *in place*: the gradient over the logits, / floor. *×*: how many times faster the fused loss is. *MiB*: the most that a
 step of it, and of the eager one, holds beyond its inputs, gradients included."""
+
+
+#: What README begins with, in float32: a loss of logits and one of an output layer's input, by whoever offers the same.
+AT_A_GLANCE = (("focal_loss(gamma=2.0)", (1024, 32768)), ("linear_cross_entropy()", (2048, 512, 32000)))
+
+#: The candidates' names for those who have not read the guide.
+SPELT_OUT = {
+    "fused": "fusedloss",
+    "eager": "eager PyTorch",
+    "compiled": "torch.compile",
+    "torch": "F.linear_cross_entropy",
+    "torch chunked": "F.linear_cross_entropy in chunks",
+}
 
 
 class Kind(NamedTuple):
@@ -88,7 +102,7 @@ class Kind(NamedTuple):
     sizes: dict[str, str]  # the run's names, and the tables'
     peers: dict[str, str]  # with their markers
     yardstick: str
-    main: tuple[int, ...]  # the sizes that README shows
+    main: tuple[int, ...]  # the sizes that the guide shows
     notes: str
 
     @property
@@ -157,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        help="where to write, .md, .json and .png added; default: by the CPU's name, in bench/results, and README.md",
+        help="where to write, .md, .json and .png added; default: by the CPU's name, in bench/results and the pages",
     )
     options = parser.parse_args(arguments)
 
@@ -180,8 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     output = options.output or RESULTS / name
     output.parent.mkdir(parents=True, exist_ok=True)
     written = write(report, output)
-    if options.output is None and update_readme(report, name):
-        written.append(README)
+    if options.output is None:
+        written += update_pages(report, name)
     print("\n".join(compared(report)))
     print(f"wrote {', '.join(map(str, written))}")
     return 0
@@ -212,10 +226,12 @@ def write(report: Report, output: Path) -> list[Path]:
     written = [Path(f"{output}.md"), Path(f"{output}.json")]
     written[0].write_text(markdown(report, output.name), encoding="utf-8")
     written[1].write_text(f'{head[:-2]},\n "runs": [\n{runs}\n]}}\n', encoding="utf-8")
-    for kind, runs in parts(report):
-        for suffix, (_, draw) in pictures(kind, runs).items():
-            written.append(Path(f"{output}{suffix}.png"))
-            draw(title=report["machine"], path=written[-1])
+    drawn = {suffix: draw for kind, runs in parts(report) for suffix, (_, draw) in pictures(kind, runs).items()}
+    if glance := at_a_glance(report):
+        drawn["-glance"] = partial(plot_glance, glance)
+    for suffix, draw in drawn.items():
+        written.append(Path(f"{output}{suffix}.png"))
+        draw(title=report["machine"], path=written[-1])
     return written
 
 
@@ -300,6 +316,8 @@ def compare(report: Report, earlier: Report) -> dict[str, Any]:
 def markdown(report: Report, name: str) -> str:
     lines = [f"# Benchmarks: {report['machine']}", ""]
     lines += [f"Measured {report['measured']}. `{GUIDE}` says how to read this.", ""]
+    if at_a_glance(report):
+        lines += [f"![{GLANCE}]({name}-glance.png)", ""]
     lines += ["## Compared with before", "", *compared(report), ""]
     for kind, runs in parts(report):
         lines += [f"## {kind.title}", ""]
@@ -347,17 +365,89 @@ def _products_tables(kind: Kind, runs: list[Run]) -> list[str]:
     return lines + (["", *table(kind.slopes_head, slopes, 3), "", SLOPES_NOTES] if slopes else [])
 
 
-def update_readme(report: Report, name: str) -> bool:
-    """Writes README's figures, if they are this machine's."""
-    begin, end = f"<!-- bench/results/{name}.json, by make report -->\n", "<!-- end -->"
-    before, found, rest = README.read_text(encoding="utf-8").partition(begin)
-    if found:
-        README.write_text(before + begin + readme(report, name) + end + rest.partition(end)[2], encoding="utf-8")
-    return bool(found)
+def update_pages(report: Report, name: str) -> list[Path]:
+    """Write the figures of README and the guide, if they are this machine's."""
+    written = []
+    for page, text in ((ROOT / "README.md", first_screen(report, name)), (ROOT / GUIDE, guide_table(report, name))):
+        begin, end = f"<!-- bench/results/{name}.json, by make report -->\n", "<!-- end -->"
+        before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+        if found:
+            page.write_text(before + begin + text + end + rest.partition(end)[2], encoding="utf-8")
+            written.append(page)
+    return written
 
 
-def readme(report: Report, name: str) -> str:
-    """The runs in float32 of one shape each, and the plot of the row losses' times."""
+def at_a_glance(report: Report) -> list[Run]:
+    """Return the runs that README begins with; none where one of them was not measured."""
+    found = {
+        (run["loss"], tuple(run[k] for k in kind.sizes)): run
+        for kind, runs in parts(report)
+        for run in runs
+        if run["dtype"] == "float32"
+    }
+    return [found[case] for case in AT_A_GLANCE] if {*AT_A_GLANCE} <= {*found} else []
+
+
+def peers_of(run: Run) -> list[str]:
+    """Return those who offer the same loss; a yardstick is another loss."""
+    other = {"fused", "in place", "linear_cross_entropy"}
+    if not run.get("same_as_cross_entropy"):
+        other.add("F.cross_entropy")
+    return [name for name in run["seconds"] if name not in other]
+
+
+def first_screen(report: Report, name: str) -> str:
+    """Return what the package brings, where it does not win, and the picture."""
+    rows, linear = at_a_glance(report)
+
+    def gain(run: Run, peer: str) -> str:
+        return f"{_times(run, peer)} ×"
+
+    def memory(run: Run) -> str:
+        return f"holds {held(run, 'fused'):.0f} MiB where eager holds {held(run, 'eager'):.0f}"
+
+    bold = (
+        f"**A step of focal loss over {rows['classes']:,} classes is {gain(rows, 'eager')} as fast as eager PyTorch "
+        f"and {gain(rows, 'compiled')} as fast as `torch.compile`. It {memory(rows)}. Cross-entropy of hidden states "
+        f"never stores the logits: it is {gain(linear, 'eager')} as fast as eager PyTorch, and {memory(linear)}.**"
+    )
+    where = f"[{report['machine']}](bench/results/{name}.md), {report['measured'].partition(' (')[0]}"
+    lines = [
+        *textwrap.wrap(bold, 118, break_long_words=False),
+        f"({where}: float32, forward and backward.) Where it does not win:",
+        "",
+        *(f"- {text}" for text in losses_of(report)),
+        "",
+        f"![{GLANCE}](bench/results/{name}-glance.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def losses_of(report: Report) -> list[str]:
+    """Return, of each kind, the case that is slowest beside a peer, and who holds less memory at a glance."""
+    found = []
+    for _, runs in parts(report):
+        seconds = [
+            (run["seconds"]["fused"] / run["seconds"][peer], run, peer) for run in runs for peer in peers_of(run)
+        ]
+        ratio, run, peer = max(seconds, key=itemgetter(0), default=(0.0, {}, ""))
+        if ratio > 1:
+            found.append(
+                f"`{run['loss']}` of {_shape(run)} {run['dtype']} takes {ratio:.2f} × the time of "
+                f"{SPELT_OUT.get(peer, peer)}"
+            )
+    for run in at_a_glance(report):
+        less = [(held(run, peer), peer) for peer in peers_of(run) if (held(run, peer) or math.inf) < held(run, "fused")]
+        found += [
+            f"{SPELT_OUT.get(peer, peer)} holds {memory:.0f} MiB in that step of {run['loss'].removesuffix('()')}"
+            for memory, peer in less
+        ]
+    return found or ["nowhere that was measured"]
+
+
+def guide_table(report: Report, name: str) -> str:
+    """Return the runs in float32 of one shape each, and the plot of the row losses' times."""
     head = ("loss", "sizes", "floor, ms", "fused, ms", "/ floor", "in place", "× eager", "× compiled", "MiB", "eager's")
     rows = []
     for kind, runs in parts(report):
@@ -369,9 +459,9 @@ def readme(report: Report, name: str) -> str:
                 cells = [f"`{run['loss']}`", _shape(run), _ms(run["floor"]), _ms(run["seconds"]["fused"])]
                 cells += ["-" if x is None else f"{x:.2f}" for x in ratios]
                 rows.append([*cells, *faster, *("-" if x is None else f"{x:.0f}" for x in memory)])
-    about = f"[{report['machine']}](bench/results/{name}.md), float32, measured {report['measured']}:"
-    picture = f"![Time of the row losses over the floor](bench/results/{name}.png)"
-    return "\n".join([about, "", *table(head, rows, 2), "", README_NOTES, "", picture, ""])
+    about = f"{report['machine']}, float32, measured {report['measured']}; all of it: `bench/results/{name}.md`."
+    picture = f"![Time of the row losses over the floor](../bench/results/{name}.png)"
+    return "\n".join([about, "", *table(head, rows, 2), "", TABLE_NOTES, "", picture, ""])
 
 
 def _cells(run: Run) -> list[str]:
@@ -451,6 +541,35 @@ def _arrow(sizes: Iterable[str]) -> str:
 
 
 # plots
+
+GLANCE = "Time and memory of a step by fusedloss and by others"
+
+
+def plot_glance(runs: list[Run], *, title: str, path: Path) -> None:
+    """Bars from 0: time and memory of each candidate, a row of panels for each run."""
+    plt = pyplot()
+    names = [["fused", *peers_of(run)] for run in runs]
+    figure, axes = plt.subplots(
+        len(runs), 2, figsize=(10, 1.4 + 0.36 * sum(map(len, names))), layout="constrained",
+        height_ratios=[len(part) + 1 for part in names],
+    )  # fmt: skip
+    for run, part, panels in zip(runs, names, axes, strict=True):
+        milliseconds = [run["seconds"][name] * 1e3 for name in part]
+        mebibytes = [held(run, name) for name in part]
+        for axis, values, what in zip(panels, (milliseconds, mebibytes), ("ms", "MiB beyond the inputs"), strict=True):
+            values = [math.nan if value is None else value for value in values]
+            colours = ["tab:blue" if name == "fused" else "silver" for name in part]
+            bars = axis.barh([SPELT_OUT.get(name, name) for name in part], values, color=colours)
+            axis.bar_label(bars, [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values], padding=3, fontsize=9)
+            axis.set_xlim(0, 1.15 * max(value for value in values if value == value))
+            axis.invert_yaxis()
+            axis.set_xlabel(what)
+            axis.spines[["top", "right"]].set_visible(False)
+        panels[1].set_yticks([])
+        panels[0].set_title(f"{run['loss'].removesuffix('()')}, {_shape(run)}", loc="left", fontsize=10)
+    figure.suptitle(f"A step, forward and backward, float32: {title}", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def pictures(kind: Kind, runs: list[Run]) -> dict[str, tuple[str, Callable[..., None]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 from fusedloss import nn
@@ -49,7 +50,16 @@ _LISTS = {
 }
 
 
+def _first_screen() -> str:
+    """README up to its second section, as a page of docs/; a link to a file that is no page is its text."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", r"\1../", text)
+    text = re.sub(r"(?<!!)\[([^]]+)\]\((?!docs/|https?:)[^)]+\)", r"\1", text)
+    return text.replace("](../docs/", "](").replace("](docs/", "](")
+
+
 def _listed(app: Any, page: str, source: list[str]) -> None:
+    source[0] = source[0].replace("%first screen%", _first_screen())
     for name, lines in _LISTS.items():
         own = set(source[0].splitlines())
         source[0] = source[0].replace(f"%{name}%", "\n".join(line for line in lines if line not in own))

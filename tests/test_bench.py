@@ -91,19 +91,57 @@ def test_peak_memory_sees_what_was_freed() -> None:
     assert memory.peak_memory(lambda: None) < size * 0.1
 
 
-def test_reports_and_readme_are_what_their_figures_make() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    ((name, figures),) = re.findall(r"<!-- bench/results/(.*)\.json, by make report -->\n(.*?)<!-- end -->", text, re.S)
+def test_reports_and_pages_are_what_their_figures_make() -> None:
     read = {path: json.loads(path.read_text(encoding="utf-8")) for path in BENCH.glob("results/*.json")}
     reports = {path.stem: (path, data) for path, data in read.items() if "runs" in data}  # others are of a GPU
-    data = reports[name][1]
-    assert figures == reporter.readme(data, name) and figures.count("\n| `") > 10
-    assert reporter.slug(data["machine"]) == name
+    pages = {"README.md": reporter.first_screen, reporter.GUIDE: reporter.guide_table}
+    for page, make in pages.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        ((name, figures),) = re.findall(
+            r"<!-- bench/results/(.*)\.json, by make report -->\n(.*?)<!-- end -->", text, re.S
+        )
+        data = reports[name][1]
+        assert figures == make(data, name)
+        assert reporter.slug(data["machine"]) == name
+    assert figures.count("\n| `") > 10
     for stem, (path, data) in reports.items():
         text = path.with_suffix(".md").read_text(encoding="utf-8")
         assert text == reporter.markdown(data, stem)
         pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", text, re.M))
         assert pictures == {picture.name for picture in path.parent.glob(f"{stem}*.png")}
+
+
+def test_what_a_peer_does_better_is_told() -> None:
+    def run(loss: str, seconds: dict[str, float], memory: dict[str, float], **sizes: int) -> dict[str, Any]:
+        return {"loss": loss, "dtype": "float32", "floor": 1.0, "seconds": seconds, "memory": memory, **sizes}
+
+    focal = run(
+        "focal_loss(gamma=2.0)",
+        {"fused": 1.0, "eager": 8.0, "compiled": 4.0, "F.cross_entropy": 0.5},
+        {"fused": 0.0, "eager": 2.0, "compiled": 1.0},
+        rows=1024,
+        classes=32768,
+    )
+    linear = run(
+        "linear_cross_entropy()",
+        {"fused": 3.0, "eager": 6.0, "torch chunked": 2.0},
+        {"fused": 2e8, "eager": 8e8, "torch chunked": 1e8},
+        rows=2048,
+        features=512,
+        classes=32000,
+    )
+    report = {"machine": "M, 2 threads", "measured": "2026-01-01 (x)", "compared": None, "runs": [focal, linear]}
+    text = reporter.first_screen(report, "m")
+    text = " ".join(text.split())
+    assert "is 8 × as fast as eager PyTorch and 4 × as fast as `torch.compile`. It holds 128 MiB" in text
+    assert "it is 2 × as fast as eager" in text
+    assert reporter.losses_of(report) == [
+        "`linear_cross_entropy()` of 2048 × 512 → 32000 float32 takes 1.50 × the time of "
+        "F.linear_cross_entropy in chunks",
+        "F.linear_cross_entropy in chunks holds 95 MiB in that step of linear_cross_entropy",
+    ]
+    linear["seconds"]["torch chunked"], linear["memory"]["torch chunked"] = 9.0, 9e8
+    assert reporter.losses_of(report) == ["nowhere that was measured"]
 
 
 @pytest.mark.slow

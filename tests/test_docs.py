@@ -138,6 +138,38 @@ def test_no_block_is_passed_over(page: Path) -> None:
 
 
 @needs_readme
+def test_readme_is_short_and_its_first_screen_has_all_that_a_newcomer_needs() -> None:
+    lines = README.read_text(encoding="utf8").splitlines()
+    assert len(lines) <= 150
+    first = "\n".join(lines[:40])
+    for wanted in (
+        "pip install .",
+        "fusedloss check",
+        "fl.linear_cross_entropy(",
+        "fuse(model",
+        "does not win",
+        ".png)",
+    ):
+        assert wanted in first, wanted
+    text = re.sub(r"```.*?```|<!--.*?-->", "", "\n".join(lines), flags=re.S)
+    cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    paragraphs = re.split(r"\n\n|\n(?=[-#|!<])", re.sub(r"^\|.*\n", "", text, flags=re.M))
+    for part in (re.sub(r"\]\([^)]*\)", "]", part) for part in [*cells, *paragraphs]):
+        for sentence in re.split(r"(?<=[.!?])\W*\s", part):
+            assert len(sentence.split()) <= 35, sentence
+
+
+@needs_readme
+def test_what_names_the_version_and_what_it_needs_agree() -> None:
+    project = (README.parent / "pyproject.toml").read_text(encoding="utf8")
+    readme = README.read_text(encoding="utf8")
+    version, python = (re.search(rf'^{key} = "(.*)"$', project, re.M)[1] for key in ("version", "requires-python"))
+    (torch,) = re.findall(r"^dependencies = \[\"torch>=(.*)\"\]$", project, re.M)
+    assert f"version: {version}\n" in (README.parent / "CITATION.cff").read_text(encoding="utf8")
+    assert f"python-{python.removeprefix('>=')}%2B" in readme and f"torch-{torch}%2B" in readme
+
+
+@needs_readme
 def test_the_reference_is_whole() -> None:
     pages = [[page.read_text(encoding="utf8")] for page in PAGES if page.parent.name == "reference"]
     for page in pages:
