@@ -14,9 +14,15 @@ project = "fusedloss"
 author = "fusedloss contributors"
 version = release = version_of("fusedloss")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon"]
+autosummary_generate = False  # the tables alone: a function is told on its page
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["style.css"]
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"fusedloss {version}"
 html_show_copyright = False
 default_role = "code"
@@ -53,7 +59,8 @@ _LISTS = {
 def _first_screen() -> str:
     """README up to its second section, as a page of docs/; a link to a file that is no page is its text."""
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
-    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", r"\1../", text)
+    text = re.sub(r"^!\[[^]]*\]\(https:.*\n", "", text, flags=re.M)  # the badges: nothing is fetched
+    text = re.sub(r"(!\[[^]]*\]\()", r"\1../", text)
     text = re.sub(r"(?<!!)\[([^]]+)\]\((?!docs/|https?:)[^)]+\)", r"\1", text)
     return text.replace("](../docs/", "](").replace("](docs/", "](")
 
@@ -63,6 +70,9 @@ def _listed(app: Any, page: str, source: list[str]) -> None:
     for name, lines in _LISTS.items():
         own = set(source[0].splitlines())
         source[0] = source[0].replace(f"%{name}%", "\n".join(line for line in lines if line not in own))
+    first = source[0].partition("\n## Memory")[0]  # which is of another module
+    names = re.findall(r"^\.\. auto(?:function|class):: (\w+)", first, re.M)
+    source[0] = source[0].replace("%table%", "\n   ".join([".. autosummary::", ":nosignatures:", "", *names]))
 
 
 def _as_rst(app: Any, what: str, name: str, thing: object, options: Any, lines: list[str]) -> None:
@@ -98,6 +108,20 @@ def _marked_up(lines: list[str]) -> list[str]:
     return result
 
 
+def _formula(display: str) -> Any:
+    """A formula as MathML, made while the site is built: browsers set it without a script or a font of ours."""
+
+    from docutils.nodes import SkipNode  # a test reads this file where neither is installed
+    from latex2mathml.converter import convert
+
+    def visit(translator: Any, node: Any) -> None:
+        translator.body.append(convert(node.astext(), display=display))
+        raise SkipNode
+
+    return visit, None
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", _formula("inline"), _formula("block"))
     app.connect("source-read", _listed)
     app.connect("autodoc-process-docstring", _as_rst, priority=100)  # before napoleon
