@@ -151,12 +151,17 @@ def test_readme_is_short_and_its_first_screen_has_all_that_a_newcomer_needs() ->
         ".png)",
     ):
         assert wanted in first, wanted
-    text = re.sub(r"```.*?```|<!--.*?-->", "", "\n".join(lines), flags=re.S)
+
+
+@needs_readme
+@each_page
+def test_sentences_can_be_read_once(page: Path) -> None:
+    text = re.sub(r"```.*?```|<!--.*?-->|\$\$.*?\$\$", "", page.read_text(encoding="utf8"), flags=re.S)
     cells = [cell for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
     paragraphs = re.split(r"\n\n|\n(?=[-#|!<])", re.sub(r"^\|.*\n", "", text, flags=re.M))
     for part in (re.sub(r"\]\([^)]*\)", "]", part) for part in [*cells, *paragraphs]):
-        for sentence in re.split(r"(?<=[.!?])\W*\s", part):
-            assert len(sentence.split()) <= 35, sentence
+        for sentence in re.split(r"(?<=[.!?:;])\W*\s", part):
+            assert len(sentence.split()) <= 32, sentence
 
 
 @needs_readme
