@@ -99,3 +99,19 @@ def test_smoothing_of_a_masked_class_is_infinite(smoothing_over, impl):
     loss = fl.cross_entropy(z, target, smoothing_over=smoothing_over, impl=impl, **options)
     assert loss[0] == torch.inf == torch.nn.functional.cross_entropy(z, target, **options)[0]
     assert loss[1].isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("linear", [False, True], ids=["row", "linear"])
+def test_mean_over_class_weights_that_sum_to_0_is_0(linear, smoothing, impl, generator):
+    """Of a batch whose targets all have weight 0: PyTorch's is NaN, since smoothing is over classes that have one."""
+    hidden = torch.randn(5, 4, generator=generator, requires_grad=True)
+    head = torch.randn(9, 4, generator=generator, requires_grad=True)
+    target, weight = torch.tensor([0, 1, 2, -100, 1]), torch.ones(9).index_fill(0, torch.arange(3), 0)
+    options = {"weight": weight, "label_smoothing": smoothing, "impl": impl}
+    if linear:
+        loss = fl.linear_cross_entropy(hidden, head, target, **options)
+    else:
+        loss = fl.cross_entropy(hidden @ head.t(), target, **options)
+    gradients = torch.autograd.grad(loss, (hidden, head))
+    assert loss == 0 and not any(gradient.count_nonzero() for gradient in gradients)

@@ -218,7 +218,11 @@ def matrix(input: Tensor, inplace: bool) -> Tensor:
 
 
 def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | None, float | Tensor | None]:
-    """What "mean" divides by, which is never 0, and the normalizer that it is, which may be: 1 stands in for it."""
+    """What "mean" divides by, which is never 0, and the normalizer that it is, which may be: 1 stands in for it.
+
+    Class weights that sum to 0 are infinite here: the mean of rows without a weight is 0, and so are its gradients,
+    where label smoothing has something to sum as well.
+    """
     rows, o, token_weight = call.rows, call.options, call.token_weight
     if o["reduction"] != "mean":
         return None, None
@@ -242,7 +246,8 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
         return valid.clamp(min=1), None
     # The loss has yet to say what it thinks of targets that are out of range.
     index, ignored, _ = Targets.of(rows.target, len(weight))
-    return _not_zero(weight[index].masked_fill(ignored, 0).sum()), None
+    total = weight[index].masked_fill(ignored, 0).sum()
+    return torch.where(total == 0, torch.inf, total), None
 
 
 def _inverse(temperature: Tensor) -> Tensor:
