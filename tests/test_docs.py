@@ -22,6 +22,8 @@ from fusedloss.losses import _registry
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+#: Pages on a library that may not be installed, and its module.
+NEEDS = {DOCS / "trl.md": "trl", DOCS / "lightning.md": "lightning"}
 
 FUNCTIONS = [getattr(fl, name) for name in fl.__all__ if inspect.isfunction(getattr(fl, name))]
 LINEAR = [loss.linear for loss in _registry.LOSSES.values() if loss.linear is not None]
@@ -116,8 +118,8 @@ each_page = pytest.mark.parametrize(
 @each_page
 def test_examples_of_a_page_run(page: Path) -> None:
     """One after the other, as a reader would paste them."""
-    if page.stem == "trl":
-        pytest.importorskip("trl", reason="the page needs TRL, the extra [trl]")
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page], reason=f"{page.name} is about {NEEDS[page]}")
     namespace: dict[str, Any] = {"__name__": page.stem}
     try:
         for line, block in blocks(page, "python"):

@@ -390,7 +390,7 @@ def test_adapters(saved: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("beta", [0, 1, 0.3])
 def test_losses_of_gkd(beta: float) -> None:
-    """What docs/migration.md says of TRL's divergence: its beta, and what it divides by."""
+    """What docs/migration/language_models.md says of TRL's divergence: its beta, and what it divides by."""
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer").GKDTrainer.generalized_jsd_loss
     torch.manual_seed(1)
     student, teacher = (torch.randn(3, 5, VOCABULARY, dtype=torch.float64) for _ in range(2))
