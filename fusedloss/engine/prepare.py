@@ -220,8 +220,7 @@ def matrix(input: Tensor, inplace: bool) -> Tensor:
 def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | None, float | Tensor | None]:
     """What "mean" divides by, which is never 0, and the normalizer that it is, which may be: 1 stands in for it.
 
-    Class weights that sum to 0 are infinite here: the mean of rows without a weight is 0, and so are its gradients,
-    where label smoothing has something to sum as well.
+    For class weights that sum to 0 it is infinite: loss and gradients are 0, also where label smoothing leaves a sum.
     """
     rows, o, token_weight = call.rows, call.options, call.token_weight
     if o["reduction"] != "mean":

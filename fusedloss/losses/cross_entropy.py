@@ -52,7 +52,7 @@ def cross_entropy(
     r"""Cross-entropy of logits, -log p_t, with p = softmax(input) and t the target.
 
     The same as :func:`torch.nn.functional.cross_entropy` on class indices, with the class dimension last. With
-    ``weight``, "mean" divides by the sum of the targets' weights, as there.
+    ``weight``, "mean" divides by the sum of the targets' weights, as there; where that is 0, the loss is 0, not NaN.
 
     A floating ``target`` (*, V) holds numbers y for all the classes, any that are finite and not negative, of which
     nobody checks the sums: a row's loss is -sum_j w_j y'_j log p_j with y' = (1 - label_smoothing) y +
