@@ -104,6 +104,19 @@ def test_contrastive(papers, texts, encoder, tmp_path):
     assert all(r["accuracy"] < 0.4 if r["noise"] else r["accuracy"] > 0.6 for r in results if r["labelled"] == 20)
 
 
+def test_contrastive_grid(papers, texts, encoder, tmp_path, monkeypatch):
+    """A share of 0 is cross-entropy, whatever the temperature: nothing is gained there."""
+    monkeypatch.setattr(papers.contrastive, "LAMS", (0.0, 0.5))
+    monkeypatch.setattr(papers.contrastive, "TEMPERATURES", (0.1, 0.3))
+    own = "--grid --seeds 1 --sizes 8 --epochs 2 --lr 0.01 --head-lr 0.05 --threads 1 --dtype fp32"
+    files = ["--data", str(texts), "--encoder", str(encoder), "--out", str(tmp_path)]
+    papers.contrastive.compare(papers.contrastive.parse_arguments([*own.split(), *files]))
+    lines = (tmp_path / "grid.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| 8", "0.0"], ["| 8", "0.5"]]
+    assert lines[2].count("+0.0") == 2 and len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
 def test_mixed_cross_entropy(papers, corpus, tmp_path):
     for name in ("sentencepiece", "sacrebleu"):

@@ -30,9 +30,14 @@ from experiment import Experiment
 from frame import Run, main, make_parser, parse, run_all, save_figure
 from options import add_options, settle
 from report import table
+from tables import spread
 from training import LOSSES
 
 QUICK = {"seeds": 2, "sizes": [20, 100], "noise": [0.0, 0.3]}
+
+#: What --grid takes, of each with each.
+LAMS = (0.1, 0.5, 0.9)
+TEMPERATURES = (0.1, 0.3, 0.5, 0.7)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,6 +45,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.set_defaults(seeds=5)
     add = parser.add_argument_group("comparison").add_argument
     add("--noise", type=share_or_all, nargs="+", default=[0.0, 0.1, 0.3, 0.5], help="shares of wrong training labels")
+    add(
+        "--grid",
+        action="store_true",
+        help="CE + SupCon of each lam with each temperature, all labels right, in its place",
+    )
     add_options(parser)
     options = parse(parser, QUICK, arguments)
     settle(parser, options)
@@ -58,18 +68,28 @@ def compare(options: argparse.Namespace) -> None:
     seeds = range(options.seed, options.seed + options.seeds)
     plan = [
         {"labelled": size, "noise": noise, "loss": loss, "seed": seed, "epochs": options.epochs[size], **shared}
-        for seed, size, noise, loss in itertools.product(seeds, options.sizes, options.noise, LOSSES)
+        for seed, size, noise, loss in itertools.product(
+            seeds, options.sizes, [0.0] if options.grid else options.noise, LOSSES
+        )
     ]
+    if options.grid:
+        joint = [settings for settings in plan if settings["loss"] != "CE"]
+        plan = [settings for settings in plan if settings["loss"] == "CE"]
+        plan += [
+            {**settings, "lam": lam, "temperature": temperature}
+            for settings, lam, temperature in itertools.product(joint, LAMS, TEMPERATURES)
+        ]
 
     def run(settings: dict[str, Any]) -> dict[str, Any]:
         size = settings["labelled"]
+        own = experiment.settings._replace(lam=settings["lam"], temperature=settings["temperature"])
         with tqdm(total=experiment.updates(size), unit="update", leave=False, disable=None) as bar:
-            accuracy, _ = experiment.run(
-                settings["loss"], size, settings["seed"], experiment.settings, test, bar, settings["noise"]
-            )
+            accuracy, _ = experiment.run(settings["loss"], size, settings["seed"], own, test, bar, settings["noise"])
         return {"accuracy": accuracy}
 
     runs = run_all(plan, run, told, options.out, options.fresh)
+    if options.grid:
+        return report_grid(runs, options.out)
     written = table([{**run.settings, **run.measured} for run in runs], by=("labelled", "noise"))
     print(f"\naccuracy in %, mean and standard deviation over {len(seeds)} seed(s)\n\n{written}")
     (options.out / "table.md").write_text(written, encoding="utf-8")
@@ -88,7 +108,43 @@ def fingerprint(experiment: Experiment) -> str:
 
 def told(run: Run) -> str:
     size, noise, loss, seed = (run.settings[name] for name in ("labelled", "noise", "loss", "seed"))
-    return f"{size} labelled, noise {noise}, {loss}, seed {seed}: {run.measured['accuracy']:.1%}"
+    share = "" if loss == "CE" else f" (lam {run.settings['lam']}, temperature {run.settings['temperature']})"
+    return f"{size} labelled, noise {noise}, {loss}{share}, seed {seed}: {run.measured['accuracy']:.1%}"
+
+
+def report_grid(runs: Sequence[Run], out: Path) -> None:
+    """Accuracy of each pair of lam and temperature less that of CE of the same seed: a table, and a heat map."""
+    plain = {
+        (r.settings["labelled"], r.settings["seed"]): r.measured["accuracy"] for r in runs if r.settings["loss"] == "CE"
+    }
+    gains: dict[tuple[int, float, float], list[float]] = {}
+    for r in runs:
+        size, lam, temperature = (r.settings[name] for name in ("labelled", "lam", "temperature"))
+        if r.settings["loss"] != "CE":
+            gain = 100 * (r.measured["accuracy"] - plain[size, r.settings["seed"]])
+            gains.setdefault((size, lam, temperature), []).append(gain)
+    sizes = list(dict.fromkeys(size for size, _, _ in gains))
+    lines = [
+        f"| labelled | lam | {' | '.join(f'temperature {t}' for t in TEMPERATURES)} |",
+        f"|---:|---:|{'---:|' * len(TEMPERATURES)}",
+    ]
+    for size, lam in itertools.product(sizes, LAMS):
+        cells = (spread(gains[size, lam, t], "+.1f") for t in TEMPERATURES)
+        lines.append(f"| {size} | {lam} | {' | '.join(cells)} |")
+    written = "\n".join(lines) + "\n"
+    print(f"\naccuracy less that of CE, in points, mean and standard deviation over the seeds\n\n{written}")
+    (out / "grid.md").write_text(written, encoding="utf-8")
+    with save_figure(out / "grid.png", 1, len(sizes)) as (panels,):
+        for panel, size in zip(panels, sizes, strict=True):
+            means = [[statistics.mean(gains[size, lam, t]) for t in TEMPERATURES] for lam in LAMS]
+            largest = max(abs(mean) for line in means for mean in line) or 1.0
+            panel.imshow(means, cmap="RdBu", vmin=-2 * largest, vmax=2 * largest, aspect="auto", origin="lower")
+            for (i, line), j in itertools.product(enumerate(means), range(len(TEMPERATURES))):
+                panel.text(j, i, f"{line[j]:+.1f}", ha="center", va="center", fontsize=8)
+            panel.set_xticks(range(len(TEMPERATURES)), TEMPERATURES)
+            panel.set_yticks(range(len(LAMS)), LAMS)
+            panel.set(title=f"{size} labels: points over CE", xlabel="temperature", ylabel="lam")
+    print(f"table, plot and results: {out}")
 
 
 def draw_accuracies(runs: Sequence[Run], path: Path) -> None:
