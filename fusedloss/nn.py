@@ -1,4 +1,4 @@
-"""The losses as modules: made with a loss's options, called with tensors.
+"""The losses as modules, which take options in the constructor and tensors in the call.
 
 Each argument of a function is one of the constructor and an attribute, but for those that a batch brings along, which
 are arguments of the call.
@@ -66,12 +66,12 @@ _DOC = """{summary}
 The module form of :func:`~fusedloss.{function}`. The arguments of the constructor are attributes.
 
 Args:
-{layer}    {values}: a number, a 0-d tensor (a buffer; a Parameter is learnt) or a module that gives one
-        when called, such as :class:`AlphaSchedule`. One in the call stands in for it.
+{layer}    {values}: a number, a 0-d tensor (a buffer, or a learnable Parameter) or a module that returns
+        one when called, such as :class:`AlphaSchedule`. An argument of the call replaces it.
 {shared}
-All others are as below. The call takes what comes with a batch:
+All others are as below. The call takes the arguments that belong to a batch:
 {call}.
-The constructor raises what the function does, as far as its arguments alone are wrong.
+The constructor raises the same errors as the function, for its own arguments.
 
 >>> import torch, fusedloss as fl
 >>> loss = fl.nn.{name}({example})
@@ -85,7 +85,7 @@ The function, :func:`~fusedloss.{function}`:
 
 
 class _Called(Exception):
-    """A function of the user's was reached, past all checks."""
+    """Raised when a user's function is reached, after all checks."""
 
 
 def _called(*_: Any) -> Tensor:
@@ -93,7 +93,7 @@ def _called(*_: Any) -> Tensor:
 
 
 def _sample(value: Any) -> Any:
-    """For an argument, one that is as right or wrong and can be tried on a CPU."""
+    """Return an equally valid or invalid value of an argument that can be tried on a CPU."""
     if isinstance(value, Tensor):
         return value if value.device.type == "cpu" else torch.ones_like(value, device="cpu")
     return _called if callable(value) else value
@@ -112,7 +112,7 @@ def _watch_holders() -> None:
 
 
 def _note_holder(module: nn.Module, _: str, layer: nn.Module | None) -> None:
-    """Tell the losses that are tied to a layer which module has just taken it as a child."""
+    """Record in the losses that are tied to a layer which module has just taken it as a child."""
     # A compiler would guard a model that registers a child on the losses that are tied to others, which come and go.
     if layer is not None and not torch.compiler.is_compiling():
         for loss in _TIED.get(layer, ()):
@@ -120,7 +120,7 @@ def _note_holder(module: nn.Module, _: str, layer: nn.Module | None) -> None:
 
 
 def _poses_as_layer(module: nn.Module | None) -> bool:
-    """Whether a module that holds an output layer stands in its place: it has a weight (V, D), as adapters do."""
+    """Return whether a module that holds an output layer replaces it: it has a weight (V, D), as adapters do."""
     if module is None or type(module).__module__.startswith(_TRANSPARENT):
         return False
     weight = getattr(module, "weight", None)
@@ -128,7 +128,7 @@ def _poses_as_layer(module: nn.Module | None) -> bool:
 
 
 def _holds(own: Tensor, saved: Tensor) -> bool:
-    """Whether a layer's tensor has the values of a saved one. Tensors on meta have none.
+    """Return whether a layer's tensor has the values of a saved one. Tensors on meta have none.
 
     Of a DTensor and a plain tensor only the shapes are compared.
     """
@@ -140,7 +140,7 @@ def _holds(own: Tensor, saved: Tensor) -> bool:
 
 
 class _Loss(nn.Module):
-    """A loss of logits. ``class FocalLoss(_Loss, loss=focal_loss): ...`` writes out what is the loss's own.
+    """A loss of logits. ``class FocalLoss(_Loss, loss=focal_loss): ...`` writes out its own arguments.
 
     Its constructor hands on the arguments, and its `forward` those of the call, None for the module's own. `example`:
     arguments of the constructor for the docstring's example.
@@ -201,7 +201,7 @@ class _Loss(nn.Module):
         self._keep(options, own)
 
     def _keep(self, options: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Make attributes of the arguments, and check them."""
+        """Store the arguments as attributes, and check them."""
         for name in options:
             if name not in self._defaults:
                 raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {name!r}")
@@ -222,17 +222,17 @@ class _Loss(nn.Module):
         self._try()
 
     def _given(self, input: Tensor) -> dict[str, Any]:
-        """The function's tensors that make the logits."""
+        """Return the arguments of the function that produce the logits."""
         return {"input": input}
 
     def _one_row(self) -> dict[str, Any]:
-        """Those of a single row, with no data."""
+        """Return the same arguments for a single row of zeros."""
         weight = self.weight
         classes = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 2
         return {"input": torch.zeros(classes, device="cpu")}
 
     def _try(self) -> None:
-        """Lets the function check its arguments, on one row, without what belongs to a device."""
+        """Let the function check the arguments on one row on the CPU."""
         if self.impl is not None:
             check_choice("impl", self.impl, self._impls)
         options = {name: _sample(value) for name, value in self._values().items()}
@@ -243,7 +243,7 @@ class _Loss(nn.Module):
             self._function(target=target, **self._one_row(), **options)
 
     def _values(self) -> dict[str, Any]:
-        """The arguments as they are now, with what modules give for theirs."""
+        """Return the current arguments, with modules replaced by the values that they return."""
         values = {name: getattr(self, name) for name in self._arguments}
         for name in self._per_call:
             if isinstance(values.get(name), nn.Module):
@@ -276,7 +276,7 @@ class _Loss(nn.Module):
 
 
 class _LinearLoss(_Loss):
-    """A loss of hidden states, with the output layer that makes their logits."""
+    """A loss of hidden states, with the output layer that computes the logits."""
 
     #: A reference to the layer of another module; None where the layer is a child.
     _tie: weakref.ref[nn.Module] | None = None
@@ -308,11 +308,11 @@ class _LinearLoss(_Loss):
         or an embedding, whose weight alone is shared, whatever its forward does to the inputs. The other arguments are
         the constructor's, without those of the layer.
 
-        The layer stays its owner's. The loss refers to it weakly as ``linear``: it has none of its parameters and none
-        of its keys in a state_dict, and it follows the layer through `.to()` and a new weight. A deepcopy or a pickle
-        of a module that holds both is tied likewise; one of the loss alone has lost its layer, and says so when it is
-        called. LoRA of PEFT may be on the layer, or take its place later. If another module that has taken the layer's
-        place since holds the layer, the loss raises when it is called.
+        The other module still owns the layer. The loss holds a weak reference to it as ``linear``: the layer's
+        parameters and state_dict keys are not among the loss's, and the loss follows the layer through `.to()` and a
+        new weight. A deepcopy or a pickle of a module that holds both keeps them tied. A copy of the loss alone loses
+        its layer, and raises when it is called. The layer may have LoRA of PEFT, now or later. If another module takes
+        the place of the layer and holds it, the loss raises when it is called.
         """
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
@@ -337,7 +337,7 @@ class _LinearLoss(_Loss):
 
     @property
     def linear(self) -> nn.Module:
-        """The output layer: a child, or the layer of another module that the loss is tied to."""
+        """Return the output layer: a child, or the layer of another module that the loss is tied to."""
         layer = self._modules.get("linear")
         if layer is None and self._tie is not None:
             layer = self._tie()
@@ -403,12 +403,12 @@ class _LinearLoss(_Loss):
         return self._with_layer(functools.partial(super()._call, target=target, batch=batch, **own), input)
 
     def _with_layer(self, function: Callable[[Tensor], Any], input: Tensor) -> Any:
-        """Call a function that reads the output layer while the layer is whole."""
+        """Call a function that reads the output layer while its weight is unsharded."""
         layer = self._output_layer()
         return fsdp.as_forward(layer, function, input) if fsdp.is_unit(layer) else function(input)
 
     def logits(self, input: Tensor) -> Tensor:
-        """All the logits (*, V) of hidden states (*, D), to evaluate or to generate with."""
+        """Compute all the logits (*, V) of hidden states (*, D), for evaluation or generation."""
         return self._with_layer(self._logits, input)
 
     def _logits(self, input: Tensor) -> Tensor:
@@ -452,7 +452,7 @@ class CrossEntropyLoss(_Loss, loss=cross_entropy, example="label_smoothing=0.1")
 
 
 class _Distills(_Loss):
-    """A loss against a teacher, whose logits or hidden states the call takes."""
+    """A loss against a teacher; the call takes the teacher's logits or hidden states."""
 
     _shared_doc = ""
     _deprecated: ClassVar[dict[str, Any]] = {}
@@ -504,7 +504,7 @@ class TopkDistillationLoss(_Distills, loss=topk_distillation_loss, example='dive
 
 
 def _one_class() -> dict[str, Tensor]:
-    """A teacher's one class of one row."""
+    """Return a teacher's single class of one row."""
     return {"index": torch.zeros(1, dtype=torch.int64, device="cpu"), "log_prob": torch.zeros(1, device="cpu")}
 
 
@@ -573,7 +573,7 @@ class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"):
 
 
 class _Mixes(_Loss):
-    """A loss that mixes in training only: in eval() alpha is 0 where the call names none."""
+    """A loss that mixes in training only: in eval() alpha is 0 unless the call passes one."""
 
     def _values(self) -> dict[str, Any]:
         values = super()._values()
@@ -783,12 +783,14 @@ class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss):
 
 
 class SupConLoss(nn.Module):
-    """:func:`~fusedloss.supcon_loss` as a module: its options are the constructor's, forward takes the tensors, what
-    `contrast` includes, the `group`, which could not be copied or saved with a module, and `averaged`.
+    """Compute the supervised contrastive loss of features, as :func:`~fusedloss.supcon_loss` does.
+
+    The constructor takes the options. The call takes the tensors, `self_index`, `contrast_includes_batch`, `averaged`
+    and the `group`, which could not be copied or saved with a module.
 
     Args:
-        temperature: a number, a 0-d tensor (a buffer) or a Parameter, which is learnt.
-        normalize, positives, reduction, impl: as of the function.
+        temperature: a number, a 0-d tensor (a buffer) or a learnable Parameter.
+        normalize, positives, reduction, impl: as for the function.
 
     >>> import torch, fusedloss as fl
     >>> loss = fl.nn.SupConLoss(temperature=0.1)
@@ -853,7 +855,7 @@ class SupConLoss(nn.Module):
 
 
 class CrossEntropySupConLoss(nn.Module):
-    """The joint objective of fine-tuning, (1 - lam) * cross-entropy + lam * supervised contrastive loss.
+    """Compute the joint loss (1 - lam) * cross-entropy + lam * supervised contrastive loss, for fine-tuning.
 
     Args:
         lam: in [0, 1].
@@ -926,23 +928,22 @@ class CrossEntropySupConLoss(nn.Module):
 
 
 class AlphaSchedule(nn.Module):
-    """:func:`~fusedloss.alpha_schedule` with its own count of updates, to be the alpha of a loss.
+    """Count updates and return the alpha of :func:`~fusedloss.alpha_schedule`, to be the alpha of a loss.
 
-    Like a scheduler of learning rates it counts when told: call :meth:`step` after each update of the optimizer. The
-    count is a buffer, ``updates`` (0-d int64), so that training that goes on from a state_dict goes on with it.
-    Several losses may share one.
+    Call :meth:`step` after each update of the optimizer, as for a scheduler of learning rates. The count is a buffer,
+    ``updates`` (0-d int64), so that training resumed from a state_dict continues the schedule. Several losses may share
+    a schedule.
 
     Args:
         total_steps: the updates after which alpha stays at `maximum`, those of the warm-up among them.
         maximum: the last alpha, in [0, 1].
         warmup: the updates of plain cross-entropy at the beginning, whose alpha is 0.
 
-    A schedule that nobody steps never mixes. If alpha is asked for 4,096 times in training mode before the first
-    :meth:`step`, more often than gradients are accumulated for an update, it warns once. Code that torch.compile
-    compiles does not count.
+    Without :meth:`step` alpha stays 0. The schedule warns once if it is called 4,096 times in training mode before the
+    first step, which is more often than gradients are accumulated. Code that torch.compile compiles does not count.
 
-    Calling it gives alpha as a 0-d float64 tensor on the buffer's device: neither a host read nor, under
-    torch.compile, a compilation anew.
+    The call returns alpha as a 0-d float64 tensor on the buffer's device. It causes neither a host read nor, under
+    torch.compile, a recompilation.
 
     >>> import torch, fusedloss as fl
     >>> loss = fl.nn.MixedCrossEntropyLoss(alpha=fl.nn.AlphaSchedule(total_steps=100))
@@ -967,7 +968,7 @@ class AlphaSchedule(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def step(self) -> None:
-        """Counts an update."""
+        """Count one update."""
         self.updates += 1
         if self._calls is not None:
             self._calls = None

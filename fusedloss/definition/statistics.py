@@ -47,7 +47,7 @@ OPTIONAL = {
 
 
 class RowStats(NamedTuple):
-    """Detached statistics of each row, as ``return_stats=True`` gives them, shaped like the target.
+    """The detached statistics of each row that ``return_stats=True`` returns, in the shape of the target.
 
     Ignored rows are not looked at: their floats are NaN, their argmax is negative and equals no target. ``entropy``
     (in nats) is that of ``stats=("entropy",)``, and None without it.
@@ -69,7 +69,7 @@ class RowStats(NamedTuple):
 
 
 class LogProbs(NamedTuple):
-    """What :func:`~fusedloss.log_probs` gives with entropy=True, shaped like the target; both are differentiable.
+    """The result of :func:`~fusedloss.log_probs` with entropy=True, in the shape of the target; differentiable.
 
     ``log_prob`` is log p_t of the target t, and ``entropy`` -sum_j p_j log p_j in nats.
     """
@@ -79,7 +79,7 @@ class LogProbs(NamedTuple):
 
 
 class Statistics:
-    """What a loss function sees of the rows: (N,) tensors in float32 (float64 for float64 logits), differentiable.
+    """The argument of a loss function: differentiable (N,) tensors in float32 (float64 for float64 logits).
 
     With z the logits of a row, p = softmax(z) and t its target:
 

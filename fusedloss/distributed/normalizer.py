@@ -1,4 +1,4 @@
-"""What a mean over more than one batch divides by: the targets that count, of micro-batches and of ranks."""
+"""The divisor of a mean over micro-batches and ranks: the number of targets that count."""
 
 from __future__ import annotations
 
@@ -38,31 +38,33 @@ def normalizer(
     group: ProcessGroup | None = None,
     averaged: bool = False,
 ) -> Tensor:
-    """What to pass to a loss as `normalizer`, so that parts of a batch have the mean of the whole. It counts
+    """Count the targets of a whole batch, the `normalizer` with which the losses of its parts sum to its mean.
+
+    The count is
 
         n = sum_i [target_i != ignore_index] * weight_{target_i} * token_weight_i
 
     over the micro-batches of gradient accumulation and over the ranks of a data-parallel group, in one all-reduce.
-    Each part's loss is then its share of the mean, sum_i loss_i / n: the gradients of the shares add up to those of
-    the mean, however unevenly the targets are spread. A mean of the parts' means is another number.
+    The loss of a part is then its share of the mean, sum_i loss_i / n. The gradients of the shares add up to those of
+    the mean, even if the parts have different numbers of targets. The mean of the parts' means does not.
 
     Args:
         target: class indices of any shape and integer dtype; or a sequence of such, the micro-batches before an update.
         ignore_index: target value that does not count.
-        weight: (V,) class weights to be summed, by which the mean of `cross_entropy` divides; other losses count.
-        token_weight: of the target's shape, or a sequence of such beside a sequence of targets: weights to be summed,
-            as by normalizer="token_weight".
-        group: of torch.distributed: count the targets of all of its ranks. All of them must call it, a rank without
-            targets with an empty tensor.
-        averaged: whether gradients are averaged over the ranks of `group` afterwards, not added up; see below.
+        weight: (V,) class weights to sum, as in the mean of `cross_entropy`; the other losses divide by the count.
+        token_weight: of the target's shape, or a sequence of such beside a sequence of targets: weights to sum,
+            as with normalizer="token_weight".
+        group: of torch.distributed: count the targets of all of its ranks. All of them must call it; a rank without
+            targets passes an empty tensor.
+        averaged: whether gradients are later averaged over the ranks of `group`, not summed; see below.
 
-    Returns a 0-d tensor on the target's device, without gradient: int64 for a count, float64 for what is weighted or,
-    with a group, averaged. No target at all gives 0, for which the losses and gradients are 0.
+    Returns a 0-d tensor on the target's device, without gradient: int64 for a count, float64 if weighted or,
+    with a group, averaged. Without any target it is 0, for which the losses and gradients are 0.
 
-    Gradients of the R ranks that are added up afterwards are right as they come. DistributedDataParallel and
-    fully_shard average them, which divides by R once more: with averaged=True the result is n / R, every rank's loss
-    comes times R, and the average of the gradients, and of the losses, is that of the whole batch. Nothing else is to
-    be multiplied. Ranks that share a loss, those of a loss's own `group`, count as one here.
+    If the gradients of the R ranks are summed, they are those of the mean. DistributedDataParallel and fully_shard
+    average them, which divides by R again. With averaged=True the result is n / R, so that the average of the
+    gradients, and of the losses, is that of the whole batch. Ranks that share a loss, those of its own `group`, count
+    as one here.
 
     With a MixedPrecisionPolicy, fully_shard rounds floating point arguments of forward, a divisor among them, to its
     param_dtype; cast_forward_inputs=False leaves them as they are.
@@ -107,7 +109,7 @@ def normalizer(
 def _parts(
     target: Tensor | Sequence[Tensor], token_weight: Tensor | Sequence[Tensor] | None
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Targets, each with its token weights."""
+    """Pair the targets with their token weights."""
     if isinstance(target, Tensor):
         target = [target]
         token_weight = None if token_weight is None else [token_weight]  # type: ignore[list-item]
@@ -164,7 +166,7 @@ def _count(target: Tensor, weight: Tensor | None, token_weight: Tensor | None) -
 
 
 def _total(count: Tensor, options: dict[str, object], group: ProcessGroup) -> Tensor:
-    """The sum over the ranks, if their options are the same."""
+    """Sum the count over the ranks, which must have the same options."""
     # One shape and dtype, whatever a rank was given: others would be summed wrongly, or hang.
     code = zlib.crc32(repr(options).encode()) % _CODES
     told = count.new_full((3,), code, dtype=torch.float64)

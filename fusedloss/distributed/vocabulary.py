@@ -39,17 +39,17 @@ from . import batch, collectives
 
 @dataclass(frozen=True)
 class VocabularyShards:
-    """How many classes each rank of a process group has, in the order of the ranks; `group` of the losses takes it.
+    """The number of classes of each rank of a process group, in the order of the ranks, for `group` of the losses.
 
-    A process group in its place makes the ranks tell each other their numbers at each call, by a collective that the
-    host waits for. ``VocabularyShards.gather(group, classes)`` does so once.
+    With a process group in its place, the ranks exchange these numbers in each call, by a collective that the host
+    waits for. ``VocabularyShards.gather(group, classes)`` does this once.
 
     Args:
         group: the process group; this rank must be in it.
         sizes: classes of each rank, 0 or more.
 
     Raises:
-        TypeError, ValueError: no such group, or no such sizes for it.
+        TypeError, ValueError: the group or its sizes are not valid.
     """
 
     name: str

@@ -63,7 +63,7 @@ _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, to
 
 
 def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> Callable[..., Tensor]:
-    """A row loss as the `compute_loss_func` of transformers.Trainer: f(outputs, labels, num_items_in_batch=None).
+    """Return a row loss as `compute_loss_func` of a Trainer: f(outputs, labels, num_items_in_batch=None).
 
     The logits are the model's; :func:`fuse` does without them. With ``num_items_in_batch``, the targets that count
     in all batches of an update, the loss is its sum over them divided by that number, so that accumulated gradients
@@ -115,27 +115,27 @@ def fuse(
     teacher: PreTrainedModel | None = None,
     **arguments: Any,
 ) -> _Model:
-    """Makes a language model of transformers train with a linear form: with labels, its logits are never built.
+    """Make a language model of transformers train with a linear form, which never stores the logits.
 
-    For causal, masked and sequence-to-sequence models that project hidden states by their output layer and call
-    torch.nn.functional.cross_entropy, as their own loss functions do. Shifted labels, ``shift_labels``,
+    It works for causal, masked and sequence-to-sequence models that project hidden states by their output layer and
+    call torch.nn.functional.cross_entropy, as their own loss functions do. Shifted labels, ``shift_labels``,
     ``num_items_in_batch`` and further terms of the loss, such as that of a router, stay as they are. A model whose
     loss takes the mean whatever ``num_items_in_batch`` is (T5, Marian) divides by it here.
 
-    - In training with labels, ``outputs.logits`` stands for logits that do not exist, and says so when it is used.
-    - In evaluation with labels the logits are built as without fusing, and the loss is the row form of them;
+    - In training with labels, ``outputs.logits`` is a placeholder, which raises when it is used.
+    - In evaluation with labels the logits are computed as without fusing, and the loss is their row form;
       ``eval_logits=False`` takes the linear form there too, and a Trainer that collects logits (``compute_metrics``,
       ``predict``) raises ValueError.
-    - Without labels nothing changes: generation, or a Trainer that takes the labels away for its
-      ``compute_loss_func``. In training this warns, since the loss is then the caller's.
-    - A Trainer with ``label_smoothing_factor`` takes the labels away as well and computes a cross-entropy of its own.
+    - Without labels nothing changes: in generation, or with a Trainer that removes the labels for its
+      ``compute_loss_func``. In training this warns, since the caller then computes the loss.
+    - A Trainer with ``label_smoothing_factor`` also removes the labels, and computes its own cross-entropy.
       That raises ValueError: pass ``label_smoothing`` here, and leave the factor at 0.
-    - SFTTrainer of TRL computes a cross-entropy of its own from the hidden states. That raises ValueError where the
+    - SFTTrainer of TRL computes its own cross-entropy from the hidden states. That raises ValueError if the
       model is fused with another loss.
 
-    Everything is on the instance: its ``forward`` and that of its output layer; state_dict, save_pretrained and
-    copy.deepcopy work as before. Hooks of the output layer receive the hidden states. :func:`unfuse` takes it all back,
-    and to fuse a fused model exchanges its loss, also within a Trainer.
+    Only the instance changes: its ``forward`` and that of its output layer. state_dict, save_pretrained and
+    copy.deepcopy work as before. Hooks of the output layer receive the hidden states. :func:`unfuse` undoes the change.
+    Fusing a fused model replaces its loss, also within a Trainer.
 
     Fuse before wrapping the model (accelerate, DDP, torch.compile). PEFT may come before (fuse what
     ``get_base_model()`` returns) or after. LoRA on the output layer itself adds its products to the logits; any other
@@ -143,9 +143,9 @@ def fuse(
     Under torch.compile, evaluation with labels and models that call torch.nn.CrossEntropyLoss break the graph.
 
     "distillation" trains the model on a `teacher`'s predictions, by :func:`fusedloss.linear_distillation_loss`. In each
-    pass with labels the teacher runs on the same inputs, in evaluation and without gradients, and its logits are not
-    built either. Labels of -100 leave their rows out; ``hard_weight`` adds the cross-entropy with the others. The model
-    does not hold the teacher: it is in no state_dict, nobody trains it, and its owner moves it to the model's device.
+    pass with labels the teacher runs on the same inputs, in evaluation mode and without gradients; its logits are not
+    stored either. Rows with the label -100 are skipped; ``hard_weight`` adds the cross-entropy of the others. The model
+    does not contain the teacher, which is in no state_dict and is not trained. Move it to the model's device yourself.
 
     Args:
         loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
@@ -212,9 +212,9 @@ def fuse(
 
 
 def unfuse(model: _Model) -> _Model:
-    """Take back :func:`fuse` and return the model; a model that is not fused stays as it is.
+    """Undo :func:`fuse` and return the model; a model that is not fused is unchanged.
 
-    Raises TypeError for what wraps a model, which :func:`fuse` does not take either.
+    Raises TypeError for a wrapped model, as :func:`fuse` does.
     """
     _check_model(model)
     fusion = model.__dict__.pop(_ATTRIBUTE, None)
@@ -917,7 +917,7 @@ def _described(value: Any) -> str:
 
 
 class UnbuiltLogits(_NoTensor):
-    """Stands in the outputs of a fused model for the logits, which were never built, and has their shape."""
+    """The placeholder for the logits, which were never computed, in the outputs of a fused model; has their shape."""
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape

@@ -45,21 +45,22 @@ _TESTED = "1.16.0"
 
 
 def fuse_trainers(*, budget: int | None = None, impl: LinearImpl | None = None) -> None:
-    """Makes the trainers of TRL compute by the passes of this package: all of this process, until they are unfused.
+    """Make all trainers of TRL in this process compute with the passes of this package, until they are unfused.
 
-    SFTTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer and whatever else gives a model TRL's fused output
-    layer; before or after they are made. Losses, gradients and logged metrics are those of TRL, up to rounding. Log-
-    probabilities, entropy and what the metrics need come from one pass over each chunk of logits, in all dtypes.
+    These are SFTTrainer, DPOTrainer, GRPOTrainer, KTOTrainer, RLOOTrainer and any other that gives a model TRL's fused
+    output layer, created before or after this call. Losses, gradients and logged metrics are those of TRL, up to
+    rounding. Log-probabilities, entropy and the metrics' statistics come from one pass over each chunk of logits,
+    in all dtypes.
 
-    TRL's own function is compared with ours on a few rows, in all it computes, before it is replaced. A second call
-    changes the options.
+    Before TRL's function is replaced, all its results are compared with those of the replacement on a few rows. A
+    second call changes the options.
 
     Args:
         budget: bytes that a chunk of logits may take, as in the linear forms.
         impl: the implementation, as in the linear forms.
 
-    Raises RuntimeError, with the version, where TRL does not compute in the way that is known here; nothing is replaced
-    then. With DeepSpeed ZeRO-3 a trainer raises RuntimeError at its first step, as the weight is gone in the backward.
+    Raises RuntimeError, with TRL's version, if TRL computes differently; then nothing is replaced. With DeepSpeed
+    ZeRO-3 a trainer raises RuntimeError at its first step, because the weight is freed before the backward.
 
     >>> from fusedloss.integrations.trl import fuse_trainers, unfuse_trainers
     >>> fuse_trainers()
@@ -77,7 +78,7 @@ def fuse_trainers(*, budget: int | None = None, impl: LinearImpl | None = None) 
 
 
 def unfuse_trainers() -> None:
-    """Takes back :func:`fuse_trainers`; where that was not called nothing changes."""
+    """Undo :func:`fuse_trainers`; without a previous call nothing changes."""
     fused = getattr(utils, _NAME, None)
     if isinstance(fused, _LogProbs):
         setattr(utils, _NAME, fused.own)

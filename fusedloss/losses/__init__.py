@@ -1,1 +1,1 @@
-"""The losses, one file each: signature, docstring and epilogue in PyTorch."""
+"""The losses, one file each, with signature, docstring and PyTorch epilogue."""

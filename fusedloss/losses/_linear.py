@@ -1,4 +1,4 @@
-"""The hidden states of a linear form, in the place of logits."""
+"""The projection that a linear form passes to a loss in place of logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..engine.project import project
 def projected(
     input: Any, linear_weight: Any, return_stats: bool, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Check what makes the logits. Return it as one projection, and the options that are left for the row form.
+    """Check the tensors that produce the logits. Return them as one projection, and the options for the row form.
 
     Modules hand over lists of hidden states and weights, whose products are summed.
     """

@@ -1,4 +1,4 @@
-"""Losses of overlap (such as dice): their forms, and the levels at which errors and agreements are summed.
+"""Overlap losses, such as dice: their forms, and the levels at which errors and agreements are summed.
 
     level "example"   E / (E + C + smooth) of each class of each row, whose losses are summed: a row loss
     level "class"     the same of each class, from its E and C summed over the rows
@@ -44,7 +44,7 @@ FORMS, LEVELS = get_args(Form), get_args(Level)
 
 
 def probabilities(input: Tensor, target: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """p and y of the classes that the form looks at, (N, V) or (N, 1), as the losses' formulas in PyTorch begin."""
+    """Return p and y of the classes that the form uses, (N, V) or (N, 1), for the losses' formulas in PyTorch."""
     p = input.softmax(-1)
     if form == "target":
         p = p.gather(-1, target[:, None])
@@ -63,7 +63,7 @@ def overlap_loss(
     level: Level,
     **options: Unpack[CallOptions],
 ) -> Any:
-    """The loss of logits in hand or, at level "example", of a projection; `name` is the public function's on logits."""
+    """Compute an overlap loss of logits or, at level "example", of a projection; `name` is the public function's."""
     if form not in FORMS or level not in LEVELS:
         check_choice("form", form, FORMS)
         check_choice("level", level, LEVELS)
@@ -110,7 +110,7 @@ def overlap_loss(
 
 
 def _check_level(call: Call, level: str) -> None:
-    """Refuses options that have no meaning where the loss is not a sum over rows."""
+    """Raise for options that have no meaning where the loss is not a sum over rows."""
     o = call.options
     if o["z_loss"]:
         raise ValueError(f"z_loss is a term of each row's loss; with level={level!r} rows have none, got {o['z_loss']}")

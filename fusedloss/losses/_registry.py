@@ -1,4 +1,4 @@
-"""What each loss tells of itself, once and beside its function, for whatever runs over "every loss".
+"""The registry of all losses, for whatever runs over "every loss"; each loss registers itself in its own file.
 
 `python -m fusedloss`, the benchmarks, the shared tests and the pages of the documentation find the losses here and know
 none by name.
@@ -42,7 +42,7 @@ class Example:
 
     @property
     def linear(self) -> Callable[..., Any] | None:
-        """The linear form, where these arguments have one."""
+        """The linear form, if these arguments have one."""
         of_user = self.over_classes and "loss_fn" in self.arguments
         return None if self.over_rows or of_user else LOSSES[self.loss.__name__].linear
 
@@ -61,7 +61,7 @@ class Example:
 
 @dataclass
 class Loss:
-    """A loss, its forms and what is known of it."""
+    """A loss with its forms, source, options and examples."""
 
     row: Callable[..., Any]
     source: str | None
@@ -87,7 +87,7 @@ def row_form(
     source: str | None = None,
     without: tuple[str, ...] = (),
 ) -> Callable[[_Loss], _Loss]:
-    """Register the decorated loss of logits, and add the options that it shares to its docstring."""
+    """Register the decorated loss of logits, and add the shared options to its docstring."""
 
     def register(loss: _Loss) -> _Loss:
         of_loss = [make(loss) for make in examples]
@@ -102,7 +102,7 @@ def row_form(
 def example(
     formula: Callable[..., Tensor], *, over_rows: bool = False, over_classes: bool = False, **arguments: Any
 ) -> Callable[[Callable[..., Any]], Example]:
-    """An example of a loss, which :func:`row_form` takes."""
+    """Make an example of a loss, for :func:`row_form`."""
     return lambda loss: Example(loss, formula, arguments, over_rows, over_classes)
 
 
@@ -130,7 +130,7 @@ def teacher_form(options: Any) -> Callable[[_Loss], _Loss]:
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The shared options of a loss in either form, which its signature has as ``**options``, with their defaults."""
+    """Return the shared options of a loss in either form, its ``**options``, with their defaults."""
     if function in OF_TEACHERS:
         return OF_TEACHERS[function]
     for loss in LOSSES.values():
@@ -143,6 +143,6 @@ def options_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def argument_names(function: Callable[..., Any]) -> list[str]:
-    """The names of all the arguments of a loss in either form, its own before those that it shares."""
+    """Return the names of all arguments of a loss in either form, its own before the shared ones."""
     own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     return [*own, *options_of(function)]

@@ -49,15 +49,15 @@ def cross_entropy(
 def cross_entropy(
     input: Tensor, target: Tensor, *, return_stats: bool = False, **options: Unpack[RowOptions]
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Cross-entropy of logits, -log p_t, with p = softmax(input) and t the target.
+    r"""Compute the cross-entropy of logits, -log p_t, with p = softmax(input) and t the target.
 
-    The same as :func:`torch.nn.functional.cross_entropy` on class indices, with the class dimension last. With
-    ``weight``, "mean" divides by the sum of the targets' weights, as there; where that is 0, the loss is 0, not NaN.
+    On class indices it equals :func:`torch.nn.functional.cross_entropy` with the class dimension last. With
+    ``weight``, "mean" divides by the sum of the targets' weights, as in PyTorch; if that is 0, the loss is 0, not NaN.
 
-    A floating ``target`` (*, V) holds numbers y for all the classes, any that are finite and not negative, of which
-    nobody checks the sums: a row's loss is -sum_j w_j y'_j log p_j with y' = (1 - label_smoothing) y +
-    label_smoothing / V. It gets no gradient. "mean" divides by the number of rows, as in PyTorch; rows are left out by
-    a ``token_weight`` of 0, and no number stands for ignored ones. There is no linear form of it.
+    A floating ``target`` (*, V) holds numbers y for all the classes. They must be finite and not negative; their sums
+    are not checked. A row's loss is -sum_j w_j y'_j log p_j with y' = (1 - label_smoothing) y + label_smoothing / V.
+    The target gets no gradient. "mean" divides by the number of rows, as in PyTorch. To skip a row, give it a
+    ``token_weight`` of 0; ignore_index does not apply. The linear form takes class indices only.
 
     >>> import torch, fusedloss as fl
     >>> logits = torch.randn(8, 1000, requires_grad=True)

@@ -40,7 +40,7 @@ _BETA = {
 
 
 def chosen(divergence: str, beta: float | None) -> tuple[Epilogue, tuple[float, ...]]:
-    """The loss of that name and its parameters."""
+    """Return the epilogue of the named divergence and its parameters."""
     check_choice("divergence", divergence, DIVERGENCES)
     if divergence in _ALONE:
         if beta is not None:
@@ -76,8 +76,9 @@ def distillation_loss(
     return_stats: bool = False,
     **options: Unpack[DistillationOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Divergence of a student's predictions from a teacher's. With p = softmax(input / temperature) and
-    y = softmax(teacher / temperature), a row's loss is
+    r"""Compute the divergence of a student's predictions from a teacher's.
+
+    With p = softmax(input / temperature) and y = softmax(teacher / temperature), a row's loss is
 
         "forward_kl"        KL(y | p) = sum_j y_j log(y_j / p_j)
         "reverse_kl"        KL(p | y)
@@ -86,31 +87,31 @@ def distillation_loss(
         "skew_kl"           KL(y | beta y + (1 - beta) p)
         "skew_reverse_kl"   KL(p | beta p + (1 - beta) y)
 
-    A class that neither row has is none; where one row alone has it a KL is infinite, the others are not. The losses
-    are summed in a form that keeps their digits where student and teacher are close.
+    A class with probability 0 in both rows does not contribute. Where it is 0 in one row only, a KL may be infinite;
+    the others are finite. The losses are summed in a form that stays accurate where student and teacher are close.
 
     Args:
         input: logits (*, V) of float64, float32, bfloat16 or float16 with any strides.
         teacher: logits of the same shape, dtype and device, which get no gradient.
-        divergence: which of these.
+        divergence: one of the above.
         beta: above 0 and below 1: the teacher's share of the mixture of "jsd" (default 0.5), the skew of the skew
             divergences (default 0.1).
         temperature: number or 0-d tensor from 1e-30 to 1e30 by which both rows' logits are divided. Not differentiated.
         scale_by_temperature_squared: multiply the divergence, though not the cross-entropy, by temperature^2, so that
             its gradients have the size that they have at temperature 1 (Hinton et al. 2015).
-        target: (*) class indices, or None. Rows of the ignored index are left out; the others have the
-            cross-entropy of `hard_weight`.
+        target: (*) class indices, or None. Rows of the ignored index are skipped; `hard_weight` adds the
+            cross-entropy of the others.
         hard_weight: adds hard_weight * (-log softmax(input)_t), of the logits without temperature.
-        ignore_index: target value whose rows are left out.
+        ignore_index: target value whose rows are skipped.
         token_weight: tensor of the shape (*) by which each row's loss is multiplied, differentiated if it requires
-            grad. Rows of weight 0 are left out otherwise, and still count in "mean".
-        reduction: "mean" over the rows that the target does not leave out, "sum", or "none" for losses of shape (*).
-        normalizer: number or 0-d tensor that replaces the divisor of "mean", or "token_weight", as of the losses.
+            grad. Otherwise rows of weight 0 are skipped, and still count in "mean".
+        reduction: "mean" over the rows whose target is not ignored, "sum", or "none" for losses of shape (*).
+        normalizer: number or 0-d tensor that replaces the divisor of "mean", or "token_weight", as for the losses.
         return_stats: also return :class:`~fusedloss.RowStats` of the student, at `temperature`. The log-probability of
             the target is NaN without one.
-        stats, group, impl: as of the losses. With a group both rows are of this rank's classes.
+        stats, group, impl: as for the losses. With a group both rows have this rank's classes.
 
-    Rows that are left out are not looked at, and have loss and gradient 0.
+    The logits of skipped rows are not read; their loss and gradient are 0.
 
     Returns:
         The loss, float32 (float64 for float64 input).
@@ -159,11 +160,11 @@ def linear_distillation_loss(
     return_stats: bool = False,
     **options: Unpack[LinearDistillationOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Divergence of a student's predictions from a teacher's, under logits of either that are never stored.
+    r"""Compute the divergence of a student's predictions from a teacher's, without storing the logits of either.
 
-    The linear form of :func:`distillation_loss`: of the logits softcap(input @ linear_weight.T + linear_bias) and
-    teacher_softcap(teacher_input @ teacher_weight.T + teacher_bias), of which a chunk of rows is made at a time. "mean"
-    and "sum" make the gradients with the loss (four products in all), "none" makes the logits once more (six).
+    This is the linear form of :func:`distillation_loss`. The logits are softcap(input @ linear_weight.T + linear_bias)
+    and teacher_softcap(teacher_input @ teacher_weight.T + teacher_bias), computed one chunk of rows at a time. "mean"
+    and "sum" compute the gradients with the loss (four products in all), "none" recomputes the logits (six).
 
     Args:
         input: hidden states (*, D). Under autocast all of them are cast as by torch.nn.functional.linear.
@@ -204,7 +205,7 @@ def _loss(
 
 
 def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
-    """Take the options out that a loss against a teacher alone has: target, hard_weight and whether it is scaled."""
+    """Remove and return the options of a loss against a teacher: target, hard_weight and whether it is scaled."""
     target, hard_weight = options.pop("target", None), options.pop("hard_weight", 0.0)
     scaled = options.pop("scale_by_temperature_squared", False)
     check_number("hard_weight", hard_weight, 0)

@@ -89,25 +89,27 @@ def dsc_loss(
     return_stats: bool = False,
     **options: Unpack[ClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Self-adjusting dice loss of logits, for imbalanced data where F1 is what counts. With p = softmax(input),
+    r"""Compute the self-adjusting dice loss of logits, for imbalanced data evaluated by F1.
+
+    With p = softmax(input), the loss of a class is
 
         DSC(p, y) = 1 - (2 u y + smooth) / (u^k + y + smooth),   u = (1 - p)^alpha p,  k = 2 if squared else 1
 
-    y says whether the class is the target. ``form="one_vs_rest"`` sums DSC over all the classes of a row,
+    y is 1 for the target's class and 0 for the others. ``form="one_vs_rest"`` sums DSC over all the classes of a row,
     ``form="target"`` takes the target class alone (y = 1).
 
     Args:
-        alpha: how fast examples that are already predicted well lose their say, at least 0; 0 is the dice loss.
+        alpha: how fast the weight of well predicted examples decreases, at least 0; 0 is the dice loss.
         smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": above 0).
-        squared: squared denominators, as in the authors' scripts; False for the paper's equation.
+        squared: use squared denominators, as in the authors' scripts; False for the paper's equation.
         form: "one_vs_rest" or "target".
-        level: where numerators and denominators are summed before they are divided, of form "one_vs_rest".
-            "example": nowhere, every class of every row is for itself.
-            "class": over the rows not ignored, each times its token weight. Every class has one DSC, times its
-            weight; "mean" is over the V classes, and "none" gives (V,).
-            "set": over rows and classes. A single number; no class weights and no other reduction.
+        level: what numerators and denominators are summed over before the division, with form "one_vs_rest".
+            "example": nothing; each class of each row has its own DSC.
+            "class": the rows that are not ignored, each times its token weight. Each class has one DSC, times its
+            weight; "mean" is over the V classes, and "none" returns (V,).
+            "set": rows and classes. The loss is a single number, without class weights or another reduction.
             "class" and "set" take no z_loss and no normalizer, and have no linear form.
-        detach_weight: take the factor (1 - p)^alpha for a constant.
+        detach_weight: treat the factor (1 - p)^alpha as a constant.
 
     DSC is not monotone: du/dp = 0 at p = 1 / (1 + alpha), and beyond it the gradient pushes the target's
     probability down again (alpha = 1: beyond 0.5; the default 0.01: beyond 0.990). ``detach_weight=True`` removes
@@ -151,7 +153,7 @@ def dice_loss(
     return_stats: bool = False,
     **options: Unpack[ClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Dice loss of logits, 1 - (2 p y + smooth) / (p^k + y + smooth): :func:`dsc_loss` with alpha = 0.
+    r"""Compute the dice loss of logits, 1 - (2 p y + smooth) / (p^k + y + smooth): :func:`dsc_loss` with alpha = 0.
 
     Args:
         smooth, squared, form, level: as for :func:`dsc_loss`.

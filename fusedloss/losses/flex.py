@@ -69,29 +69,27 @@ def flex_loss(
     return_stats: bool = False,
     **options: Unpack[RowOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Any loss that is a function of the rows' statistics, with the logits read by the same fused passes.
+    r"""Compute your own loss, a function of the rows' statistics, between the same fused passes.
 
-    ``loss_fn(s)`` gets :class:`~fusedloss.Statistics`, (N,) tensors over the rows, and gives the rows' losses (N,).
+    ``loss_fn(s)`` receives :class:`~fusedloss.Statistics`, (N,) tensors over the rows, and returns their losses.
     It is plain differentiable PyTorch; its derivatives with respect to the statistics are the coefficients of the
     gradient pass. Tensors of your own reach it by closure or as `row_tensors`, and get their gradients.
 
     Args:
         loss_fn: the loss, called once with all rows. Ignored rows hold harmless values and are masked afterwards.
-        statistics: those to compute beside the usual ones: "top", "second", "below", "mean",
-            "entropy", "power".
+        statistics: optional statistics to compute: "top", "second", "below", "mean", "entropy", "power".
         candidates: (*) or (*, k) classes whose logits become ``s.candidate_logit`` and ``s.candidate_ce``, (N, k).
-        row_tensors: tensors of the target's shape, which ``loss_fn(s, *row_tensors)`` gets as rows (N,), those of
-            floating point in the dtype of the statistics. Those of ignored rows may hold anything: 1 stands for it.
+        row_tensors: tensors of the target's shape, which ``loss_fn(s, *row_tensors)`` receives as rows (N,). Floating
+            tensors are cast to the dtype of the statistics. The values of ignored rows are replaced by 1.
         per_chunk: let a linear form with reduction "mean" or "sum" call `loss_fn` once for each chunk of rows, and make
             its gradients with the loss: three matrix products in place of four. A row's loss must then be a
-            function of that row alone, and tensors of its own must be `row_tensors` or the same for all rows.
-            Without effect on logits in hand, under torch.compile, with a group, and where the loss depends on another
+            function of that row alone, and other tensors must be `row_tensors` or the same for all rows.
+            It has no effect on logits in hand, under torch.compile, with a group, and where the loss depends on another
             tensor that requires grad, be it a row tensor, the token weights or one of a closure.
         over: "rows" as above, or "classes": ``loss_fn(p, q, positive)`` gives the loss of each class from its
             probability p, q = 1 - p and whether it is the target, which is summed over the classes. It must be 0
-            at p = 0 of a class that is not the target. Runs in PyTorch on a few rows at a time, and gets
-            `row_tensors` as columns (n, 1). With a group
-            a tensor of your own that requires grad raises ValueError there.
+            at p = 0 of a class that is not the target. It runs in PyTorch on a few rows at a time, and receives
+            `row_tensors` as columns (n, 1). A group and the linear form raise ValueError.
 
     >>> import torch, fusedloss as fl
     >>> def poly1(s):  # Leng et al. 2022: -log p_t + epsilon (1 - p_t)

@@ -49,14 +49,14 @@ def focal_loss(
     return_stats: bool = False,
     **options: Unpack[RowOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Focal loss of logits, -(1 - p_t)^gamma log p_t, with p = softmax(input) and t the target.
+    r"""Compute the focal loss of logits, -(1 - p_t)^gamma log p_t, with p = softmax(input) and t the target.
 
-    It turns down the rows that are already predicted well; gamma = 0 is cross-entropy. Larger gamma gives better
+    It reduces the loss of rows that are already predicted well; gamma = 0 is cross-entropy. A larger gamma gives better
     calibrated, less confident predictions, up to a point and at a small cost in accuracy. The gradient is finite
     for every gamma >= 0 and every p_t, also where the textbook formula divides by 1 - p_t = 0.
 
     Args:
-        gamma: the focusing parameter, at least 0: a number, a 0-d tensor, or one for each target, which covers
+        gamma: the focusing parameter, at least 0: a number, a 0-d tensor, or one value per target, which allows
             schedules such as FLSD-53 (5 where p_t < 0.2, else 3). Differentiated if it requires grad.
 
     "mean" divides by the number of rows, with or without class weights.

@@ -1,4 +1,4 @@
-"""Log-probabilities of targets, entropies, and the most likely classes: what other objectives are made of."""
+"""Log-probabilities of targets, entropies, and the most likely classes, from which other objectives are built."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def log_probs(
 def log_probs(
     input: Tensor, target: Tensor, *, entropy: bool = False, **options: Unpack[LogProbOptions]
 ) -> Tensor | LogProbs:
-    r"""Log-probabilities of the targets, log p_t with p = softmax(input / temperature), and the rows' entropies.
+    r"""Compute the log-probabilities of the targets, log p_t with p = softmax(input / temperature), and the entropies.
 
-    The small neutral kernel of policy gradients, preference losses (DPO, KTO) and distillation: no weights, no
-    smoothing, no reduction. For hidden states, :func:`linear_log_probs` never stores the logits.
+    Policy gradients, preference losses (DPO, KTO) and distillation are built from these. There are no weights, no
+    smoothing and no reduction. For hidden states, :func:`linear_log_probs` never stores the logits.
 
     Args:
         input: logits (*, V) of float64, float32, bfloat16 or float16 with any strides.
         target: (*) class indices of any integer dtype.
-        temperature: number or 0-d tensor from 1e-30 to 1e30 (one on a GPU is not looked at: NaN rows), by which the
+        temperature: number or 0-d tensor from 1e-30 to 1e30 (one on a GPU is not checked: rows are NaN), by which the
             logits are divided. Differentiated if it requires grad.
         entropy: also return the entropies -sum_j p_j log p_j, from the same read of the logits.
-        ignore_index: target value whose rows are not looked at: 0 in both results, with gradient 0.
-        group: of torch.distributed, as of the losses: this rank has the logits of some of the classes.
-        impl: as of the losses.
+        ignore_index: target value whose rows are skipped: both results and their gradients are 0.
+        group: of torch.distributed, as for the losses: this rank has the logits of some of the classes.
+        impl: as for the losses.
 
     Returns:
         log p_t, float32 (float64 for float64) of the target's shape; :class:`LogProbs` with entropy=True. Both are
@@ -89,18 +89,18 @@ def linear_log_probs(
     entropy: bool = False,
     **options: Unpack[LinearLogProbOptions],
 ) -> Tensor | LogProbs:
-    r"""Log-probabilities of the targets under logits that are never stored, and the rows' entropies.
+    r"""Compute the log-probabilities of the targets, and the entropies, from hidden states without storing the logits.
 
-    The linear form of :func:`log_probs`: of the logits softcap(input @ linear_weight.T + linear_bias), which are made a
-    chunk at a time in the forward, and once more in the backward (four products in all).
+    This is the linear form of :func:`log_probs`. The logits are softcap(input @ linear_weight.T + linear_bias),
+    computed one chunk at a time in the forward and again in the backward (four products in all).
 
     Args:
         input: hidden states (*, D). Under autocast it, the weight and the bias are cast as by
             torch.nn.functional.linear.
         linear_weight: (V, D), such as the weight of the output layer.
-        target, entropy, impl, and all others: as of :func:`log_probs`; the temperature comes after the softcap, and has
-            no gradient with one.
-        linear_bias, softcap, budget, drop_ignored, sequence_parallel, group: as of
+        target, entropy, impl, and all others: as for :func:`log_probs`; the temperature comes after the softcap, and
+            has no gradient with one.
+        linear_bias, softcap, budget, drop_ignored, sequence_parallel, group: as for
             :func:`~fusedloss.linear_cross_entropy`.
 
     Returns and raises as :func:`log_probs`.
@@ -119,16 +119,16 @@ def linear_log_probs(
 def linear_topk_log_probs(
     input: Tensor, linear_weight: Tensor, k: int, **options: Unpack[TopkOptions]
 ) -> tuple[Tensor, Tensor]:
-    r"""The k most likely classes of each row and their log-probabilities, of logits that are never stored.
+    r"""Find the k most likely classes of each row, and their log-probabilities, without storing the logits.
 
-    What a teacher's predictions are stored as. Not differentiable.
+    A teacher's predictions can be stored in this form. The results are not differentiable.
 
     Args:
         input: hidden states (*, D).
         linear_weight: (V, D), such as the weight of the output layer.
         k: how many classes, from 1 to V.
-        linear_bias, softcap, temperature, budget, group, impl: as of :func:`linear_log_probs`. "triton_fused" makes the
-            logits on the chip and finds no more than two; it raises.
+        linear_bias, softcap, temperature, budget, group, impl: as for :func:`linear_log_probs`. "triton_fused", which
+            finds no more than two classes, raises.
 
     Returns:
         (index, log_prob), (*, k) each: int64 in the order of falling log-probabilities, and float32 (float64 for

@@ -62,19 +62,19 @@ def mixed_cross_entropy(
     return_stats: bool = False,
     **options: Unpack[RowOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Mixed cross-entropy of logits, -[(1 - alpha) log p_y + alpha log p_yhat], y the target, yhat the prediction.
+    r"""Compute the mixed cross-entropy of logits, -[(1 - alpha) log p_y + alpha log p_yhat].
 
-    For translation, where a reference is one of many: part of the target's weight goes to the token that the model
-    itself finds most likely, yhat = argmax(input), the lowest index on ties. The gradient flows through log p_yhat,
-    not through the argmax. Where yhat = y this is plain cross-entropy.
+    y is the target, and yhat = argmax(input) the model's own prediction, with the lowest index on ties. The loss is for
+    translation, where a reference is one of many. The gradient flows through log p_yhat, not through the argmax. Where
+    yhat = y this is plain cross-entropy.
 
     Args:
         alpha: the prediction's share, in [0, 1]: a number, a 0-d tensor (which may change from step to step without
-            recompilation under torch.compile) or one for each target. See :func:`alpha_schedule`. The modules mix in
-            training alone: in ``eval()`` alpha is 0, unless the call names one.
+            recompilation under torch.compile) or one value per target. See :func:`alpha_schedule`. The modules mix only
+            in training: in ``eval()`` alpha is 0, unless the call names one.
         top_k: 1, or 2 to share alpha equally between the two most likely tokens.
-        candidates: (*) or (*, k) classes to take for yhat in place of the argmax, alpha shared equally between
-            them; scheduled sampling takes them from an earlier pass.
+        candidates: (*) or (*, k) classes to use as yhat in place of the argmax, with alpha shared equally between
+            them. Scheduled sampling takes them from an earlier pass.
 
     A row is ignored by its target alone; yhat may be any token.
 
@@ -136,13 +136,13 @@ def alpha_schedule(step: int, total_steps: int, maximum: float = ..., warmup: in
 @overload
 def alpha_schedule(step: Tensor, total_steps: int, maximum: float = ..., warmup: int = ...) -> Tensor: ...
 def alpha_schedule(step: int | Tensor, total_steps: int, maximum: float = 0.5, warmup: int = 0) -> float | Tensor:
-    """alpha for an update of mixed cross-entropy: it grows from 0 by equal steps, maximum * step / total_steps.
+    """Return alpha for an update of mixed cross-entropy, which grows linearly: maximum * step / total_steps.
 
-    Of the first `warmup` updates, of plain cross-entropy, it is 0. As in the paper, `step` and `total_steps` count
-    every update from the first, those of the warm-up included: alpha begins at maximum * warmup / total_steps after it.
-    For a ramp that begins at 0 there, pass step - warmup and total_steps - warmup once the warm-up is over. Beyond
-    `total_steps` alpha stays at `maximum`. A step that is a tensor gives a float64 tensor on its device; see also
-    :class:`fusedloss.nn.AlphaSchedule`, which counts.
+    During the first `warmup` updates, of plain cross-entropy, alpha is 0. As in the paper, `step` and `total_steps`
+    count every update from the first, those of the warm-up included: alpha begins at maximum * warmup / total_steps
+    after it. For a ramp that begins at 0 there, pass step - warmup and total_steps - warmup once the warm-up is over.
+    Beyond `total_steps` alpha stays at `maximum`. A step that is a tensor gives a float64 tensor on its device; see
+    also :class:`fusedloss.nn.AlphaSchedule`, which counts.
 
     >>> alpha_schedule(50, 100)
     0.25

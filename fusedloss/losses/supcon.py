@@ -76,7 +76,9 @@ def supcon_loss(
     averaged: bool = False,
     impl: LinearImpl | None = None,
 ) -> Tensor:
-    r"""Supervised contrastive loss of features. With f = features / |features| and s_ij = f_i . f_j / temperature,
+    r"""Compute the supervised contrastive loss of features.
+
+    With f = features / |features| and s_ij = f_i . f_j / temperature, the loss of an anchor i is
 
         "out"  L_i = log sum_{k != i} exp s_ik - 1/|P(i)| sum_{j in P(i)} s_ij,    P(i) = {j != i: labels_j = labels_i}
         "in"   L_i = log sum_{k != i} exp s_ik - log (1/|P(i)| sum_{j in P(i)} exp s_ij)
@@ -87,11 +89,11 @@ def supcon_loss(
         features: (N, D) of float64, float32, bfloat16 or float16; computed in float32 (float64). Views of each example
             are (N, views, D): every view is an anchor and is compared with all views but itself.
         labels: (N,) of integers.
-        temperature: above 0; a 0-d tensor that requires grad is learnt.
-        normalize: divide each feature vector, also of `contrast`, by its length. False: they are taken as they are.
+        temperature: above 0; a 0-d tensor is learnable if it requires grad.
+        normalize: divide each feature vector, also of `contrast`, by its norm. With False they are used unchanged.
         positives: "out" or "in", as above.
-        contrast, contrast_labels: (M, D) or (M, views, D), and (M,): another set to compare with in place of the
-            anchors themselves, such as a memory bank. Differentiated if it requires grad. No pair is left out, unless
+        contrast, contrast_labels: (M, D) or (M, views, D), and (M,): another contrast set instead of the anchors
+            themselves, such as a memory bank. Differentiated if it requires grad. No pair is left out, unless
             one of the next two arguments says which of its rows is the anchor itself.
         self_index: with `contrast`, the row of it that is the anchor itself, -1 for an anchor that is not among them:
             integers of the shape (N,) or (N, views). The row is left out of the anchor's positives and of its sum
@@ -108,17 +110,17 @@ def supcon_loss(
         averaged: with a group, whether gradients are averaged over its ranks afterwards; see below.
         impl: as for the row losses.
 
-    Memory is O((N + M) D): similarities exist a chunk at a time. "in" and `positive_mask` compute positives in PyTorch,
-    chunkwise, but under torch.compile and in an exported program in one piece.
+    Memory is O((N + M) D): similarities are computed one chunk at a time. "in" and `positive_mask` compute positives in
+    PyTorch, chunkwise, but under torch.compile and in an exported program in one piece.
 
-    Across the R ranks of a group, each takes its own rows for anchors and compares them with those of all ranks, in
-    memory O((N_own + N_all) D). All ranks must call it, and its backward.
+    With a group of R ranks, the anchors of each rank are its own rows, and the contrast set is the rows of all ranks.
+    Memory is O((N_own + N_all) D). All ranks must call it, and its backward.
 
     - "mean", "mean_all" and "sum" are over the anchors of all ranks: every rank returns the same number. "none" returns
       the rank's own anchors.
     - The gradients are those of one process that has the whole batch, where each rank runs backward on what it has.
     - DistributedDataParallel averages the gradients of parameters, which would divide them by R. With averaged=True
-      those of the features come times R, so that the average is exact and nothing else is to be multiplied.
+      the gradients of the features are multiplied by R, so that the average is exact.
     - The gradient of `temperature` is that of one process in either case, the same on every rank.
     - The host reads the numbers of rows, torch.compile breaks its graph there, and a second derivative raises.
 
@@ -200,7 +202,7 @@ def supcon_loss(
 
 
 class _Pairs(NamedTuple):
-    """The anchors, what they are compared with, and which of these are their positives.
+    """The anchors, their contrast set, and which of its rows are their positives.
 
     Similarities are products of the two as they are. Positives are those of the anchor's label, or those that a mask
     names, and never the anchor itself.
@@ -216,7 +218,7 @@ class _Pairs(NamedTuple):
     is; or none at all."""
 
     def positives(self, rows: slice) -> Tensor:
-        """Those of some anchors, (n, M) booleans."""
+        """Return the positives of some anchors, (n, M) booleans."""
         if self.mask is not None:
             positive = self.mask[rows]
         else:
@@ -233,24 +235,24 @@ class _Pairs(NamedTuple):
         return self.own
 
     def own_positive(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """An index (N,) of the anchors' own rows, and where they are such, of the anchor's label."""
+        """Return an index (N,) of the anchors' own rows, and whether these have the anchor's label."""
         assert self.labels is not None and self.other_labels is not None
         at = own.clamp(0, self.others.shape[0] - 1)
         return at, (own == at) & (self.other_labels[at] == self.labels)
 
     def similarity(self, rows: slice) -> Tensor:
-        """That of some anchors to all others."""
+        """Return the similarity of some anchors to all rows of the contrast set."""
         with _without_autocast(self.anchors):
             return self.anchors[rows] @ self.others.t()
 
     def chunks(self) -> list[slice]:
-        """Anchors whose similarities, and what is made of them, fit into the budget."""
+        """Return slices of anchors whose similarities and intermediate results fit the budget."""
         rows, columns = self.anchors.shape[0], self.others.shape[0]
         return _pieces(rows, 4 * columns * self.anchors.element_size(), BUDGET)
 
 
 def _by_rows(features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Each view is a row, with the label of its example."""
+    """Make each view a row, with the label of its example."""
     labels = None if labels is None else labels.to(torch.int64)
     if features.dim() == 2:
         return features, labels
@@ -364,7 +366,7 @@ def _check_own(
     contrast_includes_batch: bool,
     anchors: int,
 ) -> None:
-    """Checks which rows of the contrast set are said to be the anchors themselves."""
+    """Check the arguments that say which rows of the contrast set are the anchors themselves."""
     rows = contrast.shape[0]
     self_index = None if self_index is None else transforms.values(self_index)
     if self_index is not None and may_read(self_index):
@@ -460,22 +462,22 @@ class _Direction(torch.autograd.Function):
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Of each row."""
+    """Return the dot product of each pair of rows."""
     if transforms.active(y):
         return (x * y).sum(-1)  # PyTorch cannot slice a batched gradient
     return sum(((x[:, c] * y[:, c]).sum(-1) for c in _columns(x)), x.new_zeros(x.shape[0]))
 
 
 def _columns(x: Tensor) -> list[slice]:
-    """A few at a time, for what is by columns and would need memory of the size of x."""
+    """Return slices of a few columns, for operations that would otherwise need memory of the size of x."""
     rows, columns = x.shape
     return _pieces(columns, rows * x.element_size(), COLUMN_BYTES, least=32)
 
 
 def _pieces(length: int, size: int, budget: int, least: int = 1) -> list[slice]:
-    """Slices of as many as fit into the budget, of `size` bytes each, but `least`.
+    """Return slices of as many items of `size` bytes as fit the budget, and at least `least`.
 
-    One of all where a graph is traced, which would hold every piece of them, and be right for this length only.
+    While a graph is traced it is a single slice: more would all be in the graph, and fit this length only.
     """
     if torch.compiler.is_compiling() or isinstance(length * size, torch.SymInt):
         return [slice(0, length)]
@@ -492,7 +494,7 @@ def _meet(
     averaged: bool,
     group: ProcessGroup,
 ) -> parallel.Ranks:
-    """The other ranks, if they do the same."""
+    """Exchange options and row counts with the other ranks, which must agree."""
     learnt = isinstance(temperature, Tensor) and temperature.requires_grad
     same = {
         "the number of features": features.shape[1],
@@ -510,7 +512,7 @@ def _meet(
 
 
 def _count(pairs: _Pairs, ordered: Tensor | None) -> Tensor:
-    """How many positives each anchor has; `ordered` are the labels of the others."""
+    """Count the positives of each anchor; `ordered` are the sorted labels of the contrast set."""
     if pairs.labels is None or ordered is None:
         parts = [pairs.positives(rows).sum(-1) for rows in pairs.chunks()]
         return torch.cat(parts) if parts else pairs.anchors.new_zeros(0, dtype=torch.int64)
@@ -521,7 +523,7 @@ def _count(pairs: _Pairs, ordered: Tensor | None) -> Tensor:
 
 
 def _positive_term(pairs: _Pairs, ordered: Tensor | None, count: Tensor, positives: str) -> Tensor:
-    """An anchor's mean similarity to its positives, or the log of the mean of the exponentials."""
+    """Compute each anchor's mean similarity to its positives, or the log of the mean of the exponentials."""
     if pairs.others.shape[0] == 0:
         return (pairs.anchors * 0).sum(-1) + (pairs.others * 0).sum()
     if positives == "in":
@@ -597,12 +599,12 @@ class _SumSimilarity(torch.autograd.Function):
 
 
 def _label_sums(x: Tensor, slot: Tensor, at: Tensor, slots: int) -> Tensor:
-    """The sums of the rows of x by slot, at the slots `at`."""
+    """Return the sums of the rows of x by slot, at the slots `at`."""
     return x.new_zeros((slots, x.shape[1])).index_add_(0, slot, x)[at]
 
 
 def _over_positives(pairs: _Pairs, lse: bool) -> Tensor:
-    """The log of the sum of exp s over an anchor's positives, or the sum of s."""
+    """Compute the log of the sum of exp s over each anchor's positives, or the sum of s."""
     # By other names: torch.compile takes no tensor twice for a function with a backward of its own.
     others, labels = pairs.others, pairs.other_labels
     labels = None if labels is None else labels.view_as(labels)
@@ -611,7 +613,7 @@ def _over_positives(pairs: _Pairs, lse: bool) -> Tensor:
 
 
 class _OverPositives(torch.autograd.Function):
-    """The same, some anchors at a time, whose similarities are made once more in the backward."""
+    """The same for chunks of anchors, whose similarities are recomputed in the backward."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -652,7 +654,7 @@ class _OverPositives(torch.autograd.Function):
 
 
 def _of_positives(pairs: _Pairs, rows: slice, lse: bool) -> Tensor:
-    """Of some anchors; 0 where there are none or, of the log, a number that is not infinite."""
+    """Compute the same for some anchors; without positives it is 0 or, for the log, a finite number."""
     similarity, positive = pairs.similarity(rows), pairs.positives(rows)
     if not lse:
         return similarity.masked_fill(~positive, 0).sum(-1)

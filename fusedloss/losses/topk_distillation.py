@@ -1,4 +1,4 @@
-"""Divergences of a student's predictions from a teacher's, of which k classes of each row are stored."""
+"""Divergences of a student's predictions from the k stored classes per row of a teacher."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def topk_distillation_loss(
     return_stats: bool = False,
     **options: Unpack[DistillationOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Divergence of a student's predictions from a teacher's, of which k classes of each row are stored.
+    r"""Compute the divergence of a student's predictions from the k stored classes per row of a teacher.
 
     With y_1 ... y_k = exp(log_prob) and p = softmax(input / temperature) at the classes of `index`, a row's loss is the
     divergence of :func:`~fusedloss.distillation_loss` between
@@ -85,19 +85,19 @@ def topk_distillation_loss(
             first, as :func:`~fusedloss.linear_topk_log_probs` gives them; the order decides about digits alone.
         log_prob: (*, k) their log-probabilities of any of the input's dtypes, normalised over all V classes and made at
             the same temperature. They get no gradient.
-        rest: what becomes of the other classes.
+        rest: how the other classes count, as above.
         divergence, beta: as of :func:`~fusedloss.distillation_loss`.
         temperature: number or 0-d tensor from 1e-30 to 1e30 by which the student's logits are divided. Not
             differentiated.
         scale_by_temperature_squared: multiply the divergence, though not the cross-entropy, by temperature^2.
-        target: (*) class indices, or None. Rows of the ignored index are left out; the others have the
-            cross-entropy of `hard_weight`.
+        target: (*) class indices, or None. Rows of the ignored index are skipped; `hard_weight` adds the
+            cross-entropy of the others.
         hard_weight: adds hard_weight * (-log softmax(input)_t), of the logits without temperature. With a temperature
-            other than 1 it takes two passes more.
+            other than 1 it takes two more passes.
         %others%: as of :func:`~fusedloss.distillation_loss`.
 
-    With a group `index` and `target` are of the classes of all ranks. Rows that are left out are not looked at, may
-    hold any index, and have loss and gradient 0.
+    With a group, `index` and `target` are classes of all ranks. The logits of skipped rows are not read, their indices
+    may be any, and their loss and gradient are 0.
 
     1 - sum_k p_k is computed from 1 - p_t, t the target or, without one, the first class. In float32 its absolute error
     is about 1e-7 (1 - p_t), and 1e-7 where t is none of the k. Below the smallest normal number it is taken for that,
@@ -146,12 +146,12 @@ def linear_topk_distillation_loss(
     return_stats: bool = False,
     **options: Unpack[LinearDistillationOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Divergence from a teacher of which k classes of each row are stored, under logits that are never stored.
+    r"""Compute the divergence from the k stored classes per row of a teacher, without storing the student's logits.
 
-    The linear form of :func:`topk_distillation_loss`: of the logits softcap(input @ linear_weight.T + linear_bias), of
-    which a chunk of rows is made at a time. "mean" and "sum" make the gradients with the loss (three products in all)
-    where :func:`~fusedloss.linear_flex_loss` would with per_chunk=True; "none" makes the logits once more (four).
-    With a `hard_weight` and a temperature other than 1 the cross-entropy is a call of its own, of as many products.
+    This is the linear form of :func:`topk_distillation_loss`. The logits softcap(input @ linear_weight.T + linear_bias)
+    are computed one chunk of rows at a time. "mean" and "sum" compute the gradients with the loss (three products in
+    all) where :func:`~fusedloss.linear_flex_loss` does with per_chunk=True; "none" recomputes the logits (four). With
+    a `hard_weight` and a temperature other than 1 the cross-entropy is a separate call with as many products.
 
     Args:
         input: hidden states (*, D). Under autocast it, the weight and the bias are cast as by
@@ -243,7 +243,7 @@ def _epilogue(divergence: Epilogue, rest: str, hard: bool) -> Epilogue:
 
 
 def _outcomes(s: Statistics, log_prob: Tensor, index: Tensor, rest: str) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the outcomes in the teacher's rows and in the student's, (N, k) or (N, k + 1)."""
+    """Return the log-probabilities of the outcomes in the teacher's and the student's rows, (N, k) or (N, k + 1)."""
     if rest == "renormalize":
         # Of the logits: by probabilities the other classes would get a gradient of rounding errors.
         return log_prob.log_softmax(-1), s.candidate_logit.log_softmax(-1)
@@ -264,7 +264,7 @@ def _with_rest(log_p: Tensor, rest: Tensor) -> Tensor:
 
 
 def _left_out(index: Tensor, target: Tensor | None, options: dict[str, Any]) -> Tensor | None:
-    """Which rows are not looked at, (*); None for none."""
+    """Return which rows are skipped, (*), or None."""
     left_out = None if target is None else target == options.get("ignore_index", -100)
     token_weight = options.get("token_weight")
     if token_weight is not None:
@@ -295,7 +295,7 @@ def _check_teacher(input: Source, index: Tensor, log_prob: Tensor) -> None:
 
 
 def _check_values(index: Tensor, log_prob: Tensor, classes: int) -> None:
-    """Classes in range, no two the same in a row, and logarithms of probabilities, where a look costs nothing."""
+    """Check that classes are in range and distinct in a row, and that log_prob is at most 0, where reading is free."""
     if not may_read(index) or transforms.traced():
         return
     wrapped = transforms.is_wrapped(index) or transforms.is_wrapped(log_prob)

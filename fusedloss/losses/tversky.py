@@ -76,22 +76,24 @@ def tversky_loss(
     return_stats: bool = False,
     **options: Unpack[ClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    r"""Tversky loss of logits, dice loss with a price for each kind of error. With p = softmax(input),
+    r"""Compute the Tversky loss of logits, a dice loss with a weight for each kind of error.
+
+    With p = softmax(input), the loss of a class is
 
         1 - (TP + smooth) / (TP + alpha FP + beta FN + smooth),   TP = p y,  FP = p (1 - y),  FN = (1 - p) y
 
-    y says whether the class is the target. ``form="one_vs_rest"`` sums the loss over all the classes of a row,
-    ``form="target"`` takes the target class alone (y = 1), where alpha has nothing to weigh.
+    y is 1 for the target's class and 0 for the others. ``form="one_vs_rest"`` sums the loss over all classes of a row.
+    ``form="target"`` takes the target class alone (y = 1), which has no false positives.
 
     Args:
-        alpha: the weight of false positives, at least 0: a number, a 0-d tensor or one for each target. Differentiated
+        alpha: the weight of false positives, at least 0: a number, a 0-d tensor or one value per target. Differentiated
             if it requires grad.
-        beta: that of false negatives, likewise; None for 1 - alpha, with alpha at most 1. alpha = beta = 1/2 is the
-            dice loss with linear denominators and twice the smooth.
+        beta: the weight of false negatives, likewise; None for 1 - alpha, with alpha at most 1. alpha = beta = 1/2 is
+            the dice loss with linear denominators and twice the smooth.
         smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": above 0).
         form: "one_vs_rest" or "target".
-        level: where TP, FP and FN are summed, of form "one_vs_rest": "example" nowhere, "class" over the rows, "set"
-            over rows and classes; see :func:`dsc_loss`.
+        level: what TP, FP and FN are summed over, with form "one_vs_rest": nothing ("example"), the rows ("class"), or
+            rows and classes ("set"); see :func:`dsc_loss`.
 
     With ``form="one_vs_rest"`` class weights multiply the loss of each class, not that of the row.
 

@@ -1,1 +1,1 @@
-"""What is measured of a model rather than trained on."""
+"""Metrics that are computed from the statistics of the losses."""

@@ -23,10 +23,10 @@ _TOLERANCE = 1e-6
 
 
 class CalibrationBins(NamedTuple):
-    """Rows by their confidence, as :func:`calibration_bins` gives them: (bins,) each, what a reliability diagram shows.
+    """The bins of a reliability diagram, as :func:`calibration_bins` returns them; each field has the shape (bins,).
 
-    ``rows`` is how many a bin has (int64), ``confidence`` is their mean confidence and ``accuracy`` the share of them
-    that was predicted right, both in the statistics' dtype and NaN for a bin without rows.
+    ``rows`` is the number of rows in a bin (int64), ``confidence`` their mean confidence, and ``accuracy`` the share of
+    them that was predicted right, the last two in the statistics' dtype and NaN for a bin without rows.
     """
 
     rows: Tensor
@@ -35,17 +35,18 @@ class CalibrationBins(NamedTuple):
 
 
 def calibration_bins(stats: RowStats, target: Tensor, *, bins: int = 15) -> CalibrationBins:
-    r"""Confidence and accuracy in B = bins of equal width, where bin b has the rows with (b - 1) / B < conf <= b / B.
+    r"""Compute the mean confidence and the accuracy in B = bins bins of equal width.
 
-    The confidence conf of a row is the largest probability, exp(stats.argmax_log_prob), and its prediction
-    stats.argmax. Ignored rows, whose argmax is negative, are in no bin; a row of NaN makes its bin's confidence NaN.
+    Bin b has the rows with (b - 1) / B < conf <= b / B. The confidence conf of a row is the largest probability,
+    exp(stats.argmax_log_prob), and its prediction stats.argmax. Ignored rows, whose argmax is negative, are in no bin;
+    a row of NaN makes its bin's confidence NaN.
 
     Args:
         stats: of any loss with return_stats=True, or of several batches: ``RowStats.cat(batches)``.
         target: the targets of the same rows and shape, of any integer dtype.
-        bins: their number, at least 1.
+        bins: the number of bins, at least 1.
 
-    Nothing is read by the host. The sums are in float64; on a GPU their order may change the last bit of that.
+    The host reads nothing. The sums are in float64; on a GPU their order may change the last bit.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or range.
@@ -75,19 +76,20 @@ def calibration_bins(stats: RowStats, target: Tensor, *, bins: int = 15) -> Cali
 
 
 def calibration_error(stats: RowStats, target: Tensor, *, bins: int = 15, norm: str = "l1") -> Tensor:
-    r"""How far confidence and accuracy are apart, of the row statistics that every loss gives. 0-d, in their dtype.
+    r"""Return the calibration error, the distance of confidence and accuracy, as a 0-d tensor in the statistics' dtype.
 
         "l1"   ECE = sum_b (n_b / n) |acc_b - conf_b|        expected calibration error
         "max"  MCE = max_b |acc_b - conf_b|                  maximum calibration error, over bins that have rows
 
-    with acc_b, conf_b and n_b the accuracy, confidence and rows of :func:`calibration_bins`. It is NaN where a row is,
-    and of no row at all.
+    with acc_b, conf_b and n_b the accuracy, confidence and rows of :func:`calibration_bins`. It is NaN if a row is
+    NaN, or if there are no rows.
 
     Args:
-        stats, target, bins: as of :func:`calibration_bins`.
-        norm: "l1" or "max". For "max" a bin of few rows counts as much as any: it is large for little data.
+        stats, target, bins: as for :func:`calibration_bins`.
+        norm: "l1" or "max". For "max" a bin with few rows counts as much as any other, so that it is large for small
+            data.
 
-    Nothing is read by the host, so that it can stay on the device until it is logged.
+    The host reads nothing, so that the result can stay on the device until it is logged.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, shape, device or range.
@@ -110,9 +112,9 @@ def calibration_error(stats: RowStats, target: Tensor, *, bins: int = 15, norm: 
 
 
 class TemperatureFit(NamedTuple):
-    """What :func:`fit_temperature` has found, numbers of Python.
+    """The result of :func:`fit_temperature`, as Python numbers.
 
-    ``temperature`` is the one that logits are to be divided by, and ``error_before`` and ``error_after`` are the
+    ``temperature`` is the number to divide logits by, and ``error_before`` and ``error_after`` are the
     expected calibration errors of the same rows without and with it.
     """
 
@@ -132,20 +134,20 @@ def fit_temperature(
     bins: int = 15,
     impl: Any = None,
 ) -> TemperatureFit:
-    r"""Temperature scaling: the tau > 0 whose softmax(z / tau) has the least cross-entropy on held-out rows.
+    r"""Find the temperature tau > 0 for which softmax(z / tau) has the least cross-entropy on held-out rows.
 
     Args:
         input: logits (*, V) that the model was not trained on, or a list of batches of them; with `linear_weight`
-            hidden states (*, D), whose logits are made a chunk at a time.
+            hidden states (*, D), whose logits are computed one chunk at a time.
         target: the targets (*), or a list of those of the batches.
         linear_weight, linear_bias, softcap: as of :func:`~fusedloss.linear_cross_entropy`.
         bins: of the expected calibration errors before and after; see :func:`calibration_error`.
         ignore_index, impl: as of :func:`~fusedloss.cross_entropy`.
 
     The mean cross-entropy L is convex in 1 / tau, and dL / d log tau = mean(H - ce), with H a row's entropy at that
-    temperature and ce its cross-entropy: the statistics pass gives both, and no gradient is made. The zero is
+    temperature and ce its cross-entropy: the statistics pass gives both, and no gradient is computed. The zero is
     bracketed by factors of 2 and found by false position (Illinois) in log tau. tau is exact to a relative 1e-6, or to
-    the rounding of the statistics where that is more. It takes some 8 to 20 passes, each of which the host waits for.
+    the rounding of the statistics where that is larger. It takes about 8 to 20 passes; the host waits for each.
 
     tau lies between 2^-10 and 2^10. Where L has no minimum between, tau is the end that it falls towards, the upper one
     where the logits point away from the targets; where each row is predicted right, it is the lower one, or the tau at
@@ -241,7 +243,7 @@ def _zero(slope: Callable[[float], float], at_0: float, end: float) -> float:
 
 
 def plot_reliability(bins: CalibrationBins, ax: "Axes | None" = None) -> "Axes":
-    """Draw a reliability diagram: the accuracy of each bin over its confidences, beside the line of both the same.
+    """Draw a reliability diagram: the accuracy of each bin over its confidences, with the diagonal.
 
     Args:
         bins: of :func:`calibration_bins`.

@@ -1,4 +1,4 @@
-"""How much memory a step takes, told beforehand: of the row form behind a linear layer, and of the linear form."""
+"""Estimates of the memory of a step: with the row form after a linear layer, and with the linear form."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..engine.chunks import gradient_dtype
 
 
 class Footprint(NamedTuple):
-    """What :func:`footprint` tells, in bytes, of hidden states (N, D), a weight (V, D) and their logits (N, V).
+    """The result of :func:`footprint`, in bytes, for hidden states (N, D), a weight (V, D) and their logits (N, V).
 
     Peaks are those of a training step beyond hidden states and weight, the gradients of both included, with no row
-    ignored. What is one number for each row is left out.
+    ignored. Vectors with one number per row are left out.
     """
 
     hidden: int
@@ -52,13 +52,13 @@ def footprint(
     budget: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Footprint:
-    """The memory of a loss of hidden states (rows, features) over so many classes, by the linear form's own rule.
+    """Estimate the memory of a loss of hidden states (rows, features), by the sizing rule of the linear form.
 
     Args:
         rows, features, classes: N, D and V, at least 1.
         dtype: of hidden states and weight.
         budget: bytes that a chunk of logits may take; None takes FUSEDLOSS_LINEAR_BUDGET or else the device's rule.
-        device: where the tensors would be. It need not be there: "cuda" tells of an NVIDIA GPU's rule anywhere.
+        device: where the tensors would be. "cuda" uses the rule of NVIDIA GPUs, and needs no GPU.
 
     Raises TypeError and ValueError for sizes, a dtype or a budget that the linear forms do not take.
 
