@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss.losses._registry import EXAMPLES, Example
-from fusedloss.tools import timing
+from fusedloss.tools import peers, timing
 
 Shape = tuple[int, int, int]  # rows, features, classes
 Loss = Callable[..., Tensor]  # of hidden states (N, D) and weight (V, D), or of whatever is differentiated
@@ -134,40 +134,19 @@ def data(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 def candidates(example: Example, target: Tensor) -> dict[str, Loss]:
     """The mean loss by each way to have it. One that is not installed raises ImportError when called."""
 
-    def eager(hidden: Tensor, weight: Tensor) -> Tensor:
-        logits = F.linear(hidden, weight)
-        if example.loss is fl.cross_entropy:
-            return F.cross_entropy(logits, target, **example.arguments)
-        return example.formula(logits, target, **example.arguments).mean()
+    if example not in BESIDE:
+        return peers.linear_candidates(example, target)
 
     def fused(hidden: Tensor, weight: Tensor) -> Tensor:
         result = getattr(fl, f"linear_{example.loss.__name__}")(hidden, weight, target, **example.arguments)
         return torch.add(*result).mean() if isinstance(result, fl.LogProbs) else result
 
-    ways: dict[str, Loss] = {"fused": fused, "eager": eager}
-    if example in BESIDE:
-        of_rows = "none" if example.loss is fl.log_probs else "mean"
-        ways[YARDSTICK] = lambda *x: fl.linear_cross_entropy(*x, target, reduction=of_rows).mean()
-    else:
-        ways["compiled"] = timing.compile_when_called(eager)
-    if example.loss is fl.cross_entropy and not example.arguments:
-        ways["torch"] = partial(_torch, target=target, chunked=False)
-        ways["torch chunked"] = partial(_torch, target=target, chunked=True)
-        ways["cut-cross-entropy"] = partial(_cut_cross_entropy, target=target)
-    return ways
-
-
-def _torch(hidden: Tensor, weight: Tensor, *, target: Tensor, chunked: bool) -> Tensor:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise ImportError(f"torch {torch.__version__} has no linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
-    return F.linear_cross_entropy(hidden, weight, target, options=options)
-
-
-def _cut_cross_entropy(hidden: Tensor, weight: Tensor, *, target: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(hidden, weight, target, impl="torch_compile")
+    of_rows = "none" if example.loss is fl.log_probs else "mean"
+    return {
+        "fused": fused,
+        "eager": partial(peers.of_layer_eager, example=example, target=target),
+        YARDSTICK: lambda *x: fl.linear_cross_entropy(*x, target, reduction=of_rows).mean(),
+    }
 
 
 def step(loss: Loss, *sources: Tensor) -> tuple[Tensor, ...]:
@@ -175,12 +154,6 @@ def step(loss: Loss, *sources: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in sources]
     value = loss(*leaves)
     return value.detach(), *torch.autograd.grad(value, leaves)
-
-
-def products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """The floor: nothing but the three matrix products, each into new memory."""
-    logits = torch.mm(hidden, weight.t())
-    return torch.mm(logits, weight), torch.mm(logits.t(), hidden)
 
 
 def expected(example: Example, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -251,7 +224,7 @@ def measure_pair(benchmark: Any, case: Case, formula: Callable[[Tensor, Tensor],
         return step(eager, *[x.detach().float() for x in (hidden, weight)])
 
     def four() -> tuple[Tensor, ...]:
-        return torch.mm(teacher[0], teacher[1].t()), *products(hidden, weight)
+        return torch.mm(teacher[0], teacher[1].t()), *peers.layer_products(hidden, weight)
 
     ways = {"fused": lambda *x: fl.linear_distillation_loss(*x, *teacher), "eager": eager}
     compare(benchmark, case, "linear_distillation_loss()", (hidden, weight), ways, four, exact, lambda name: None)
@@ -267,7 +240,7 @@ def measure(benchmark: Any, case: Case, example: Example) -> None:
         f"linear_{example}",
         (hidden, weight),
         candidates(example, target),
-        partial(products, hidden, weight),
+        partial(peers.layer_products, hidden, weight),
         partial(expected, example, hidden, weight, target),
         partial(memory_in_process, example, case=case),
     )

@@ -16,8 +16,7 @@ import fusedloss
 from . import backends
 from .backends import cuda
 from .checks import DTYPES
-from .losses._registry import EXAMPLES, Example
-from .tools import selfcheck, timing
+from .tools import peers, selfcheck, timing
 from .tools.footprint import footprint
 
 #: Spread of the copies' times (third quartile over first) from which on the machine counts as busy.
@@ -28,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0 for success, 1 for a failed check, 2 for arguments that make no sense."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
+    if parsed.run is None:
+        parser.print_usage(sys.stderr)
+        return 2
     try:
         status: int = parsed.run(parsed)
     except _UsageError as error:
@@ -36,11 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    name = "python -m fusedloss"
     parser = argparse.ArgumentParser(
-        prog="python -m fusedloss",
+        prog=name,
+        usage=f"{name} [-h] [--version] info | check [--quick] | bench [--loss NAME ...] | memory --rows N ...",
         description="What is installed here, whether it is right, how fast it is, and how much memory a step takes.",
     )
-    commands = parser.add_subparsers(required=True, metavar="info | check | bench | memory")
+    parser.add_argument("--version", action="version", version=f"fusedloss {fusedloss.__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(prog=name, metavar="info | check | bench | memory")
 
     info = commands.add_parser("info", help="versions, instruction sets, and which implementations are ready")
     info.set_defaults(run=lambda _: _info())
@@ -49,15 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--quick", action="store_true", help="small shapes only: a few seconds")
     check.set_defaults(run=lambda a: _check(a.quick))
 
-    bench = commands.add_parser("bench", help="every loss against PyTorch and the copy of its logits")
+    bench = commands.add_parser("bench", help="every loss in every form, beside PyTorch and other packages")
     bench.add_argument(
         "--shape", type=_shape, default=(1024, 32768), metavar="NxV", help="rows x classes, default 1024x32768"
     )
+    bench.add_argument("--features", type=_positive, default=256, help="hidden size of linear forms, default 256")
     bench.add_argument("--dtype", choices=[_name(d) for d in timing.TOLERANCE], default="float32")
     bench.add_argument("--rounds", type=_positive, default=5, help="times each loss has its turn, default 5")
     bench.add_argument("--loss", metavar="NAME", help="only losses with this in their names")
     bench.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes a while")
-    bench.set_defaults(run=lambda a: _bench(a.shape, getattr(torch, a.dtype), a.rounds, a.loss, not a.no_compile))
+    bench.set_defaults(
+        run=lambda a: _bench(a.shape, a.features, getattr(torch, a.dtype), a.rounds, a.loss, not a.no_compile)
+    )
 
     memory = commands.add_parser("memory", help="bytes of a step: logits in hand, and the linear form")
     for size, of in (("rows", "targets of a batch"), ("features", "hidden size"), ("classes", "of the vocabulary")):
@@ -157,10 +166,8 @@ def _check(quick: bool) -> int:
     _print_table(table)
     failed = sum(not r.passed for r in results)
     print()
-    for impl in backends.IMPLS:
-        reason = selfcheck.unchecked(impl)
-        if reason is not None:
-            print(f"{impl} was not checked: {reason}")
+    for what, why in selfcheck.left_out():
+        print(f"not checked: {what} ({why})")
     if failed:
         print(f"{failed} of {len(results)} FAILED")
         return 1
@@ -168,69 +175,89 @@ def _check(quick: bool) -> int:
     return 0
 
 
-def _bench(shape: tuple[int, int], dtype: torch.dtype, rounds: int, wanted: str | None, compiled: bool) -> int:
-    examples = [e for e in EXAMPLES if wanted is None or wanted in e.loss.__name__]
-    if not examples:
-        names = dict.fromkeys(e.loss.__name__ for e in EXAMPLES)
-        raise _UsageError(f"no loss has {wanted!r} in its name; there are {', '.join(names)}")
+def _bench(
+    shape: tuple[int, int], features: int, dtype: torch.dtype, rounds: int, wanted: str | None, compiled: bool
+) -> int:
     rows, classes = shape
     try:
         backends.resolve(None, torch.device("cpu"))
     except (RuntimeError, ValueError) as error:
         raise _UsageError(str(error)) from None
     try:
-        logits = torch.randn(rows, classes).to(dtype)
+        events = list(peers.events(rows, classes, features, dtype, compiled))
     except RuntimeError as error:
         raise _UsageError(f"no logits of {rows} x {classes}: {_first_line(error)}") from None
-    target = torch.randint(classes, (rows,))
-    print(f"forward + backward, {rows} x {classes} {_name(dtype)}, {torch.get_num_threads()} threads")
+    names = dict.fromkeys(event.name.split("(")[0] for event in events)
+    events = [event for event in events if wanted is None or wanted in event.name.split("(")[0]]
+    if not events:
+        raise _UsageError(f"no loss has {wanted!r} in its name; there are {', '.join(names)}")
+    size = f"{rows} x {classes} {_name(dtype)}, {features} features before an output layer"
+    print(f"forward + backward, {size}, {torch.get_num_threads()} threads")
 
     table: list[tuple[str, ...]] = [
-        ("loss", "floor ms", "fused ms", "/ floor", "in place ms", "/ floor", "eager / fused", "compiled / fused")
+        ("loss", "floor ms", "fused ms", "in place ms", *(f"{name} / fused" for name in _RATIOS), "peers / fused")
     ]
     notes: dict[str, None] = {}
-    bar = _Progress(len(examples) * (rounds + 1))
-    for example in examples:
-        contest = timing.Contest(logits, timing.candidates(example, target, compiled))
-        expected = timing.expected(example, logits, target)
+    bar = _Progress(len(events) * (rounds + 1))
+    for event in events:
+        contest, expected = event.contest(), event.expected()
         for name in list(contest.losses):
             try:
-                timing.require(f"{example}, {name},", contest.result(name), expected)
+                timing.require(f"{event.name}, {name},", contest.result(name), expected)
+                continue
+            except ImportError:
+                reason = f"{_label(name)} is not installed"
             except timing.WrongResult as error:
-                bar.clear()
-                print(f"{error}. See: python -m fusedloss check", file=sys.stderr)
-                return 1
+                reason = str(error)
             except Exception as error:
-                if name != "compiled":
+                reason = f"{_label(name)} did not work here: {_first_line(error)}"
+                if name in _FUSED:
                     raise
-                # Without a C++ compiler, say. The others can still be timed.
-                del contest.losses[name]
-                notes[f"torch.compile did not work here: {_first_line(error)}"] = None
+            if name in _FUSED:
+                bar.clear()
+                print(f"{reason}. See: python -m fusedloss check", file=sys.stderr)
+                return 1
+            # The others can still be timed.
+            del contest.losses[name]
+            notes[reason] = None
         bar.advance()
         for _ in range(rounds):
             contest.round()
             bar.advance()
-        table.append(_bench_row(example, contest))
+        table.append(_bench_row(event.name, contest))
         if contest.noise > BUSY:
-            notes["the machine is busy: the copies' own times spread widely, so take the above roughly"] = None
+            notes["the machine is busy: the floors' own times spread widely, so take the above roughly"] = None
     bar.clear()
     _print_table(table)
-    print(f"\nfloor: {timing.FLOOR} x copy_() of the logits. Medians of {rounds} rounds, all in turn in each.")
+    print(
+        "\nRatios: the other's time over that of fused; above 1, fused is faster. Medians of "
+        f"{rounds} rounds, all in turn in each.\n"
+        f"floor: {timing.FLOOR} x copy_() of the logits; for linear forms and supcon_loss, their three matrix products."
+    )
     print("".join(f"note: {note}\n" for note in notes), end="")
     return 0
 
 
-def _bench_row(example: Example, contest: timing.Contest) -> tuple[str, ...]:
-    fused = contest.median("fused")
-    cells = [str(example), f"{contest.floor * 1e3:.2f}"]
-    for name in ("fused", "in place"):
-        if name in contest.losses:
-            cells += [f"{contest.median(name) * 1e3:.2f}", f"{contest.median(name) / contest.floor:.2f}"]
-        else:
-            cells += ["-", "-"]
-    for name in ("eager", "compiled"):
-        cells.append(f"{contest.median(name) / fused:.3g}" if name in contest.losses else "-")
-    return tuple(cells)
+#: The ways that must be right, those that have columns of their own, and the names of some.
+_FUSED = ("fused", "in place")
+_RATIOS = ("floor", "eager", "compiled")
+_LABELS = {
+    "compiled": "torch.compile",
+    "torch": "F.linear_cross_entropy",
+    "torch chunked": "F.linear_cross_entropy in chunks",
+}
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name)
+
+
+def _bench_row(name: str, contest: timing.Contest) -> tuple[str, ...]:
+    times = {way: contest.median(way) for way in contest.losses} | {"floor": contest.floor}
+    milliseconds = (f"{times[way] * 1e3:.2f}" if way in times else "-" for way in ("floor", *_FUSED))
+    ratios = {way: f"{time / times['fused']:.3g}" for way, time in times.items() if way not in _FUSED}
+    others = (f"{_label(way)} {ratio}" for way, ratio in ratios.items() if way not in _RATIOS)
+    return name, *milliseconds, *(ratios.get(way, "-") for way in _RATIOS), ", ".join(others) or "-"
 
 
 def _memory(rows: int, features: int, classes: int, dtype: torch.dtype, budget: int | None, device: str) -> int:

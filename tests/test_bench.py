@@ -71,6 +71,15 @@ def test_wrong_results_are_refused() -> None:
             timing.require("wrong", wrong, right)
 
 
+def test_gradients_of_float16_are_scaled_and_have_digits() -> None:
+    """Without a scale those of this mean are one or two units in the last place of the smallest number."""
+    logits, target = torch.randn(64, 65536).half(), torch.arange(64)
+    contest = timing.Contest(logits, timing.candidates(EXAMPLES[0], target, compiled=False))
+    right = timing.expected(EXAMPLES[0], logits, target)
+    for name in contest.losses:
+        timing.require(name, contest.result(name), right)
+
+
 @pytest.mark.parametrize("example", linear_suite.BESIDE, ids=str)
 def test_what_is_timed_beside_cross_entropy(example: Any) -> None:
     """It computes its own formula, and the report has a column for the yardstick."""

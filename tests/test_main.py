@@ -5,14 +5,15 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import __main__ as command
 from fusedloss import backends
 from fusedloss.backends import cuda
-from fusedloss.losses._registry import EXAMPLES, Example
-from fusedloss.tools import selfcheck
+from fusedloss.losses._registry import EXAMPLES, LOSSES, Example
+from fusedloss.tools import peers, selfcheck, timing
 
 
 def _ce(input: Tensor, target: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def test_formulas_are_the_losses(example: Example) -> None:
     torch.testing.assert_close(expected, rows)
 
 
-def test_info_check_and_bench(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_and_check(capsys: pytest.CaptureFixture[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "fusedloss", "info"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert fl.__version__ in done.stdout and torch.__version__ in done.stdout
@@ -42,11 +43,69 @@ def test_info_check_and_bench(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(str(example) in out for example in EXAMPLES)
     assert out.count("PASS") == len(EXAMPLES) * 4 * len(selfcheck.ready())
-    assert command.main(["bench", "--shape", "16x50", "--rounds", "2", "--loss", "focal", "--no-compile"]) == 0
+    left_out = [line for line in out.splitlines() if line.startswith("not checked: ")]
+    for impl in set(backends.LINEAR_IMPLS) - set(selfcheck.ready()):
+        assert any(f": {impl}" in line and selfcheck.unchecked(impl) in line for line in left_out)
+    assert (
+        any("the fused linear form on a GPU (" in line for line in left_out) and "linear forms, supcon" in left_out[-1]
+    )
+
+
+BENCH = ["bench", "--shape", "32x500", "--features", "16", "--rounds", "2", "--no-compile"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bench_times_every_form_among_its_peers(dtype: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*BENCH, "--dtype", dtype]) == 0
     out = capsys.readouterr().out
-    assert "16 x 50 float32" in out
-    (row,) = (line for line in out.splitlines() if line.startswith("focal_loss"))
-    assert float(row.split()[2]) > 0
+    lines = {line.split("(")[0]: line for line in out.splitlines()}
+    assert f"32 x 500 {dtype}, 16 features" in out
+    linear = {f"linear_{name}" for name, loss in LOSSES.items() if loss.linear is not None}
+    assert linear | set(LOSSES) | {"supcon_loss"} <= set(lines) and len(linear) > 4
+    assert any(line.startswith("cross_entropy()") and "F.cross_entropy " in line for line in out.splitlines())
+    assert ("F.linear_cross_entropy" in lines["linear_cross_entropy"]) == hasattr(F, "linear_cross_entropy")
+    times = lines["supcon_loss"].split(")")[1].split()
+    assert float(times[1]) > 0 and times[2] == times[5] == "-"
+
+
+def test_every_ratio_is_the_others_time_over_that_of_fused() -> None:
+    contest = timing.Contest(torch.zeros(1), dict.fromkeys(("fused", "eager", "torch")))
+    for name, seconds in (("fused", 2.0), ("eager", 3.0), ("torch", 1.0)):
+        contest.steps[name].append(timing.Step(seconds, 0.0))
+    contest.copies.append(4.0)
+    row = command._bench_row("a loss", contest)
+    assert row == ("a loss", "6000.00", "2000.00", "-", "3", "1.5", "-", "F.linear_cross_entropy 0.5")
+
+
+def test_a_peer_that_fails_is_a_note_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(hidden: Tensor, weight: Tensor, *, target: Tensor, chunked: bool) -> Tensor:
+        if chunked:
+            raise NotImplementedError("no such kernel\nsecond line")
+        return (hidden @ weight.t()).logsumexp(-1).mean()
+
+    monkeypatch.setattr(peers, "_torch", fail)
+    assert command.main([*BENCH, "--loss", "linear_cross"]) == 0
+    out = capsys.readouterr().out
+    assert "note: F.linear_cross_entropy in chunks did not work here: no such kernel\n" in out
+    assert "note: linear_cross_entropy(), torch, is wrong by" in out
+    (row,) = (line for line in out.splitlines() if line.startswith("linear_cross"))
+    assert float(row.split()[5]) > 0 and row.split()[-1] == "-"
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, text in (("--version", f"fusedloss {fl.__version__}\n"), ("-h", "usage: python -m fusedloss ")):
+        with pytest.raises(SystemExit) as end:
+            command.main([word])
+        out = capsys.readouterr().out
+        assert end.value.code == 0 and out.startswith(text)
+    assert command.main([]) == 2
+    (usage,) = capsys.readouterr().err.splitlines()
+    assert usage == out.splitlines()[0] and all(word in usage for word in ("info", "check", "bench", "memory"))
+    with pytest.raises(SystemExit):
+        command.main(["bench", "--loss", "nothing"])
+    assert "there are cross_entropy, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("factor", [1 - 1e-5, float("nan")])
@@ -69,7 +128,7 @@ def test_a_reference_that_is_not_the_formula_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = Example(fl.focal_loss, lambda input, target, gamma: _ce(input, target), {"gamma": 2.0})
-    for module, words in ((selfcheck, ["check", "--quick"]), (command, ["bench", "--shape", "16x50", "--no-compile"])):
+    for module, words in ((selfcheck, ["check", "--quick"]), (peers, ["bench", "--shape", "16x50", "--no-compile"])):
         monkeypatch.setattr(module, "EXAMPLES", [wrong])
         assert command.main(words) == 1
     out, error = capsys.readouterr()

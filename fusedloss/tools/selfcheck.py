@@ -79,8 +79,20 @@ def unchecked(impl: str) -> str | None:
     return backends.unavailable(impl) or backends.unavailable(impl, _device(impl))
 
 
+def left_out() -> Iterator[tuple[str, str]]:
+    """Everything that `check` does not cover here, each with the reason."""
+    for impl in backends.IMPLS:
+        reason = unchecked(impl)
+        if reason is not None:
+            yield impl, reason
+    for impl in backends.PRODUCT_IMPLS:
+        reason = unchecked(impl) or "this command checks row forms"
+        yield f"{impl}, the fused linear form on a GPU", reason
+    yield "linear forms, supcon_loss and losses against a teacher on this machine", "`make test` does"
+
+
 def _device(impl: str) -> torch.device:
-    return torch.device("cuda" if impl in ("triton", "cuda") else "cpu")
+    return torch.device("cuda" if impl in ("triton", "triton_fused", "cuda") else "cpu")
 
 
 def count() -> int:

@@ -1,9 +1,9 @@
-"""Times of losses beside the copy of their logits, in turn: what slows a machine down for a while slows all of them."""
+"""Times of losses beside what none can do without, in turn: what slows a machine down for a while slows all of them."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from time import perf_counter
 from typing import NamedTuple
@@ -18,7 +18,11 @@ from ..losses._registry import Example
 FLOOR = 1.5
 
 #: How far results may be from those of the formula in float32, as `distance` counts; bfloat16 formulas come to 0.01.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.03}
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.03}
+
+#: What the gradient of a loss is multiplied by, as a gradient scaler does in training: float16 has no digits for the
+#: gradient of a mean over many rows and classes.
+LOSS_SCALE = {torch.float16: 2.0**14}
 
 
 class WrongResult(RuntimeError):
@@ -73,17 +77,20 @@ class Contest:
     may also destroy them. Gradients are taken by torch.autograd.grad into new memory and freed after the clock stops.
     """
 
-    def __init__(self, logits: Tensor, losses: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    #: The floor over the yardstick.
+    FLOOR = FLOOR
+
+    def __init__(self, logits: Tensor, losses: dict[str, Callable[..., Tensor]]) -> None:
         self.logits = logits
         self.losses = losses
         self.steps: dict[str, list[Step]] = {name: [] for name in losses}
         self.copies: list[float] = []
         self._written = logits.clone()
         self._copied = logits.clone()
-        self._result: tuple[Tensor, Tensor] | None = None
+        self._result: tuple[Tensor, ...] | None = None
 
-    def result(self, name: str) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of an untimed step, which also compiles. The next step may overwrite them."""
+    def result(self, name: str) -> tuple[Tensor, ...]:
+        """Loss and gradients of an untimed step, which also compiles. The next step may overwrite them."""
         self.write()
         self.step(name)
         self.steps[name].pop()
@@ -101,16 +108,19 @@ class Contest:
 
     def step(self, name: str) -> Step:
         """Forward and backward of one loss, after `prepare`."""
-        # Computed logits: a leaf's memory is not for gradients to take.
-        logits = self._written.detach().add_(self._written.new_zeros((), requires_grad=True))
+        inputs = self.inputs()
         start = perf_counter()
-        loss = self.losses[name](logits)
+        loss = self.losses[name](*inputs)
         middle = perf_counter()
-        (gradient,) = torch.autograd.grad(loss, logits)
+        gradients = torch.autograd.grad(loss, inputs, _upstream(loss, inputs[0].dtype))
         end = perf_counter()
-        self._result = loss.detach(), gradient
+        self._result = loss.detach(), *gradients
         self.steps[name].append(Step(middle - start, end - middle))
         return self.steps[name][-1]
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a loss is called with and differentiated by: computed logits. A leaf's memory no gradient may take."""
+        return (self._written.detach().add_(self._written.new_zeros((), requires_grad=True)),)
 
     def copy(self) -> None:
         """The yardstick: copy_() of the logits into memory that has been used before."""
@@ -120,7 +130,7 @@ class Contest:
         self.copies.append(perf_counter() - start)
 
     def round(self, leave_out: str | None = None) -> None:
-        """The copy, then every loss once."""
+        """The yardstick, then every loss once."""
         self.copy()
         for name in self.losses:
             if name != leave_out:
@@ -134,11 +144,11 @@ class Contest:
 
     @property
     def floor(self) -> float:
-        return FLOOR * statistics.median(self.copies)
+        return self.FLOOR * statistics.median(self.copies)
 
     @property
     def noise(self) -> float:
-        """How far the copies' times spread, third quartile over first: about 1 where nothing else runs."""
+        """How far the yardstick's times spread, third quartile over first: about 1 where nothing else runs."""
         if len(self.copies) < 2:
             return 1.0
         low, _, high = statistics.quantiles(self.copies, n=4)
@@ -148,23 +158,54 @@ class Contest:
         return statistics.median(step.both for step in self.steps[name])
 
 
-def expected(example: Example, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+class ProductContest(Contest):
+    """Losses of leaves, such as hidden states and a weight. The yardstick and the floor are their matrix products."""
+
+    FLOOR = 1.0
+
+    def __init__(
+        self, sources: Sequence[Tensor], products: Callable[[], object], losses: dict[str, Callable[..., Tensor]]
+    ) -> None:
+        super().__init__(torch.empty(0), losses)
+        self.sources, self.products = sources, products
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return tuple(x.detach().requires_grad_() for x in self.sources)
+
+    def copy(self) -> None:
+        self.write()
+        self.products()  # untimed, as every loss has an untimed step before its turn
+        start = perf_counter()
+        self.products()
+        self.copies.append(perf_counter() - start)
+
+
+def _upstream(loss: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient that reaches a loss of such inputs."""
+    return torch.full_like(loss, LOSS_SCALE[dtype]) if dtype in LOSS_SCALE else None
+
+
+def expected(example: Example, logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
     """Mean loss and gradient by the formula, in the dtype in which losses compute."""
-    leaf = logits.detach().to(compute_dtype(logits.dtype), copy=True).requires_grad_()
-    loss = example.formula(leaf, target, **example.arguments).mean()
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient
+    return expected_of(lambda z: example.formula(z, target, **example.arguments).mean(), logits)
 
 
-def require(name: str, result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Raises WrongResult for a (loss, gradient) whose time would mean nothing."""
+def expected_of(formula: Callable[..., Tensor], *sources: Tensor) -> tuple[Tensor, ...]:
+    """Loss and gradients of what a contest's inputs are made of, in the dtype in which losses compute."""
+    leaves = [x.detach().to(compute_dtype(x.dtype), copy=True).requires_grad_() for x in sources]
+    loss = formula(*leaves)
+    return loss.detach(), *torch.autograd.grad(loss, leaves, _upstream(loss, sources[0].dtype))
+
+
+def require(name: str, result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Raises WrongResult for a loss and gradients whose time would mean nothing."""
     error, allowed = distance(result, expected), TOLERANCE[result[1].dtype]
     if not error <= allowed:
         raise WrongResult(f"{name} is wrong by {error:.1e} where {allowed:.0e} is allowed; it is not timed")
 
 
-def distance(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
-    """The relative errors of loss and gradient, added, each in the sum of absolute values.
+def distance(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """The relative errors of loss and gradients, added, each in the sum of absolute values.
 
     In that norm the target's element of a row's gradient weighs as much as all the others together.
     """
