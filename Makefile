@@ -10,7 +10,7 @@ BIN := .venv/bin
 # Modules are compiled when they are imported, of torch's a small part.
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 BUILD_INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests/cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc tests/cuda tools -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 SANITIZED := build/sanitize
 VERSIONS := build/versions
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile autograd operators transforms flex supcon distillation linear nn triton)) \
@@ -24,7 +24,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot demo-distill papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot demo-distill papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist wheel sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -98,6 +98,9 @@ docs: .venv/installed-lint ## build the documentation into build/docs; warnings 
 dist: .venv/installed-lint ## build dist/*.tar.gz, and the wheel from it
 	rm -rf dist
 	$(BIN)/python -m build
+
+wheel: .venv/installed-lint ## build dist/*.tar.gz, and from it a wheel for every Linux with glibc 2.28 or newer
+	tools/wheel.sh
 
 sanitize: $(SANITIZED)/installed ## run the tests on an engine built with ASan and UBSan (g++)
 	env LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

@@ -1,6 +1,9 @@
 """What an installation holds, however it was made: wheel, sdist or editable."""
 
+import ctypes
 import importlib.metadata
+import math
+import platform
 import re
 import shutil
 import subprocess
@@ -44,6 +47,53 @@ def test_extension_links_no_torch() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", listing)
     assert any(name.startswith("libc.so") for name in needed)  # the listing was read
     assert not [name for name in needed if re.match(r"lib(torch|c10|shm|python)", name)]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="its symbols are those of x86-64")
+def test_what_a_wheel_is_built_with_asks_for_old_symbols_and_works(tmp_path: Path) -> None:
+    """tools/old_glibc.h, on all that it replaces; without it this source needs glibc 2.32 and GCC 11 or newer."""
+    if shutil.which("g++") is None or shutil.which("readelf") is None:
+        pytest.skip("g++ or readelf is not installed")
+    source, library = tmp_path / "uses.cpp", tmp_path / "uses.so"
+    source.write_text("""
+#include <cmath>
+#include <exception>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+static std::vector<std::exception_ptr> kept;
+static std::shared_ptr<int> shared;
+extern "C" double compute(double x) { return std::exp(x) + std::log(x) + std::log2(x) + std::pow(x, x); }
+extern "C" int keep(std::size_t count) {
+    shared = std::make_shared<int>(1);
+    auto another = shared;
+    try { throw std::runtime_error("kept"); } catch (...) { kept.assign(count, std::current_exception()); }
+    const auto copies = kept;
+    kept.clear();
+    try {
+        std::rethrow_exception(copies.back());
+    } catch (const std::runtime_error& error) {
+        return error.what()[0] + another.use_count();
+    }
+}
+extern "C" int too_many(std::size_t count) {
+    try { return std::allocator<double>().allocate(count) != nullptr; } catch (const std::bad_alloc&) { return -1; }
+}
+""")
+    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-fPIC", "-shared", "-o", str(library), str(source)]
+    subprocess.run([*command, "-include", str(REPOSITORY / "tools" / "old_glibc.h")], check=True)
+    listing = subprocess.run(
+        ["readelf", "--dyn-syms", "-W", library], capture_output=True, text=True, check=True
+    ).stdout
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
+    versions = re.findall(r"@(GLIBC|GLIBCXX|CXXABI)_([\d.]+)", listing)
+    assert {name for name, _ in versions} == set(newest)
+    assert all(tuple(map(int, version.split("."))) <= newest[name] for name, version in versions)
+    loaded = ctypes.CDLL(str(library))
+    loaded.compute.restype, loaded.compute.argtypes = ctypes.c_double, [ctypes.c_double]
+    assert loaded.compute(1.5) == pytest.approx(math.exp(1.5) + math.log(1.5) + math.log2(1.5) + 1.5**1.5, rel=1e-15)
+    assert loaded.keep(3) == ord("k") + 2
+    assert loaded.too_many(ctypes.c_size_t(2**62)) == -1
 
 
 def test_files_and_version_are_those_of_the_sources() -> None:
