@@ -5,12 +5,25 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def cpus() -> int:
     """Those that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse(
+    parser: argparse.ArgumentParser, quick: dict[str, Any], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Add --quick, which changes defaults to `quick`, and parse: what is given by name holds all the same."""
+    words = "small: to see it work, not to learn anything from it"
+    parser.add_argument("--quick", action="store_true", help=words)
+    if "--quick" in (sys.argv[1:] if arguments is None else arguments):
+        parser.set_defaults(**quick)
+    return parser.parse_args(arguments)
 
 
 def count(least: int) -> Callable[[str], int]:

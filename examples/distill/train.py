@@ -26,7 +26,7 @@ import fusedloss as fl
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "papers"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
-from arguments import count, cpus, positive, share_or_all
+from arguments import count, cpus, parse, positive, share_or_all
 from data import PAD, Batch
 from experiment import COLUMNS, Experiment, told
 from frame import differences, main, run_all, table
@@ -35,6 +35,16 @@ from options import Config, add_options, check, make_config
 from trainer import Trainer
 
 TEACHER_SEED = 1000  # is added to a seed's: a teacher has weights and batches that none of its students has
+
+
+QUICK = {
+    "out": Path("runs/distill-quick"),
+    "steps": 60,
+    "d_model": 64,
+    "vocab_size": 2000,
+    "beam": 1,
+    "bleu_sentences": 50,
+}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--temperature", type=positive, default=1.0, help="of the divergence")
     add_options(parser)
     parser.set_defaults(d_model=128, vocab_size=4000, steps=500)
-    options = parser.parse_args(arguments)
+    options = parse(parser, QUICK, arguments)
     check(parser, options)
     if options.d_model % (4 * options.heads):
         parser.error(f"half of --d-model {options.d_model} must be a multiple of twice --heads {options.heads}")

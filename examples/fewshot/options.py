@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, cpus, positive, share, share_or_all
+from arguments import count, cpus, parse, positive, share, share_or_all
+
+QUICK = {"out": Path("runs/fewshot-quick"), "sizes": [20, 100], "seeds": 1, "epochs": [6]}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lrs", type=positive, nargs="+", default=[5e-5, 1e-4, 2e-4], help="learning rates, for CE")
     add("--lams", type=share_or_all, nargs="+", default=[0.5, 0.9], help="shares, at the best learning rate of CE")
     add("--temperatures", type=positive, nargs="+", default=[0.1, 0.3], help="temperatures, for each of the shares")
-    options = parser.parse_args(arguments)
+    options = parse(parser, QUICK, arguments)
     settle(parser, options)
     return options
 

@@ -50,7 +50,7 @@ def compare(experiment: Experiment) -> None:
     shipped = Classifier(experiment.encoder, len(experiment.labels), experiment.bf16).eval()
     embeddings = {(size, "as shipped"): predict(shipped, test)[1] for size in options.sizes[:1]}
     total = len(LOSSES) * len(seeds) * sum(experiment.updates(size) for size in options.sizes)
-    with tqdm(total=total, unit="update", leave=False) as bar:
+    with tqdm(total=total, unit="update", leave=False, disable=None) as bar:
         for size, seed, loss in itertools.product(options.sizes, seeds, LOSSES):
             score, features = experiment.run(loss, size, seed, settings, test, bar)
             results.append({"labelled": size, "seed": seed, "loss": loss, "accuracy": score})
@@ -92,7 +92,7 @@ def tune(experiment: Experiment) -> None:
 
     grid = [(lam, temperature) for lam in options.lams for temperature in options.temperatures]
     per_candidate = len(TUNING_SEEDS) * sum(experiment.updates(size) for size in options.sizes)
-    with tqdm(total=per_candidate * (len(options.lrs) + len(grid)), unit="update", leave=False) as bar:
+    with tqdm(total=per_candidate * (len(options.lrs) + len(grid)), unit="update", leave=False, disable=None) as bar:
         chosen = best(LOSSES[0], [base._replace(lr=lr) for lr in options.lrs], bar)
         chosen = best(LOSSES[1], [chosen._replace(lam=lam, temperature=t) for lam, t in grid], bar)
     (options.out / "tuning.md").write_text(tuning_table(rows), encoding="utf-8")

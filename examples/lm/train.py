@@ -30,7 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import cpus
+from arguments import cpus, parse
 
 
 class RunError(Exception):
@@ -167,6 +167,7 @@ def run_training(model: LlamaForCausalLM, train: Tensor, options: argparse.Names
             save_steps=options.save_every,
             save_total_limit=1,
             report_to="none",
+            disable_tqdm=not sys.stderr.isatty(),
         ),
         train_dataset=Blocks(train),
         compute_loss_func=None if options.fuse or own else objective.of_logits,
@@ -200,6 +201,17 @@ CONFIG = ("loss", "fuse", "steps", "ce_warmup", "batch", "length", "vocab_size",
 CONFIG += ("lr", "dtype", "seed", "held_out")
 
 
+QUICK = {
+    "out": Path("runs/lm-quick"),
+    "steps": 40,
+    "batch": 8,
+    "vocab_size": 8000,
+    "width": 96,
+    "layers": 2,
+    "compare_steps": 4,
+}
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Trains a small language model with transformers' Trainer on a fused loss, and measures it.",
@@ -227,7 +239,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=_count, default=cpus(), help="CPU threads")
     add("--save-every", type=_count, default=100, help="updates between checkpoints")
     add("--compare-steps", type=int, default=10, help="updates of fused and unfused training in turn, 0 for none")
-    options = parser.parse_args(arguments)
+    options = parse(parser, QUICK, arguments)
     if options.width % (2 * options.heads):
         parser.error(f"--width {options.width} must be a multiple of twice --heads {options.heads}")
     if options.dtype == "auto":

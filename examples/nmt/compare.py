@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from data import PAD, Batch
 from model import Size, Transformer, autocast
 from optimizer import MuonAdamW
+from tables import faster
 from torch import Tensor
 
 import fusedloss as fl
@@ -96,6 +97,7 @@ class _Side:
     def summary(self) -> dict[str, float]:
         updates = self._answers["updates"]
         return {
+            "update_ms": statistics.median(answer["update_ms"] for answer in updates),
             "tokens_per_second": statistics.median(answer["tokens_per_second"] for answer in updates),
             "peak_mib": updates[-1]["peak_mib"],
             "peak_above_start_mib": updates[-1]["peak_mib"] - updates[-1]["start_mib"],
@@ -114,18 +116,20 @@ def _print(figures: dict[str, dict[str, float]], batches: list[Batch], size: Siz
     fused, eager = figures["fused"], figures["eager"]
     print(
         f"\nfused against eager mixed cross-entropy, {len(batches)} updates each in turn, medians of {ROUNDS} rounds\n"
-        f"{'':34}{'fused':>12}{'eager':>12}{'ratio':>9}"
+        f"{'':34}{'fused':>12}{'eager':>12}{'eager / fused':>15}"
     )
     for key, label, number in (
-        ("tokens_per_second", "training, target tokens/s", ",.0f"),
-        ("peak_mib", "peak memory, MiB", ",.0f"),
-        ("peak_above_start_mib", "  above the idle model's, MiB", ",.0f"),
+        ("update_ms", "an update, ms", ".1f"),
         # of one update's largest batch, forward and backward
         ("loss_ms", f"output layer and loss, {tokens} x {size.vocab_size}, ms", ".1f"),
+        ("peak_mib", "peak memory, MiB", ",.0f"),
+        ("peak_above_start_mib", "  above the idle model's, MiB", ",.0f"),
         ("final_loss", "loss of the last update", ".4f"),
     ):
-        ratio = f"{fused[key] / eager[key]:9.2f}" if key != "final_loss" else ""
+        ratio = f"{eager[key] / fused[key]:15.2f}" if key != "final_loss" else ""
         print(f"{label:34}{format(fused[key], number):>12}{format(eager[key], number):>12}{ratio}")
+    for key, what in (("update_ms", "training"), ("loss_ms", "the output layer and the loss alone")):
+        print(faster(what, "the fused loss", "the eager one", eager[key] / fused[key]))
 
 
 def _child(side: str, path: str) -> None:
@@ -166,6 +170,7 @@ def _child(side: str, path: str) -> None:
             seconds = time.perf_counter() - start
             tokens = sum(int((batch.target_out != PAD).sum()) for batch in part)
             answer = {
+                "update_ms": 1000 * seconds / len(part),
                 "tokens_per_second": tokens / seconds,
                 "final_loss": losses[-1],
                 "start_mib": start_mib,

@@ -12,7 +12,19 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, cpus
+from arguments import count, cpus, parse
+
+QUICK = {
+    "out": Path("runs/nmt-quick"),
+    "steps": 160,
+    "evaluate_every": 40,
+    "vocab_size": 4000,
+    "d_model": 96,
+    "beam": 1,
+    "bleu_sentences": 50,
+    "samples": 2,
+    "compare_updates": 10,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +77,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("ce", "focal", "mixed", "dsc"), default="mixed", help="the loss after the warm-up")
+    add(
+        "--baseline",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train plain cross-entropy too, from the same warm-up, and measure it beside the loss",
+    )
     add("--gamma", type=_number(0), default=2.0, help="of the focal loss")
     add("--impl", choices=("reference", "cpu"), help="of the loss; else the fastest that runs here")
     add_options(parser)
@@ -78,7 +96,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=40,
         help="updates of fused and eager loss in turn, 0 for none",
     )
-    options = parser.parse_args(arguments)
+    options = parse(parser, QUICK, arguments)
     check(parser, options)
     return options
 

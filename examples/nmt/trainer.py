@@ -23,10 +23,22 @@ from tqdm import tqdm
 
 import fusedloss as fl
 
+NAMES = {"ce": "cross-entropy", "focal": "focal loss", "mixed": "mixed cross-entropy", "dsc": "DSC loss"}
+
 
 def warming_up(config: Config, step: int) -> bool:
     """Whether an update is still of plain cross-entropy."""
     return step < config.ce_warmup * config.steps
+
+
+def warm_up_ends(config: Config) -> int:
+    """The number of updates of plain cross-entropy."""
+    return next((step for step in range(config.steps) if not warming_up(config, step)), config.steps)
+
+
+def as_baseline(config: Config) -> Config:
+    """The same run with plain cross-entropy to the end."""
+    return dataclasses.replace(config, loss="ce")
 
 
 def alpha_at(config: Config, step: int) -> float:
@@ -146,21 +158,28 @@ class Interruption(AbstractContextManager["Interruption"]):
         self.__exit__()
 
 
-def run_training(trainer: Trainer, held: list[Example], interval: int, checkpoint: Path) -> int | None:
-    """Trains to the end, or to a signal, whose number it returns. Either way the checkpoint holds the last update."""
+def run_training(
+    trainer: Trainer, held: list[Example], interval: int, checkpoint: Path, warm_up: Path | None = None
+) -> int | None:
+    """Trains to the end, or to a signal, whose number it returns. Either way the checkpoint holds the last update.
+
+    `warm_up`: where to keep the state in which plain cross-entropy ends, from which a run of another loss may go on.
+    """
     config = trainer.config
     batches = all_batches(held, 4096)
     started, pieces = trainer.seconds, trainer.pieces
-    terminal = sys.stderr.isatty()
     bar = tqdm(
         total=config.steps,
         initial=trainer.step,
         unit="update",
-        mininterval=0.2 if terminal else 15,
+        mininterval=0.2,
         ncols=100,
+        disable=None,  # where the output is not a terminal
     )
     with Interruption() as interruption, bar:
         while trainer.step < config.steps and interruption.signal is None:
+            if warm_up is not None and trainer.step == warm_up_ends(config):
+                save_checkpoint(warm_up, {**trainer.state(), "config": dataclasses.asdict(as_baseline(config))})
             loss = trainer.update()
             speed = (trainer.pieces - pieces) / (trainer.seconds - started)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
@@ -178,8 +197,9 @@ def run_training(trainer: Trainer, held: list[Example], interval: int, checkpoin
                 trainer.curves.append(point)
                 trainer.recent = []
                 bar.write(
-                    f"update {trainer.step:5d}   train loss {point['train_loss']:.3f}   alpha {point['alpha']:.2f}   "
-                    f"held-out: cross-entropy {measured.loss:.3f}, token accuracy {measured.accuracy:.1%}",
+                    f"{NAMES[config.loss]}, update {trainer.step:5d}   train loss {point['train_loss']:.3f}   "
+                    f"alpha {point['alpha']:.2f}   held-out: cross-entropy {measured.loss:.3f}, "
+                    f"token accuracy {measured.accuracy:.1%}",
                     file=sys.stdout,
                 )
                 save_checkpoint(checkpoint, trainer.state())

@@ -24,9 +24,9 @@ import torch
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, positive
+from arguments import count, parse, positive
 from bilstm import Classifier, logits_of, trained
-from frame import TRAINING, Run, add_training, main, make_parser, parse, run_all, save_figure, write_tables
+from frame import TRAINING, Run, add_training, main, make_parser, run_all, save_figure, write_tables
 from scores import f1
 from texts import Task, encode, load
 

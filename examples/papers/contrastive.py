@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fewshot"))
-from arguments import share_or_all
+from arguments import parse, share_or_all
 from experiment import Experiment
-from frame import Run, main, make_parser, parse, run_all, save_figure
+from frame import Run, main, make_parser, run_all, save_figure
 from options import add_options, settle
 from report import table
 from tables import spread

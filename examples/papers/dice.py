@@ -26,9 +26,9 @@ import fusedloss as fl
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 import tags
 import texts
-from arguments import positive
+from arguments import parse, positive
 from bilstm import Classifier, Tagger, logits_of, trained
-from frame import TRAINING, Run, add_training, draw_scores, main, make_parser, parse, run_all, save_figure, write_tables
+from frame import TRAINING, Run, add_training, draw_scores, main, make_parser, run_all, save_figure, write_tables
 from scores import entity_scores, f1
 
 LOSSES = ("CE", "focal", "dice", "DSC")

@@ -29,28 +29,17 @@ class Run(NamedTuple):
 
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """With the options of every script; its own are added to it. --quick changes defaults, see `parse`."""
+    """With the options of every script; its own are added to it."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument_group("runs").add_argument
     add("--out", type=Path, default=Path("runs/papers") / name, help="folder of the results, the table and the plot")
     add("--fresh", action="store_true", help="forget the runs that --out holds")
-    add("--quick", action="store_true", help="small: to see it work, not to learn anything from it")
     add("--seeds", type=count(1), default=3, help="runs of each loss")
     add("--seed", type=int, default=1, help="the first: of the weights, the batches and dropout")
     add("--threads", type=count(1), default=cpus(), help="CPU threads")
     return parser
-
-
-def parse(
-    parser: argparse.ArgumentParser, quick: dict[str, Any], arguments: Sequence[str] | None
-) -> argparse.Namespace:
-    """The options, with the defaults `quick` where --quick is among them: what is given by name holds all the same."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if "--quick" in given:
-        parser.set_defaults(**quick)
-    return parser.parse_args(given)
 
 
 def add_training(parser: argparse.ArgumentParser, limit: int, epochs: int, lr: float) -> None:

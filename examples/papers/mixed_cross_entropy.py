@@ -26,10 +26,10 @@ import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
-from arguments import share
+from arguments import parse, share
 from data import PAD, Batch
 from experiment import COLUMNS, Experiment, told
-from frame import differences, draw_scores, main, make_parser, parse, run_all, save_figure, scores, table
+from frame import differences, draw_scores, main, make_parser, run_all, save_figure, scores, table
 from options import Config, add_options, check, make_config
 from trainer import Trainer, training_loss, warming_up
 
