@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 import fusedloss as fl
 
@@ -82,6 +83,8 @@ class Objective(TrainerCallback):
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     documents = load_documents(options.data)
     config = {name: getattr(options, name) for name in CONFIG}
     config["corpus"] = hashlib.sha256("\f".join(d.name + d.text for d in documents).encode()).hexdigest()[:16]
