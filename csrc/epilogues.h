@@ -152,6 +152,8 @@ FUSEDLOSS_HD Power<T> power_pair(T z, T x) {
 //   small_negative   the same for p <= 0.5, where 1 - p is no matter; `g` = dE/dp.
 //                    weight = (1 - p)^exponent, weight1 = (1 - p)^(exponent - 1)
 //
+//   steepness  a bound of E / p of y = 0
+//
 // Probabilities X and parameters P are scalars or vectors of rows. All take q = 1 - p and the power q^exponent, which
 // the caller knows how to compute for either, and `count` parameters of their own; the next one is of the loss made of
 // them.
@@ -168,6 +170,11 @@ struct DscMath {
     template <typename P>
     static FUSEDLOSS_HD P exponent(const P* params) {
         return params[0];
+    }
+
+    template <typename P>
+    static FUSEDLOSS_HD P steepness(const P*) {
+        return P(1);
     }
 
     template <typename X, typename P>
@@ -216,6 +223,11 @@ struct TverskyMath {
         return P{};
     }
 
+    template <typename P>
+    static FUSEDLOSS_HD P steepness(const P* params) {
+        return params[0];
+    }
+
     template <typename X, typename P>
     static FUSEDLOSS_HD Overlap<X> positive(X p, X q, const Power<X>&, const P* params) {
         return {q * params[1], p, -q * params[1], q};
@@ -238,6 +250,12 @@ struct TverskyMath {
 template <typename Math>
 struct OneVsRest : Math {
     static constexpr int param_count = Math::count + 1;
+
+    // The k-th Taylor coefficient of f(p) / p at y = 0 is about rate^k at most.
+    template <typename P>
+    static FUSEDLOSS_HD P rate(const P* params) {
+        return P(1) + Math::exponent(params) + Math::steepness(params) / params[Math::count];
+    }
 
     // Returns the loss times the class weight; `h` = (1 - p) times its slope.
     template <typename X, typename P>
@@ -292,6 +310,11 @@ template <typename Sums>
 struct OverRows : Sums {
     using Math = Sums;
     static constexpr int param_count = Math::count + 1;
+
+    template <typename P>
+    static FUSEDLOSS_HD P rate(const P* params) {
+        return P(1) + Math::exponent(params);
+    }
 
     template <typename X, typename P>
     static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, X class_weight, const P* params, X& h) {

@@ -569,6 +569,51 @@ def test_blocks_of_very_different_height(dtype: torch.dtype, generator: torch.Ge
     assert torch.equal(stats.argmax, z.double().argmax(1))
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_terms_of_small_and_of_large_probabilities(
+    dtype: torch.dtype, weighted: bool, generator: torch.Generator, instruction_set: str
+) -> None:
+    """A class term is a polynomial where all probabilities of some columns are small."""
+    rows, classes = 24, 9000
+    z = torch.randn(rows, classes, generator=generator)
+    z[::2] += torch.tensor([0.0, 24.0, 10.0]).repeat_interleave(3000)  # powers of exp(24) are infinite
+    z[::3, torch.randint(classes, (5,), generator=generator)] += 7  # probabilities of some percent
+    z[::4, 1000:3000] = -torch.inf
+    z[1] = 0
+    z = z.to(dtype)
+    target = torch.where(
+        torch.arange(rows) % 5 < 2, z.argmax(1), torch.randint(3000, classes, (rows,), generator=generator)
+    )
+    weight = torch.rand(classes, generator=generator) if weighted else None
+    upstream = torch.linspace(1, 2, rows)
+    terms: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+        (fl.dsc_loss, {"alpha": alpha, "smooth": smooth, "squared": squared, "detach_weight": detach})
+        for alpha, smooth, squared, detach in [
+            (1.0, 1.0, False, False),
+            (torch.linspace(0, 8, rows), 1.0, True, False),
+            (0.5, 1e-2, False, True),
+            (0.5, 1e-9, True, False),
+        ]
+    ]
+    terms.append((fl.tversky_loss, {"alpha": 0.9, "beta": 0.1, "smooth": 0.5}))
+    for loss, options in terms:
+        results = []
+        for logits, impl in ((z, "cpu"), (z.double(), "reference")):
+            kind = compute_dtype(logits.dtype)
+            same = {k: v.to(kind) if isinstance(v, Tensor) else v for k, v in options.items()}
+            weights = {} if weight is None else {"weight": weight.to(kind)}
+            leaf = logits.detach().requires_grad_()
+            row = loss(leaf, target, reduction="none", form="one_vs_rest", impl=impl, **same, **weights)
+            results.append((row.detach(), torch.autograd.grad(row, leaf, upstream.to(row.dtype))[0]))
+        (row, gradient), (exact_row, exact) = results
+        torch.testing.assert_close(row.double(), exact_row, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=0)
+        rounding = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2**-8}[dtype]
+        off = (gradient.double() - exact).abs() - rounding * exact.abs()
+        error = 1e-12 if dtype == torch.float64 else 3e-5
+        assert (off <= error * exact.abs().amax(1, keepdim=True)).all(), (loss, options)
+
+
 @pytest.mark.covering(2)
 class TestMoments(MomentSuite):
     ENTROPY_ERROR = (2, 1)

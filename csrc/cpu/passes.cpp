@@ -1,8 +1,8 @@
 // The passes of the CPU engine, compiled once for each instruction set (FUSEDLOSS_ISA names the namespace).
 //
 //   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without the
-//              target's term), then runs the loss's epilogue on them. A class term reads the row a second time, a pair
-//              term two rows.
+//              target's term), then runs the loss's epilogue on them. A class term reads blocks of large
+//              probabilities a second time, with class weights all; a pair term reads two rows.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
 //   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
 //   term_sums  reads the logits once more for the sums over the classes, row by row, of a class or pair term.
@@ -29,6 +29,10 @@ constexpr int64_t kNarrow = 64;         // columns of rows that are looked at si
 constexpr int64_t kRowsAtOnce = 4;      // rows of a block of columns that are added up before the next block's
 constexpr int64_t kGroupRows = 1024;    // rows of which sums over the rows may have a part of their own
 constexpr int64_t kParts = 64;          // of such parts and blocks of columns, so that all threads find work
+
+constexpr int kReach = 32;  // times the mean: a probability that few of a row are above
+
+constexpr int kPowers = kAllMoments + 1;  // beside Moments: sums of powers of exp(z - max), for a class term
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -107,23 +111,100 @@ FUSEDLOSS_ONE_COPY void merge(Partial<T>& x, const Partial<T>& y, bool moments) 
     if (y.below.index >= 0 && (x.below.index < 0 || y.below.value > x.below.value)) x.below = y.below;
 }
 
-// (1 - p)^alpha and (1 - p)^(alpha - 1) as series: exact to the type up to `limit`, which almost every
-// probability of a large vocabulary is below.
-template <typename T>
-struct PowerSeries {
-    static constexpr int terms = sizeof(T) == 4 ? 4 : 5;
-    T weight[terms], weight1[terms], limit;
+// The terms up to p^degree of a function of p.
+template <int degree>
+struct Taylor {
+    double c[degree + 1] = {};
 
-    explicit PowerSeries(T alpha) {
-        weight[0] = weight1[0] = 1;
-        for (int k = 1; k < terms; ++k) {
-            weight[k] = weight[k - 1] * (T(k - 1) - alpha) * (T(1) / T(k));
-            weight1[k] = weight1[k - 1] * (T(k) - alpha) * (T(1) / T(k));
-        }
-        limit = (sizeof(T) == 4 ? T(0x1p-6) : T(0x1p-12)) / (T(1) + alpha);
+    friend Taylor operator+(Taylor x, double y) {
+        x.c[0] += y;
+        return x;
     }
-    template <typename V>
-    static V evaluate(const T* c, V p) {
+    friend Taylor operator-(double y, const Taylor& x) { return x * -1.0 + y; }
+    friend Taylor operator*(Taylor x, double y) {
+        for (double& c : x.c) c *= y;
+        return x;
+    }
+    friend Taylor operator*(const Taylor& x, const Taylor& y) {
+        Taylor z;
+        for (int k = 0; k <= degree; ++k) {
+            for (int i = 0; i <= k; ++i) z.c[k] += x.c[i] * y.c[k - i];
+        }
+        return z;
+    }
+    friend Taylor operator/(double y, const Taylor& x) {
+        Taylor z;
+        const double inverse = 1 / x.c[0];
+        z.c[0] = y * inverse;
+        for (int k = 1; k <= degree; ++k) {
+            for (int i = 1; i <= k; ++i) z.c[k] -= x.c[i] * z.c[k - i];
+            z.c[k] *= inverse;
+        }
+        return z;
+    }
+};
+
+template <typename T>
+constexpr int kTerms = sizeof(T) == 4 ? 4 : 5;
+
+// A class term at y = 0 as a polynomial, exact to the type up to `limit`, which almost every probability of a large
+// vocabulary is below: f = sum_k loss_k p^(k + 1) and g = sum_k slope_k p^k. Up to `power_limit`, which may be larger,
+// the powers (1 - p)^exponent and (1 - p)^(exponent - 1) in it are.
+template <typename T>
+struct SmallTerm {
+    T loss[kTerms<T>], slope[kTerms<T>], limit = -1;
+    T weight[kTerms<T>], weight1[kTerms<T>], power_limit = -1;
+
+    template <typename Term>
+    void set(const T* params, int64_t classes) {
+        constexpr int n = kTerms<T>;
+        const T exponent = Term::exponent(params);
+        weight[0] = weight1[0] = 1;
+        for (int k = 1; k < n; ++k) {
+            weight[k] = weight[k - 1] * (T(k - 1) - exponent) * (T(1) / T(k));
+            weight1[k] = weight1[k - 1] * (T(k) - exponent) * (T(1) / T(k));
+        }
+        power_limit = (sizeof(T) == 4 ? T(0x1p-6) : T(0x1p-12)) / (T(1) + exponent);
+        const T most = reach<Term>(params, classes);
+        if (most > T(0)) set_polynomial<Term>(params, most);
+    }
+
+    // What limits a polynomial of linear terms; 0 where a flat row's largest probabilities would be too large, and it
+    // would be tried in vain. For the digits of double that is any row.
+    template <typename Term>
+    static T reach(const T* params, int64_t classes) {
+        const T most = T(0x1p-6) / Term::rate(params);
+        return sizeof(T) == 4 && most * T(classes) >= kReach ? most : T(0);
+    }
+
+    template <typename Term>
+    FUSEDLOSS_ONE_COPY void set_polynomial(const T* of_row, T most) {
+        constexpr int n = kTerms<T>;
+        double params[kMaxParams];
+        std::copy_n(of_row, Term::param_count, params);
+        const double exponent = Term::exponent(params);
+        Taylor<n> p, power, power1, g;
+        p.c[1] = power.c[0] = power1.c[0] = 1;
+        for (int k = 1; k <= n; ++k) {
+            power.c[k] = power.c[k - 1] * (k - 1 - exponent) / k;
+            power1.c[k] = power1.c[k - 1] * (k - exponent) / k;
+        }
+        const Taylor<n> f = Term::small_negative(p, power, power1, params, g);
+        std::copy_n(f.c + 1, n, loss);
+        std::copy_n(g.c, n, slope);
+        limit = f.c[1] != 0 ? most : most / 4;  // where f begins with p^2, a term less is left
+    }
+
+    // The coefficients, times the factor, for p / inverse in place of p.
+    static void scale(const T* c, T factor, T inverse, T* to) {
+        for (int k = 0; k < kTerms<T>; ++k) {
+            to[k] = c[k] * factor;
+            factor *= inverse;
+        }
+    }
+
+    template <int terms = kTerms<T>, typename V>
+    static FUSEDLOSS_INLINE V evaluate(const T* c, V p) {
         V sum = splat(c[terms - 1]);
 #pragma GCC unroll 8
         for (int k = terms - 2; k >= 0; --k) sum = sum * p + c[k];
@@ -131,16 +212,40 @@ struct PowerSeries {
     }
 };
 
-// The class term at y = 0 of a vector of probabilities, p <= limit where Small.
+// What a class term takes of a row.
+template <typename T>
+struct ClassRow {
+    T params[kMaxParams];
+    SmallTerm<T> small;
+    T max, inverse;  // of the logits: the largest, 1 / S
+    int64_t target, top;
+};
+
+// The class term at y = 0 of a vector of probabilities, p <= power_limit where Small.
 template <bool Small, typename Term, typename T, typename V>
-FUSEDLOSS_INLINE V negative_term(V p, const PowerSeries<T>& series, const T* params, V& g) {
-    if (Small) {
-        const V weight = series.evaluate(series.weight, p), weight1 = series.evaluate(series.weight1, p);
-        return Term::small_negative(p, weight, weight1, params, g);
+FUSEDLOSS_INLINE V negative_term(const ClassRow<T>& row, V p, V& g) {
+    if constexpr (Small) {
+        const V weight = row.small.evaluate(row.small.weight, p), weight1 = row.small.evaluate(row.small.weight1, p);
+        return Term::small_negative(p, weight, weight1, row.params, g);
     }
     const V q = T(1) - p;
-    const V weight = exp_bounded<T>(log_positive<T>(q) * Term::exponent(params));
-    return Term::small_negative(p, weight, weight / q, params, g);
+    const V weight = exp_bounded<T>(log_positive<T>(q) * Term::exponent(row.params));
+    return Term::small_negative(p, weight, V(weight / q), row.params, g);
+}
+
+// The largest of some logits, and the sums of e = exp(z - base) and of w e^k, k = 1 ... kTerms.
+template <typename T>
+struct Powers {
+    T max, base, rest, sum[kTerms<T>];
+};
+
+template <typename T, typename V>
+FUSEDLOSS_INLINE void add_powers(V e, V weighted, V* sum) {
+    const V e2 = e * e, weighted2 = weighted * e;
+    sum[0] += weighted;
+    sum[1] += weighted2;
+    sum[2] += weighted * e2;
+    sum[3] += weighted2 * e2;
 }
 
 // Sums of a class term over columns that are neither the target nor the top class, whose terms are singled out.
@@ -260,6 +365,7 @@ struct Scratch {
     std::vector<T> pick_logit, b;
     std::vector<int64_t> pick_index;
     std::vector<Exception<T>> exceptions;  // room for every pick, the target and the top class
+    std::vector<Powers<T>> powers;         // of each block, for a class term without weights and moments; else empty
 
     explicit Scratch(int picks) : pick_logit(picks), b(picks), pick_index(picks), exceptions(picks + 2) {}
 };
@@ -284,6 +390,13 @@ class Engine {
     template <typename Functor>
     void one_by_one(int64_t row, int threads, Scratch<T>& scratch) const {
         if (ignored(row)) return write_ignored(row);
+        if constexpr (is_one_of<Functor>(ClassTerms{})) {
+            T params[kMaxParams];
+            params_of(row, params);
+            const bool powers =
+                !class_weight() && !job_.moments && SmallTerm<T>::template reach<Functor>(params, job_.classes) > T(0);
+            scratch.powers.resize(powers ? (job_.classes + kBlock - 1) / kBlock : 0);
+        }
         const RowStatistics<T> s = statistics(row, threads, scratch);
         if constexpr (std::is_same_v<Functor, AnyPair>) {
             finish_pair_term(row, threads, s);
@@ -311,11 +424,14 @@ class Engine {
                 const int64_t first = job_.rows * group / groups, last = job_.rows * (group + 1) / groups;
                 for (int64_t row = first; row < last; row += kRowsAtOnce) {
                     for (int64_t block = begin - group * blocks; block < stop - group * blocks; ++block) {
+                        T sum[kBlock + width] = {};
+                        double* const of_group = &error[group * padded];
                         for (int64_t i = row; i < std::min(row + kRowsAtOnce, last); ++i) {
                             if (ignored(i)) continue;
-                            add_row<Term>(i, block * kBlock, top_q[i], &error[group * padded],
-                                          &agreement[group * padded]);
+                            add_row<Term>(i, block * kBlock, top_q[i], sum, of_group, &agreement[group * padded]);
                         }
+                        for (int64_t k = 0; k < kBlock; k += width)
+                            add_to(of_group + block * kBlock + k, load(sum + k));
                     }
                 }
                 begin = stop;
@@ -366,15 +482,9 @@ class Engine {
                 return;
             } else {
                 if (ignored(row)) return;
-                const T* const statistic = static_cast<const T*>(job_.statistics) + row;
-                const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
-                T params[kMaxParams];
-                params_of(row, params);
-                const PowerSeries<T> series(Term::exponent(params));
-                const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
-                    return sweep<Term>(logits(row), begin, end, max, inverse, job_.target[row], job_.index[row], params,
-                                       series);
-                });
+                const ClassRow<T> terms = class_row<Term>(row);
+                const ClassPartial part = fold<ClassPartial>(
+                    threads, [&](int64_t begin, int64_t end) { return sweep<Term>(row, terms, begin, end); });
                 job_.sums[row] = part.loss;
                 job_.sums[n + row] = part.slope;
             }
@@ -480,10 +590,11 @@ class Engine {
     FUSEDLOSS_ONE_COPY RowStatistics<T> softmax_of(int64_t row, int threads, int64_t target) const {
         const S* z = logits(row);
         const T target_logit = logit(z + target);
-        return summary(
-            fold<Partial<T>>(
-                threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, T(0)); }),
-            target, target_logit);
+        return summary(fold<Partial<T>>(threads,
+                                        [&](int64_t begin, int64_t end) {
+                                            return scan(z, begin, end, target, target_logit, T(0), nullptr);
+                                        }),
+                       target, target_logit);
     }
 
     FUSEDLOSS_ONE_COPY RowStatistics<T> statistics(int64_t row, int threads, Scratch<T>& scratch) const {
@@ -492,8 +603,10 @@ class Engine {
         const T target_logit = logit(z + target);
         const T first = logit(z);
         const T reference = std::isfinite(first) ? first : T(0);
-        const Partial<T> part = fold<Partial<T>>(
-            threads, [&](int64_t begin, int64_t end) { return scan(z, begin, end, target, target_logit, reference); });
+        Powers<T>* const powers = scratch.powers.empty() ? nullptr : scratch.powers.data();
+        const Partial<T> part = fold<Partial<T>>(threads, [&](int64_t begin, int64_t end) {
+            return scan(z, begin, end, target, target_logit, reference, powers);
+        });
         RowStatistics<T> s = summary(part, target, target_logit);
         if (job_.mean) {
             const double sum_ce = weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
@@ -543,7 +656,7 @@ class Engine {
     }
 
     FUSEDLOSS_ONE_COPY Partial<T> scan(const S* z, int64_t begin, int64_t end, int64_t target, T target_logit,
-                                       T reference) const {
+                                       T reference, Powers<T>* powers) const {
         Partial<T> part;
         if (job_.moments == kAllMoments) {
             for (int64_t from = begin; from < end; from += kBlock) {
@@ -565,6 +678,7 @@ class Engine {
             const int64_t count = std::min(kBlock, end - from);
             if (base == -kInfinity<T>) base = max_of(z + from, std::min(count, kProbe));
             const auto sum = [&] {
+                if (powers) return sum_block<kPowers>(z, from, count, target, base, reference, powers + from / kBlock);
                 return job_.moments ? sum_block<kPowerAlone>(z, from, count, target, base, reference)
                                     : sum_block<kNoMoments>(z, from, count, target, base, reference);
             };
@@ -597,24 +711,28 @@ class Engine {
     };
 
     template <int Moments>
-    BlockSums sum_block(const S* z, int64_t from, int64_t count, int64_t target, T base, T reference) const {
+    BlockSums sum_block(const S* z, int64_t from, int64_t count, int64_t target, T base, T reference,
+                        Powers<T>* powers = nullptr) const {
         base = finite_max(base);
         const bool target_here = target >= from && target < from + count;
         const int hole = target_here ? static_cast<int>(target - from) : -1;
-        if (job_.mean) {
-            return target_here || class_weight()
-                       ? sum_columns<true, true, Moments>(z, from, count, hole, base, reference)
-                       : sum_columns<true, false, Moments>(z, from, count, hole, base, reference);
+        if constexpr (Moments != kPowers) {
+            if (job_.mean) {
+                return target_here || class_weight()
+                           ? sum_columns<true, true, Moments>(z, from, count, hole, base, reference, powers)
+                           : sum_columns<true, false, Moments>(z, from, count, hole, base, reference, powers);
+            }
         }
-        return target_here ? sum_columns<false, true, Moments>(z, from, count, hole, base, reference)
-                           : sum_columns<false, false, Moments>(z, from, count, hole, base, reference);
+        return target_here ? sum_columns<false, true, Moments>(z, from, count, hole, base, reference, powers)
+                           : sum_columns<false, false, Moments>(z, from, count, hole, base, reference, powers);
     }
 
     // The hole (the target's column in the block, or -1) and class weights need the columns in order.
     template <bool Mean, bool InOrder, int Moments>
-    BlockSums sum_columns(const S* z, int64_t from, int64_t count, int hole, T base, T reference) const {
+    BlockSums sum_columns(const S* z, int64_t from, int64_t count, int hole, T base, T reference,
+                          Powers<T>* powers) const {
         V max = splat(-kInfinity<T>), rest = splat(T(0)), mean = splat(T(0));
-        V low = rest, ties = rest, excess = rest, square = rest;
+        V low = rest, ties = rest, excess = rest, square = rest, power[kTerms<T>] = {};
         const T* const weight = class_weight();
         typename VectorOf<T>::Bits to_hole = lanes<T>() - hole;
         each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
@@ -633,15 +751,23 @@ class Engine {
                 e = to_hole == 0 ? V{} : e;
                 to_hole += width;
             }
-            rest += e;
+            if (Moments == kPowers) {
+                add_powers<T>(e, e, power);
+            } else {
+                rest += e;
+            }
             if (Mean) {
                 V ce = x - reference;
                 if (InOrder && weight) ce *= load_weight(from + at, size);
                 mean += size == width ? ce : lanes<T>() < size ? ce : V{};
             }
         });
-        BlockSums sums{largest<T>(max), total<T>(rest), total<T>(mean), {}};
+        BlockSums sums{largest<T>(max), total<T>(Moments == kPowers ? power[0] : rest), total<T>(mean), {}};
         if (Moments == kPowerAlone) sums.sums.square = total<T>(square);
+        if (Moments == kPowers) {
+            *powers = {sums.max, base, T(sums.rest), {}};
+            for (int k = 0; k < kTerms<T>; ++k) powers->sum[k] = total<T>(power[k]);
+        }
         if (Moments == kAllMoments) {
             sums.sums = {total<T>(low), total<T>(ties), total<T>(excess), total<T>(square) + total<T>(ties)};
         }
@@ -657,24 +783,35 @@ class Engine {
     }
 
     // body(logits, first column, columns) for each vector of the columns; beyond them it is -inf. Out of order, where
-    // that is faster, the vectors of a pair begin at the same column.
+    // that is faster, the vectors of a pair begin at the same column. Returns the column at whose vector a body that
+    // returns something, which takes them in order, returned false.
     template <bool InOrder, typename Body>
-    FUSEDLOSS_INLINE void each_vector(const S* z, int64_t count, const Body& body) const {
+    FUSEDLOSS_INLINE int64_t each_vector(const S* z, int64_t count, const Body& body) const {
+        const auto take = [&](V x, int64_t at, int size) {
+            if constexpr (std::is_void_v<decltype(body(x, at, size))>) {
+                body(x, at, size);
+                return true;
+            } else {
+                static_assert(InOrder, "of a pair one may be done");
+                return body(x, at, size);
+            }
+        };
         int64_t at = 0;
         if constexpr (!InOrder && kPairs<S>) {
             for (; at + 2 * width <= count; at += 2 * width) {
                 prefetch_after(z + at);
                 const Pair x = load_pair(z + at);
-                body(x.even * factor_, at, width);
-                body(x.odd * factor_, at, width);
+                take(x.even * factor_, at, width);
+                take(x.odd * factor_, at, width);
             }
         }
         for (; at + width <= count; at += width) {
             prefetch_after(z + at);
-            body(load(z + at) * factor_, at, width);
+            if (!take(load(z + at) * factor_, at, width)) return at;
         }
         const int rest = static_cast<int>(count - at);
-        if (rest > 0) body(load_part(z + at, rest, -kInfinity<T>, limit()) * factor_, at, rest);
+        if (rest > 0 && !take(load_part(z + at, rest, -kInfinity<T>, limit()) * factor_, at, rest)) return at;
+        return count;
     }
 
     // Top, second and below are kept as values and the blocks that hold them.
@@ -723,14 +860,13 @@ class Engine {
         return largest<T>(max);
     }
 
-    // The largest logit of the columns but two (-1: none).
-    FUSEDLOSS_ONE_COPY T max_but(const S* z, int64_t count, int hole, int other = -1) const {
+    // The largest logit of the columns but one (-1: none).
+    FUSEDLOSS_ONE_COPY T max_but(const S* z, int64_t count, int hole) const {
         V max = splat(-kInfinity<T>);
-        auto to_hole = lanes<T>() - hole, to_other = lanes<T>() - other;
+        auto to_hole = lanes<T>() - hole;
         each_vector<true>(z, count, [&](V x, int64_t, int) {
-            max = greater((to_hole == 0) | (to_other == 0) ? splat(-kInfinity<T>) : x, max);
+            max = greater(to_hole == 0 ? splat(-kInfinity<T>) : x, max);
             to_hole += width;
-            to_other += width;
         });
         return largest<T>(max);
     }
@@ -779,16 +915,16 @@ class Engine {
 
     template <typename Functor>
     FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch) const {
-        T params[kMaxParams];
-        params_of(row, params);
         const int64_t n = job_.rows;
         T* const loss = static_cast<T*>(job_.loss) + row;
         T* const coefficient = static_cast<T*>(job_.coefficients) + row;
         if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const T z_slope = add_z_loss(s, weight_of(s.target), loss);
-            finish_class_term<Functor>(row, threads, s, params, z_slope, job_.index[row], loss, coefficient);
+            finish_class_term<Functor>(row, threads, s, scratch, z_slope, loss, coefficient);
             for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = T(0);
         } else {
+            T params[kMaxParams];
+            params_of(row, params);
             RowGradient<T> g;
             g.b = scratch.b.data();
             std::fill(scratch.b.begin(), scratch.b.end(), T(0));
@@ -813,15 +949,27 @@ class Engine {
     }
 
     template <typename Term>
-    void finish_class_term(int64_t row, int threads, const RowStatistics<T>& s, const T* params, T z_slope, int64_t top,
+    ClassRow<T> class_row(int64_t row) const {
+        ClassRow<T> terms;
+        params_of(row, terms.params);
+        terms.small.template set<Term>(terms.params, job_.classes);
+        const T* const statistic = static_cast<const T*>(job_.statistics) + row;
+        terms.max = statistic[kMax * job_.rows];
+        terms.inverse = T(1) / statistic[kSumExp * job_.rows];
+        terms.target = job_.target[row];
+        terms.top = job_.index[row];
+        return terms;
+    }
+
+    template <typename Term>
+    void finish_class_term(int64_t row, int threads, const RowStatistics<T>& s, const Scratch<T>& scratch, T z_slope,
                            T* loss, T* coefficient) const {
-        const S* z = logits(row);
         const int64_t n = job_.rows;
-        const PowerSeries<T> series(Term::exponent(params));
-        const T inverse = T(1) / s.sum_exp;
-        const ClassPartial part = fold<ClassPartial>(threads, [&](int64_t begin, int64_t end) {
-            return sweep<Term>(z, begin, end, s.max, inverse, s.target, top, params, series);
-        });
+        const ClassRow<T> terms = class_row<Term>(row);
+        const T inverse = terms.inverse, *const params = terms.params;
+        const int64_t top = terms.top;
+        const ClassPartial part = fold<ClassPartial>(
+            threads, [&](int64_t begin, int64_t end) { return sweep<Term>(row, terms, begin, end, &scratch.powers); });
 
         // The target, where it is not the top class, and the top class, whose 1 - p comes from the others'
         // sum.
@@ -863,51 +1011,98 @@ class Engine {
         return Term::negative(p, q, Power<T>{power(q, Term::exponent(params)), T(0)}, params, h);
     }
 
+    // Blocks whose powers are not in hand are read once more.
     template <typename Term>
-    FUSEDLOSS_ONE_COPY ClassPartial sweep(const S* z, int64_t begin, int64_t end, T max, T inverse, int64_t target,
-                                          int64_t top, const T* params, const PowerSeries<T>& series) const {
+    FUSEDLOSS_ONE_COPY ClassPartial sweep(int64_t row, const ClassRow<T>& terms, int64_t begin, int64_t end,
+                                          const std::vector<Powers<T>>* powers = nullptr) const {
         ClassPartial part;
         for (int64_t from = begin; from < end; from += kBlock) {
-            const int64_t count = std::min(kBlock, end - from);
-            const auto here = [&](int64_t column) {
-                return column >= from && column < from + count ? static_cast<int>(column - from) : -1;
-            };
-            const int hole = here(top), other = here(target);
-            const bool holes = hole >= 0 || other >= 0;
-            const auto largest = [&] {
-                return holes ? max_but(z + from, count, hole, other) : max_of(z + from, count);
-            };
-            const bool small = count > width && std::exp(largest() - max) * inverse <= series.limit;
-            const auto add = [&](auto is_small, auto in_order) {
-                sum_terms<is_small, in_order, Term>(z, from, count, hole, other, max, inverse, params, series, part);
-            };
-            using Yes = std::true_type;
-            using No = std::false_type;
-            if (holes || class_weight()) {
-                small ? add(Yes(), Yes()) : add(No(), Yes());
-            } else {
-                small ? add(Yes(), No()) : add(No(), No());
-            }
+            const int64_t to = std::min(from + kBlock, end);
+            const bool top = terms.top >= from && terms.top < to && terms.top != terms.target;
+            if (powers && !powers->empty() && take_powers(terms, (*powers)[from / kBlock], top, part)) continue;
+            const S* const z = logits(row);
+            int64_t at = sum_powers(terms, z, from, to, part);
+            at = sum_terms<true, Term>(terms, z, at, to, part);
+            sum_terms<false, Term>(terms, z, at, to, part);
         }
         return part;
     }
 
-    template <bool Small, bool InOrder, typename Term>
-    void sum_terms(const S* z, int64_t from, int64_t count, int hole, int other, T max, T inverse, const T* params,
-                   const PowerSeries<T>& series, ClassPartial& part) const {
-        V rest = splat(T(0)), loss = splat(T(0)), slope = splat(T(0));
-        auto to_hole = lanes<T>() - hole, to_other = lanes<T>() - other;
-        each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
-            V e = exp_bounded<T>(x - max);
-            if (InOrder) {
-                e = (to_hole == 0) | (to_other == 0) ? V{} : e;  // p = 0 adds nothing
-                to_hole += width;
-                to_other += width;
-            }
-            const V p = e * inverse;
+    // Takes the target and the top class from the columns of a block.
+    struct Holes {
+        typename VectorOf<T>::Bits to_top, to_target;
+        bool any;
+
+        Holes(const ClassRow<T>& row, int64_t from, int64_t to) : to_top(lanes<T>()), to_target(lanes<T>()) {
+            const bool top = row.top >= from && row.top < to, target = row.target >= from && row.target < to;
+            any = top || target;
+            to_top -= top ? static_cast<int>(row.top - from) : -1;
+            to_target -= target ? static_cast<int>(row.target - from) : -1;
+        }
+
+        // Of the next columns.
+        FUSEDLOSS_INLINE V without(V e) {
+            if (!any) return e;
+            e = (to_top == 0) | (to_target == 0) ? V{} : e;  // p = 0 adds nothing
+            to_top += width;
+            to_target += width;
+            return e;
+        }
+    };
+
+    // Adds the sums of small terms, without the top class's where that is among them; returns false if one is not
+    // small.
+    FUSEDLOSS_ONE_COPY bool take_powers(const ClassRow<T>& terms, const Powers<T>& block, bool top,
+                                        ClassPartial& part) const {
+        // The powers of numbers up to exp(kSlack / 2) are finite.
+        if (!(std::exp(block.max - terms.max) * terms.inverse <= terms.small.limit)) return false;
+        if (block.max - block.base > kSlack / 2) return false;
+        const double unit = std::exp(double(block.base) - terms.max), own = top ? 1 / unit : 0;
+        double raised = unit * terms.inverse, power = own;
+        part.rest += (block.rest - own) * unit;
+        for (int k = 0; k < kTerms<T>; ++k) {
+            const double sum = raised * (block.sum[k] - power);
+            part.loss += terms.small.loss[k] * sum;
+            part.slope += terms.small.slope[k] * sum;
+            raised *= unit * terms.inverse;
+            power *= own;
+        }
+        return true;
+    }
+
+    // Of the columns before the first whose probability is not small for the polynomial, which is returned.
+    FUSEDLOSS_ONE_COPY int64_t sum_powers(const ClassRow<T>& row, const S* z, int64_t from, int64_t to,
+                                          ClassPartial& part) const {
+        if (!(row.small.limit > T(0))) return from;
+        const T bound = row.small.limit / row.inverse;
+        V rest{}, power[kTerms<T>] = {};
+        Holes holes(row, from, to);
+        const int64_t count = each_vector<true>(z + from, to - from, [&](V x, int64_t at, int size) {
+            const V e = holes.without(exp_bounded<T>(x - row.max));
+            if (exceeds<T>(e, bound)) return false;
+            rest += e;
+            add_powers<T>(e, class_weight() ? V(e * load_weight(from + at, size)) : e, power);
+            return true;
+        });
+        if (count == 0) return from;
+        Powers<T> sums{-kInfinity<T>, row.max, total<T>(rest), {}};
+        for (int k = 0; k < kTerms<T>; ++k) sums.sum[k] = total<T>(power[k]);
+        take_powers(row, sums, false, part);
+        return from + count;
+    }
+
+    // The same, where Small of the columns before the first whose probability is not small for the series.
+    template <bool Small, typename Term>
+    FUSEDLOSS_ONE_COPY int64_t sum_terms(const ClassRow<T>& row, const S* z, int64_t from, int64_t to,
+                                         ClassPartial& part) const {
+        V rest{}, loss{}, slope{};
+        Holes holes(row, from, to);
+        const int64_t count = each_vector<true>(z + from, to - from, [&](V x, int64_t at, int size) {
+            const V e = holes.without(exp_bounded<T>(x - row.max)), p = e * row.inverse;
+            if (Small && exceeds<T>(p, row.small.power_limit)) return false;
             V g;
-            V f = negative_term<Small, Term>(p, series, params, g);
-            if (InOrder && class_weight()) {
+            V f = negative_term<Small, Term>(row, p, g);
+            if (class_weight()) {
                 const V w = load_weight(from + at, size);
                 f *= w;
                 g *= w;
@@ -915,10 +1110,13 @@ class Engine {
             rest += e;
             loss += f;
             slope += p * g;
+            return true;
         });
+        if (count == 0) return from;
         part.rest += total<T>(rest);
         part.loss += total<T>(loss);
         part.slope += total<T>(slope);
+        return from + count;
     }
 
     // --- pair terms ---
@@ -1219,63 +1417,59 @@ class Engine {
         return T(rest) / sum_exp;
     }
 
-    // Adds a row to the sums of a block of columns.
+    // Adds a row to the sums of a block of columns: the terms at y = 0 to `sum`, the others to those of all columns.
     template <typename Term>
-    void add_row(int64_t row, int64_t from, T top_q, double* error, double* agreement) const {
-        const int64_t n = job_.rows, count = std::min(kBlock, job_.classes - from);
-        const S* z = logits(row) + from;
-        const T* const statistic = static_cast<const T*>(job_.statistics) + row;
-        const T max = statistic[kMax * n], inverse = T(1) / statistic[kSumExp * n];
+    void add_row(int64_t row, int64_t from, T top_q, T* sum, double* error, double* agreement) const {
+        const int64_t to = std::min(from + kBlock, job_.classes);
+        const S* const z = logits(row);
+        const ClassRow<T> terms = class_row<Term>(row);
+        const T max = terms.max, inverse = terms.inverse, *const params = terms.params;
         const T weight = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
-        T params[kMaxParams];
-        params_of(row, params);
-        const PowerSeries<T> series(Term::exponent(params));
-        const int64_t top = job_.index[row], target = job_.target[row];
-        const auto here = [&](int64_t column) { return column >= from && column < from + count; };
-        const int hole = here(top) ? static_cast<int>(top - from) : -1;
-        const int other = here(target) ? static_cast<int>(target - from) : -1;
-        const bool holes = hole >= 0 || other >= 0;
-        const T largest = holes ? max_but(z, count, hole, other) : max_of(z, count);
-        const bool small = count > width && std::exp(largest - max) * inverse <= series.limit;
-        const auto add = [&](auto is_small, auto has_holes) {
-            add_terms<is_small, has_holes, Term>(z, count, hole, other, max, inverse, weight, params, series,
-                                                 error + from);
-        };
-        using Yes = std::true_type;
-        using No = std::false_type;
-        if (holes) {
-            small ? add(Yes(), Yes()) : add(No(), Yes());
-        } else {
-            small ? add(Yes(), No()) : add(No(), No());
-        }
-        if (other >= 0) {
+        const int64_t top = terms.top, target = terms.target;
+        int64_t at = add_small(terms, z, from, to, weight, sum);
+        at = add_terms<true, Term>(terms, z, at, to, weight, sum + (at - from));
+        add_terms<false, Term>(terms, z, at, to, weight, sum + (at - from));
+        if (target >= from && target < to) {
             const bool is_top = target == top;
-            const T p = is_top ? inverse : std::exp(logit(z + other) - max) * inverse;
+            const T p = is_top ? inverse : std::exp(logit(z + target) - max) * inverse;
             const T q = is_top ? top_q : T(1) - p;
             const Overlap<T> x = Term::Math::positive(p, q, power_pair(q, Term::exponent(params)), params);
             error[target] += double(weight * x.error);
             agreement[target] += double(weight * x.agreement);
         }
-        if (hole >= 0 && target != top) {
+        if (top >= from && top < to && target != top) {
             T slope;
             error[top] += double(weight * negative_term_at<Term>(inverse, top_q, params, slope));
         }
     }
 
-    template <bool Small, bool Holes, typename Term>
-    FUSEDLOSS_ONE_COPY void add_terms(const S* z, int64_t count, int hole, int other, T max, T inverse, T weight,
-                                      const T* params, const PowerSeries<T>& series, double* error) const {
-        auto to_hole = lanes<T>() - hole, to_other = lanes<T>() - other;
-        each_vector<true>(z, count, [&](V x, int64_t at, int) {
-            V p = exp_bounded<T>(x - max) * inverse;
-            if (Holes) {
-                p = (to_hole == 0) | (to_other == 0) ? V{} : p;  // p = 0 adds nothing
-                to_hole += width;
-                to_other += width;
-            }
-            V slope;
-            add_to(error + at, negative_term<Small, Term>(p, series, params, slope) * weight);
-        });
+    // Returns the column before which all probabilities were small, as a polynomial in exp(z - max).
+    FUSEDLOSS_ONE_COPY int64_t add_small(const ClassRow<T>& row, const S* z, int64_t from, int64_t to, T weight,
+                                         T* sum) const {
+        if (!(row.small.limit > T(0))) return from;
+        T loss[kTerms<T>];
+        row.small.scale(row.small.loss, row.inverse * weight, row.inverse, loss);
+        const T bound = row.small.limit / row.inverse;
+        Holes holes(row, from, to);
+        return from + each_vector<true>(z + from, to - from, [&](V x, int64_t at, int) {
+                   const V e = holes.without(exp_bounded<T>(x - row.max));
+                   if (exceeds<T>(e, bound)) return false;
+                   store(sum + at, load(sum + at) + e * row.small.evaluate(loss, e));
+                   return true;
+               });
+    }
+
+    template <bool Small, typename Term>
+    FUSEDLOSS_ONE_COPY int64_t add_terms(const ClassRow<T>& row, const S* z, int64_t from, int64_t to, T weight,
+                                         T* sum) const {
+        Holes holes(row, from, to);
+        return from + each_vector<true>(z + from, to - from, [&](V x, int64_t at, int) {
+                   const V p = holes.without(exp_bounded<T>(x - row.max)) * row.inverse;
+                   if (Small && exceeds<T>(p, row.small.power_limit)) return false;
+                   V slope;
+                   store(sum + at, load(sum + at) + negative_term<Small, Term>(row, p, slope) * weight);
+                   return true;
+               });
     }
 
     // --- gradient pass ---
@@ -1307,13 +1501,17 @@ class Engine {
                 pair_gradient(row, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
             });
         } else if constexpr (is_one_of<Functor>(ClassTerms{})) {
-            T params[kMaxParams];
-            params_of(row, params);
-            const PowerSeries<T> series(Functor::exponent(params));
-            *last++ = {job_.index[row], coefficient[kTopGradient * n] * upstream};
+            const ClassRow<T> terms = class_row<Functor>(row);
+            *last++ = {terms.top, coefficient[kTopGradient * n] * upstream};
             const T shift = coefficient[kShift * n];
             over_chunks(threads, [&](int64_t begin, int64_t end) {
-                class_gradient<Functor>(z, grad, begin, end, max, inverse, upstream, shift, params, series);
+                for (int64_t from = begin; from < end; from += kBlock) {
+                    const int64_t to = std::min(from + kBlock, end);
+                    int64_t at = class_weight() ? small_gradient<true>(terms, z, grad, from, to, upstream, shift)
+                                                : small_gradient<false>(terms, z, grad, from, to, upstream, shift);
+                    at = class_gradient<true, Functor>(terms, z, grad, at, to, upstream, shift);
+                    class_gradient<false, Functor>(terms, z, grad, at, to, upstream, shift);
+                }
             });
         } else {
             const T a = coefficient[kA * n] * inverse * upstream, u = coefficient[kU * n] * upstream;
@@ -1359,27 +1557,35 @@ class Engine {
                      [&](int64_t begin, int64_t end) { body(begin * kChunk, std::min(end * kChunk, job_.classes)); });
     }
 
-    // grad[column] = formula(logits, column, columns), a vector at a time; the two may be the same memory.
-    template <bool InOrder, typename Formula>
-    FUSEDLOSS_INLINE void transform(const S* z, S* grad, int64_t begin, int64_t end, const Formula& formula) const {
+    // grad[column] = formula(logits, column, columns), a vector at a time; the two may be the same memory. Returns the
+    // column before which nothing was written, where after a formula stop() is true.
+    template <bool InOrder, typename Formula, typename Stop = std::false_type>
+    FUSEDLOSS_INLINE int64_t transform(const S* z, S* grad, int64_t begin, int64_t end, const Formula& formula,
+                                       const Stop& stop = {}) const {
         int64_t column = begin;
         if constexpr (!InOrder && kPairs<S>) {
             for (; column + 2 * width <= end; column += 2 * width) {
                 prefetch_after(z + column);
                 const Pair x = load_pair(z + column);
-                store_pair(grad + column, formula(x.even * factor_, column, width),
-                           formula(x.odd * factor_, column, width));
+                const auto even = formula(x.even * factor_, column, width),
+                           odd = formula(x.odd * factor_, column, width);
+                if (stop()) return column;
+                store_pair(grad + column, even, odd);
             }
         }
         for (; column + width <= end; column += width) {
             prefetch_after(z + column);
-            store(grad + column, formula(load(z + column) * factor_, column, width));
+            const auto x = formula(load(z + column) * factor_, column, width);
+            if (stop()) return column;
+            store(grad + column, x);
         }
         if (column < end) {
             const int rest = static_cast<int>(end - column);
-            const V x = load_part(z + column, rest, T(0), limit()) * factor_;
-            store_part(grad + column, rest, formula(x, column, rest));
+            const auto x = formula(load_part(z + column, rest, -kInfinity<T>, limit()) * factor_, column, rest);
+            if (stop()) return column;
+            store_part(grad + column, rest, x);
         }
+        return end;
     }
 
     // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
@@ -1388,7 +1594,8 @@ class Engine {
         if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0) {
             if (job_.classes > kNarrow && RoundedExp::takes(a)) {
                 const RoundedExp exp(a);
-                return transform<false>(z, grad, begin, end, [&](V x, int64_t, int) { return exp(x - max); });
+                transform<false>(z, grad, begin, end, [&](V x, int64_t, int) { return exp(x - max); });
+                return;
             }
         }
         transform<Smooth == 2>(z, grad, begin, end, [&](V x, int64_t column, int size) {
@@ -1405,10 +1612,11 @@ class Engine {
             return Weighted ? load_weight(column, size) * u : splat(u);
         };
         if (slopes.by_excess == T(0)) {
-            return transform<Weighted>(z, grad, begin, end, [&](V x, int64_t column, int size) {
+            transform<Weighted>(z, grad, begin, end, [&](V x, int64_t column, int size) {
                 const V e = exp_bounded<T>(x - max);
                 return e * (e * slopes.by_power + slopes.a) - smoothing(column, size);
             });
+            return;
         }
         transform<Weighted>(z, grad, begin, end, [&](V x, int64_t column, int size) {
             // A compiler may round the product with the factor in one place and not in another.
@@ -1417,31 +1625,49 @@ class Engine {
         });
     }
 
-    // p (w g - shift)
-    template <typename Term>
-    FUSEDLOSS_ONE_COPY void class_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T inverse,
-                                           T upstream, T shift, const T* params, const PowerSeries<T>& series) const {
-        const auto formula = [&](auto small) {
-            return [&, small](V x, int64_t column, int size) {
-                const V p = exp_bounded<T>(x - max) * inverse;
-                V g;
-                negative_term<small, Term>(p, series, params, g);
-                if (class_weight()) g *= load_weight(column, size);
-                return p * (g - shift) * upstream;
-            };
+    // p (w g - shift) upstream; where Small up to the first column whose probability is not small for the series.
+    template <bool Small, typename Term>
+    FUSEDLOSS_ONE_COPY int64_t class_gradient(const ClassRow<T>& row, const S* z, S* grad, int64_t begin, int64_t end,
+                                              T upstream, T shift) const {
+        V most{};
+        const auto formula = [&](V x, int64_t column, int size) {
+            const V p = exp_bounded<T>(x - row.max) * row.inverse;
+            if (Small) most = greater(p, most);
+            V g;
+            negative_term<Small, Term>(row, p, g);
+            if (class_weight()) g *= load_weight(column, size);
+            return p * (g - shift) * upstream;
         };
-        for (int64_t from = begin; from < end; from += kBlock) {
-            const int64_t to = std::min(from + kBlock, end);
-            const bool small =
-                to - from > width && std::exp(max_of(z + from, to - from) - max) * inverse <= series.limit;
-            if (class_weight()) {
-                small ? transform<true>(z, grad, from, to, formula(std::true_type()))
-                      : transform<true>(z, grad, from, to, formula(std::false_type()));
+        const auto stop = [&] { return Small && exceeds<T>(most, row.small.power_limit); };
+        return class_weight() ? transform<true>(z, grad, begin, end, formula, stop)
+                              : transform<false>(z, grad, begin, end, formula, stop);
+    }
+
+    // The same up to the first column with a larger probability, as a polynomial in exp(z - max).
+    template <bool Weighted>
+    FUSEDLOSS_ONE_COPY int64_t small_gradient(const ClassRow<T>& row, const S* z, S* grad, int64_t begin, int64_t end,
+                                              T upstream, T shift) const {
+        // A NaN would lose its way in the short rounding.
+        if (!(row.small.limit > T(0)) || !std::isfinite(upstream * shift)) return begin;
+        constexpr int terms = sizeof(S) == 2 ? kTerms<T> - 1 : kTerms<T>;  // which 16 bits do not need
+        T slope[kTerms<T>];
+        const T factor = row.inverse * upstream;
+        row.small.scale(row.small.slope, factor, row.inverse, slope);
+        if (!Weighted) slope[0] = (row.small.slope[0] - shift) * factor;
+        const T bound = row.small.limit / row.inverse;
+        V most{};
+        const auto formula = [&](V x, int64_t column, int size) {
+            const V e = exp_stored<S>(x - row.max);
+            most = greater(e, most);
+            V g = row.small.template evaluate<terms>(slope, e);
+            if constexpr (Weighted) g = g * load_weight(column, size) - shift * factor;
+            if constexpr (std::is_same_v<S, bfloat16>) {
+                return round_near(e * g);
             } else {
-                small ? transform<false>(z, grad, from, to, formula(std::true_type()))
-                      : transform<false>(z, grad, from, to, formula(std::false_type()));
+                return e * g;
             }
-        }
+        };
+        return transform<Weighted>(z, grad, begin, end, formula, [&] { return exceeds<T>(most, bound); });
     }
 
     // The gradient may be the logits' memory.

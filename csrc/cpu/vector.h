@@ -174,6 +174,13 @@ struct Rounded {
 };
 FUSEDLOSS_INLINE WordVector narrow(Rounded x, bfloat16) { return x.words & 0xffffu; }
 
+// The same in the high halves, of a vector without NaN whose ties are rounded away from 0: one addition.
+struct RoundedHigh {
+    WordVector words;
+};
+FUSEDLOSS_INLINE RoundedHigh round_near(FloatVector x) { return {bit_cast<WordVector>(x) + 0x8000u}; }
+FUSEDLOSS_INLINE WordVector narrow(RoundedHigh x, bfloat16) { return x.words >> 16; }
+
 template <typename S, typename X>
 FUSEDLOSS_INLINE void store(S* to, X v) {
     const HalfVector h = to_halves(v, S{});
@@ -206,6 +213,9 @@ FUSEDLOSS_INLINE WordVector pack(X even, X odd, S) {
 }
 FUSEDLOSS_INLINE WordVector pack(FloatVector even, FloatVector odd, bfloat16) {
     return narrow(even, bfloat16{}) | (round_high<WordVector>(odd) & 0xffff0000u);
+}
+FUSEDLOSS_INLINE WordVector pack(RoundedHigh even, RoundedHigh odd, bfloat16) {
+    return narrow(even, bfloat16{}) | (odd.words & 0xffff0000u);
 }
 template <typename S, typename X>
 FUSEDLOSS_INLINE void store_pair(S* to, X even, X odd) {
@@ -303,6 +313,17 @@ FUSEDLOSS_INLINE T largest(typename VectorOf<T>::Value v) {
     return fold_lanes<T, kVectorBytes>(v, [](auto x, auto y) { return x > y ? x : y; });
 }
 
+// Whether an element is above the bound.
+template <typename T>
+FUSEDLOSS_INLINE bool exceeds(typename VectorOf<T>::Value x, T bound) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(x, splat(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return _mm256_movemask_ps(_mm256_cmp_ps(x, splat(bound), _CMP_GT_OQ)) != 0;
+#endif
+    return largest<T>(x) > bound;
+}
+
 template <typename T>
 FUSEDLOSS_INLINE T total(typename VectorOf<T>::Value v) {
     return fold_lanes<T, kVectorBytes>(v, [](auto x, auto y) { return x + y; });
@@ -379,6 +400,29 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value exp_bounded(typename VectorOf<T>::V
     // A product, not a sum of bits, lets a NaN through whatever its payload.
     const V result = poly * power;
     return x < C::lowest ? V{} : result;
+}
+
+// exp(x) for x <= 80, of which a factor of S is made: for 16 bits within 2^-16 is enough.
+template <typename S>
+FUSEDLOSS_INLINE auto exp_stored(typename VectorOf<typename ComputeOf<S>::type>::Value x) {
+    if constexpr (sizeof(S) > 2) {
+        return exp_bounded<S>(x);
+    } else {
+        constexpr float rounder = ExpConstants<float>::rounder;
+        FloatVector log2 = x * 1.4426950408889634f;
+#if defined(__AVX512F__)
+        asm("" : "+v"(log2));  // keeps GCC from making the product twice, fused with either sum
+#endif
+        const FloatVector shifted = log2 + rounder, f = log2 - (shifted - rounder);
+        // 2^f, minimax for the relative error, 3e-6
+        FloatVector poly = splat(0x1.3997d6p-7f);
+        poly = poly * f + 0x1.ca1440p-5f;
+        poly = poly * f + 0x1.ec06dap-3f;
+        poly = poly * f + 0x1.62e0dcp-1f;
+        poly = poly * f + 0x1.ffffe8p-1f;
+        const FloatVector result = poly * bit_cast<FloatVector>(bit_cast<WordVector>(shifted) << 23);
+        return x < ExpConstants<float>::lowest ? FloatVector{} : result;
+    }
 }
 
 // a exp(x) as bfloat16 for x <= 0, which a polynomial rounds itself: a exp(x) = 2^n m with m in [1, 2), and the sum of
