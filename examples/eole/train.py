@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import sentencepiece
 import torch
@@ -50,9 +50,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="pairs, 'source TAB target' a line; None for the help of LibreOffice")
     add("--out", type=Path, default=Path("runs/eole"), help="folder of the corpus, the logs and the results")
     add("--quick", action="store_true", help="a small corpus and few updates: does it run?")
-    add("--updates", type=count(1), default=400, help="of each run")
+    add("--updates", type=count(1), default=800, help="of each run")
     add("--rounds", type=count(1), default=10, help="turns in which the runs take their updates")
-    add("--batch-tokens", type=count(1), default=2048, help="of Eole's batches, the longer side, padding included")
+    add("--batch-tokens", type=count(1), default=1024, help="of Eole's batches, the longer side, padding included")
     add("--vocab-size", type=count(1), default=8000, help="BPE pieces of both languages together")
     add("--d-model", type=count(1), default=128, help="width of the model")
     add("--layers", type=count(1), default=1, help="of the encoder, and of the decoder")
@@ -167,12 +167,11 @@ def as_table(results: dict[str, dict[str, Any]]) -> str:
 # a run: Eole's training, as its own train_single.main does it
 
 
-def train(options: argparse.Namespace) -> None:
+def train(options: argparse.Namespace, answers: TextIO) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Eole names kernels for GPUs that are not there
         from eole import train_single as eole
 
-    answers, sys.stdout = sys.stdout, sys.stderr  # where Eole prints
     torch.set_num_threads(options.threads)
     config = eole.TrainConfig(**configuration(options))
     config._validate_vocab_config()
@@ -191,17 +190,18 @@ def train(options: argparse.Namespace) -> None:
 
     def tell(**answer: float) -> None:
         print(json.dumps(answer), file=answers, flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            sys.exit("the parent is gone")
 
     turns = in_turns(train_batches, options.updates // options.rounds, trainer.train_loss.padding_idx, tell)
-    trainer.train(turns, options.updates, save_checkpoint_steps=0)
+    stats = trainer.train(turns, options.updates, save_checkpoint_steps=0)
     next(turns)  # tells of the last round
     accuracy = trainer.validate(valid_batches).accuracy()
     model.eval()
     translations, references, _ = trainer.scoring_preparator.translate(model, -1, options.updates)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(options.out / "bpe.model"))
     texts = [[pieces.decode(line.split()) for line in side] for side in (translations, references)]
-    tell(accuracy=accuracy, bleu=bleu(*texts))
+    tell(loss=stats.xent(), accuracy=accuracy, bleu=bleu(*texts))
 
 
 def choose_loss(trainer: Any, options: argparse.Namespace) -> None:
@@ -312,7 +312,11 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         chosen = parse_arguments()
-        train(chosen) if chosen.run else compare(chosen)
+        if chosen.run:
+            with contextlib.redirect_stdout(sys.stderr):  # where Eole prints
+                train(chosen, sys.__stdout__)
+        else:
+            compare(chosen)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
