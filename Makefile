@@ -24,7 +24,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadscope 
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-tp demo-fewshot demo-distill papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist wheel sanitize clean
+.PHONY: help demo demo-lm demo-tp demo-fewshot demo-distill demo-eole papers test test-all test-versions fuzz bench report scale compile-report gpu-report shape lint docs dist wheel sanitize clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -44,6 +44,9 @@ demo-fewshot: .venv/installed ## fine-tune an encoder on few questions, CE again
 
 demo-distill: .venv/installed ## teach small translation models by a first one, against CE and mixed CE: 7 minutes of processor time
 	$(BIN)/python examples/distill/train.py $(ARGS)
+
+demo-eole: .venv/installed-eole ## train Eole's Transformer by its own loss and by the fused one: 15 minutes of processor time
+	$(BIN)/python examples/eole/train.py $(ARGS)
 
 papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
 	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done
@@ -140,6 +143,12 @@ clean: ## remove everything that these targets made
 .venv/installed-lint: pyproject.toml constraints.txt | .venv/installed
 	SKBUILD_BUILD_DIR=build/make $(PIP_INSTALL) $(if $(wildcard $@),--quiet) \
 	    --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+# Eole asks for 28 packages, web servers and spaCy among them, of which its training needs few.
+.venv/installed-eole: examples/eole/requirements.txt | .venv/installed
+	$(PIP_INSTALL) pydantic
+	$(PIP_INSTALL) --no-deps -r $<
 	@touch $@
 
 # Environments that have a torch of their own, and find all else in .venv, the built engine too, which links no torch.

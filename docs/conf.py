@@ -29,8 +29,9 @@ default_role = "code"
 smartquotes = False  # strings are to be copied
 nitpicky = True
 # What others document: no index of theirs is here to look names up in.
-nitpick_ignore_regex = [("py:.*", r"(torch|transformers|trl)\..*")]
+nitpick_ignore_regex = [("py:.*", r"(eole|torch|transformers|trl)\..*")]
 
+autodoc_mock_imports = ["eole"]  # not among what the documentation is built with
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what each argument may be
 python_maximum_signature_line_length = 100

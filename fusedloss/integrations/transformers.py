@@ -29,7 +29,7 @@ import fusedloss
 
 from ..distributed import fsdp
 from ..engine.output_layer import beside_lora, described, is_lora, products
-from ..losses._registry import LOSSES, argument_names
+from ._losses import OF_THE_LAYER, OF_THE_MODEL, check_arguments, current, forms
 
 try:
     from transformers import PreTrainedModel
@@ -45,17 +45,12 @@ _Model = TypeVar("_Model", bound=PreTrainedModel)
 #: Where a fused model keeps what it is fused with.
 _ATTRIBUTE = "_fusedloss"
 
-#: Arguments of the losses that come from the model: from its output layer and its own call of cross-entropy.
-_OF_THE_MODEL = frozenset(
-    ("input", "target", "linear_weight", "linear_bias", "softcap", "ignore_index", "reduction", "normalizer")
-)
 _OF_THE_TEACHER = frozenset(("teacher", "teacher_input", "teacher_weight", "teacher_bias", "teacher_softcap"))
 #: Inputs of a model that a teacher cannot share, and those that it does without.
 _NOT_SHARED = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
 _NOT_FOR_TEACHERS = frozenset(
     ("num_items_in_batch", "use_cache", "return_dict", "output_attentions", "output_hidden_states")
 )
-_UNUSABLE = frozenset(("return_stats", "inplace_backward"))
 _LINEAR_ONLY = frozenset(("budget", "drop_ignored"))
 
 #: Largest difference of a probe's loss and gradients, relative to the largest element. Models cast to float32.
@@ -85,7 +80,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     """
     if not isinstance(shift, bool):
         raise TypeError(f"shift must be True or False, got {shift!r}")
-    _check_arguments(loss, arguments, _OF_THE_MODEL - {"ignore_index"} | {"return_stats"})
+    check_arguments(loss, arguments, OF_THE_LAYER)
     ignored = arguments.get("ignore_index", -100)
 
     def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -101,7 +96,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
         labels = labels.to(logits.device)
         if shift:
             labels = F.pad(labels, (0, 1), value=ignored)[..., 1:]
-        return loss(logits, labels, normalizer=num_items_in_batch, **_current(arguments))
+        return loss(logits, labels, normalizer=num_items_in_batch, **current(arguments))
 
     return compute_loss
 
@@ -329,18 +324,14 @@ class _Loss(NamedTuple):
 
     @staticmethod
     def of(loss: str | Callable[..., Any], arguments: dict[str, Any], teacher: _Teacher | None) -> _Loss:
-        name = (loss if isinstance(loss, str) else getattr(loss, "__name__", repr(loss))).removeprefix("linear_")
-        forms = {name: (x.row, x.linear) for name, x in LOSSES.items() if x.linear is not None}
-        forms["distillation_loss"] = (fusedloss.distillation_loss, fusedloss.linear_distillation_loss)
-        row, linear = forms.get(name) or forms.get(f"{name}_loss") or (None, None)
-        if row is None or linear is None or not (isinstance(loss, str) or loss in (row, linear)):
-            raise ValueError(f"loss must be one of {', '.join(forms)} or its function, got {loss!r}")
+        of_teachers = (fusedloss.distillation_loss, fusedloss.linear_distillation_loss)
+        row, linear = forms(loss, distillation_loss=of_teachers)
         taught = row is fusedloss.distillation_loss
         if taught and teacher is None:
             raise TypeError("distillation needs a teacher: fuse(model, 'distillation', teacher=...)")
         if teacher is not None and not taught:
             raise TypeError(f"teacher is for distillation, got one with {row.__name__}")
-        _check_arguments(linear, arguments, _OF_THE_MODEL | _OF_THE_TEACHER | _UNUSABLE)
+        check_arguments(linear, arguments, OF_THE_MODEL | _OF_THE_TEACHER | {"inplace_backward"})
         return _Loss(row, linear, arguments, teacher)
 
     @property
@@ -358,29 +349,10 @@ class _Loss(NamedTuple):
 
     def of_logits(self, logits: Tensor, **options: Any) -> Tensor:
         own = {name: value for name, value in self.arguments.items() if name not in _LINEAR_ONLY}
-        return self.row(logits, **_current(own), **options)
+        return self.row(logits, **current(own), **options)
 
     def of_hidden(self, hidden: list[Tensor], weight: list[Tensor], **options: Any) -> Tensor:
-        return self.linear(hidden, weight, **_current(self.arguments), **options)
-
-
-def _check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], excluded: frozenset[str]) -> None:
-    if not callable(loss):
-        raise TypeError(f"loss must be a function, got {loss!r}")
-    name, known = getattr(loss, "__name__", repr(loss)), argument_names(loss)
-    for argument in arguments:
-        if argument in excluded:
-            raise TypeError(f"{name}() gets {argument!r} from the model and its labels, or cannot be used with it here")
-        if argument not in known:
-            raise TypeError(f"{name}() got an unexpected keyword argument {argument!r}")
-    for parameter in list(inspect.signature(loss).parameters.values())[2:]:
-        needed = parameter.default is parameter.empty and parameter.name in known
-        if needed and parameter.name not in (*arguments, *_OF_THE_MODEL, *_OF_THE_TEACHER):
-            raise TypeError(f"{name}() needs the argument {parameter.name!r}")
-
-
-def _current(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value() if callable(value) and name != "loss_fn" else value for name, value in arguments.items()}
+        return self.linear(hidden, weight, **current(self.arguments), **options)
 
 
 class _Fusion:

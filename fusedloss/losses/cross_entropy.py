@@ -57,7 +57,7 @@ def cross_entropy(
     A floating ``target`` (*, V) holds numbers y for all the classes. They must be finite and not negative; their sums
     are not checked. A row's loss is -sum_j w_j y'_j log p_j with y' = (1 - label_smoothing) y + label_smoothing / V.
     The target gets no gradient. "mean" divides by the number of rows, as in PyTorch. To skip a row, give it a
-    ``token_weight`` of 0; ignore_index does not apply. The linear form takes class indices only.
+    ``token_weight`` of 0; no value of a target does so. The linear form takes class indices only.
 
     >>> import torch, fusedloss as fl
     >>> logits = torch.randn(8, 1000, requires_grad=True)
