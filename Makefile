@@ -51,10 +51,10 @@ demo-eole: .venv/installed-eole ## train Eole's Transformer by its own loss and 
 papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
 	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done
 
-test: .venv/installed build/triton36/installed ## run the tests
+test: .venv/installed build/triton36/installed .venv/tried-eole ## run the tests
 	$(PYTEST) $(ARGS)
 
-test-all: .venv/installed build/triton36/installed ## run them on all products of losses, shapes, dtypes and options
+test-all: .venv/installed build/triton36/installed .venv/tried-eole ## run them on all products of losses, shapes, dtypes and options
 	$(PYTEST) -m "" $(ARGS)
 
 # What depends on torch most: its compiler, its autograd functions, the triton that comes with it. Digits, shapes and memory
@@ -146,6 +146,11 @@ clean: ## remove everything that these targets made
 	@touch $@
 
 # Eole asks for 28 packages, web servers and spaCy among them, of which its training needs few.
+# The tests of it are skipped, and say so, where pip has none for this Python.
+.venv/tried-eole: examples/eole/requirements.txt | .venv/installed
+	@$(MAKE) --silent .venv/installed-eole > $@.log 2>&1 || { echo "No Eole in .venv; pip said:"; tail -n 1 $@.log; }
+	@touch $@
+
 .venv/installed-eole: examples/eole/requirements.txt | .venv/installed
 	$(PIP_INSTALL) pydantic
 	$(PIP_INSTALL) --no-deps -r $<
