@@ -30,6 +30,7 @@ from fusedloss.checks import compute_dtype
 from fusedloss.definition.rows import Job, Rows, Spec
 from fusedloss.definition.statistics import COEFFICIENTS, MAX, STATISTICS, SUM_EXP, TARGET_GRADIENT, TARGET_LOGIT, A
 from fusedloss.engine import operators
+from fusedloss.losses import _registry
 
 if backends.unavailable("cpu") is not None:
     pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)
@@ -596,7 +597,9 @@ def test_terms_of_small_and_of_large_probabilities(
             (0.5, 1e-9, True, False),
         ]
     ]
-    (with_prices,) = [x.row for name, x in LOSSES.items() if x.without and name not in ("dsc_loss", "dice_loss")]
+    (with_prices,) = [
+        x.row for name, x in _registry.LOSSES.items() if x.without and name not in ("dsc_loss", "dice_loss")
+    ]
     terms.append((with_prices, {"alpha": 0.9, "beta": 0.1, "smooth": 0.5}))
     for loss, options in terms:
         results = []
