@@ -88,9 +88,12 @@ AT_A_GLANCE = (("focal_loss(gamma=2.0)", (1024, 32768)), ("linear_cross_entropy(
 SPELT_OUT = {
     "fused": "fusedloss",
     "eager": "eager PyTorch",
-    "compiled": "torch.compile",
-    "torch": "F.linear_cross_entropy",
-    "torch chunked": "F.linear_cross_entropy in chunks",
+    "torch": "`F.linear_cross_entropy`",
+    "torch chunked": "`F.linear_cross_entropy` in chunks",
+    "compiled": "`torch.compile`",
+    "F.cross_entropy": "`F.cross_entropy`",
+    "cut-cross-entropy": "cut-cross-entropy",
+    "pytorch-metric-learning": "pytorch-metric-learning",
 }
 
 
@@ -401,20 +404,22 @@ def first_screen(report: Report, name: str) -> str:
     rows, linear = at_a_glance(report)
 
     def gain(run: Run, peer: str) -> str:
-        return f"{_times(run, peer)} ×"
+        return f"{_times(run, peer)} × as fast as {SPELT_OUT[peer]}"
 
     def memory(run: Run) -> str:
-        return f"holds {held(run, 'fused'):.0f} MiB where eager holds {held(run, 'eager'):.0f}"
+        return (
+            f"needs {held(run, 'fused'):.0f} MiB beyond its inputs where eager PyTorch needs {held(run, 'eager'):.0f}"
+        )
 
     bold = (
-        f"**A step of focal loss over {rows['classes']:,} classes is {gain(rows, 'eager')} as fast as eager PyTorch "
-        f"and {gain(rows, 'compiled')} as fast as `torch.compile`. It {memory(rows)}. Cross-entropy of hidden states "
-        f"never stores the logits: it is {gain(linear, 'eager')} as fast as eager PyTorch, and {memory(linear)}.**"
+        f"**Focal loss over {rows['classes']:,} classes, forward and backward, is {gain(rows, 'eager')} and "
+        f"{gain(rows, 'compiled')}. It {memory(rows)}. Cross-entropy made straight from hidden states never stores the "
+        f"logits: it is {gain(linear, 'eager')} and {gain(linear, 'compiled')}, and {memory(linear)}.**"
     )
     where = f"[{report['machine']}](bench/results/{name}.md), {report['measured'].partition(' (')[0]}"
     lines = [
         *textwrap.wrap(bold, 118, break_long_words=False),
-        f"({where}: float32, forward and backward.) Where it does not win:",
+        f"({where}: float32.) Where it does not win:",
         "",
         *(f"- {text}" for text in losses_of(report)),
         "",
@@ -425,25 +430,29 @@ def first_screen(report: Report, name: str) -> str:
 
 
 def losses_of(report: Report) -> list[str]:
-    """Return, of each kind, the case that is slowest beside a peer, and who holds less memory at a glance."""
+    """Return, of each kind, the case that is slowest beside a peer, and who needs less memory at a glance."""
     found = []
     for _, runs in parts(report):
-        seconds = [
-            (run["seconds"]["fused"] / run["seconds"][peer], run, peer) for run in runs for peer in peers_of(run)
-        ]
-        ratio, run, peer = max(seconds, key=itemgetter(0), default=(0.0, {}, ""))
-        if ratio > 1:
+        cases = [(run["seconds"][peer] / run["seconds"]["fused"], run, peer) for run in runs for peer in peers_of(run)]
+        ratio, run, peer = min(cases, key=itemgetter(0), default=(math.inf, {}, ""))
+        if ratio < 1:
             found.append(
-                f"`{run['loss']}` of {_shape(run)} {run['dtype']} takes {ratio:.2f} × the time of "
-                f"{SPELT_OUT.get(peer, peer)}"
+                f"`{run['loss']}` ({_axes(run)}, {run['dtype']}) is {ratio:.2f} × as fast as {SPELT_OUT[peer]}."
             )
     for run in at_a_glance(report):
-        less = [(held(run, peer), peer) for peer in peers_of(run) if (held(run, peer) or math.inf) < held(run, "fused")]
-        found += [
-            f"{SPELT_OUT.get(peer, peer)} holds {memory:.0f} MiB in that step of {run['loss'].removesuffix('()')}"
-            for memory, peer in less
-        ]
-    return found or ["nowhere that was measured"]
+        for peer in peers_of(run):
+            less, own = held(run, peer), held(run, "fused")
+            if less is not None and own is not None and less < own:
+                found.append(
+                    f"{SPELT_OUT[peer]} needs less memory than `{run['loss']}` ({less:.0f} MiB, not {own:.0f}), and "
+                    f"{run['seconds'][peer] / run['seconds']['fused']:.2f} × its time."
+                )
+    return found or ["Nowhere that was measured."]
+
+
+def _axes(run: Run) -> str:
+    names = {"rows": "rows", "features": "features", "classes": "classes"}
+    return ", ".join(f"{run[size]:,} {name}" for size, name in names.items() if size in run)
 
 
 def guide_table(report: Report, name: str) -> str:
@@ -559,7 +568,7 @@ def plot_glance(runs: list[Run], *, title: str, path: Path) -> None:
         for axis, values, what in zip(panels, (milliseconds, mebibytes), ("ms", "MiB beyond the inputs"), strict=True):
             values = [math.nan if value is None else value for value in values]
             colours = ["tab:blue" if name == "fused" else "silver" for name in part]
-            bars = axis.barh([SPELT_OUT.get(name, name) for name in part], values, color=colours)
+            bars = axis.barh([SPELT_OUT[name].replace("`", "") for name in part], values, color=colours)
             axis.bar_label(bars, [f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in values], padding=3, fontsize=9)
             axis.set_xlim(0, 1.15 * max(value for value in values if value == value))
             axis.invert_yaxis()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -444,6 +445,11 @@ print("done")
     assert done == "done"
     assert first.startswith("impl='cpu' cannot run: the C++ extension did not load") and "fusedloss._engine" in first
     assert second == first.replace("impl='cpu'", "FUSEDLOSS_IMPL='cpu'")
+    # Python prefers the folder that it is started in, whose sources are not built, to what is installed.
+    sources = Path(fl.__file__).parents[1]
+    assert ("losses run in plain PyTorch" in result.stderr and f"sources in {sources};" in first) == (
+        sources / "csrc"
+    ).is_dir()
 
 
 def test_the_environment_names_the_default(monkeypatch, generator, kernel_calls):

@@ -33,5 +33,6 @@ engine=$(echo build/wheel/unpacked/fusedloss/_engine*.so)
 needed=$(readelf -d "$engine" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' |
     grep -vE '^(ld-linux|lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+)\.so)' || true)
 [[ $needed == libgomp.so.1 ]] || fail "$wheel must need libgomp.so.1 and nothing else, and needs: ${needed:-nothing}"
-nm -D "$engine" | grep -q ' U GOMP_parallel' || fail "$wheel does not call GOMP_parallel: torch's threads would be unused"
+# No pipe: grep would end before nm does, and that be a failure.
+[[ $(nm -D "$engine") == *" U GOMP_parallel"* ]] || fail "$wheel does not call GOMP_parallel: torch's threads would be unused"
 echo "built $wheel"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,6 +21,13 @@ try:
 except ImportError as error:
     _engine = None  # type: ignore[assignment]
     _IMPORT_ERROR = str(error)
+    # Python prefers the folder that it is started in to what is installed.
+    _SOURCES = Path(__file__).parents[2]
+    if (_SOURCES / "csrc").is_dir():
+        _IMPORT_ERROR += (
+            f"): these are the sources in {_SOURCES}; start Python in another folder, or install them (pip install -e ."
+        )
+        warnings.warn(f"losses run in plain PyTorch: no C++ extension ({_IMPORT_ERROR})", RuntimeWarning, stacklevel=2)
 
 _LOWEST = -(2**63)
 
