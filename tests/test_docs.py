@@ -148,7 +148,7 @@ def test_readme_is_short_and_its_first_screen_has_all_that_a_newcomer_needs() ->
     assert len(lines) <= 150
     first = "\n".join(lines[:40])
     for wanted in (
-        "pip install .",
+        "pip install -e .",
         "fusedloss check",
         "fl.linear_cross_entropy(",
         "fuse(model",
