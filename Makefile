@@ -31,7 +31,7 @@ help: ## list the targets
 
 # Each demo takes ARGS=--quick, with which it ends in under 2 minutes.
 demo: .venv/installed ## train a small translation model, CE beside mixed CE, about 4 minutes on 2 cores
-	$(BIN)/python examples/nmt/train.py $(ARGS)
+	$(BIN)/python examples/nmt/train.py $(if $(findstring --quick,$(ARGS)),,--steps 600) $(ARGS)
 
 demo-lm: .venv/installed ## train a small language model with transformers' Trainer, about 3 minutes
 	$(BIN)/python examples/lm/train.py $(ARGS)
