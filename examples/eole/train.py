@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse
 import contextlib
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -29,13 +28,15 @@ import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
-from arguments import count, cpus
+from arguments import count, cpus, parse
 from data import UNK, DataError, Vocabulary, load_pairs, split_by_file
 from evaluate import bleu
+from resident import resident_mib
 
 #: Each loss with Eole's own way and with the fused one.
 RUNS = ("cross-entropy, Eole", "cross-entropy, fused", "mixed, plain PyTorch", "mixed, fused")
 SMOOTHING = 0.1
+QUICK = {"updates": 30, "rounds": 3, "vocab_size": 2000, "bleu_sentences": 20}
 #: The first pieces of the vocabulary, which Eole has of its own.
 SPECIAL = 1 + UNK
 
@@ -49,7 +50,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, help="pairs, 'source TAB target' a line; None for the help of LibreOffice")
     add("--out", type=Path, default=Path("runs/eole"), help="folder of the corpus, the logs and the results")
-    add("--quick", action="store_true", help="a small corpus and few updates: does it run?")
     add("--updates", type=count(1), default=800, help="of each run")
     add("--rounds", type=count(1), default=10, help="turns in which the runs take their updates")
     add("--batch-tokens", type=count(1), default=1024, help="of Eole's batches, the longer side, padding included")
@@ -61,9 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1, help="of the weights and the batches")
     add("--threads", type=count(1), default=cpus(), help="CPU threads")
     add("--run", choices=RUNS, help=argparse.SUPPRESS)  # a process of one of them
-    options = parser.parse_args(arguments)
-    if options.quick:
-        options.updates, options.rounds, options.vocab_size, options.bleu_sentences = 30, 3, 2000, 20
+    options = parse(parser, QUICK, arguments)
     if options.updates % options.rounds:
         parser.error(f"--updates {options.updates} must be a multiple of --rounds {options.rounds}")
     return options
@@ -239,12 +237,12 @@ class MixedCrossEntropy(torch.nn.Module):
 
 def in_turns(batches: Iterable[Any], updates: int, padding: int, tell: Callable[..., None]) -> Iterator[Any]:
     """The batches. Before the first, and after each `updates` more, it tells of them and waits."""
-    answer, tokens, start = {"start_mib": memory_mib("VmRSS")}, 0, 0.0
+    answer, tokens, start = {"start_mib": resident_mib("VmRSS")}, 0, 0.0
     for number, batch in enumerate(batches):
         if number % updates == 0:
             if number:
                 answer["tokens_per_second"] = tokens / (time.perf_counter() - start)
-                answer["peak_mib"] = memory_mib("VmHWM")
+                answer["peak_mib"] = resident_mib("VmHWM")
             tell(**answer)
             tokens, start = 0, time.perf_counter()
         tokens += int((batch[0]["tgt"][:, 1:] != padding).sum())
@@ -297,15 +295,6 @@ def configuration(options: argparse.Namespace) -> dict[str, Any]:
             "model_path": f"{options.out}/model",
         },
     }
-
-
-def memory_mib(field: str) -> float:
-    """VmRSS: what this process holds now; VmHWM: the most that it held. NaN where the system is not Linux."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) / 1024
-    return math.nan
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from model import Size, fuse_with, make_model, row_loss
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from resident import resident_mib
 from tables import faster
 
 SIDES = ("fused", "unfused")
@@ -101,7 +101,7 @@ def _child(side: str, path: str) -> None:
         fuse_with(model, plan["loss"])
     elif plan["loss"] != "cross_entropy":  # else transformers' own
         loss_of_logits = row_loss(plan["loss"])
-    start_mib = _memory_mib("VmRSS")
+    start_mib = resident_mib("VmRSS")
     for tokens, _ in zip(plan["batches"], sys.stdin, strict=False):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=plan["dtype"] == "bf16"):
@@ -113,17 +113,8 @@ def _child(side: str, path: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         milliseconds = 1000 * (time.perf_counter() - start)
-        answer = {"ms": milliseconds, "loss": loss.item(), "start_mib": start_mib, "peak_mib": _memory_mib("VmHWM")}
+        answer = {"ms": milliseconds, "loss": loss.item(), "start_mib": start_mib, "peak_mib": resident_mib("VmHWM")}
         print(json.dumps(answer), flush=True)
-
-
-def _memory_mib(field: str) -> float:
-    """VmRSS: what this process holds now; VmHWM: the most that it held. NaN where the system is not Linux."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) / 1024
-    return math.nan
 
 
 if __name__ == "__main__":

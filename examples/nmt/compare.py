@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from data import PAD, Batch
 from model import Size, Transformer, autocast
 from optimizer import MuonAdamW
+from resident import resident_mib
 from tables import faster
 from torch import Tensor
 
@@ -156,7 +156,7 @@ def _child(side: str, path: str) -> None:
         optimizer.step(share=0.1)
         return loss.item()
 
-    start_mib = _memory_mib("VmRSS")
+    start_mib = resident_mib("VmRSS")
     for batch in batches[:WARMUP]:
         update(batch)
     parts = [batches[WARMUP:][part::ROUNDS] for part in range(ROUNDS)]
@@ -174,7 +174,7 @@ def _child(side: str, path: str) -> None:
                 "tokens_per_second": tokens / seconds,
                 "final_loss": losses[-1],
                 "start_mib": start_mib,
-                "peak_mib": _memory_mib("VmHWM"),
+                "peak_mib": resident_mib("VmHWM"),
             }
         else:
             leaves = (hidden_of(largest).detach().requires_grad_(), model.output_weight)
@@ -187,18 +187,6 @@ def _milliseconds(loss_of: Callable[[Tensor, Tensor], Tensor], leaves: tuple[Ten
     start = time.perf_counter()
     torch.autograd.grad(loss_of(leaves[0], target), leaves)
     return 1000 * (time.perf_counter() - start)
-
-
-def _memory_mib(field: str) -> float:
-    """VmRSS: what this process holds now; VmHWM: the most that it held. NaN where the system is not Linux.
-
-    Not getrusage: its maximum is the parent's, where that one was larger at the fork.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) / 1024
-    return math.nan
 
 
 if __name__ == "__main__":
