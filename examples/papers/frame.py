@@ -19,6 +19,9 @@ from arguments import count, cpus, positive, share_or_all
 from packages import DataError
 from tables import interval, spread
 
+#: The finished runs behind the pages of docs/papers, which are not made again: hours of processor time.
+RECORDED = Path(__file__).resolve().parent / "results"
+
 #: The settings that `add_training` adds.
 TRAINING = ("limit", "epochs", "batch", "lr", "width", "hidden", "dropout", "max_length", "least")
 
@@ -35,7 +38,7 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("runs").add_argument
     add("--out", type=Path, default=Path("runs/papers") / name, help="folder of the results, the table and the plot")
-    add("--fresh", action="store_true", help="forget the runs that --out holds")
+    add("--fresh", action="store_true", help="make every run anew: those of --out are discarded")
     add("--seeds", type=count(1), default=3, help="runs of each loss")
     add("--seed", type=int, default=1, help="the first: of the weights, the batches and dropout")
     add("--threads", type=count(1), default=cpus(), help="CPU threads")
@@ -63,19 +66,21 @@ def run_all(
     out: Path,
     fresh: bool = False,
 ) -> list[Run]:
-    """The runs of the plan in its order; those that `out` holds already, of the very same settings, are not run again.
+    """The runs of the plan in its order; those of the same settings in `out` or in `RECORDED` are not made again.
 
-    Each is a line of results.jsonl as soon as it ends, so that what is stopped at any moment goes on where it was.
-    Lines of other settings stay there and are not looked at.
+    Each is a line of results.jsonl as soon as it ends, so that a script that was stopped resumes from there. Lines of
+    other settings stay in the file and are not used. `fresh` discards the file, and does not read `RECORDED`.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
     if fresh:
         path.unlink(missing_ok=True)
     done = _read(path)
+    for recorded in () if fresh else sorted(RECORDED.glob("*.jsonl")):
+        done = {**_read(recorded), **done}
     ready = sum(_key(settings) in done for settings in plan)
     if ready:
-        print(f"{ready} of {len(plan)} runs are in {path}")
+        print(f"{ready} of {len(plan)} runs are in {path} or in {RECORDED}; --fresh makes them anew")
     runs = []
     for number, settings in enumerate(plan, start=1):
         measured = done.get(_key(settings))
