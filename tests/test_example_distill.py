@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module_
 @pytest.fixture
 def example():
     with imported(
-        "distill", "train experiment frame data model optimizer options checkpoint evaluate trainer"
+        "distill", "train experiment frame data model optimizer options checkpoint evaluate trainer student"
     ) as modules:
         yield modules
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import signal
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from example_modules import imported
 
 OWN = "scores frame bilstm texts tags calibration dice contrastive"
 SHARED = "data model training experiment report options"  # of examples/fewshot
-TRANSLATION = (
-    "mixed_cross_entropy experiment data model optimizer options checkpoint evaluate trainer"  # of examples/nmt
-)
+TRANSLATION = "mixed_cross_entropy mixed_long"  # and the modules of examples/nmt
+TRANSLATION += " experiment data model optimizer options checkpoint evaluate trainer student"
 KEYS = {"spam": "win", "ham": "home"}
 NAMES = {"PER": ("ana", "bob"), "LOC": ("oslo", "rome")}
 TINY = "--seeds 1 --epochs 20 --width 8 --hidden 8 --lr 0.02 --batch 8 --dropout 0.1 --threads 1"
@@ -117,17 +117,77 @@ def test_contrastive_grid(papers, texts, encoder, tmp_path, monkeypatch):
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
-def test_mixed_cross_entropy(papers, corpus, tmp_path):
+@pytest.fixture
+def translation(papers):
+    """The script with sizes for a few hundred synthetic pairs, whose modules have the names of others."""
     for name in ("sentencepiece", "sacrebleu"):
         pytest.importorskip(name, reason="the example needs the extra [demo]")
-    with imported("papers", TRANSLATION) as translation:  # whose modules have the names of others
-        script = translation.mixed_cross_entropy
-        sizes = "--seeds 1 --steps 8 --d-model 16 --heads 2 --layers 1 --vocab-size 60 --batch-tokens 128 --beam 2"
-        sizes += " --max-length 64 --dropout 0.1 --held-out 0.2 --bleu-sentences 5 --threads 1"
-        script.compare(script.parse_arguments([*sizes.split(), "--data", str(corpus), "--out", str(tmp_path)]))
-        results = _results(tmp_path, "mixed_cross_entropy")
-        assert [r["settings"]["loss"] for r in results] == [*script.LOSSES]
-        assert len({json.dumps(r["measured"]) for r in results}) == 4
-        table = (tmp_path / "table.md").read_text()
-        assert [line.split(" | ")[0] for line in table.splitlines()[2:6]] == [f"| {name}" for name in script.LOSSES]
+    with imported("papers", TRANSLATION) as modules:
+        yield modules
+
+
+SMALL = "--seeds 1 --steps 8 --d-model 16 --heads 2 --layers 1 --vocab-size 60 --batch-tokens 128 --beam 2"
+SMALL += " --max-length 64 --dropout 0.1 --held-out 0.2 --bleu-sentences 5 --threads 1"
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+def test_mixed_cross_entropy(translation, corpus, tmp_path):
+    script = translation.mixed_cross_entropy
+    script.compare(script.parse_arguments([*SMALL.split(), "--data", str(corpus), "--out", str(tmp_path)]))
+    results = _results(tmp_path, "mixed_cross_entropy")
+    assert [r["settings"]["loss"] for r in results] == [*script.LOSSES]
+    assert len({json.dumps(r["measured"]) for r in results}) == 4
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:6]] == [f"| {name}" for name in script.LOSSES]
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+def test_mixed_cross_entropy_long(translation, corpus, tmp_path, monkeypatch):
+    """One warm-up for all losses of a seed; and runs that are stopped in the midst go on to the same results."""
+    script, losses = translation.mixed_cross_entropy, [*translation.mixed_long.LOSSES]
+
+    def compare(name: str, *more: str) -> list[dict]:
+        own = ["--long", "--data", str(corpus), "--out", str(tmp_path / name), *more]
+        script.compare(script.parse_arguments([*SMALL.split(), *own]))
+        return _results(tmp_path / name, "mixed_long")
+
+    whole = compare("whole")
+    assert [r["settings"]["loss"] for r in whole] == losses
+    curves = [r["measured"]["curves"] for r in whole]
+    assert all([point["step"] for point in curve] == [*range(1, 9)] for curve in curves)
+    assert all(curve[:2] == curves[0][:2] for curve in curves)  # of 20 % of the updates
+    assert len({json.dumps(curve[2:]) for curve in curves}) == len(losses)
+    assert len([*(tmp_path / "whole").glob("*.pt")]) == 2  # the warm-up, and CE's network, which teaches
+    table = (tmp_path / "whole" / "table.md").read_text()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:8]] == [f"| {name}" for name in losses]
+
+    update, made = translation.trainer.Trainer.update, itertools.count(1)
+
+    def stopped(trainer):
+        if next(made) % 9 == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return update(trainer)
+
+    monkeypatch.setattr(translation.trainer.Trainer, "update", stopped)
+    for _ in range(4):  # 38 updates in all
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            compare("parts")
+    parts = compare("parts")
+    for run in (*whole, *parts):
+        del run["seconds"], run["measured"]["processor seconds"]
+    assert parts == whole
+
+
+def test_results_of_scripts_at_once(papers, tmp_path):
+    """Each keeps what the others have written, and cuts off what one of them left unfinished."""
+    plan = [{"loss": name} for name in "abc"]
+
+    def run(settings: dict) -> dict:
+        if settings["loss"] == "b":  # meanwhile another one has ended, and a third was stopped
+            with (tmp_path / "results.jsonl").open("a") as file:
+                file.write('{"settings": {"loss": "d"}, "measured": {"x": 4}, "seconds": 1}\n{"settings": {"lo')
+        return {"x": 1}
+
+    papers.frame.run_all(plan, run, str, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["settings"]["loss"] for line in lines] == ["a", "d", "b", "c"]

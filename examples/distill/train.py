@@ -19,19 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fusedloss as fl
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "papers"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
 from arguments import count, cpus, parse, positive, share_or_all
-from data import PAD, Batch
 from experiment import COLUMNS, Experiment, told
 from frame import differences, main, run_all, table
-from model import Transformer
 from options import Config, add_options, check, make_config
+from student import Student
 from trainer import Trainer
 
 TEACHER_SEED = 1000  # is added to a seed's: a teacher has weights and batches that none of its students has
@@ -72,32 +67,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             f"--soft must be above 0, got {options.soft}: without a teacher the loss is CE, which is trained anyway"
         )
     return options
-
-
-class Student(Trainer):
-    """Learns from the hidden states of a teacher, and from the reference."""
-
-    def __init__(self, *arguments: Any, teacher: Transformer, soft: float, temperature: float) -> None:
-        super().__init__(*arguments)
-        self._teacher, self._soft, self._temperature = teacher.eval().requires_grad_(False), soft, temperature
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The mean of soft * T^2 * KL(teacher | student) + (1 - soft) * CE; the logits of neither model are stored."""
-        with torch.no_grad():
-            teacher_hidden = self._teacher(batch.source, batch.target_in)  # (B, T, E)
-        hidden = self.model(batch.source, batch.target_in)  # (B, T, D)
-        return self._soft * fl.linear_distillation_loss(
-            hidden,
-            self.model.output_weight,
-            teacher_hidden,
-            self._teacher.output_weight,
-            temperature=self._temperature,
-            scale_by_temperature_squared=True,
-            target=batch.target_out,
-            hard_weight=(1 - self._soft) / self._soft,
-            ignore_index=PAD,
-            impl=self.impl,
-        )
 
 
 def train(experiment: Experiment, config: Config) -> Trainer:

@@ -45,6 +45,10 @@ def bleu(translations: list[str], references: list[str]) -> float:
     return sacrebleu.corpus_bleu(translations, [references]).score
 
 
+def chrf(translations: list[str], references: list[str]) -> float:
+    return sacrebleu.corpus_chrf(translations, [references]).score
+
+
 @torch.no_grad()
 def translate(
     model: Transformer, vocabulary: Vocabulary, sources: list[str], beam: int = 1, batch_size: int = 64

@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 from data import DataError, Vocabulary, all_batches, encode_pairs, fingerprint, load_pairs, split_by_file
-from evaluate import bleu, held_out, translate
+from evaluate import bleu, chrf, held_out, translate
 from model import autocast
 from options import Config
 from tqdm import tqdm
@@ -45,13 +45,15 @@ class Experiment:
         for _ in tqdm(range(trainer.step, config.steps), name, unit="update", leave=False, disable=None):
             trainer.update()
 
-    def measure(self, trainer: Trainer, beam: int) -> dict[str, float]:
-        """The columns of a trained network."""
+    def measure(self, trainer: Trainer, beam: int, sentences: int | None = None) -> dict[str, float]:
+        """The columns of a trained network, and chrF. `sentences`: how many of those to translate, else all."""
         with autocast(trainer.config.dtype):
             ce, accuracy = held_out(trainer.model, all_batches(self._held, 4096))
-        sources, references = ([getattr(pair, side) for pair in self._translated] for side in ("source", "target"))
-        score = bleu(translate(trainer.model, self.vocabulary, sources, beam), references)
-        return dict(zip(COLUMNS, (score, ce, 100 * accuracy), strict=True))
+        chosen = self._translated[:sentences]
+        sources, references = ([getattr(pair, side) for pair in chosen] for side in ("source", "target"))
+        translations = translate(trainer.model, self.vocabulary, sources, beam)
+        columns = dict(zip(COLUMNS, (bleu(translations, references), ce, 100 * accuracy), strict=True))
+        return columns | {"chrF": chrf(translations, references)}
 
     def warmed_up(self, config: Config) -> dict[str, Any]:
         """The state after the warm-up. Until then all losses are cross-entropy: successive runs of a seed share it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -65,11 +66,13 @@ def run_all(
     told: Callable[[Run], str],
     out: Path,
     fresh: bool = False,
+    kept: Callable[[dict[str, Any]], None] = lambda settings: None,
 ) -> list[Run]:
     """The runs of the plan in its order; those of the same settings in `out` or in `RECORDED` are not made again.
 
     Each is a line of results.jsonl as soon as it ends, so that a script that was stopped resumes from there. Lines of
-    other settings stay in the file and are not used. `fresh` discards the file, and does not read `RECORDED`.
+    other settings stay in the file and are not used. `fresh` discards the file, and does not read `RECORDED`. `kept` is
+    called with the settings of a run whose line is on the disk.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
@@ -78,44 +81,52 @@ def run_all(
     done = _read(path)
     for recorded in () if fresh else sorted(RECORDED.glob("*.jsonl")):
         done = {**_read(recorded), **done}
-    ready = sum(_key(settings) in done for settings in plan)
+    ready = sum(key(settings) in done for settings in plan)
     if ready:
         print(f"{ready} of {len(plan)} runs are in {path} or in {RECORDED}; --fresh makes them anew")
     runs = []
     for number, settings in enumerate(plan, start=1):
-        measured = done.get(_key(settings))
+        measured = done.get(key(settings))
         if measured is None:
             start = time.perf_counter()
             measured = run(settings)
             line = {"settings": settings, "measured": measured, "seconds": round(time.perf_counter() - start, 1)}
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            _append(path, json.dumps(line, allow_nan=False))
+            kept(settings)
             print(f"{number} of {len(plan)}, {line['seconds']:.0f} s: {told(Run(settings, measured))}")
         runs.append(Run(settings, measured))
     return runs
 
 
-def _key(settings: dict[str, Any]) -> str:
+def key(settings: dict[str, Any]) -> str:
+    """What two runs of the same settings share."""
     return json.dumps(settings, sort_keys=True)
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by settings. A last line without its end is of a run that was stopped, and is cut off."""
+    """What was measured, by settings. A last line without its end is of a run that was stopped, or is being written."""
     if not path.exists():
         return {}
-    whole, end, rest = path.read_bytes().rpartition(b"\n")
-    if rest:
-        os.truncate(path, len(whole) + len(end))
     done = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             entry = json.loads(line)
-            done[_key(entry["settings"])] = entry["measured"]
+            done[key(entry["settings"])] = entry["measured"]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{path}, line {number}: not a result; --fresh forgets the file") from None
     return done
+
+
+def _append(path: Path, line: str) -> None:
+    """Under a lock, as several scripts may write: what follows the last whole line is of one that was stopped."""
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        whole, end, _ = file.read().rpartition(b"\n")
+        file.truncate(len(whole) + len(end))
+        file.write(line.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def table(runs: Sequence[Run], by: str, columns: dict[str, float], form: str = ".1f") -> str:
