@@ -27,7 +27,7 @@ import fusedloss as fl
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
 sys.path.append(str(Path(__file__).resolve().parents[1] / "nmt"))
 import mixed_long
-from arguments import parse, share
+from arguments import count, parse, share
 from data import PAD, Batch
 from experiment import COLUMNS, Experiment, told
 from frame import differences, draw_scores, main, make_parser, run_all, save_figure, scores, table
@@ -49,7 +49,7 @@ LONG = {
     "dropout": 0.1,
     "label_smoothing": 0.0,
 }
-QUICK = {"seeds": 2, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60}
+QUICK = {"seeds": 2, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60, "points": 2}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,6 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--long", action="store_true", help="12 passes over the corpus, with the paper's rivals: half a day")
     names = [*mixed_long.LOSSES]
     add("--losses", nargs="+", choices=names, default=names, metavar="LOSS", help="of --long: some of %(default)s")
+    add("--points", type=count(1), default=10, help="of --long: of the curve of a run, each some seconds long")
     add_options(parser)
     parser.set_defaults(bleu_sentences=0)
     if "--long" in (sys.argv[1:] if arguments is None else arguments):

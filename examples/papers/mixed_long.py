@@ -39,8 +39,7 @@ LOSSES: dict[str, tuple[str, dict[str, float]]] = {
 }
 FIRST = ("CE", "mixed CE")  # of all seeds before the rivals of any
 MEASURED = ("BLEU", "chrF", *COLUMNS[1:])
-POINTS = 10  # of the curves
-CURVE_SENTENCES = 200  # greedily translated at each of them
+CURVE_SENTENCES = 200  # greedily translated at each point of the curves
 CHECKPOINT_SECONDS = 600
 
 
@@ -89,10 +88,10 @@ class Long:
     def _trained(self, settings: dict[str, Any]) -> tuple[Trainer, float]:
         """The trained network, and the processor time that it took after the warm-up."""
         trainer = self._trainer(settings)
-        path = self.path(settings)
+        path, curves = self.path(settings), settings["curves"]
         if not path.exists():
-            trainer.load(self._warmed_up(trainer.config))
-        return trainer, self._go_on(trainer, trainer.config.steps, path)
+            trainer.load(self._warmed_up(trainer.config, curves))
+        return trainer, self._go_on(trainer, trainer.config.steps, path, **curves)
 
     def _trainer(self, settings: dict[str, Any]) -> Trainer:
         name, knobs = settings["loss"], settings["knobs"]
@@ -102,47 +101,52 @@ class Long:
             return Student(*arguments, teacher=teacher.model, **knobs)
         return Rival(*arguments, name=name, knobs=knobs) if knobs else Trainer(*arguments)
 
-    def _warmed_up(self, config: Config) -> dict[str, Any]:
-        """The state after the warm-up, which one process makes and the others wait for."""
+    def _warmed_up(self, config: Config, curves: dict[str, int]) -> dict[str, Any]:
+        """The state after the warm-up, which a seed's runs share."""
         config = as_baseline(config)
         trainer = Trainer(config, self._experiment.train, self._experiment.vocabulary, None)
-        path = self.path({"warm-up": dataclasses.asdict(config)})
-        with path.with_suffix(".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._go_on(trainer, warm_up_ends(config), path)
+        path = self.path({"warm-up": dataclasses.asdict(config), "curves": curves})
+        self._go_on(trainer, warm_up_ends(config), path, **curves)
         return trainer.state()
 
-    def _go_on(self, trainer: Trainer, end: int, path: Path) -> float:
-        """Train to an update, from the state in `path` where there is one; the processor time from its beginning."""
-        before = 0.0
-        if path.exists():
-            state = load_checkpoint(path, trainer.config)
-            trainer.load(state)
-            before = state["processor"]
-        start, saved = time.process_time(), time.monotonic()
+    def _go_on(self, trainer: Trainer, end: int, path: Path, points: int, sentences: int) -> float:
+        """Train to an update, from the state in `path` where there is one; the processor time from its beginning.
 
-        def save() -> float:
-            seconds = before + time.process_time() - start
-            save_checkpoint(path, {**trainer.state(), "processor": seconds})
-            return seconds
+        One process does, and others that want the same wait for it.
+        """
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = 0.0
+            if path.exists():
+                state = load_checkpoint(path, trainer.config)
+                trainer.load(state)
+                before = state["processor"]
+            start, saved = time.process_time(), time.monotonic()
 
-        interval = max(1, trainer.config.steps // POINTS)
-        with Interruption() as interruption:
-            while trainer.step < end:
-                trainer.update()
-                if trainer.step % interval == 0:
-                    measured = self._experiment.measure(trainer, beam=1, sentences=CURVE_SENTENCES)
-                    loss = sum(trainer.recent) / len(trainer.recent)
-                    trainer.curves.append({"step": trainer.step, "train loss": loss, **measured})
-                    trainer.recent = []
-                    print(f"seed {trainer.config.seed}, update {trainer.step}: BLEU {measured['BLEU']:.2f}, greedy")
-                if interruption.signal is not None:
-                    save()
-                    sys.exit(128 + interruption.signal)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save()
-                    saved = time.monotonic()
-        return save()
+            def save() -> float:
+                seconds = before + time.process_time() - start
+                save_checkpoint(path, {**trainer.state(), "processor": seconds})
+                return seconds
+
+            with Interruption() as interruption:
+                while trainer.step < end:
+                    trainer.update()
+                    if trainer.step % max(1, trainer.config.steps // points) == 0:
+                        self._add_point(trainer, sentences)
+                    if interruption.signal is not None:
+                        save()
+                        sys.exit(128 + interruption.signal)
+                    if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                        save()
+                        saved = time.monotonic()
+            return save()
+
+    def _add_point(self, trainer: Trainer, sentences: int) -> None:
+        measured = self._experiment.measure(trainer, beam=1, sentences=sentences)
+        loss = sum(trainer.recent) / len(trainer.recent)
+        trainer.curves.append({"step": trainer.step, "train loss": loss, **measured})
+        trainer.recent = []
+        print(f"seed {trainer.config.seed}, update {trainer.step}: BLEU {measured['BLEU']:.2f}, greedy")
 
 
 def make_plan(options: argparse.Namespace, fingerprint: str) -> list[dict[str, Any]]:
@@ -154,7 +158,7 @@ def make_plan(options: argparse.Namespace, fingerprint: str) -> list[dict[str, A
             "knobs": knobs,
             "beam": options.beam,
             "bleu_sentences": options.bleu_sentences,
-            "curves": {"points": POINTS, "sentences": CURVE_SENTENCES},
+            "curves": {"points": options.points, "sentences": CURVE_SENTENCES},
             "config": dataclasses.asdict(make_config(own, fingerprint)),
         }
 
