@@ -49,7 +49,8 @@ LONG = {
     "dropout": 0.1,
     "label_smoothing": 0.0,
 }
-QUICK = {"seeds": 2, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60, "points": 2}
+QUICK = {"seeds": 2, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60}
+QUICK_LONG = {"out": Path("runs/papers/mixed_long-quick"), "seeds": 1, "steps": 50, "points": 2}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -62,9 +63,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--points", type=count(1), default=10, help="of --long: of the curve of a run, each some seconds long")
     add_options(parser)
     parser.set_defaults(bleu_sentences=0)
-    if "--long" in (sys.argv[1:] if arguments is None else arguments):
-        parser.set_defaults(**LONG)
-    options = parse(parser, QUICK, arguments)
+    long = "--long" in (sys.argv[1:] if arguments is None else arguments)
+    parser.set_defaults(**LONG if long else {})
+    options = parse(parser, QUICK | (QUICK_LONG if long else {}), arguments)
     check(parser, options)
     return options
 
