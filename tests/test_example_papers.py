@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,21 @@ def test_mixed_cross_entropy_long(translation, corpus, tmp_path, monkeypatch):
     for run in (*whole, *parts):
         del run["seconds"], run["measured"]["processor seconds"]
     assert parts == whole
+
+
+def test_dual_skew_is_the_two_divergences(translation):
+    p = torch.rand(3, 7, dtype=torch.float64).softmax(-1)
+    y = torch.eye(7, dtype=torch.float64)[[0, 3, 6]]
+    p_y = (p * y).sum(-1)
+
+    def skew(a, b):
+        return (torch.special.xlogy(b, b) - torch.special.xlogy(b, 0.99 * a + 0.01 * b)).sum(-1)
+
+    row = SimpleNamespace(p=p_y, q=1 - p_y, ce=-p_y.log())
+    both = 0.8 * skew(p, y) + 0.2 * skew(y, p)
+    torch.testing.assert_close(
+        translation.mixed_long.dual_skew(row, **translation.mixed_long.LOSSES["dual skew"][1]), both
+    )
 
 
 def test_results_of_scripts_at_once(papers, tmp_path):

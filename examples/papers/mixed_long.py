@@ -178,7 +178,7 @@ def compare(options: argparse.Namespace) -> None:
 
     def kept(settings: dict[str, Any]) -> None:
         if settings["loss"] != "CE":  # which teaches
-            long.path(settings).unlink()
+            long.path(settings).unlink(missing_ok=True)
 
     runs = run_all(plan, long.run, lambda run: told(*run), options.out, options.fresh, kept)
     written = table(runs, "loss", dict.fromkeys(MEASURED, 1), ".2f")
@@ -190,7 +190,7 @@ def compare(options: argparse.Namespace) -> None:
     (options.out / "table.md").write_text(written, encoding="utf-8")
     with save_figure(options.out / "mixed_long.png", 1, 2) as (panels,):
         for panel, column in zip(panels, ("BLEU", "held-out CE"), strict=True):
-            draw_curves(panel, [run for run in runs if run.settings["loss"] in FIRST], column)
+            draw_curves(panel, [run for run in runs if run.settings["loss"] in FIRST] or runs, column)
     print(f"table, plot and results: {options.out}")
 
 
