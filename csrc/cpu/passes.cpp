@@ -2,7 +2,8 @@
 //
 //   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without the
 //              target's term), then runs the loss's epilogue on them. A class term reads blocks of large
-//              probabilities a second time, with class weights all; a pair term reads two rows.
+//              probabilities a second time, with class weights all; a pair term reads two rows. A gradient that is
+//              asked for is written row by row, while the logits are in a cache.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
 //   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
 //   term_sums  reads the logits once more for the sums over the classes, row by row, of a class or pair term.
@@ -384,7 +385,12 @@ class Engine {
         if constexpr (!std::is_same_v<Functor, AnyPair>) {
             if (narrow()) return side_by_side<Functor>();
         }
-        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch); });
+        const Job later = job_.of_gradient();
+        const Engine gradient(later);
+        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
+            one_by_one<Functor>(row, threads, scratch);
+            if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, threads, scratch);
+        });
     }
 
     template <typename Functor>
@@ -504,6 +510,9 @@ class Engine {
     const T* weight_limit() const { return class_weight() + job_.classes; }
     const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
     T weight_of(int64_t column) const { return class_weight() && column >= 0 ? class_weight()[column] : T(1); }
+    T upstream_of(int64_t row) const {
+        return job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+    }
     bool ignored(int64_t row) const { return job_.target[row] == kIgnored; }
     double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.classes); }
     int64_t chunks() const { return (job_.classes + kChunk - 1) / kChunk; }
@@ -1274,20 +1283,22 @@ class Engine {
     template <typename Functor>
     void side_by_side() const {
         const int64_t groups = (job_.rows + width - 1) / width;
+        const Job later = job_.of_gradient();
+        const Engine gradient(later);
         parallel_for(groups, threads_for(job_.rows), [&](int64_t begin, int64_t end) {
             Scratch<T> scratch(job_.picks());
-            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, scratch);
+            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, gradient, scratch);
         });
     }
 
-    // A row without finite logits alone is left to the scalar code, and an ignored one to neither: in their lanes, and
-    // in those after the last row, the logits are 0.
+    // An ignored row is left to the scalar code, and one with a logit that is not finite: in their lanes, and in those
+    // after the last row, the logits are 0.
     template <typename Functor>
-    FUSEDLOSS_ONE_COPY void group(int64_t first, Scratch<T>& scratch) const {
+    FUSEDLOSS_ONE_COPY void group(int64_t first, const Engine& gradient, Scratch<T>& scratch) const {
         using Bits = typename VectorOf<T>::Bits;
         const int count = static_cast<int>(std::min<int64_t>(width, job_.rows - first));
         const int classes = static_cast<int>(job_.classes);
-        T lane[kNarrow][width] = {}, param[kMaxParams][width], target_weight[width];
+        T lane[kNarrow][width], param[kMaxParams][width] = {}, target_weight[width], upstream[width];
         bool alone[width] = {};
         Bits target{};
         for (int i = 0; i < width; ++i) {
@@ -1295,23 +1306,26 @@ class Engine {
             alone[i] = ignored(row);
             if (i < count && !alone[i]) {
                 const S* const z = logits(row);
-                T sum = 0;
-                for (int j = 0; j < classes; ++j) sum += (lane[j][i] = logit(z + j)) * T(0);
-                alone[i] = sum != T(0);
-                if (alone[i]) {
-                    for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
-                } else {
-                    target[i] = static_cast<int>(job_.target[row]);
-                }
+                for (int j = 0; j < classes; ++j) lane[j][i] = logit(z + j);
+                target[i] = static_cast<int>(job_.target[row]);
+            } else {
+                for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
             }
             target_weight[i] = weight_of(target[i]);
+            upstream[i] = upstream_of(row);
             T params[kMaxParams];
             params_of(row, params);
-            for (int k = 0; k < kMaxParams; ++k) param[k][i] = job_.param[k] ? params[k] : T(0);
+            for (int k = 0; k < kMaxParams && job_.param[k]; ++k) param[k][i] = params[k];
         }
-        V params[kMaxParams], x[kNarrow];
+        V params[kMaxParams], x[kNarrow], zero{};
         for (int k = 0; k < kMaxParams; ++k) params[k] = load(param[k]);
-        for (int j = 0; j < classes; ++j) x[j] = load(lane[j]);
+        for (int j = 0; j < classes; ++j) zero += (x[j] = load(lane[j])) * T(0);
+        if (total<T>(zero) != T(0)) {
+            const auto finite = zero == V{};
+            for (int j = 0; j < classes; ++j) x[j] = finite ? x[j] : V{};
+            target = finite ? target : Bits{};
+            for (int i = 0; i < width; ++i) alone[i] = alone[i] || zero[i] != T(0);
+        }
 
         V max = x[0], target_logit = x[0];
         Bits top{};
@@ -1346,7 +1360,7 @@ class Engine {
             put(statistic + kStatistics * n, max);
             for (int i = 0; i < count; ++i) job_.index[first + i] = top[i];
         }
-        const V p = mine * inverse;
+        const V p = mine * inverse, factor = load(upstream);
         if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const T z_loss = common(kZLoss);
             const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
@@ -1366,7 +1380,9 @@ class Engine {
                 h = target == j ? target_h : h * w;
                 loss += target == j ? V{} : f * w;
                 top_h = top == j ? h : top_h;
-                slope += top == j ? V{} : p_j * h / q_j;
+                const V g = h / q_j;
+                slope += top == j ? V{} : p_j * g;
+                if (job_.grad) store(lane[j], g), x[j] = p_j;
             }
             const V shift = slope + (top_q > T(0) ? top_p * top_h / top_q : V{}) - z_slope;
             const V top_gradient = top_p * (top_h - slope + z_slope);
@@ -1378,6 +1394,11 @@ class Engine {
             put(coefficient + kTargetGradient * n, target_gradient);
             put(coefficient + kCoefficients * n, V{});
             put(static_cast<T*>(job_.loss) + first, loss);
+            for (int j = 0; job_.grad && j < classes; ++j) {
+                V g = x[j] * (load(lane[j]) - shift) * factor;
+                g = top == j ? top_gradient * factor : g;
+                store(lane[j], target == j ? target_gradient * factor : g);
+            }
         } else if constexpr (!std::is_void_v<Functor>) {
             for (int i = 0; i < count; ++i) {
                 if (alone[i]) continue;
@@ -1387,9 +1408,28 @@ class Engine {
                                          T(0),  target[i],  job_.top_k, &logit, &index};
                 finish<Functor>(first + i, 1, s, scratch);
             }
+            const auto coefficient = [&](int k) {
+                const T* const x = static_cast<const T*>(job_.coefficients) + k * n + first;
+                return count == width ? load(x) : load_part(x, count, T(0), x + count);
+            };
+            if (job_.grad) {
+                const V a = coefficient(kA) * inverse * factor, at_target = coefficient(kTargetGradient) * factor;
+                const V b = job_.top_k > 0 ? coefficient(kCoefficients) * factor : V{};
+                for (int j = 0; j < classes; ++j) {
+                    const V g = target == j ? at_target : x[j] * a;
+                    store(lane[j], top == j ? g - b : g);
+                }
+            }
         }
         for (int i = 0; i < count; ++i) {
-            if (alone[i]) one_by_one<Functor>(first + i, 1, scratch);
+            const int64_t row = first + i;
+            if (alone[i]) {
+                one_by_one<Functor>(row, 1, scratch);
+                if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, 1, scratch);
+            } else if (job_.grad) {
+                S* const grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
+                for (int j = 0; j < classes; ++j) write(grad + j, lane[j][i]);
+            }
         }
     }
 
@@ -1424,7 +1464,7 @@ class Engine {
         const S* const z = logits(row);
         const ClassRow<T> terms = class_row<Term>(row);
         const T max = terms.max, inverse = terms.inverse, *const params = terms.params;
-        const T weight = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+        const T weight = upstream_of(row);
         const int64_t top = terms.top, target = terms.target;
         int64_t at = add_small(terms, z, from, to, weight, sum);
         at = add_terms<true, Term>(terms, z, at, to, weight, sum + (at - from));
@@ -1487,7 +1527,7 @@ class Engine {
         const T* const coefficient = static_cast<const T*>(job_.coefficients) + row;
         const T max = statistic[kMax * n];
         const T inverse = T(1) / statistic[kSumExp * n];
-        const T upstream = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+        const T upstream = upstream_of(row);
         const int64_t target = job_.target[row];
         const T target_gradient = coefficient[kTargetGradient * n] * upstream;
 
@@ -1695,6 +1735,11 @@ class Engine {
         return (std::is_same_v<Functor, Terms> || ...);
     }
 
+    // The gradient has the same form for every row epilogue, so that only terms need their functor.
+    template <typename Functor>
+    using TermOf =
+        std::conditional_t<is_one_of<Functor>(ClassTerms{}) || std::is_same_v<Functor, AnyPair>, Functor, void>;
+
     const Job& job_;
     const T factor_;  // of the logits
 };
@@ -1733,7 +1778,6 @@ void forward(const Job& job) {
     job.kind == kClassTerm ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
 }
 
-// The gradient has the same form for every row epilogue, so that only terms need their functor.
 void backward(const Job& job) {
     const auto pass = [](const auto& engine, auto* functor) { engine.template backward<Pointed<decltype(functor)>>(); };
     if (job.kind == kPairTerm) return run(job, 0, AnyPairTerm{}, pass);

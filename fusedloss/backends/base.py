@@ -67,9 +67,13 @@ class Backend:
     """The type of device whose tensors it takes."""
     makes_logits = False
     """Whether its passes make the logits of hidden states themselves, and store none."""
-    one_read = False
-    """Whether it should make the gradient of a sum with the loss, of one read of the logits. Others would read them
-    twice all the same, and only hold the gradient for longer."""
+
+    def one_read(self, logits: Tensor) -> bool:
+        """Tell whether to make the gradient of a sum with the loss, of one read of the logits.
+
+        Others would read them twice all the same, and only hold the gradient for longer.
+        """
+        return False
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Return why it cannot run on this machine, or for tensors on `device`; None if it can."""

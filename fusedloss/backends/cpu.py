@@ -31,6 +31,9 @@ except ImportError as error:
 
 _LOWEST = -(2**63)
 
+#: Columns of rows that the engine looks at side by side, and elements of a gradient that costs little to scale.
+_NARROW, _SMALL = 64, 2**16
+
 
 def set_threads_after_fork(threads: int) -> None:
     """Let the C++ engine use `threads` threads in this process, which was forked from another.
@@ -74,6 +77,11 @@ class Cpu(Backend):
     name = "cpu"
     epilogues = Epilogues.of(_engine)
 
+    def one_read(self, logits: Tensor) -> bool:
+        # A gradient that is made later costs a small call another pass of Python. A large one would take two passes
+        # more where its upstream gradient is not 1.
+        return logits.shape[1] <= _NARROW or logits.numel() <= _SMALL
+
     def unavailable(self, device: torch.device | None = None) -> str | None:
         if device is not None and device.type != self.runs_on:
             return f"it runs on CPU tensors, but the input is on {device}"
@@ -90,6 +98,9 @@ class Cpu(Backend):
         searched = (spec.top_k, spec.below, spec.mean, spec.moments)
         number = self.epilogues.numbers[spec.epilogue]
         _engine.forward(native(_engine.Job, job, number, searched, count, weight_sum))
+
+    def with_gradient(self, job: Job) -> None:
+        self.forward(job)
 
     def backward(self, job: Job) -> None:
         target, index, classes = job.rows.target, job.index, job.rows.hidden[0].shape[1]
@@ -117,6 +128,11 @@ class Cpu(Backend):
         _check_saved(job)
         epilogue = self.epilogues.numbers_in_sums[job.spec.epilogue]
         _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False, 0)))
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        # A loss that ends a graph has the factor 1.
+        if factor.item() != 1:
+            gradient.mul_(factor)
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         return new_memory(logits.shape, logits.dtype)

@@ -83,7 +83,6 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
 class Cuda(Backend):
     name = "cuda"
     runs_on = "cuda"  # tests have a build of the kernels for the CPU
-    one_read = True
     epilogues = Epilogues.of(_cuda)
     """In the order in which the kernels number them."""
 
@@ -95,6 +94,9 @@ class Cuda(Backend):
         if self.runs_on == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
             return "there is no NVIDIA GPU that torch can use"
         return None
+
+    def one_read(self, logits: Tensor) -> bool:
+        return True
 
     def forward(self, job: Job) -> None:
         rows, spec = job.rows, job.spec

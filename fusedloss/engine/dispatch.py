@@ -210,7 +210,7 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
             needed = temperature.needed(rows, needed)
         return needed if True in needed else ()
     if (
-        not backends.BACKENDS[call.spec.impl].one_read
+        not backends.BACKENDS[call.spec.impl].one_read(rows.logits)
         or not (rows.logits.requires_grad or (call.spec.form.tempered and temperature.is_learnt(rows, call.spec)))
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
