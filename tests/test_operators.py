@@ -201,7 +201,7 @@ def test_fakes_agree_with_kernels(case, pairs, count):
 @each_form
 @each_case
 def test_gradients_made_with_the_loss_are_those_of_the_backward(case, pairs):
-    """To the bit, by the row weights; and so is the one that takes the logits' memory."""
+    """By the row weights, in rows of few classes up to rounding; to the bit the one that takes the logits' memory."""
     if not case.epilogue:
         return
     rows = case.rows(pairs)
@@ -211,11 +211,12 @@ def test_gradients_made_with_the_loss_are_those_of_the_backward(case, pairs):
     found = ops.forward(*rows, row_weight, spec.encode())
     torch.testing.assert_close(found[:4], expected[:4], rtol=0, atol=0)
     backward = (*expected[1:4], row_weight, spec.encode())
-    torch.testing.assert_close(found[4], ops.backward(*rows, *backward), rtol=0, atol=0)
+    later = ops.backward(*rows, *backward)
+    torch.testing.assert_close(found[4], later, rtol=1e-5 + torch.finfo(case.dtype).eps, atol=1e-8)
     if not pairs:
         own = rows.logits.clone()
         assert ops.backward_(*rows._replace(hidden=[own]), *backward) is None
-        assert torch.equal(own, found[4][0])
+        assert torch.equal(own, later[0])
 
 
 def test_every_operator_has_a_fake_and_declares_what_it_writes():

@@ -1416,7 +1416,7 @@ class Engine {
                 const V a = coefficient(kA) * inverse * factor, at_target = coefficient(kTargetGradient) * factor;
                 const V b = job_.top_k > 0 ? coefficient(kCoefficients) * factor : V{};
                 for (int j = 0; j < classes; ++j) {
-                    const V g = target == j ? at_target : x[j] * a;
+                    const V g = target == j ? at_target : x[j] * a - factor * common(kSmooth) * weight_of(j);
                     store(lane[j], top == j ? g - b : g);
                 }
             }

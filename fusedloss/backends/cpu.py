@@ -31,9 +31,6 @@ except ImportError as error:
 
 _LOWEST = -(2**63)
 
-#: Columns of rows that the engine looks at side by side, and elements of a gradient that costs little to scale.
-_NARROW, _SMALL = 64, 2**16
-
 
 def set_threads_after_fork(threads: int) -> None:
     """Let the C++ engine use `threads` threads in this process, which was forked from another.
@@ -75,12 +72,8 @@ def _check(name: str, index: Tensor, classes: int, ignored: int, lowest: int = 0
 
 class Cpu(Backend):
     name = "cpu"
+    one_read = 64  # rows that the engine looks at side by side
     epilogues = Epilogues.of(_engine)
-
-    def one_read(self, logits: Tensor) -> bool:
-        # A gradient that is made later costs a small call another pass of Python. A large one would take two passes
-        # more where its upstream gradient is not 1.
-        return logits.shape[1] <= _NARROW or logits.numel() <= _SMALL
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         if device is not None and device.type != self.runs_on:
@@ -99,8 +92,7 @@ class Cpu(Backend):
         number = self.epilogues.numbers[spec.epilogue]
         _engine.forward(native(_engine.Job, job, number, searched, count, weight_sum))
 
-    def with_gradient(self, job: Job) -> None:
-        self.forward(job)
+    with_gradient = forward
 
     def backward(self, job: Job) -> None:
         target, index, classes = job.rows.target, job.index, job.rows.hidden[0].shape[1]

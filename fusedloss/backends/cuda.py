@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -83,6 +84,7 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
 class Cuda(Backend):
     name = "cuda"
     runs_on = "cuda"  # tests have a build of the kernels for the CPU
+    one_read = math.inf
     epilogues = Epilogues.of(_cuda)
     """In the order in which the kernels number them."""
 
@@ -94,9 +96,6 @@ class Cuda(Backend):
         if self.runs_on == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
             return "there is no NVIDIA GPU that torch can use"
         return None
-
-    def one_read(self, logits: Tensor) -> bool:
-        return True
 
     def forward(self, job: Job) -> None:
         rows, spec = job.rows, job.spec

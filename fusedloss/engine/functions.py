@@ -38,7 +38,7 @@ from ..definition.statistics import (
 )
 from ..distributed import vocabulary
 from ..distributed.vocabulary import VocabularyShards
-from . import chunks, constants, operators, temperature
+from . import chunks, operators, temperature
 
 
 class Reduction(NamedTuple):
@@ -60,15 +60,9 @@ class Reduction(NamedTuple):
         if grad_output is None:
             if self.divisor is None:
                 return self.token_weight
-            if not isinstance(self.divisor, Tensor):
-                (share,), _ = constants.parameters([1 / self.divisor], (), dtype, like.device)
-                return self._of_rows(share, rows)
             grad_output = torch.ones((), dtype=dtype, device=like.device)
         # In the dtype of the rows: a divisor in float64 makes the loss that.
         share = (grad_output if self.divisor is None else grad_output / self.divisor).to(dtype)
-        return self._of_rows(share, rows)
-
-    def _of_rows(self, share: Tensor, rows: Rows) -> Tensor:
         return share.expand(rows.target.shape[0]) if self.token_weight is None else share * self.token_weight
 
 
