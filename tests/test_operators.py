@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fusedloss as fl
@@ -493,3 +494,45 @@ def test_a_strided_bias_is_read_right_where_kernels_make_the_logits():
         for bias in (rows.bias, strided(rows.bias))
     ]
     assert torch.equal(*losses)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["row", "linear"])
+def test_whoever_looks_at_operators_sees_them(linear, generator):
+    """A mode and a profiler. Where nobody looks, they are not dispatched, and the bits are the same."""
+    x, weight = torch.randn(6, 90 if not linear else 4, generator=generator), torch.randn(90, 4, generator=generator)
+    target = torch.arange(6)
+
+    def run() -> tuple[Tensor, Tensor]:
+        z = x.clone().requires_grad_()
+        loss = fl.linear_focal_loss(z, weight, target) if linear else fl.focal_loss(z, target)
+        (3 * loss).backward()
+        return loss, z.grad
+
+    alone = run()
+    with _Seen() as mode:
+        watched = run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = run()
+    names = {"fusedloss::forward", "fusedloss::scale_" if linear else "fusedloss::backward"}
+    assert names <= mode.names
+    assert names <= {event.key for event in profile.key_averages()}
+    for loss, gradient in (watched, profiled):
+        assert torch.equal(loss, alone[0]) and torch.equal(gradient, alone[1])
+
+
+def test_operators_are_not_dispatched_where_nobody_looks(generator, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops, "_check", lambda *arguments, **_: calls.append(arguments[0]))
+    z = torch.randn(6, 90, generator=generator).requires_grad_()
+    fl.focal_loss(z, torch.arange(6)).backward()
+    assert not calls
