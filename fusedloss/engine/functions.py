@@ -60,6 +60,8 @@ class Reduction(NamedTuple):
         if grad_output is None:
             if self.divisor is None:
                 return self.token_weight
+            if self.token_weight is None and not isinstance(self.divisor, Tensor):
+                return torch.full((rows.target.shape[0],), 1 / self.divisor, dtype=dtype, device=like.device)
             grad_output = torch.ones((), dtype=dtype, device=like.device)
         # In the dtype of the rows: a divisor in float64 makes the loss that.
         share = (grad_output if self.divisor is None else grad_output / self.divisor).to(dtype)
