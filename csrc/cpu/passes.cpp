@@ -293,9 +293,19 @@ struct Ahead {
 };
 
 template <typename Term, typename T, typename V>
-FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p) {
+FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T>& row, V x, V second) {
     Both<V> both{};
-    both.p = p;
+    if constexpr (std::is_same_v<Term, EvenMixtureKl>) {
+        both.d = ((second - x) - row.offset) - row.lag;
+        const auto above = both.d > V{};
+        both.larger = exp_bounded<T>(above ? second - row.second_max : x - row.max) *
+                      (above ? splat(row.second_inverse) : splat(row.inverse));
+        both.rest = fall_of<T>(magnitude<T>(both.d, kFar<T>), both.fall, both.excess);
+        both.p = above ? both.larger * both.rest : both.larger;
+        both.log_excess = log_excess<T>(both.fall * Term::share(both.d, row.params));
+        return both;
+    }
+    both.p = exp_bounded<T>(x - row.max) * row.inverse;
     if constexpr (Term::of_logits) {
         both.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
         both.d = ((second - x) - row.offset) - row.lag;
@@ -308,36 +318,66 @@ FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p
         both.log_y = (second - row.second_max) - row.second_log_sum;
         both.log_mixture = log_positive<T>(Term::mixture(both.p, both.y, row.params));
     }
-    return Term::template term<T>(both, row.params);
+    return both;
 }
 
-template <typename Term, typename T>
-FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, const T* second, int64_t count,
+// The terms of a block's columns, of both rows in the type that is computed with, or as they are stored.
+template <typename Term, typename T, typename S>
+FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const S* x, const S* second, int64_t count,
                                          const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
     V loss{}, slope{}, difference{};
-    for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
-        ahead.prefetch(at / VectorOf<T>::width);
-        const V z = load(x + at);
-        const auto term = pair_term<Term, T, V>(row, z, load(second + at), exp_bounded<T>(z - row.max) * row.inverse);
+    const auto add = [&](V z, V other) {
+        const auto term = Term::template term<T>(both_of<Term, T, V>(row, z, other), row.params);
         loss += term.loss;
         slope += term.slope;
         difference += term.difference;
+    };
+    constexpr int width = VectorOf<T>::width;
+    for (int64_t at = 0; at < count; at += width) {
+        ahead.prefetch(at / width);
+        if constexpr (std::is_same_v<S, T>) {
+            add(load(x + at), load(second + at));
+        } else {
+            const Pair z = load_pair(x + at), other = load_pair(second + at);
+            add(z.even, other.even);
+            add(z.odd, other.odd);
+            at += width;
+        }
     }
     return {double(total<T>(loss)), double(total<T>(slope)), double(total<T>(difference))};
 }
 
-// main h - p shift + plain exp((z - max) per_factor); may take the place of the logits.
-template <typename Term, typename T>
-FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, const T* x, const T* second, T* to, int64_t count,
-                                            T main, T shift, T plain, T per_factor, const Ahead& ahead) {
+// What a gradient takes its terms times.
+template <typename T>
+struct PairFactors {
+    T logits, main, shift, plain;
+};
+
+// main h - p shift + plain exp((z - max) / factor of the logits), for a gradient of which `Close` says whether it has
+// the digits of close rows; may take the place of the logits.
+template <typename Term, bool Close, typename T, typename S>
+FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, const S* x, const S* second, S* to, int64_t count,
+                                            const PairFactors<T>& factors, const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
-    for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
-        ahead.prefetch(at / VectorOf<T>::width);
-        const V z = load(x + at), p = exp_bounded<T>(z - row.max) * row.inverse;
-        V g = pair_term<Term, T, V>(row, z, load(second + at), p).slope * main - p * shift;
+    const T main = factors.main, shift = factors.shift, plain = factors.plain, per_factor = T(1) / factors.logits;
+    const auto gradient = [&](V z, V other) {
+        const Both<V> both = both_of<Term, T, V>(row, z, other);
+        V g = Term::template term<T, Close>(both, row.params).slope * main - both.p * shift;
         if (plain != T(0)) g += exp_bounded<T>((z - row.max) * per_factor) * plain;
-        store(to + at, g);
+        return g;
+    };
+    constexpr int width = VectorOf<T>::width;
+    for (int64_t at = 0; at < count; at += width) {
+        ahead.prefetch(at / width);
+        if constexpr (std::is_same_v<S, T>) {
+            store(to + at, gradient(load(x + at), load(second + at)));
+        } else {
+            const Pair z = load_pair(x + at), other = load_pair(second + at);
+            const V even = gradient(z.even, other.even);
+            store_pair(to + at, even, gradient(z.odd, other.odd));
+            at += width;
+        }
     }
 }
 
@@ -1126,21 +1166,28 @@ class Engine {
         return static_cast<T*>(job_.statistics) + after * job_.rows + row;
     }
 
-    // visit(Term{}): the term is chosen where its arithmetic is, so that nothing else is compiled once for each.
-    template <typename Visit>
-    void with_pair_term(const Visit& visit) const {
+    // visit(Term{}): the term is chosen where its arithmetic is, so that nothing else is compiled once for each. Of
+    // rows as they are stored it is a term of logits. `params` are a row's.
+    template <typename Row = T, typename Visit>
+    void with_pair_term(const T* params, const Visit& visit) const {
         with_functor(
             job_.epilogue,
             [&](auto* functor) {
                 using Term = std::remove_pointer_t<decltype(functor)>;
-                if constexpr (!std::is_void_v<Term>) visit(Term{});
+                constexpr bool as_stored = !std::is_same_v<std::decay_t<Row>, T>;
+                if constexpr (std::is_same_v<Term, MixtureKl>) {
+                    if (params && EvenMixtureKl::takes(params)) return visit(EvenMixtureKl{});
+                }
+                if constexpr (!std::is_void_v<Term>) {
+                    if constexpr (Term::of_logits || !as_stored) visit(Term{});
+                }
             },
             PairTerms{});
     }
 
     bool has_teacher() const {
         bool result = false;
-        with_pair_term([&](auto term) { result = decltype(term)::of_logits; });
+        with_pair_term(nullptr, [&](auto term) { result = decltype(term)::of_logits; });
         return result;
     }
 
@@ -1182,9 +1229,10 @@ class Engine {
         const T sum = statistic[kSumExp * n], second_sum = more[kSecondSum * n];
         pair.max = statistic[kMax * n], pair.second_max = more[kSecondMax * n];
         pair.inverse = T(1) / sum, pair.second_inverse = T(1) / second_sum;
-        pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
         pair.offset = pair.second_max - pair.max;
+        pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
         pair.lag = has_teacher() ? std::log(second_sum / sum) : pair.log_sum;
+        pair.inverse += pair.lag * T(0);  // a NaN among the teacher's logits
         return pair;
     }
 
@@ -1198,6 +1246,12 @@ class Engine {
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from), at = row * job_.second_row_stride + from;
             const S* const z = logits(row) + from;
+            if constexpr (kPairs<S>) {  // as they are stored, but for a product, which would be rounded here or there
+                if (factor_ == T(1) && count % (2 * width) == 0 && has_teacher()) {
+                    body(z, teacher + at, from, count, Ahead::of(z + kBlock, teacher + at + kBlock, width));
+                    continue;
+                }
+            }
             const T* const own = block_of(z, count, limit(), x);
             if (has_teacher()) {
                 const T* const other = block_of(teacher + at, count, teacher + last, second);
@@ -1211,11 +1265,12 @@ class Engine {
 
     PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end) const {
         PairPartial part;
-        each_pair_block(
-            row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count, const Ahead& ahead) {
-                with_pair_term(
-                    [&](auto term) { merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead)); });
-            });
+        each_pair_block(row, pair, begin, end,
+                        [&](const auto* x, const auto* second, int64_t, int64_t count, const Ahead& ahead) {
+                            with_pair_term<decltype(*x)>(pair.params, [&](auto term) {
+                                merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead));
+                            });
+                        });
         return part;
     }
 
@@ -1239,7 +1294,7 @@ class Engine {
         const PairRow<T> pair = pair_row(row);
         // The weight of the cross-entropy beside a term is the last of its parameters.
         T main = common(kMain), hard = T(0), curvature = T(0);
-        with_pair_term([&](auto term) {
+        with_pair_term(pair.params, [&](auto term) {
             using Term = decltype(term);
             if (Term::of_logits) hard = pair.params[Term::param_count - 1];
             curvature = Term::curvature(pair.params);
@@ -1673,18 +1728,23 @@ class Engine {
     // The gradient may be the logits' memory.
     void pair_gradient(int64_t row, S* grad, int64_t begin, int64_t end, T main, T shift, T plain) const {
         const PairRow<T> pair = pair_row(row);
+        const PairFactors<T> factors{factor_, main, shift, plain};
+        // 16 bits do not show the digits of close rows, but that equal ones have a gradient of 0.
+        const bool near = pair.offset == T(0) && pair.lag == T(0);
         T block[kBlock];
-        const auto body = [&](const T* x, const T* second, int64_t from, int64_t count, const Ahead& ahead) {
-            T* to = block;
-            if constexpr (std::is_same_v<S, T>) to = count % width == 0 ? grad + from : block;
-            with_pair_term([&](auto term) {
-                differentiate_pairs<decltype(term)>(pair, x, second, to, count, main, shift, plain, T(1) / factor_,
-                                                    ahead);
+        const auto body = [&](const auto* x, const auto* second, int64_t from, int64_t count, const Ahead& ahead) {
+            using Row = std::decay_t<decltype(*x)>;
+            const bool direct = std::is_same_v<Row, S> && count % width == 0;
+            Row* const to = direct ? reinterpret_cast<Row*>(grad + from) : reinterpret_cast<Row*>(block);
+            with_pair_term<Row>(pair.params, [&](auto term) {
+                using Term = decltype(term);
+                near ? differentiate_pairs<Term, true>(pair, x, second, to, count, factors, ahead)
+                     : differentiate_pairs<Term, (sizeof(S) > 2)>(pair, x, second, to, count, factors, ahead);
             });
-            for (int64_t at = 0; to == block && at < count; at += width) {
+            for (int64_t at = 0; !direct && at < count; at += width) {
                 const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
-                rest == width ? store(grad + from + at, load(to + at))
-                              : store_part(grad + from + at, rest, load(to + at));
+                rest == width ? store(grad + from + at, load(block + at))
+                              : store_part(grad + from + at, rest, load(block + at));
             }
         };
         each_pair_block(row, pair, begin, end, body);
