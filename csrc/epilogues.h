@@ -506,11 +506,14 @@ struct MixtureKl {
     }
 };
 
-// The same where neither row has most of the mixture, whose digits this costs: no difference of logarithms.
+// The same in a form without differences of logarithms, where its own differences leave the digits: neither row has
+// almost all of the mixture, and what cancels near d = 0 is not far larger than what is left, the curvature.
 struct EvenMixtureKl : MixtureKl {
     template <typename T>
     static FUSEDLOSS_HD bool takes(const T* params) {
-        return params[0] >= T(1) / 16 && params[0] <= T(15) / 16;
+        const T mu = params[0], rest = T(1) - mu, least = T(1) / 16, left = curvature(params);
+        return mu >= least && rest >= least && left >= least * params[1] * mu * mu &&
+               left >= least * params[2] * rest * rest;
     }
 
     template <typename X, typename T>

@@ -265,15 +265,15 @@ struct PairPartial {
 struct AnyPair {};
 using AnyPairTerm = FunctorList<AnyPair>;
 
-// What a pair term takes of a row and of the second.
-template <typename T>
+// What a pair term takes of a row and of the second, or of the rows in the lanes of V.
+template <typename T, typename V = T>
 struct PairRow {
     T params[kMaxParams];
-    T max, inverse, log_sum;  // of the logits: the largest, 1 / S, log S
-    T second_max, second_inverse, second_log_sum;
+    V max, inverse, log_sum;  // of the logits: the largest, 1 / S, log S
+    V second_max, second_inverse, second_log_sum;
     // Of the second row less that of the first: the largest, and log S; of targets the logits' log S. They are taken
     // off one after the other, since a large common offset would leave no digits of the second.
-    T offset, lag;
+    V offset, lag;
 };
 
 // The columns after a block, of which a loop over the block asks for a vector's at a time: memory and arithmetic
@@ -293,14 +293,14 @@ struct Ahead {
     }
 };
 
-template <typename Term, typename T, typename V>
-FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T>& row, V x, V second) {
+template <typename Term, typename T, typename V, typename R>
+FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T, R>& row, V x, V second) {
     Both<V> both{};
     if constexpr (std::is_same_v<Term, EvenMixtureKl>) {
         both.d = ((second - x) - row.offset) - row.lag;
         const auto above = both.d > V{};
         both.larger = exp_bounded<T>(above ? second - row.second_max : x - row.max) *
-                      (above ? splat(row.second_inverse) : splat(row.inverse));
+                      (above ? V{} + row.second_inverse : V{} + row.inverse);
         both.rest = fall_of<T>(magnitude<T>(both.d, kFar<T>), both.fall, both.excess);
         both.p = above ? both.larger * both.rest : both.larger;
         both.log_excess = log_excess<T>(both.fall * Term::share(both.d, row.params));
@@ -422,9 +422,7 @@ class Engine {
 
     template <typename Functor>
     void forward() const {
-        if constexpr (!std::is_same_v<Functor, AnyPair>) {
-            if (narrow()) return side_by_side<Functor>();
-        }
+        if (narrow<Functor>()) return side_by_side<Functor>();
         const Job later = job_.of_gradient();
         const Engine gradient(later);
         over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
@@ -1194,6 +1192,16 @@ class Engine {
             PairTerms{});
     }
 
+    // The weight of the cross-entropy beside a term, the last of its parameters.
+    T hard_weight(const T* params) const {
+        T weight = T(0);
+        with_pair_term(params, [&](auto term) {
+            using Term = decltype(term);
+            if (Term::of_logits) weight = params[Term::param_count - 1];
+        });
+        return weight;
+    }
+
     bool has_teacher() const {
         bool result = false;
         with_pair_term(nullptr, [&](auto term) { result = decltype(term)::of_logits; });
@@ -1301,13 +1309,9 @@ class Engine {
             more[kSecondMax * n] = second.max, more[kSecondSum * n] = second.sum_exp;
         }
         const PairRow<T> pair = pair_row(row);
-        // The weight of the cross-entropy beside a term is the last of its parameters.
-        T main = common(kMain), hard = T(0), curvature = T(0);
-        with_pair_term(pair.params, [&](auto term) {
-            using Term = decltype(term);
-            if (Term::of_logits) hard = pair.params[Term::param_count - 1];
-            curvature = Term::curvature(pair.params);
-        });
+        const T main = common(kMain), hard = hard_weight(pair.params);
+        T curvature = T(0);
+        with_pair_term(pair.params, [&](auto term) { curvature = decltype(term)::curvature(pair.params); });
         RowStatistics<T> plain = s;
         if (hard != T(0) && factor_ != T(1)) {
             Job job = job_;
@@ -1331,8 +1335,20 @@ class Engine {
 
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
+    template <typename Functor>
     bool narrow() const {
-        return job_.classes <= kNarrow && job_.top_k <= 1 && job_.picks() == job_.top_k && !job_.mean && !job_.moments;
+        if (job_.classes > kNarrow || job_.top_k > 1 || job_.picks() != job_.top_k || job_.mean || job_.moments) {
+            return false;
+        }
+        if constexpr (std::is_same_v<Functor, AnyPair>) {
+            T params[kMaxParams];
+            if (job_.rows > 0) params_of(0, params);
+            for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
+                if (job_.param_stride[k] != 0 && job_.rows > 1) return false;
+            }
+            return job_.rows > 0 && (factor_ == T(1) || hard_weight(params) == T(0));
+        }
+        return true;
     }
 
     template <typename Functor>
@@ -1346,88 +1362,158 @@ class Engine {
         });
     }
 
-    // An ignored row is left to the scalar code, and one with a logit that is not finite: in their lanes, and in those
-    // after the last row, the logits are 0.
+    // The softmax of the rows in the lanes; `e` is exp(x - max).
+    struct Lanes {
+        using Bits = typename VectorOf<T>::Bits;
+        V e[kNarrow];
+        V max, target_logit, sum_exp, inverse, log_sum, ce, p, q, top_rest;
+        Bits top{};
+
+        FUSEDLOSS_INLINE Lanes(const V* x, int classes, Bits target) : max(x[0]), target_logit(x[0]) {
+            for (int j = 1; j < classes; ++j) {
+                const auto above = x[j] > max;
+                max = above ? x[j] : max;
+                top = above ? Bits{} + j : top;
+                target_logit = target == j ? x[j] : target_logit;
+            }
+            V rest{}, mine{};
+            top_rest = V{};
+            for (int j = 0; j < classes; ++j) {
+                e[j] = exp_bounded<T>(x[j] - max);
+                rest += target == j ? V{} : e[j];
+                mine = target == j ? e[j] : mine;
+                top_rest += top == j ? V{} : e[j];
+            }
+            sum_exp = rest + mine, inverse = T(1) / sum_exp, log_sum = log_positive<T>(sum_exp);
+            const V near = log1p_positive<T>(rest < mine ? rest / mine : V{});
+            ce = rest < mine ? near : (max - target_logit) + log_sum;
+            p = mine * inverse, q = rest * inverse;
+        }
+    };
+
+    // Rows side by side. An ignored row is left to the scalar code, and one with a logit that is not finite: in their
+    // lanes, and in those after the last row, the logits are 0.
+    struct Group {
+        int64_t first;
+        int count;
+        bool alone[width] = {};
+        typename VectorOf<T>::Bits target{};
+    };
+
+    // Takes the rows' columns, read(row, column), and leaves those with a number that is not finite alone.
+    template <typename Read>
+    FUSEDLOSS_INLINE void take_lanes(Group& rows, const Read& read, V* x) const {
+        const int classes = static_cast<int>(job_.classes);
+        T lane[kNarrow][width];
+        for (int i = 0; i < width; ++i) {
+            const bool here = i < rows.count && !rows.alone[i];
+            for (int j = 0; j < classes; ++j) lane[j][i] = here ? read(rows.first + i, j) : T(0);
+        }
+        V zero{};
+        for (int j = 0; j < classes; ++j) zero += (x[j] = load(lane[j])) * T(0);
+        if (total<T>(zero) == T(0)) return;
+        const auto finite = zero == V{};
+        for (int j = 0; j < classes; ++j) x[j] = finite ? x[j] : V{};
+        rows.target = finite ? rows.target : typename VectorOf<T>::Bits{};
+        for (int i = 0; i < width; ++i) rows.alone[i] = rows.alone[i] || zero[i] != T(0);
+    }
+
+    Group group_at(int64_t first) const {
+        Group rows{first, static_cast<int>(std::min<int64_t>(width, job_.rows - first))};
+        for (int i = 0; i < rows.count; ++i) {
+            rows.alone[i] = ignored(first + i);
+            if (!rows.alone[i]) rows.target[i] = static_cast<int>(job_.target[first + i]);
+        }
+        return rows;
+    }
+
+    // of_row(row) of each, and of the last in the lanes after it.
+    template <typename OfRow>
+    FUSEDLOSS_INLINE V lanes_of(const Group& rows, const OfRow& of_row) const {
+        T lane[width];
+        for (int i = 0; i < width; ++i) lane[i] = of_row(rows.first + std::min(i, rows.count - 1));
+        return load(lane);
+    }
+
+    static void put(const Group& rows, T* to, V v) {
+        rows.count == width ? store(to + rows.first, v) : store_part(to + rows.first, rows.count, v);
+    }
+    static V get(const Group& rows, const T* from) {
+        const T* const x = from + rows.first;
+        return rows.count == width ? load(x) : load_part(x, rows.count, T(0), x + rows.count);
+    }
+    T* statistic(int k) const { return static_cast<T*>(job_.statistics) + k * job_.rows; }
+    T* coefficient(int k) const { return static_cast<T*>(job_.coefficients) + k * job_.rows; }
+
+    void put_statistics(const Group& rows, const Lanes& s) const {
+        put(rows, statistic(kMax), s.max);
+        put(rows, statistic(kSumExp), s.sum_exp);
+        put(rows, statistic(kQ), s.q);
+        put(rows, statistic(kCe), s.ce);
+        put(rows, statistic(kTargetLogit), s.target_logit);
+        put(rows, statistic(kMeanCe), V{});
+        if (job_.top_k == 0) return;
+        put(rows, statistic(kStatistics), s.max);
+        for (int i = 0; i < rows.count; ++i) job_.index[rows.first + i] = s.top[i];
+    }
+
+    // The gradients in the lanes, and what is left to the scalar code.
+    template <typename Functor>
+    void finish_group(const Group& rows, const V* g, const Engine& gradient, Scratch<T>& scratch) const {
+        T lane[kNarrow][width];
+        for (int j = 0; job_.grad && j < job_.classes; ++j) store(lane[j], g[j]);
+        for (int i = 0; i < rows.count; ++i) {
+            const int64_t row = rows.first + i;
+            if (rows.alone[i]) {
+                one_by_one<Functor>(row, 1, scratch);
+                if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, 1, scratch);
+            } else if (job_.grad) {
+                S* const grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
+                for (int j = 0; j < job_.classes; ++j) write(grad + j, lane[j][i]);
+            }
+        }
+    }
+
     template <typename Functor>
     FUSEDLOSS_ONE_COPY void group(int64_t first, const Engine& gradient, Scratch<T>& scratch) const {
-        using Bits = typename VectorOf<T>::Bits;
-        const int count = static_cast<int>(std::min<int64_t>(width, job_.rows - first));
-        const int classes = static_cast<int>(job_.classes);
-        T lane[kNarrow][width], param[kMaxParams][width] = {}, target_weight[width], upstream[width];
-        bool alone[width] = {};
-        Bits target{};
-        for (int i = 0; i < width; ++i) {
-            const int64_t row = first + std::min(i, count - 1);
-            alone[i] = ignored(row);
-            if (i < count && !alone[i]) {
-                const S* const z = logits(row);
-                for (int j = 0; j < classes; ++j) lane[j][i] = logit(z + j);
-                target[i] = static_cast<int>(job_.target[row]);
-            } else {
-                for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
-            }
-            target_weight[i] = weight_of(target[i]);
-            upstream[i] = upstream_of(row);
+        if constexpr (std::is_same_v<Functor, AnyPair>) {
             T params[kMaxParams];
-            params_of(row, params);
-            for (int k = 0; k < kMaxParams && job_.param[k]; ++k) param[k][i] = params[k];
+            params_of(first, params);
+            with_pair_term(params, [&](auto term) { pair_group<decltype(term)>(first, params, gradient, scratch); });
+        } else {
+            row_group<Functor>(first, gradient, scratch);
         }
-        V params[kMaxParams], x[kNarrow], zero{};
-        for (int k = 0; k < kMaxParams; ++k) params[k] = load(param[k]);
-        for (int j = 0; j < classes; ++j) zero += (x[j] = load(lane[j])) * T(0);
-        if (total<T>(zero) != T(0)) {
-            const auto finite = zero == V{};
-            for (int j = 0; j < classes; ++j) x[j] = finite ? x[j] : V{};
-            target = finite ? target : Bits{};
-            for (int i = 0; i < width; ++i) alone[i] = alone[i] || zero[i] != T(0);
-        }
+    }
 
-        V max = x[0], target_logit = x[0];
-        Bits top{};
-        for (int j = 1; j < classes; ++j) {
-            const auto above = x[j] > max;
-            max = above ? x[j] : max;
-            top = above ? Bits{} + j : top;
-            target_logit = target == j ? x[j] : target_logit;
+    template <typename Functor>
+    FUSEDLOSS_INLINE void row_group(int64_t first, const Engine& gradient, Scratch<T>& scratch) const {
+        const int classes = static_cast<int>(job_.classes);
+        Group rows = group_at(first);
+        V x[kNarrow], params[kMaxParams];
+        take_lanes(rows, [&](int64_t row, int j) { return logit(logits(row) + j); }, x);
+        for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
+            const T* const param = static_cast<const T*>(job_.param[k]);
+            params[k] = lanes_of(rows, [&](int64_t row) { return param[row * job_.param_stride[k]]; });
         }
-        V rest{}, top_rest{}, mine{};
-        for (int j = 0; j < classes; ++j) {
-            x[j] = exp_bounded<T>(x[j] - max);
-            rest += target == j ? V{} : x[j];
-            mine = target == j ? x[j] : mine;
-            top_rest += top == j ? V{} : x[j];
-        }
-        const V sum_exp = rest + mine, inverse = T(1) / sum_exp, log_sum = log_positive<T>(sum_exp);
-        const V near = log1p_positive<T>(rest < mine ? rest / mine : V{});
-        const V ce = rest < mine ? near : (max - target_logit) + log_sum;
-        const V q = rest * inverse;
-
-        const int64_t n = job_.rows;
-        T* const statistic = static_cast<T*>(job_.statistics) + first;
-        const auto put = [&](T* to, V v) { count == width ? store(to, v) : store_part(to, count, v); };
-        put(statistic + kMax * n, max);
-        put(statistic + kSumExp * n, sum_exp);
-        put(statistic + kQ * n, q);
-        put(statistic + kCe * n, ce);
-        put(statistic + kTargetLogit * n, target_logit);
-        put(statistic + kMeanCe * n, V{});
-        if (job_.top_k > 0) {
-            put(statistic + kStatistics * n, max);
-            for (int i = 0; i < count; ++i) job_.index[first + i] = top[i];
-        }
-        const V p = mine * inverse, factor = load(upstream);
+        const Lanes s(x, classes, rows.target);
+        put_statistics(rows, s);
+        const auto target = rows.target, top = s.top;
+        const V p = s.p, inverse = s.inverse;
+        const V factor = lanes_of(rows, [&](int64_t row) { return upstream_of(row); });
         if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const T z_loss = common(kZLoss);
-            const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
+            T weights[width];
+            for (int i = 0; i < width; ++i) weights[i] = weight_of(target[i]);
+            const V target_weight = load(weights), lse = s.max + s.log_sum, z_weight = target_weight * z_loss;
             const V z_slope = z_weight * lse * T(2);
-            const V top_q = top_rest * inverse, top_p = inverse;
+            const V top_q = s.top_rest * inverse, top_p = inverse;
             const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
-            V target_h, top_h{}, slope{};
+            V target_h, top_h{}, slope{}, slopes[kNarrow];
             V loss = z_weight * lse * lse;
             loss += Functor::positive(target_p, target_q, power_vector(target_q, Functor::exponent(params)),
-                                      load(target_weight), params, target_h);
+                                      target_weight, params, target_h);
             for (int j = 0; j < classes; ++j) {
-                const V p_j = top == j ? top_p : x[j] * inverse;
+                const V p_j = top == j ? top_p : s.e[j] * inverse;
                 const V q_j = top == j ? top_q : T(1) - p_j;
                 V h;
                 V f = Functor::negative(p_j, q_j, power_vector(q_j, Functor::exponent(params)), params, h);
@@ -1437,55 +1523,106 @@ class Engine {
                 top_h = top == j ? h : top_h;
                 const V g = h / q_j;
                 slope += top == j ? V{} : p_j * g;
-                if (job_.grad) store(lane[j], g), x[j] = p_j;
+                x[j] = p_j, slopes[j] = g;
             }
             const V shift = slope + (top_q > T(0) ? top_p * top_h / top_q : V{}) - z_slope;
             const V top_gradient = top_p * (top_h - slope + z_slope);
             const V target_gradient = target == top ? top_gradient : p * (target_h / target_q - shift);
 
-            T* const coefficient = static_cast<T*>(job_.coefficients) + first;
-            put(coefficient + kShift * n, shift);
-            put(coefficient + kTopGradient * n, top_gradient);
-            put(coefficient + kTargetGradient * n, target_gradient);
-            put(coefficient + kCoefficients * n, V{});
-            put(static_cast<T*>(job_.loss) + first, loss);
+            put(rows, coefficient(kShift), shift);
+            put(rows, coefficient(kTopGradient), top_gradient);
+            put(rows, coefficient(kTargetGradient), target_gradient);
+            put(rows, coefficient(kCoefficients), V{});
+            put(rows, static_cast<T*>(job_.loss), loss);
             for (int j = 0; job_.grad && j < classes; ++j) {
-                V g = x[j] * (load(lane[j]) - shift) * factor;
+                V g = x[j] * (slopes[j] - shift) * factor;
                 g = top == j ? top_gradient * factor : g;
-                store(lane[j], target == j ? target_gradient * factor : g);
+                x[j] = target == j ? target_gradient * factor : g;
             }
         } else if constexpr (!std::is_void_v<Functor>) {
-            for (int i = 0; i < count; ++i) {
-                if (alone[i]) continue;
+            for (int i = 0; i < rows.count; ++i) {
+                if (rows.alone[i]) continue;
                 const int64_t index = top[i];
-                const T logit = max[i];
-                const RowStatistics<T> s{logit, sum_exp[i], log_sum[i], ce[i],  q[i],  p[i],
-                                         T(0),  target[i],  job_.top_k, &logit, &index};
-                finish<Functor>(first + i, 1, s, scratch);
+                const T logit = s.max[i];
+                const RowStatistics<T> row{logit, s.sum_exp[i], s.log_sum[i], s.ce[i], s.q[i], p[i],
+                                           T(0),  target[i],    job_.top_k,   &logit,  &index};
+                finish<Functor>(first + i, 1, row, scratch);
             }
-            const auto coefficient = [&](int k) {
-                const T* const x = static_cast<const T*>(job_.coefficients) + k * n + first;
-                return count == width ? load(x) : load_part(x, count, T(0), x + count);
-            };
             if (job_.grad) {
-                const V a = coefficient(kA) * inverse * factor, at_target = coefficient(kTargetGradient) * factor;
-                const V b = job_.top_k > 0 ? coefficient(kCoefficients) * factor : V{};
+                const V a = get(rows, coefficient(kA)) * inverse * factor;
+                const V at_target = get(rows, coefficient(kTargetGradient)) * factor;
+                const V b = job_.top_k > 0 ? get(rows, coefficient(kCoefficients)) * factor : V{};
+                const V u = factor * common(kSmooth);
                 for (int j = 0; j < classes; ++j) {
-                    const V g = target == j ? at_target : x[j] * a - factor * common(kSmooth) * weight_of(j);
-                    store(lane[j], top == j ? g - b : g);
+                    const V g = target == j ? at_target : s.e[j] * a - u * weight_of(j);
+                    x[j] = top == j ? g - b : g;
                 }
             }
         }
-        for (int i = 0; i < count; ++i) {
-            const int64_t row = first + i;
-            if (alone[i]) {
-                one_by_one<Functor>(row, 1, scratch);
-                if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, 1, scratch);
-            } else if (job_.grad) {
-                S* const grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
-                for (int j = 0; j < classes; ++j) write(grad + j, lane[j][i]);
-            }
+        finish_group<Functor>(rows, x, gradient, scratch);
+    }
+
+    // Of a pair term, whose parameters are those of all rows.
+    template <typename Term>
+    FUSEDLOSS_ONE_COPY void pair_group(int64_t first, const T* params, const Engine& gradient,
+                                       Scratch<T>& scratch) const {
+        const int classes = static_cast<int>(job_.classes);
+        const auto at = [&](int64_t row, int j) { return row * job_.second_row_stride + j; };
+        Group rows = group_at(first);
+        V x[kNarrow], second[kNarrow];
+        take_lanes(rows, [&](int64_t row, int j) { return logit(logits(row) + j); }, x);
+        take_lanes(
+            rows,
+            [&](int64_t row, int j) {
+                if constexpr (Term::of_logits) {
+                    return logit(static_cast<const S*>(job_.second) + at(row, j));
+                } else {
+                    return (static_cast<const T*>(job_.second)[at(row, j)] * params[0] + params[1]) * weight_of(j);
+                }
+            },
+            second);
+        const Lanes s(x, classes, rows.target);
+        put_statistics(rows, s);
+        PairRow<T, V> pair{};
+        std::copy_n(params, kMaxParams, pair.params);
+        pair.max = s.max, pair.inverse = s.inverse, pair.lag = pair.log_sum = s.log_sum;
+        V second_sum = splat(T(1));
+        if constexpr (Term::of_logits) {
+            const Lanes other(second, classes, rows.target);
+            pair.second_max = other.max, pair.second_inverse = other.inverse, pair.second_log_sum = other.log_sum;
+            pair.offset = other.max - s.max, pair.lag = log_positive<T>(other.sum_exp / s.sum_exp);
+            second_sum = other.sum_exp;
         }
+        T* const more = statistic(kStatistics + job_.picks());
+        put(rows, more + kSecondMax * job_.rows, pair.second_max);
+        put(rows, more + kSecondSum * job_.rows, second_sum);
+        put(rows, more + kPlainSum * job_.rows, s.sum_exp);
+
+        const T main = common(kMain), z_loss = common(kZLoss), curvature = Term::curvature(params);
+        const T hard = hard_weight(params);
+        V sum{}, slope{}, difference{}, at_target{};
+        for (int j = 0; j < classes; ++j) {
+            const auto both = both_of<Term, T, V>(pair, x[j], second[j]);
+            const auto term = Term::template term<T>(both, params);
+            sum += term.loss, slope += term.slope, difference += term.difference;
+            at_target = rows.target == j ? term.slope : at_target;
+            x[j] = both.p, second[j] = term.slope;
+        }
+        const V lse = s.max + s.log_sum, z_slope = lse * (T(2) * z_loss);
+        const V rounded = difference * (slope - difference * (curvature / 2));
+        const V loss = lse * lse * z_loss + (sum - rounded) * main + s.ce * hard;
+        const V shift = slope * main - z_slope - hard;
+        const V target_gradient = at_target * main - s.p * (slope * main - z_slope) - s.q * (hard / factor_);
+        put(rows, static_cast<T*>(job_.loss), loss);
+        put(rows, coefficient(kShift), shift);
+        put(rows, coefficient(kPlain), V{});
+        put(rows, coefficient(kTargetGradient), target_gradient);
+        for (int k = 0; k < job_.top_k; ++k) put(rows, coefficient(kCoefficients + k), V{});
+        const V factor = lanes_of(rows, [&](int64_t row) { return upstream_of(row); });
+        for (int j = 0; job_.grad && j < classes; ++j) {
+            x[j] = (rows.target == j ? target_gradient : second[j] * main - x[j] * shift) * factor;
+        }
+        finish_group<AnyPair>(rows, x, gradient, scratch);
     }
 
     // q^x, for x >= 0
