@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
-from fusedloss.definition.rows import Rows
 from fusedloss.engine import operators as ops
 
 transformers = pytest.importorskip("transformers", reason="the integration needs the extra [transformers]")
@@ -946,7 +945,7 @@ def test_gradient_checkpointing(batch: dict[str, Tensor]) -> None:
 def test_autocast(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = []
 
-    def noted(operator: Any, rows: Rows, *rest: Any) -> Any:
+    def noted(operator: Any, rows: Any, *rest: Any) -> Any:
         if operator is ops.forward:
             dtypes.append(rows.hidden[0].dtype)
         return call(operator, rows, *rest)
