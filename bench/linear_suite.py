@@ -212,8 +212,11 @@ class Contest:
         return {name: median(seconds) for name, seconds in self.seconds.items()}
 
 
-def measure_pair(benchmark: Any, case: Case, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Times linear_distillation_loss in turn with its four matrix products, and with the formula on all logits."""
+def measure_pair(benchmark: Any, case: Case, formula: Callable[[Tensor, Tensor], Tensor], reduction: str) -> None:
+    """Times linear_distillation_loss in turn with its four matrix products, and with the formula on all logits.
+
+    With the reduction "none" they are six: the logits of both models are made for the loss and for the gradient.
+    """
     hidden, weight, _ = data(case)
     teacher = [x.detach().roll(1, 0).contiguous() for x in (hidden, weight)]
 
@@ -223,11 +226,18 @@ def measure_pair(benchmark: Any, case: Case, formula: Callable[[Tensor, Tensor],
     def exact() -> tuple[Tensor, ...]:
         return step(eager, *[x.detach().float() for x in (hidden, weight)])
 
-    def four() -> tuple[Tensor, ...]:
-        return torch.mm(teacher[0], teacher[1].t()), *peers.layer_products(hidden, weight)
+    def fused(*student: Tensor) -> Tensor:
+        return fl.linear_distillation_loss(*student, *teacher, reduction=reduction).mean()
 
-    ways = {"fused": lambda *x: fl.linear_distillation_loss(*x, *teacher), "eager": eager}
-    compare(benchmark, case, "linear_distillation_loss()", (hidden, weight), ways, four, exact, lambda name: None)
+    def products() -> tuple[Tensor, ...]:
+        made = [torch.mm(teacher[0], teacher[1].t()), *peers.layer_products(hidden, weight)]
+        if reduction == "none":
+            made += [torch.mm(x, w.t()) for x, w in ((hidden, weight), teacher)]
+        return tuple(made)
+
+    ways = {"fused": fused, "eager": eager}
+    label = "linear_distillation_loss(" + ("" if reduction == "mean" else f"reduction={reduction!r}") + ")"
+    compare(benchmark, case, label, (hidden, weight), ways, products, exact, lambda name: None)
     benchmark.extra_info["classes"] = case.classes
 
 

@@ -49,7 +49,8 @@ Medians of rounds in which all candidates have their turn, one after the other, 
 LINEAR_NOTES = """\
 Hidden states (N, D) and the output layer's weight (V, D) to the loss and both gradients; turns as above.
 
-- *floor*: the three matrix products alone, by `torch.mm` into new memory; with a teacher, its fourth too.
+- *floor*: the three matrix products alone, by `torch.mm` into new memory; with a teacher a fourth for its logits, and
+  with `reduction="none"` those of both models once more.
 - *×*: how many times faster *fused* is: than `F.linear` and the formula in PyTorch (`F.cross_entropy` where there is
   one), than `torch.compile` of these, than `F.linear_cross_entropy` of torch without options and with
   `LinearCrossEntropyOptions()`, and than `impl="torch_compile"` of cut-cross-entropy. A number after @ is that of the

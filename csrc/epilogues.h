@@ -348,11 +348,18 @@ struct TverskyOverRows : OverRows<TverskyMath> {
 
 // A class in two rows: p of the student and y of the teacher, with d = log y - log p, which keeps its digits where the
 // rows are close, as p and y do not. Where both are 0 it may be NaN, and must not count. The logarithms of p, y and of
-// their mixture are for terms that mix.
+// their mixture are for terms that mix; those of even mixtures are made of what follows from |d|, which has its digits.
 template <typename X>
 struct Both {
     X p, y, d, log_p, log_y, log_mixture;
+    X larger, rest;  // max(p, y), and exp(-|d|), where |d| counts up to kFar
+    X fall, excess;  // 1 - rest, |d| - fall
+    X log_excess;    // log(1 - v) + v for v = fall * share, the smaller one's share of the mixture
 };
+
+// Beyond this exp(-|d|) is 0.
+template <typename T>
+constexpr T kFar = sizeof(T) == 4 ? T(88) : T(709);
 
 // What a class adds to the loss, h = p df/dp, and p - y.
 template <typename X>
@@ -389,16 +396,20 @@ FUSEDLOSS_HD X gap_of(X x, X u, X log_u) {
     return near ? x * x * sum : (u > X{} ? u * log_u : X{}) - x;
 }
 
-// p - y, whether the two are close, and for these `excess` = exp(-d) - 1 + d.
-template <typename T, typename X>
+// p - y, whether the two are close, and for these `excess` = exp(-d) - 1 + d. Without `Close` none are.
+template <typename T, bool Close, typename X>
 struct Distance {
-    decltype(X{} < X{}) close;
-    X excess, difference;
+    decltype(X{} < X{}) close{};
+    X excess{}, difference;
 
-    explicit FUSEDLOSS_HD Distance(const Both<X>& x) : close((x.d < kClose<T>)&(x.d > -kClose<T>)) {
-        const X d = close ? x.d : X{};
-        excess = excess_of<T>(d);
-        difference = close ? x.y * (excess - d) : x.p - x.y;
+    FUSEDLOSS_HD Distance(X p, X y, X of) {
+        difference = p - y;
+        if constexpr (Close) {
+            close = (of < kClose<T>)&(of > -kClose<T>);
+            const X d = close ? of : X{};
+            excess = excess_of<T>(d);
+            difference = close ? y * (excess - d) : difference;
+        }
     }
 };
 
@@ -414,9 +425,9 @@ struct ForwardKl {
         return T(1);
     }
 
-    template <typename T, typename X>
+    template <typename T, bool Close = true, typename X>
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
-        const Distance<T, X> s(x);
+        const Distance<T, Close, X> s(x.p, x.y, x.d);
         const X apart = s.difference + (x.y > X{} ? x.y * x.d : X{});
         return {s.close ? x.y * s.excess : apart, s.difference, s.difference};
     }
@@ -434,11 +445,11 @@ struct ReverseKl {
         return T(1);
     }
 
-    template <typename T, typename X>
+    template <typename T, bool Close = true, typename X>
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
-        const Distance<T, X> s(x);
+        const Distance<T, Close, X> s(x.y, x.p, -x.d);
         const X slope = x.p > X{} ? -x.p * x.d : X{};
-        return {s.close ? x.p * excess_of<T>(s.close ? -x.d : X{}) : slope - s.difference, slope, s.difference};
+        return {s.close ? x.p * s.excess : slope + s.difference, slope, -s.difference};
     }
 };
 
@@ -454,11 +465,11 @@ struct TotalVariation {
         return T(0);
     }
 
-    template <typename T, typename X>
+    template <typename T, bool Close = true, typename X>
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
-        const Distance<T, X> s(x);
+        const Distance<T, Close, X> s(x.p, x.y, x.d);
         const X half = x.p * T(0.5);
-        const X slope = s.difference > X{} ? half : s.difference < X{} ? -half : s.difference;
+        const X slope = x.d < X{} ? half : x.d > X{} ? -half : half * T(0);
         return {s.difference * (s.difference > X{} ? X{} + T(0.5) : X{} - T(0.5)), slope, s.difference};
     }
 };
@@ -480,10 +491,10 @@ struct MixtureKl {
         return y * params[0] + p * (T(1) - params[0]);
     }
 
-    template <typename T, typename X>
+    template <typename T, bool Close = true, typename X>
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T* params) {
         const T mu = params[0], a = params[1], b = params[2], rest = T(1) - mu;
-        const Distance<T, X> s(x);
+        const Distance<T, true, X> s(x.p, x.y, x.d);
         const X m = mixture(x.p, x.y, params), inverse = m == X{} ? X{} : T(1) / m;
         // y / m and p / m less 1
         const X of_y = s.difference * inverse * -rest, of_p = s.difference * inverse * mu;
@@ -492,6 +503,41 @@ struct MixtureKl {
         // p log(p / m) = m (gap + p / m - 1)
         const X bent = x.p * inverse * s.difference * (rest * (a * rest - b * mu));
         return {m * (gap_y * a + gap_p * b), bent + m * (gap_p + of_p) * b, s.difference};
+    }
+};
+
+// The same in a form without differences of logarithms, where its own differences leave the digits: neither row has
+// almost all of the mixture, and what cancels near d = 0 is not far larger than what is left, the curvature.
+struct EvenMixtureKl : MixtureKl {
+    template <typename T>
+    static FUSEDLOSS_HD bool takes(const T* params) {
+        const T mu = params[0], rest = T(1) - mu, least = T(1) / 16, left = curvature(params);
+        return mu >= least && rest >= least && left >= least * params[1] * mu * mu &&
+               left >= least * params[2] * rest * rest;
+    }
+
+    template <typename X, typename T>
+    static FUSEDLOSS_HD X share(X d, const T* params) {
+        return d > X{} ? X{} + (T(1) - params[0]) : X{} + params[0];
+    }
+
+    // With B = max(p, y), w the smaller one's share, v = w fall and l = log(1 - v) + v the mixture is B (1 - v), and
+    // the loss has no more of its first order in d:
+    //   B (c_smaller ((1 - w) fall^2 - exp(-|d|) excess) - l (c_larger + c_smaller exp(-|d|)))
+    template <typename T, bool Close = true, typename X>
+    static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T* params) {
+        const T mu = params[0], a = params[1], b = params[2];
+        const auto above = x.d > X{};
+        const X w = share(x.d, params), larger = above ? X{} + a : X{} + b, smaller = above ? X{} + b : X{} + a;
+        const X others = T(1) - w, v = x.fall * w;
+        const X bent = smaller * (others * x.fall * x.fall - x.rest * x.excess);
+        // log(m / p)
+        const X log_ratio = x.log_excess + (above ? x.excess + others * x.fall : -v);
+        const X difference = above ? -x.fall : x.fall;
+        X slope = log_ratio * -b;
+        const T skew = (T(1) - mu) * (a * (T(1) - mu) - b * mu);
+        if (skew != T(0)) slope += difference / (T(1) - v) * skew;
+        return {x.larger * (bent - x.log_excess * (larger + smaller * x.rest)), x.p * slope, x.larger * difference};
     }
 };
 
@@ -517,7 +563,7 @@ struct SoftTargets {
         return T(0);
     }
 
-    template <typename T, typename X>
+    template <typename T, bool Close = true, typename X>
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T*) {
         // A NaN among the targets must pass through.
         return {x.y == X{} ? X{} : x.y * x.d, -x.y, X{}};

@@ -96,6 +96,15 @@ struct Job {
     int threads;  // of the processor, or of a block on a GPU
 
     FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
+
+    // The gradient pass that follows a statistics pass with an epilogue.
+    Job of_gradient() const {
+        Job job = *this;
+        job.candidate_count = picks();
+        job.top_k = 0, job.below = false, job.mean = false;
+        job.moments = kind == kPairTerm ? moments : 0;
+        return job;
+    }
 };
 
 // Calls visit with a null pointer to the functor of that number, to void for -1.

@@ -37,6 +37,7 @@ if backends.unavailable("cpu") is not None:
 
 from fusedloss import _engine
 
+CPU = backends.BACKENDS["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -180,6 +181,44 @@ def test_narrow_rows_side_by_side_are_as_if_alone(
         torch.testing.assert_close(
             gradient[i].to(loss.dtype), wide, rtol=0.02 if z.itemsize == 2 else 1e-6, atol=1e-30, equal_nan=True
         )
+
+
+@pytest.mark.covering(1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (50, 9), (17, 64), (19, 65), (3, 5000)], ids=str)
+@pytest.mark.parametrize("name", [*CPU.epilogues.rows, *CPU.epilogues.classes, *CPU.epilogues.pairs])
+def test_a_gradient_made_with_the_loss_is_that_of_the_gradient_pass(
+    name: str, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator, instruction_set: str
+) -> None:
+    """With class weights, a factor of the logits, logits that are not finite, ignored rows and weights of the rows."""
+    z, target = problem(*shape, generator, dtype)
+    z[1::7, 0], z[2::7, -1], z[3::7, -1] = torch.inf, torch.nan, -torch.inf
+    target[4::5] = -100
+    compute = compute_dtype(dtype)
+    count = (CPU.epilogues.rows | CPU.epilogues.classes | CPU.epilogues.pairs)[name]
+    weight, upstream = (torch.rand(n, generator=generator).to(compute) for n in reversed(shape))
+    scalars = torch.tensor([0.9, 0.0, 0.01, 1 / 0.7], dtype=compute)
+    rows = Rows.of(z, target, weight, None, [torch.full((), 0.5, dtype=compute)] * count, scalars)
+    if name in CPU.epilogues.pairs:
+        second = problem(*shape, generator, dtype)[0]
+        rows = rows._replace(teacher=[second.abs().to(compute) if name == "soft_targets" else second])
+    spec = Spec("cpu", name, top_k=int(name != "cross_entropy"))
+    found = []
+    for together in (True, False):
+        job = Job.new(rows, spec)
+        job.upstream = upstream
+        if together:
+            job.grad = CPU.new_gradient(z)
+            CPU.with_gradient(job)
+        else:
+            CPU.forward(job)
+            job.grad = CPU.new_gradient(z)
+            CPU.backward(job)
+        found.append((job.loss, job.statistics, job.index, job.coefficients, job.grad))
+    for one, two in zip(*found, strict=True):
+        wide = torch.promote_types(one.dtype, torch.float32)
+        accuracy = {"rtol": 2 * torch.finfo(dtype).eps + 1e-5 * (wide != torch.float64), "atol": 1e-7}
+        torch.testing.assert_close(one.to(wide), two.to(wide), equal_nan=True, **accuracy)
 
 
 @pytest.mark.parametrize("pass_name", ["forward", "backward"])

@@ -102,6 +102,19 @@ def test_close_rows_keep_their_digits(divergence, impl, generator):
         assert not loss.any() and not gradient.any()
 
 
+@pytest.mark.parametrize("beta", [0.01, 0.07, 0.5, 0.9])
+@pytest.mark.parametrize("divergence", BETA)
+def test_shares_of_a_mixture(divergence, beta, impl, generator):
+    """Even ones, and those that are almost one of the rows, of rows that are close, apart and far apart."""
+    z = torch.randn(3, 300, generator=generator)
+    t = z + torch.tensor([1e-2, 1.0, 10.0])[:, None] * torch.randn(3, 300, generator=generator)
+    own: dict[str, Any] = {"divergence": divergence, "beta": beta}
+    got = differentiated(lambda x: fl.distillation_loss(x, t, **own, reduction="none", impl=impl), z, torch.ones(3))
+    true = differentiated(lambda x: dense(x, t.double(), **own), z.double(), torch.ones(3))
+    torch.testing.assert_close(got[0].double(), true[0], rtol=1e-5, atol=0)
+    assert ((got[1] - true[1]).norm(dim=1) < 2e-5 * true[1].norm(dim=1)).all()
+
+
 @each_divergence
 def test_masked_classes(divergence, impl, generator):
     """One that neither row has is none; one that the teacher alone, or the student alone, has."""

@@ -2,7 +2,8 @@
 //
 //   forward    reads the logits once, block by block, keeping the row's statistics (an online softmax without the
 //              target's term), then runs the loss's epilogue on them. A class term reads blocks of large
-//              probabilities a second time, with class weights all; a pair term reads two rows.
+//              probabilities a second time, with class weights all; a pair term reads two rows. A gradient that is
+//              asked for is written row by row, while the logits are in a cache.
 //   backward   reads the logits once more and writes their gradient, which may take their place.
 //   class_sums reads the logits once more for the sums over the rows, class by class, of a summed class term.
 //   term_sums  reads the logits once more for the sums over the classes, row by row, of a class or pair term.
@@ -264,15 +265,15 @@ struct PairPartial {
 struct AnyPair {};
 using AnyPairTerm = FunctorList<AnyPair>;
 
-// What a pair term takes of a row and of the second.
-template <typename T>
+// What a pair term takes of a row and of the second, or of the rows in the lanes of V.
+template <typename T, typename V = T>
 struct PairRow {
     T params[kMaxParams];
-    T max, inverse, log_sum;  // of the logits: the largest, 1 / S, log S
-    T second_max, second_inverse, second_log_sum;
+    V max, inverse, log_sum;  // of the logits: the largest, 1 / S, log S
+    V second_max, second_inverse, second_log_sum;
     // Of the second row less that of the first: the largest, and log S; of targets the logits' log S. They are taken
     // off one after the other, since a large common offset would leave no digits of the second.
-    T offset, lag;
+    V offset, lag;
 };
 
 // The columns after a block, of which a loop over the block asks for a vector's at a time: memory and arithmetic
@@ -292,10 +293,20 @@ struct Ahead {
     }
 };
 
-template <typename Term, typename T, typename V>
-FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p) {
+template <typename Term, typename T, typename V, typename R>
+FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T, R>& row, V x, V second) {
     Both<V> both{};
-    both.p = p;
+    if constexpr (std::is_same_v<Term, EvenMixtureKl>) {
+        both.d = ((second - x) - row.offset) - row.lag;
+        const auto above = both.d > V{};
+        both.larger = exp_bounded<T>(above ? second - row.second_max : x - row.max) *
+                      (above ? V{} + row.second_inverse : V{} + row.inverse);
+        both.rest = fall_of<T>(magnitude<T>(both.d, kFar<T>), both.fall, both.excess);
+        both.p = above ? both.larger * both.rest : both.larger;
+        both.log_excess = log_excess<T>(both.fall * Term::share(both.d, row.params));
+        return both;
+    }
+    both.p = exp_bounded<T>(x - row.max) * row.inverse;
     if constexpr (Term::of_logits) {
         both.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
         both.d = ((second - x) - row.offset) - row.lag;
@@ -308,36 +319,66 @@ FUSEDLOSS_INLINE PairTerm<V> pair_term(const PairRow<T>& row, V x, V second, V p
         both.log_y = (second - row.second_max) - row.second_log_sum;
         both.log_mixture = log_positive<T>(Term::mixture(both.p, both.y, row.params));
     }
-    return Term::template term<T>(both, row.params);
+    return both;
 }
 
-template <typename Term, typename T>
-FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const T* x, const T* second, int64_t count,
+// The terms of a block's columns, of both rows in the type that is computed with, or as they are stored.
+template <typename Term, typename T, typename S>
+FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const S* x, const S* second, int64_t count,
                                          const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
     V loss{}, slope{}, difference{};
-    for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
-        ahead.prefetch(at / VectorOf<T>::width);
-        const V z = load(x + at);
-        const auto term = pair_term<Term, T, V>(row, z, load(second + at), exp_bounded<T>(z - row.max) * row.inverse);
+    const auto add = [&](V z, V other) {
+        const auto term = Term::template term<T>(both_of<Term, T, V>(row, z, other), row.params);
         loss += term.loss;
         slope += term.slope;
         difference += term.difference;
+    };
+    constexpr int width = VectorOf<T>::width;
+    for (int64_t at = 0; at < count; at += width) {
+        ahead.prefetch(at / width);
+        if constexpr (std::is_same_v<S, T>) {
+            add(load(x + at), load(second + at));
+        } else {
+            const Pair z = load_pair(x + at), other = load_pair(second + at);
+            add(z.even, other.even);
+            add(z.odd, other.odd);
+            at += width;
+        }
     }
     return {double(total<T>(loss)), double(total<T>(slope)), double(total<T>(difference))};
 }
 
-// main h - p shift + plain exp((z - max) per_factor); may take the place of the logits.
-template <typename Term, typename T>
-FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, const T* x, const T* second, T* to, int64_t count,
-                                            T main, T shift, T plain, T per_factor, const Ahead& ahead) {
+// What a gradient takes its terms times.
+template <typename T>
+struct PairFactors {
+    T logits, main, shift, plain;
+};
+
+// main h - p shift + plain exp((z - max) / factor of the logits), for a gradient of which `Close` says whether it has
+// the digits of close rows; may take the place of the logits.
+template <typename Term, bool Close, typename T, typename S>
+FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, const S* x, const S* second, S* to, int64_t count,
+                                            const PairFactors<T>& factors, const Ahead& ahead) {
     using V = typename VectorOf<T>::Value;
-    for (int64_t at = 0; at < count; at += VectorOf<T>::width) {
-        ahead.prefetch(at / VectorOf<T>::width);
-        const V z = load(x + at), p = exp_bounded<T>(z - row.max) * row.inverse;
-        V g = pair_term<Term, T, V>(row, z, load(second + at), p).slope * main - p * shift;
+    const T main = factors.main, shift = factors.shift, plain = factors.plain, per_factor = T(1) / factors.logits;
+    const auto gradient = [&](V z, V other) {
+        const Both<V> both = both_of<Term, T, V>(row, z, other);
+        V g = Term::template term<T, Close>(both, row.params).slope * main - both.p * shift;
         if (plain != T(0)) g += exp_bounded<T>((z - row.max) * per_factor) * plain;
-        store(to + at, g);
+        return g;
+    };
+    constexpr int width = VectorOf<T>::width;
+    for (int64_t at = 0; at < count; at += width) {
+        ahead.prefetch(at / width);
+        if constexpr (std::is_same_v<S, T>) {
+            store(to + at, gradient(load(x + at), load(second + at)));
+        } else {
+            const Pair z = load_pair(x + at), other = load_pair(second + at);
+            const V even = gradient(z.even, other.even);
+            store_pair(to + at, even, gradient(z.odd, other.odd));
+            at += width;
+        }
     }
 }
 
@@ -381,10 +422,13 @@ class Engine {
 
     template <typename Functor>
     void forward() const {
-        if constexpr (!std::is_same_v<Functor, AnyPair>) {
-            if (narrow()) return side_by_side<Functor>();
-        }
-        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) { one_by_one<Functor>(row, threads, scratch); });
+        if (narrow<Functor>()) return side_by_side<Functor>();
+        const Job later = job_.of_gradient();
+        const Engine gradient(later);
+        over_rows([&](int64_t row, int threads, Scratch<T>& scratch) {
+            one_by_one<Functor>(row, threads, scratch);
+            if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, threads, scratch);
+        });
     }
 
     template <typename Functor>
@@ -504,6 +548,9 @@ class Engine {
     const T* weight_limit() const { return class_weight() + job_.classes; }
     const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
     T weight_of(int64_t column) const { return class_weight() && column >= 0 ? class_weight()[column] : T(1); }
+    T upstream_of(int64_t row) const {
+        return job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+    }
     bool ignored(int64_t row) const { return job_.target[row] == kIgnored; }
     double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.classes); }
     int64_t chunks() const { return (job_.classes + kChunk - 1) / kChunk; }
@@ -1126,21 +1173,38 @@ class Engine {
         return static_cast<T*>(job_.statistics) + after * job_.rows + row;
     }
 
-    // visit(Term{}): the term is chosen where its arithmetic is, so that nothing else is compiled once for each.
-    template <typename Visit>
-    void with_pair_term(const Visit& visit) const {
+    // visit(Term{}): the term is chosen where its arithmetic is, so that nothing else is compiled once for each. Of
+    // rows as they are stored it is a term of logits. `params` are a row's.
+    template <typename Row = T, typename Visit>
+    void with_pair_term(const T* params, const Visit& visit) const {
         with_functor(
             job_.epilogue,
             [&](auto* functor) {
                 using Term = std::remove_pointer_t<decltype(functor)>;
-                if constexpr (!std::is_void_v<Term>) visit(Term{});
+                constexpr bool as_stored = !std::is_same_v<std::decay_t<Row>, T>;
+                if constexpr (std::is_same_v<Term, MixtureKl>) {
+                    if (params && EvenMixtureKl::takes(params)) return visit(EvenMixtureKl{});
+                }
+                if constexpr (!std::is_void_v<Term>) {
+                    if constexpr (Term::of_logits || !as_stored) visit(Term{});
+                }
             },
             PairTerms{});
     }
 
+    // The weight of the cross-entropy beside a term, the last of its parameters.
+    T hard_weight(const T* params) const {
+        T weight = T(0);
+        with_pair_term(params, [&](auto term) {
+            using Term = decltype(term);
+            if (Term::of_logits) weight = params[Term::param_count - 1];
+        });
+        return weight;
+    }
+
     bool has_teacher() const {
         bool result = false;
-        with_pair_term([&](auto term) { result = decltype(term)::of_logits; });
+        with_pair_term(nullptr, [&](auto term) { result = decltype(term)::of_logits; });
         return result;
     }
 
@@ -1182,9 +1246,10 @@ class Engine {
         const T sum = statistic[kSumExp * n], second_sum = more[kSecondSum * n];
         pair.max = statistic[kMax * n], pair.second_max = more[kSecondMax * n];
         pair.inverse = T(1) / sum, pair.second_inverse = T(1) / second_sum;
-        pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
         pair.offset = pair.second_max - pair.max;
+        pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
         pair.lag = has_teacher() ? std::log(second_sum / sum) : pair.log_sum;
+        pair.inverse += pair.lag * T(0);  // a NaN among the teacher's logits
         return pair;
     }
 
@@ -1198,6 +1263,12 @@ class Engine {
         for (int64_t from = begin; from < end; from += kBlock) {
             const int64_t count = std::min(kBlock, end - from), at = row * job_.second_row_stride + from;
             const S* const z = logits(row) + from;
+            if constexpr (kPairs<S>) {  // as they are stored, but for a product, which would be rounded here or there
+                if (factor_ == T(1) && count % (2 * width) == 0 && has_teacher()) {
+                    body(z, teacher + at, from, count, Ahead::of(z + kBlock, teacher + at + kBlock, width));
+                    continue;
+                }
+            }
             const T* const own = block_of(z, count, limit(), x);
             if (has_teacher()) {
                 const T* const other = block_of(teacher + at, count, teacher + last, second);
@@ -1211,11 +1282,12 @@ class Engine {
 
     PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end) const {
         PairPartial part;
-        each_pair_block(
-            row, pair, begin, end, [&](const T* x, const T* second, int64_t, int64_t count, const Ahead& ahead) {
-                with_pair_term(
-                    [&](auto term) { merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead)); });
-            });
+        each_pair_block(row, pair, begin, end,
+                        [&](const auto* x, const auto* second, int64_t, int64_t count, const Ahead& ahead) {
+                            with_pair_term<decltype(*x)>(pair.params, [&](auto term) {
+                                merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead));
+                            });
+                        });
         return part;
     }
 
@@ -1237,13 +1309,9 @@ class Engine {
             more[kSecondMax * n] = second.max, more[kSecondSum * n] = second.sum_exp;
         }
         const PairRow<T> pair = pair_row(row);
-        // The weight of the cross-entropy beside a term is the last of its parameters.
-        T main = common(kMain), hard = T(0), curvature = T(0);
-        with_pair_term([&](auto term) {
-            using Term = decltype(term);
-            if (Term::of_logits) hard = pair.params[Term::param_count - 1];
-            curvature = Term::curvature(pair.params);
-        });
+        const T main = common(kMain), hard = hard_weight(pair.params);
+        T curvature = T(0);
+        with_pair_term(pair.params, [&](auto term) { curvature = decltype(term)::curvature(pair.params); });
         RowStatistics<T> plain = s;
         if (hard != T(0) && factor_ != T(1)) {
             Job job = job_;
@@ -1267,98 +1335,185 @@ class Engine {
 
     // --- both of these for narrow rows: as many side by side as a vector has lanes ---
 
+    template <typename Functor>
     bool narrow() const {
-        return job_.classes <= kNarrow && job_.top_k <= 1 && job_.picks() == job_.top_k && !job_.mean && !job_.moments;
+        if (job_.classes > kNarrow || job_.top_k > 1 || job_.picks() != job_.top_k || job_.mean || job_.moments) {
+            return false;
+        }
+        if constexpr (std::is_same_v<Functor, AnyPair>) {
+            T params[kMaxParams];
+            if (job_.rows > 0) params_of(0, params);
+            for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
+                if (job_.param_stride[k] != 0 && job_.rows > 1) return false;
+            }
+            return job_.rows > 0 && (factor_ == T(1) || hard_weight(params) == T(0));
+        }
+        return true;
     }
 
     template <typename Functor>
     void side_by_side() const {
         const int64_t groups = (job_.rows + width - 1) / width;
+        const Job later = job_.of_gradient();
+        const Engine gradient(later);
         parallel_for(groups, threads_for(job_.rows), [&](int64_t begin, int64_t end) {
             Scratch<T> scratch(job_.picks());
-            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, scratch);
+            for (int64_t i = begin; i < end; ++i) group<Functor>(i * width, gradient, scratch);
         });
     }
 
-    // A row without finite logits alone is left to the scalar code, and an ignored one to neither: in their lanes, and
-    // in those after the last row, the logits are 0.
-    template <typename Functor>
-    FUSEDLOSS_ONE_COPY void group(int64_t first, Scratch<T>& scratch) const {
+    // The softmax of the rows in the lanes; `e` is exp(x - max).
+    struct Lanes {
         using Bits = typename VectorOf<T>::Bits;
-        const int count = static_cast<int>(std::min<int64_t>(width, job_.rows - first));
-        const int classes = static_cast<int>(job_.classes);
-        T lane[kNarrow][width] = {}, param[kMaxParams][width], target_weight[width];
-        bool alone[width] = {};
-        Bits target{};
-        for (int i = 0; i < width; ++i) {
-            const int64_t row = first + std::min(i, count - 1);
-            alone[i] = ignored(row);
-            if (i < count && !alone[i]) {
-                const S* const z = logits(row);
-                T sum = 0;
-                for (int j = 0; j < classes; ++j) sum += (lane[j][i] = logit(z + j)) * T(0);
-                alone[i] = sum != T(0);
-                if (alone[i]) {
-                    for (int j = 0; j < classes; ++j) lane[j][i] = T(0);
-                } else {
-                    target[i] = static_cast<int>(job_.target[row]);
-                }
-            }
-            target_weight[i] = weight_of(target[i]);
-            T params[kMaxParams];
-            params_of(row, params);
-            for (int k = 0; k < kMaxParams; ++k) param[k][i] = job_.param[k] ? params[k] : T(0);
-        }
-        V params[kMaxParams], x[kNarrow];
-        for (int k = 0; k < kMaxParams; ++k) params[k] = load(param[k]);
-        for (int j = 0; j < classes; ++j) x[j] = load(lane[j]);
-
-        V max = x[0], target_logit = x[0];
+        V e[kNarrow];
+        V max, target_logit, sum_exp, inverse, log_sum, ce, p, q, top_rest;
         Bits top{};
-        for (int j = 1; j < classes; ++j) {
-            const auto above = x[j] > max;
-            max = above ? x[j] : max;
-            top = above ? Bits{} + j : top;
-            target_logit = target == j ? x[j] : target_logit;
-        }
-        V rest{}, top_rest{}, mine{};
-        for (int j = 0; j < classes; ++j) {
-            x[j] = exp_bounded<T>(x[j] - max);
-            rest += target == j ? V{} : x[j];
-            mine = target == j ? x[j] : mine;
-            top_rest += top == j ? V{} : x[j];
-        }
-        const V sum_exp = rest + mine, inverse = T(1) / sum_exp, log_sum = log_positive<T>(sum_exp);
-        const V near = log1p_positive<T>(rest < mine ? rest / mine : V{});
-        const V ce = rest < mine ? near : (max - target_logit) + log_sum;
-        const V q = rest * inverse;
 
-        const int64_t n = job_.rows;
-        T* const statistic = static_cast<T*>(job_.statistics) + first;
-        const auto put = [&](T* to, V v) { count == width ? store(to, v) : store_part(to, count, v); };
-        put(statistic + kMax * n, max);
-        put(statistic + kSumExp * n, sum_exp);
-        put(statistic + kQ * n, q);
-        put(statistic + kCe * n, ce);
-        put(statistic + kTargetLogit * n, target_logit);
-        put(statistic + kMeanCe * n, V{});
-        if (job_.top_k > 0) {
-            put(statistic + kStatistics * n, max);
-            for (int i = 0; i < count; ++i) job_.index[first + i] = top[i];
+        FUSEDLOSS_INLINE Lanes(const V* x, int classes, Bits target) : max(x[0]), target_logit(x[0]) {
+            for (int j = 1; j < classes; ++j) {
+                const auto above = x[j] > max;
+                max = above ? x[j] : max;
+                top = above ? Bits{} + j : top;
+                target_logit = target == j ? x[j] : target_logit;
+            }
+            V rest{}, mine{};
+            top_rest = V{};
+            for (int j = 0; j < classes; ++j) {
+                e[j] = exp_bounded<T>(x[j] - max);
+                rest += target == j ? V{} : e[j];
+                mine = target == j ? e[j] : mine;
+                top_rest += top == j ? V{} : e[j];
+            }
+            sum_exp = rest + mine, inverse = T(1) / sum_exp, log_sum = log_positive<T>(sum_exp);
+            const V near = log1p_positive<T>(rest < mine ? rest / mine : V{});
+            ce = rest < mine ? near : (max - target_logit) + log_sum;
+            p = mine * inverse, q = rest * inverse;
         }
-        const V p = mine * inverse;
+    };
+
+    // Rows side by side. An ignored row is left to the scalar code, and one with a logit that is not finite: in their
+    // lanes, and in those after the last row, the logits are 0.
+    struct Group {
+        int64_t first;
+        int count;
+        bool alone[width] = {};
+        typename VectorOf<T>::Bits target{};
+    };
+
+    // Takes the rows' columns, read(row, column), and leaves those with a number that is not finite alone.
+    template <typename Read>
+    FUSEDLOSS_INLINE void take_lanes(Group& rows, const Read& read, V* x) const {
+        const int classes = static_cast<int>(job_.classes);
+        T lane[kNarrow][width];
+        for (int i = 0; i < width; ++i) {
+            const bool here = i < rows.count && !rows.alone[i];
+            for (int j = 0; j < classes; ++j) lane[j][i] = here ? read(rows.first + i, j) : T(0);
+        }
+        V zero{};
+        for (int j = 0; j < classes; ++j) zero += (x[j] = load(lane[j])) * T(0);
+        if (total<T>(zero) == T(0)) return;
+        const auto finite = zero == V{};
+        for (int j = 0; j < classes; ++j) x[j] = finite ? x[j] : V{};
+        rows.target = finite ? rows.target : typename VectorOf<T>::Bits{};
+        for (int i = 0; i < width; ++i) rows.alone[i] = rows.alone[i] || zero[i] != T(0);
+    }
+
+    Group group_at(int64_t first) const {
+        Group rows{first, static_cast<int>(std::min<int64_t>(width, job_.rows - first))};
+        for (int i = 0; i < rows.count; ++i) {
+            rows.alone[i] = ignored(first + i);
+            if (!rows.alone[i]) rows.target[i] = static_cast<int>(job_.target[first + i]);
+        }
+        return rows;
+    }
+
+    // of_row(row) of each, and of the last in the lanes after it.
+    template <typename OfRow>
+    FUSEDLOSS_INLINE V lanes_of(const Group& rows, const OfRow& of_row) const {
+        T lane[width];
+        for (int i = 0; i < width; ++i) lane[i] = of_row(rows.first + std::min(i, rows.count - 1));
+        return load(lane);
+    }
+
+    static void put(const Group& rows, T* to, V v) {
+        rows.count == width ? store(to + rows.first, v) : store_part(to + rows.first, rows.count, v);
+    }
+    static V get(const Group& rows, const T* from) {
+        const T* const x = from + rows.first;
+        return rows.count == width ? load(x) : load_part(x, rows.count, T(0), x + rows.count);
+    }
+    T* statistic(int k) const { return static_cast<T*>(job_.statistics) + k * job_.rows; }
+    T* coefficient(int k) const { return static_cast<T*>(job_.coefficients) + k * job_.rows; }
+
+    void put_statistics(const Group& rows, const Lanes& s) const {
+        put(rows, statistic(kMax), s.max);
+        put(rows, statistic(kSumExp), s.sum_exp);
+        put(rows, statistic(kQ), s.q);
+        put(rows, statistic(kCe), s.ce);
+        put(rows, statistic(kTargetLogit), s.target_logit);
+        put(rows, statistic(kMeanCe), V{});
+        if (job_.top_k == 0) return;
+        put(rows, statistic(kStatistics), s.max);
+        for (int i = 0; i < rows.count; ++i) job_.index[rows.first + i] = s.top[i];
+    }
+
+    // The gradients in the lanes, and what is left to the scalar code.
+    template <typename Functor>
+    void finish_group(const Group& rows, const V* g, const Engine& gradient, Scratch<T>& scratch) const {
+        T lane[kNarrow][width];
+        for (int j = 0; job_.grad && j < job_.classes; ++j) store(lane[j], g[j]);
+        for (int i = 0; i < rows.count; ++i) {
+            const int64_t row = rows.first + i;
+            if (rows.alone[i]) {
+                one_by_one<Functor>(row, 1, scratch);
+                if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, 1, scratch);
+            } else if (job_.grad) {
+                S* const grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
+                for (int j = 0; j < job_.classes; ++j) write(grad + j, lane[j][i]);
+            }
+        }
+    }
+
+    template <typename Functor>
+    FUSEDLOSS_ONE_COPY void group(int64_t first, const Engine& gradient, Scratch<T>& scratch) const {
+        if constexpr (std::is_same_v<Functor, AnyPair>) {
+            T params[kMaxParams];
+            params_of(first, params);
+            with_pair_term(params, [&](auto term) { pair_group<decltype(term)>(first, params, gradient, scratch); });
+        } else {
+            row_group<Functor>(first, gradient, scratch);
+        }
+    }
+
+    template <typename Functor>
+    FUSEDLOSS_INLINE void row_group(int64_t first, const Engine& gradient, Scratch<T>& scratch) const {
+        const int classes = static_cast<int>(job_.classes);
+        Group rows = group_at(first);
+        V x[kNarrow], params[kMaxParams];
+        take_lanes(rows, [&](int64_t row, int j) { return logit(logits(row) + j); }, x);
+        for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
+            const T* const param = static_cast<const T*>(job_.param[k]);
+            params[k] = lanes_of(rows, [&](int64_t row) { return param[row * job_.param_stride[k]]; });
+        }
+        const Lanes s(x, classes, rows.target);
+        put_statistics(rows, s);
+        const auto target = rows.target, top = s.top;
+        const V p = s.p, inverse = s.inverse;
+        const V factor = lanes_of(rows, [&](int64_t row) { return upstream_of(row); });
         if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const T z_loss = common(kZLoss);
-            const V lse = max + log_sum, z_weight = load(target_weight) * z_loss;
+            T weights[width];
+            for (int i = 0; i < width; ++i) weights[i] = weight_of(target[i]);
+            const V target_weight = load(weights), lse = s.max + s.log_sum, z_weight = target_weight * z_loss;
             const V z_slope = z_weight * lse * T(2);
-            const V top_q = top_rest * inverse, top_p = inverse;
+            const V top_q = s.top_rest * inverse, top_p = inverse;
             const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
-            V target_h, top_h{}, slope{};
+            V target_h, top_h{}, slope{}, slopes[kNarrow];
             V loss = z_weight * lse * lse;
             loss += Functor::positive(target_p, target_q, power_vector(target_q, Functor::exponent(params)),
-                                      load(target_weight), params, target_h);
+                                      target_weight, params, target_h);
             for (int j = 0; j < classes; ++j) {
-                const V p_j = top == j ? top_p : x[j] * inverse;
+                const V p_j = top == j ? top_p : s.e[j] * inverse;
                 const V q_j = top == j ? top_q : T(1) - p_j;
                 V h;
                 V f = Functor::negative(p_j, q_j, power_vector(q_j, Functor::exponent(params)), params, h);
@@ -1366,31 +1521,108 @@ class Engine {
                 h = target == j ? target_h : h * w;
                 loss += target == j ? V{} : f * w;
                 top_h = top == j ? h : top_h;
-                slope += top == j ? V{} : p_j * h / q_j;
+                const V g = h / q_j;
+                slope += top == j ? V{} : p_j * g;
+                x[j] = p_j, slopes[j] = g;
             }
             const V shift = slope + (top_q > T(0) ? top_p * top_h / top_q : V{}) - z_slope;
             const V top_gradient = top_p * (top_h - slope + z_slope);
             const V target_gradient = target == top ? top_gradient : p * (target_h / target_q - shift);
 
-            T* const coefficient = static_cast<T*>(job_.coefficients) + first;
-            put(coefficient + kShift * n, shift);
-            put(coefficient + kTopGradient * n, top_gradient);
-            put(coefficient + kTargetGradient * n, target_gradient);
-            put(coefficient + kCoefficients * n, V{});
-            put(static_cast<T*>(job_.loss) + first, loss);
+            put(rows, coefficient(kShift), shift);
+            put(rows, coefficient(kTopGradient), top_gradient);
+            put(rows, coefficient(kTargetGradient), target_gradient);
+            put(rows, coefficient(kCoefficients), V{});
+            put(rows, static_cast<T*>(job_.loss), loss);
+            for (int j = 0; job_.grad && j < classes; ++j) {
+                V g = x[j] * (slopes[j] - shift) * factor;
+                g = top == j ? top_gradient * factor : g;
+                x[j] = target == j ? target_gradient * factor : g;
+            }
         } else if constexpr (!std::is_void_v<Functor>) {
-            for (int i = 0; i < count; ++i) {
-                if (alone[i]) continue;
+            for (int i = 0; i < rows.count; ++i) {
+                if (rows.alone[i]) continue;
                 const int64_t index = top[i];
-                const T logit = max[i];
-                const RowStatistics<T> s{logit, sum_exp[i], log_sum[i], ce[i],  q[i],  p[i],
-                                         T(0),  target[i],  job_.top_k, &logit, &index};
-                finish<Functor>(first + i, 1, s, scratch);
+                const T logit = s.max[i];
+                const RowStatistics<T> row{logit, s.sum_exp[i], s.log_sum[i], s.ce[i], s.q[i], p[i],
+                                           T(0),  target[i],    job_.top_k,   &logit,  &index};
+                finish<Functor>(first + i, 1, row, scratch);
+            }
+            if (job_.grad) {
+                const V a = get(rows, coefficient(kA)) * inverse * factor;
+                const V at_target = get(rows, coefficient(kTargetGradient)) * factor;
+                const V b = job_.top_k > 0 ? get(rows, coefficient(kCoefficients)) * factor : V{};
+                const V u = factor * common(kSmooth);
+                for (int j = 0; j < classes; ++j) {
+                    const V g = target == j ? at_target : s.e[j] * a - u * weight_of(j);
+                    x[j] = top == j ? g - b : g;
+                }
             }
         }
-        for (int i = 0; i < count; ++i) {
-            if (alone[i]) one_by_one<Functor>(first + i, 1, scratch);
+        finish_group<Functor>(rows, x, gradient, scratch);
+    }
+
+    // Of a pair term, whose parameters are those of all rows.
+    template <typename Term>
+    FUSEDLOSS_ONE_COPY void pair_group(int64_t first, const T* params, const Engine& gradient,
+                                       Scratch<T>& scratch) const {
+        const int classes = static_cast<int>(job_.classes);
+        const auto at = [&](int64_t row, int j) { return row * job_.second_row_stride + j; };
+        Group rows = group_at(first);
+        V x[kNarrow], second[kNarrow];
+        take_lanes(rows, [&](int64_t row, int j) { return logit(logits(row) + j); }, x);
+        take_lanes(
+            rows,
+            [&](int64_t row, int j) {
+                if constexpr (Term::of_logits) {
+                    return logit(static_cast<const S*>(job_.second) + at(row, j));
+                } else {
+                    return (static_cast<const T*>(job_.second)[at(row, j)] * params[0] + params[1]) * weight_of(j);
+                }
+            },
+            second);
+        const Lanes s(x, classes, rows.target);
+        put_statistics(rows, s);
+        PairRow<T, V> pair{};
+        std::copy_n(params, kMaxParams, pair.params);
+        pair.max = s.max, pair.inverse = s.inverse, pair.lag = pair.log_sum = s.log_sum;
+        V second_sum = splat(T(1));
+        if constexpr (Term::of_logits) {
+            const Lanes other(second, classes, rows.target);
+            pair.second_max = other.max, pair.second_inverse = other.inverse, pair.second_log_sum = other.log_sum;
+            pair.offset = other.max - s.max, pair.lag = log_positive<T>(other.sum_exp / s.sum_exp);
+            second_sum = other.sum_exp;
         }
+        T* const more = statistic(kStatistics + job_.picks());
+        put(rows, more + kSecondMax * job_.rows, pair.second_max);
+        put(rows, more + kSecondSum * job_.rows, second_sum);
+        put(rows, more + kPlainSum * job_.rows, s.sum_exp);
+
+        const T main = common(kMain), z_loss = common(kZLoss), curvature = Term::curvature(params);
+        const T hard = hard_weight(params);
+        V sum{}, slope{}, difference{}, at_target{};
+        for (int j = 0; j < classes; ++j) {
+            const auto both = both_of<Term, T, V>(pair, x[j], second[j]);
+            const auto term = Term::template term<T>(both, params);
+            sum += term.loss, slope += term.slope, difference += term.difference;
+            at_target = rows.target == j ? term.slope : at_target;
+            x[j] = both.p, second[j] = term.slope;
+        }
+        const V lse = s.max + s.log_sum, z_slope = lse * (T(2) * z_loss);
+        const V rounded = difference * (slope - difference * (curvature / 2));
+        const V loss = lse * lse * z_loss + (sum - rounded) * main + s.ce * hard;
+        const V shift = slope * main - z_slope - hard;
+        const V target_gradient = at_target * main - s.p * (slope * main - z_slope) - s.q * (hard / factor_);
+        put(rows, static_cast<T*>(job_.loss), loss);
+        put(rows, coefficient(kShift), shift);
+        put(rows, coefficient(kPlain), V{});
+        put(rows, coefficient(kTargetGradient), target_gradient);
+        for (int k = 0; k < job_.top_k; ++k) put(rows, coefficient(kCoefficients + k), V{});
+        const V factor = lanes_of(rows, [&](int64_t row) { return upstream_of(row); });
+        for (int j = 0; job_.grad && j < classes; ++j) {
+            x[j] = (rows.target == j ? target_gradient : second[j] * main - x[j] * shift) * factor;
+        }
+        finish_group<AnyPair>(rows, x, gradient, scratch);
     }
 
     // q^x, for x >= 0
@@ -1424,7 +1656,7 @@ class Engine {
         const S* const z = logits(row);
         const ClassRow<T> terms = class_row<Term>(row);
         const T max = terms.max, inverse = terms.inverse, *const params = terms.params;
-        const T weight = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+        const T weight = upstream_of(row);
         const int64_t top = terms.top, target = terms.target;
         int64_t at = add_small(terms, z, from, to, weight, sum);
         at = add_terms<true, Term>(terms, z, at, to, weight, sum + (at - from));
@@ -1487,7 +1719,7 @@ class Engine {
         const T* const coefficient = static_cast<const T*>(job_.coefficients) + row;
         const T max = statistic[kMax * n];
         const T inverse = T(1) / statistic[kSumExp * n];
-        const T upstream = job_.upstream ? static_cast<const T*>(job_.upstream)[row * job_.upstream_stride] : T(1);
+        const T upstream = upstream_of(row);
         const int64_t target = job_.target[row];
         const T target_gradient = coefficient[kTargetGradient * n] * upstream;
 
@@ -1673,18 +1905,23 @@ class Engine {
     // The gradient may be the logits' memory.
     void pair_gradient(int64_t row, S* grad, int64_t begin, int64_t end, T main, T shift, T plain) const {
         const PairRow<T> pair = pair_row(row);
+        const PairFactors<T> factors{factor_, main, shift, plain};
+        // 16 bits do not show the digits of close rows, but that equal ones have a gradient of 0.
+        const bool near = pair.offset == T(0) && pair.lag == T(0);
         T block[kBlock];
-        const auto body = [&](const T* x, const T* second, int64_t from, int64_t count, const Ahead& ahead) {
-            T* to = block;
-            if constexpr (std::is_same_v<S, T>) to = count % width == 0 ? grad + from : block;
-            with_pair_term([&](auto term) {
-                differentiate_pairs<decltype(term)>(pair, x, second, to, count, main, shift, plain, T(1) / factor_,
-                                                    ahead);
+        const auto body = [&](const auto* x, const auto* second, int64_t from, int64_t count, const Ahead& ahead) {
+            using Row = std::decay_t<decltype(*x)>;
+            const bool direct = std::is_same_v<Row, S> && count % width == 0;
+            Row* const to = direct ? reinterpret_cast<Row*>(grad + from) : reinterpret_cast<Row*>(block);
+            with_pair_term<Row>(pair.params, [&](auto term) {
+                using Term = decltype(term);
+                near ? differentiate_pairs<Term, true>(pair, x, second, to, count, factors, ahead)
+                     : differentiate_pairs<Term, (sizeof(S) > 2)>(pair, x, second, to, count, factors, ahead);
             });
-            for (int64_t at = 0; to == block && at < count; at += width) {
+            for (int64_t at = 0; !direct && at < count; at += width) {
                 const int rest = static_cast<int>(std::min<int64_t>(width, count - at));
-                rest == width ? store(grad + from + at, load(to + at))
-                              : store_part(grad + from + at, rest, load(to + at));
+                rest == width ? store(grad + from + at, load(block + at))
+                              : store_part(grad + from + at, rest, load(block + at));
             }
         };
         each_pair_block(row, pair, begin, end, body);
@@ -1694,6 +1931,11 @@ class Engine {
     static constexpr bool is_one_of(FunctorList<Terms...>) {
         return (std::is_same_v<Functor, Terms> || ...);
     }
+
+    // The gradient has the same form for every row epilogue, so that only terms need their functor.
+    template <typename Functor>
+    using TermOf =
+        std::conditional_t<is_one_of<Functor>(ClassTerms{}) || std::is_same_v<Functor, AnyPair>, Functor, void>;
 
     const Job& job_;
     const T factor_;  // of the logits
@@ -1733,7 +1975,6 @@ void forward(const Job& job) {
     job.kind == kClassTerm ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
 }
 
-// The gradient has the same form for every row epilogue, so that only terms need their functor.
 void backward(const Job& job) {
     const auto pass = [](const auto& engine, auto* functor) { engine.template backward<Pointed<decltype(functor)>>(); };
     if (job.kind == kPairTerm) return run(job, 0, AnyPairTerm{}, pass);

@@ -292,6 +292,15 @@ FUSEDLOSS_INLINE V greater(V x, V y) {
     return x > y ? x : y;
 }
 
+// |x| up to `most`, which NaN is too.
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value magnitude(typename VectorOf<T>::Value x, T most) {
+    using Bits = typename VectorOf<T>::Bits;
+    using Words = typename VectorOf<T>::Words;
+    const Bits bits = bit_cast<Bits>((bit_cast<Words>(x) << 1) >> 1), limit = bit_cast<Bits>(splat(most));
+    return bit_cast<typename VectorOf<T>::Value>(bits < limit ? bits : limit);
+}
+
 // Folds the lanes of a vector, half against half.
 template <typename T, int bytes, typename V, typename Fold>
 FUSEDLOSS_INLINE T fold_lanes(const V& v, const Fold& fold) {
@@ -477,6 +486,28 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value expm1_bounded(typename VectorOf<T>:
     return x < C::lowest ? splat(T(-1)) : tail * power + (power - T(1));
 }
 
+// exp(-x) for x >= 0, with `fall` = 1 - exp(-x) and `excess` = x - fall, which both keep their digits.
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value fall_of(typename VectorOf<T>::Value x, typename VectorOf<T>::Value& fall,
+                                                     typename VectorOf<T>::Value& excess) {
+    using C = ExpConstants<T>;
+    using V = typename VectorOf<T>::Value;
+    V power;
+    const V r = exp_remainder<T>(-x, power), r2 = r * r;
+    // By even and odd powers: the longest chain of a term is here.
+    V even = splat(C::polynomial[C::degree & ~1]), odd = splat(C::polynomial[(C::degree - 1) | 1]);
+#pragma GCC unroll 16
+    for (int k = (C::degree & ~1) - 2; k >= 2; k -= 2) even = even * r2 + C::polynomial[k];
+#pragma GCC unroll 16
+    for (int k = ((C::degree - 1) | 1) - 2; k >= 2; k -= 2) odd = odd * r2 + C::polynomial[k];
+    const V tail = (odd * r + even) * r2;  // exp(r) - 1 - r
+    // 1 - exp(-x) without the tail; for small x the power is 1 and r is -x.
+    const V plain = (T(1) - power) - r * power;
+    fall = plain - tail * power;
+    excess = tail * power + (x - plain);
+    return -x < C::lowest ? V{} : (tail + (r + T(1))) * power;
+}
+
 // x = 2^n m with m in [2/3, 4/3), x > 0 and normal (anything elsewhere): returns log m = 2 atanh((m - 1) / (m + 1)).
 template <typename T>
 FUSEDLOSS_INLINE typename VectorOf<T>::Value log_mantissa(typename VectorOf<T>::Value x,
@@ -508,6 +539,24 @@ template <typename T>
 FUSEDLOSS_INLINE typename VectorOf<T>::Value log1p_positive(typename VectorOf<T>::Value x) {
     const auto u = x + T(1);
     return log_positive<T>(u) + (x - (u - T(1))) / u;
+}
+
+// log(1 - v) + v for v in [0, 1), with its digits where v is small.
+template <typename T>
+FUSEDLOSS_INLINE typename VectorOf<T>::Value log_excess(typename VectorOf<T>::Value v) {
+    using V = typename VectorOf<T>::Value;
+    using Bits = typename VectorOf<T>::Bits;
+    constexpr int shift = ExpConstants<T>::shift, terms = sizeof(T) == 4 ? 4 : 11;
+    // 1 - v = 2^n (1 + f) with 1 + f in [2/3, 4/3); for small v n is 0 and f is -v.
+    const Bits power = ((bit_cast<Bits>(T(1) - v) - bit_cast<Bits>(splat(T(2.0 / 3)))) >> shift) << shift;
+    const V n = __builtin_convertvector(power, V), scale = bit_cast<V>(bit_cast<Bits>(splat(T(1))) - power);
+    const V f = (scale - T(1)) - v * scale, y = f / (f + T(2)), y2 = y * y;
+    V poly = splat(T(1.0 / (2 * terms + 1)));
+#pragma GCC unroll 16
+    for (int k = terms - 1; k >= 1; --k) poly = poly * y2 + T(1.0 / (2 * k + 1));
+    // log(1 + f) = 2 y (1 + y^2 / 3 + ...), 2 y = f - f y
+    constexpr T log2 = T(0.6931471805599453) / (int64_t(1) << shift);
+    return n * log2 + (f + v) + y * (y2 * poly * T(2) - f);
 }
 
 // z^x - 1, and z^x in `power`, for z in [0, 1] and x >= 0; z below the normal numbers counts as 0. Of x log z, which

@@ -91,6 +91,7 @@ class PairRow {
         x.second_max = second_max, x.second_inverse = T(1) / second_sum, x.second_log_sum = std::log(second_sum);
         x.offset = second_max - max;
         x.lag = Term::of_logits ? std::log(second_sum / sum) : x.log_sum;
+        x.inverse += x.lag * T(0);  // a NaN among the teacher's logits
 #pragma unroll
         for (int k = 0; k < kMaxParams; ++k) {
             x.params[k] = job_.param[k] ? static_cast<const T*>(job_.param[k])[row_ * job_.param_stride[k]] : T(0);

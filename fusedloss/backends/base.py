@@ -67,9 +67,9 @@ class Backend:
     """The type of device whose tensors it takes."""
     makes_logits = False
     """Whether its passes make the logits of hidden states themselves, and store none."""
-    one_read = False
-    """Whether it should make the gradient of a sum with the loss, of one read of the logits. Others would read them
-    twice all the same, and only hold the gradient for longer."""
+    one_read: float = 0
+    """The most classes of logits in hand whose gradient it should make with the loss, of one read of them. Of others it
+    would read them twice all the same, and only hold the gradient for longer."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Return why it cannot run on this machine, or for tensors on `device`; None if it can."""

@@ -72,6 +72,7 @@ def _check(name: str, index: Tensor, classes: int, ignored: int, lowest: int = 0
 
 class Cpu(Backend):
     name = "cpu"
+    one_read = 64  # rows that the engine looks at side by side
     epilogues = Epilogues.of(_engine)
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
@@ -90,6 +91,8 @@ class Cpu(Backend):
         searched = (spec.top_k, spec.below, spec.mean, spec.moments)
         number = self.epilogues.numbers[spec.epilogue]
         _engine.forward(native(_engine.Job, job, number, searched, count, weight_sum))
+
+    with_gradient = forward
 
     def backward(self, job: Job) -> None:
         target, index, classes = job.rows.target, job.index, job.rows.hidden[0].shape[1]
@@ -117,6 +120,11 @@ class Cpu(Backend):
         _check_saved(job)
         epilogue = self.epilogues.numbers_in_sums[job.spec.epilogue]
         _engine.class_terms(native(_engine.Job, job, epilogue, (1, False, False, 0)))
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        # A loss that ends a graph has the factor 1.
+        if factor.item() != 1:
+            gradient.mul_(factor)
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         return new_memory(logits.shape, logits.dtype)

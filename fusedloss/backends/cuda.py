@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -83,7 +84,7 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
 class Cuda(Backend):
     name = "cuda"
     runs_on = "cuda"  # tests have a build of the kernels for the CPU
-    one_read = True
+    one_read = math.inf
     epilogues = Epilogues.of(_cuda)
     """In the order in which the kernels number them."""
 

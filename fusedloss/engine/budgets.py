@@ -41,6 +41,15 @@ def sums_in_float32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def most_rounded(device: torch.device) -> int:
+    """Return up to how many chunks the sum of half-precision gradients may be rounded after each.
+
+    Where products are not added to float32, each of a sum in float32 is made twice, for what its rounding lost. Rounded
+    sums of n parts have sqrt((n + 1) / 2) times the error of a rounded product.
+    """
+    return 1 if sums_in_float32(device) else 4
+
+
 def is_narrow(x: torch.Tensor) -> bool:
     """Tell whether products with a matrix of hidden states or weights have few columns for a CPU's BLAS."""
     return x.shape[1] <= NARROW and x.device.type == "cpu" and x.element_size() >= 4

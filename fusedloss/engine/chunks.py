@@ -246,7 +246,7 @@ class _Gradients:
             new = _by_columns if self._hidden and not chunks.spec.form.group else new_buffer
             self._hidden.append(new(x, x.shape, self._dtype) if next(needed) else None)
         # Of one chunk the product is the gradient, and needs no sum.
-        of_weight = self._dtype if chunks.count == 1 else dtype
+        of_weight = self._dtype if chunks.count <= budgets.most_rounded(rows.hidden[0].device) else dtype
         self._weight: list[Tensor | None] = []
         for x in rows.weight:
             new = _by_columns if self._weight else new_buffer

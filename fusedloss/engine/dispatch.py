@@ -210,13 +210,13 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
             needed = temperature.needed(rows, needed)
         return needed if True in needed else ()
     if (
-        not backends.BACKENDS[call.spec.impl].one_read
+        # A compiled backward would not know whether it may scale in place, and copy.
+        torch.compiler.is_compiling()
+        or rows.hidden[0].shape[1] > backends.BACKENDS[call.spec.impl].one_read
         or not (rows.logits.requires_grad or (call.spec.form.tempered and temperature.is_learnt(rows, call.spec)))
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
         or rows.logits.dtype == torch.float16
-        # A compiled backward would not know whether it may scale in place, and copy.
-        or torch.compiler.is_compiling()
     ):
         return ()
     return (True,)

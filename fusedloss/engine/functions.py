@@ -60,6 +60,8 @@ class Reduction(NamedTuple):
         if grad_output is None:
             if self.divisor is None:
                 return self.token_weight
+            if self.token_weight is None and not isinstance(self.divisor, Tensor):
+                return torch.full((rows.target.shape[0],), 1 / self.divisor, dtype=dtype, device=like.device)
             grad_output = torch.ones((), dtype=dtype, device=like.device)
         # In the dtype of the rows: a divisor in float64 makes the loss that.
         share = (grad_output if self.divisor is None else grad_output / self.divisor).to(dtype)
@@ -101,7 +103,7 @@ class _Loss(torch.autograd.Function):
         if made and spec.form.tempered:
             row_weight = _by_raw_logits(row_weight, rows)
         if spec.epilogue:
-            loss, statistics, index, coefficients, gradients = operators.forward(*rows, row_weight, spec.encode())
+            loss, statistics, index, coefficients, gradients = operators.call(operators.forward, rows, spec, row_weight)
         else:
             loss, statistics, index, coefficients, gradients = _per_chunk(rows, row_weight, spec, settings.epilogue)
         is_tensor = isinstance(divisor, Tensor)
@@ -206,16 +208,16 @@ def gradients(
         upstream, rows = _by_raw_logits(upstream, rows), rows._replace(candidates=None)
     else:
         rows = rows._replace(candidates=None, scalars=None)
-    saved = (statistics, index, coefficients, upstream, spec.encode())
+    saved = (statistics, index, coefficients, upstream)
     if rows.is_linear:
         sources = [x for x, need in zip(rows.sources, needed, strict=True) if need]
-        grads = operators.backward(*rows, *saved)
+        grads = operators.call(operators.backward, rows, spec, *saved)
         return _spread(needed, (grad.to(x.dtype) for grad, x in zip(grads, sources, strict=True)))
     if not inplace:
-        return tuple(operators.backward(*rows, *saved))
+        return tuple(operators.call(operators.backward, rows, spec, *saved))
     logits = rows.logits
     grad = logits.detach()
-    operators.backward_(*rows._replace(hidden=[grad]), *saved)
+    operators.call(operators.backward_, rows._replace(hidden=[grad]), spec, *saved)
     # A later use of the logits by autograd, a second backward above all, must fail rather than read gradients.
     torch.autograd.graph.increment_version(logits)
     return (grad,)
@@ -255,7 +257,10 @@ def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype)
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
     if _graph_is_kept():
         gradient = gradient.clone()
-    operators.scale_(gradient, factor, impl)
+    if operators.seen(gradient, factor):
+        operators.scale_(gradient, factor, impl)
+    else:
+        BACKENDS[impl].scale_(gradient, factor)
     return gradient.to(dtype)
 
 
@@ -265,7 +270,7 @@ def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype)
 def statistics_of(rows: Rows, spec: Spec, picks: Picks, top_q: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Statistics, indices of the picks and, if asked for, 1 - p of the top class."""
     spec = spec.of_picks(picks, epilogue="", top_q=top_q, needed=())
-    _, statistics, index, *_ = operators.forward(*rows._replace(params=[]), None, spec.encode())
+    _, statistics, index, *_ = operators.call(operators.forward, rows._replace(params=[]), spec, None)
     return (statistics[:-1], index, statistics[-1]) if top_q else (statistics, index, None)
 
 
@@ -453,7 +458,7 @@ class _ClassSums(torch.autograd.Function):
         counts, spec, *_ = settings
         rows = Rows.unflatten(counts, flat)
         statistics, index, _ = statistics_of(rows, spec, Picks(1))
-        sums = operators.sums(*rows, statistics, index, row_weight, None, spec.encode())
+        sums = operators.call(operators.sums, rows, spec, statistics, index, row_weight, None)
         ctx.save_for_backward(row_weight, *flat, statistics, index)
         ctx.settings = settings
         ctx.mark_non_differentiable(statistics, index)
@@ -480,7 +485,7 @@ class _ClassSums(torch.autograd.Function):
         agreement = agreement[Targets.of(rows.target, rows.classes).safe]
         rows = rows.without_factors(spec.form)
         rows = rows._replace(class_weight=error, params=[*rows.params, agreement])
-        loss, coefficients = operators.terms(*rows, statistics, index, spec.encode())
+        loss, coefficients = operators.call(operators.terms, rows, spec, statistics, index)
         gradient = None
         if needed[1]:
             saved = (statistics, index, coefficients, row_weight)

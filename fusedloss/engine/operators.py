@@ -20,7 +20,7 @@ states take the same operators. Layouts are told in :mod:`fusedloss.definition.s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,142 +37,179 @@ from . import chunks
 _library = torch.library.Library("fusedloss", "DEF")
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define an operator of that schema, whose kernel is the decorated function on every device."""
+#: Of an operator of rows, its kernel behind the checks.
+_KERNELS: dict[Any, Callable[..., Any]] = {}
+
+
+def call(operator: Any, rows: Rows, spec: Spec, *more: Tensor | None) -> Any:
+    """Run an operator on what the public functions have prepared.
+
+    The dispatcher, the checks and the string take a fifth of a small call. They are for those who look at operators: a
+    compiler, a mode, a trace, a profiler, and tensors of a class of its own.
+    """
+    if seen(
+        *rows.hidden, *rows.weight, *rows.teacher, *rows.params,
+        rows.bias, rows.target, rows.class_weight, rows.candidates, rows.scalars,
+    ):  # fmt: skip
+        return operator(*rows, *more, spec.encode())
+    return _KERNELS[operator](rows, spec, BACKENDS[spec.impl], *more)
+
+
+def seen(*tensors: Tensor | None) -> bool:
+    """Tell whether something looks at the operators that these tensors go through."""
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_meta):
+            return True
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator, whose kernel is the same on every device."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedloss::{name}", fake, lib=_library)
+    return getattr(torch.ops.fusedloss, name).default
+
+
+def _operator(name: str, more: str, returns: str, fake: Callable[..., Any], schema: str = SCHEMA) -> Callable[..., Any]:
+    """Define an operator of rows and `more`, whose kernel is the decorated function; `fake` takes what that takes."""
+    names = [argument.split()[-1] for argument in more.split(", ")]
 
     def define(kernel: Callable[..., Any]) -> Any:
-        name = schema.partition("(")[0]
-        _library.define(schema)
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedloss::{name}", fake, lib=_library)
-        return getattr(torch.ops.fusedloss, name).default
+        def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+            def checks_and_runs(*arguments: Any) -> Any:
+                count = len(arguments) - len(names) - 1
+                rows, given, spec = Rows(*arguments[:count]), arguments[count:-1], decode(arguments[-1])
+                return run(rows, spec, _check(name, rows, spec, **dict(zip(names, given, strict=True))), *given)
+
+            return checks_and_runs
+
+        operator = _define(f"{name}({schema}, {more}, str spec) -> {returns}", checked(kernel), checked(fake))
+        _KERNELS[operator] = kernel
+        return operator
 
     return define
 
 
-def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    *flat, row_weight, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    _check("forward", rows, spec, row_weight=row_weight)
-    job = Job.new(rows, spec)
-    return *_results(job), chunks.new_gradients(rows, spec) if any(spec.needed) else []
-
-
-def _results(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _results(job: Job, gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     statistics, index, loss, coefficients = job.statistics, job.index, job.loss, job.coefficients
     if loss is None or coefficients is None:
         loss, coefficients = statistics.new_empty(0), statistics.new_empty((0, 0))
-    return loss, statistics, index, coefficients
+    return loss, statistics, index, coefficients, gradients
+
+
+def _fake_forward(rows: Rows, spec: Spec, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    return _results(Job.new(rows, spec), chunks.new_gradients(rows, spec) if any(spec.needed) else [])
 
 
 @_operator(
-    f"forward({SCHEMA}, Tensor? row_weight, str spec) -> "
+    "forward",
+    "Tensor? row_weight",
     "(Tensor loss, Tensor statistics, Tensor index, Tensor coefficients, Tensor[] gradients)",
     _fake_forward,
 )
-def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    *flat, row_weight, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    backend = _check("forward", rows, spec, row_weight=row_weight)
+def forward(
+    rows: Rows, spec: Spec, backend: Backend, row_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     if rows.weight:
         return chunks.forward(rows, row_weight, spec, backend)
     job = Job.new(rows, spec)
     gradients = []
     if any(spec.needed):
-        job.grad, job.upstream = backend.new_gradient(rows.logits), row_weight
+        job.grad, job.upstream = backend.new_gradient(rows.hidden[0]), row_weight
         gradients = [job.grad]
         backend.with_gradient(job)
     else:
         backend.forward(job)
     if spec.top_q:
         chunks.put_top_q(job, backend)
-    return *_results(job), gradients
-
-
-def _fake_backward(*arguments: Any) -> list[Tensor]:
-    *flat, statistics, index, coefficients, upstream, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    _check("backward", rows, spec, statistics, index, coefficients, upstream=upstream)
-    return chunks.new_gradients(rows, spec)
+    return _results(job, gradients)
 
 
 _SAVED = "Tensor statistics, Tensor index"
-_BACKWARD = f"{_SAVED}, Tensor coefficients, Tensor? upstream, str spec"
+_BACKWARD = f"{_SAVED}, Tensor coefficients, Tensor? upstream"
 
 
-@_operator(f"backward({SCHEMA}, {_BACKWARD}) -> Tensor[]", _fake_backward)
-def backward(*arguments: Any) -> list[Tensor]:
-    *flat, statistics, index, coefficients, upstream, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    backend = _check("backward", rows, spec, statistics, index, coefficients, upstream=upstream)
-    if rows.is_linear:
+@_operator("backward", _BACKWARD, "Tensor[]", lambda rows, spec, *_: chunks.new_gradients(rows, spec))
+def backward(
+    rows: Rows,
+    spec: Spec,
+    backend: Backend,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor | None,
+) -> list[Tensor]:
+    if rows.weight:
         return chunks.backward(rows, statistics, index, coefficients, upstream, spec, backend)
-    gradient = backend.new_gradient(rows.logits)
+    gradient = backend.new_gradient(rows.hidden[0])
     backend.backward(Job(rows, spec, statistics, index, None, coefficients, gradient, upstream))
     return [gradient]
 
 
-def _fake_backward_(*arguments: Any) -> None:
-    *flat, statistics, index, coefficients, upstream, text = arguments
-    _check("backward_", Rows(*flat), decode(text), statistics, index, coefficients, upstream=upstream)
-
-
-@_operator(
-    f"backward_({SCHEMA.replace('Tensor[]', 'Tensor(a!)[]', 1)}, {_BACKWARD}) -> ()",
-    _fake_backward_,
-)
-def backward_(*arguments: Any) -> None:
-    *flat, statistics, index, coefficients, upstream, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    backend = _check("backward_", rows, spec, statistics, index, coefficients, upstream=upstream)
+@_operator("backward_", _BACKWARD, "()", lambda *_: None, schema=SCHEMA.replace("Tensor[]", "Tensor(a!)[]", 1))
+def backward_(
+    rows: Rows,
+    spec: Spec,
+    backend: Backend,
+    statistics: Tensor,
+    index: Tensor,
+    coefficients: Tensor,
+    upstream: Tensor | None,
+) -> None:
     backend.backward(Job(rows, spec, statistics, index, None, coefficients, rows.logits, upstream))
 
 
-def _sums_arguments(arguments: Sequence[Any]) -> tuple[Rows, Spec, Backend, tuple[Any, ...]]:
-    *flat, statistics, index, row_weight, top_q, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    backend = _check("sums", rows, spec, statistics, index, row_weight=row_weight, top_q=top_q)
-    return rows, spec, backend, (statistics, index, row_weight, top_q)
-
-
-def _fake_sums(*arguments: Any) -> Tensor:
-    rows, spec, *_ = _sums_arguments(arguments)
+def _fake_sums(rows: Rows, spec: Spec, *_: Any) -> Tensor:
     count = rows.classes if spec.over_rows else rows.target.shape[0]
     return rows.hidden[0].new_empty((3 if rows.teacher else 2, count), dtype=torch.float64)
 
 
-@_operator(f"sums({SCHEMA}, {_SAVED}, Tensor? row_weight, Tensor? top_q, str spec) -> Tensor", _fake_sums)
-def sums(*arguments: Any) -> Tensor:
-    rows, spec, backend, (statistics, index, row_weight, top_q) = _sums_arguments(arguments)
-    if rows.is_linear:
+@_operator("sums", f"{_SAVED}, Tensor? row_weight, Tensor? top_q", "Tensor", _fake_sums)
+def sums(
+    rows: Rows,
+    spec: Spec,
+    backend: Backend,
+    statistics: Tensor,
+    index: Tensor,
+    row_weight: Tensor | None,
+    top_q: Tensor | None,
+) -> Tensor:
+    if rows.weight:
         return chunks.sums(rows, statistics, index, spec, backend)
     return backend.sums(Job(rows, spec, statistics, index, upstream=row_weight, top_q=top_q))
 
 
-def _fake_terms(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *flat, statistics, index, text = arguments
-    _check("terms", Rows(*flat), decode(text), statistics, index)
+def _fake_terms(rows: Rows, spec: Spec, backend: Backend, statistics: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return new_losses(statistics, index.shape[0])
 
 
-@_operator(f"terms({SCHEMA}, {_SAVED}, str spec) -> (Tensor loss, Tensor coefficients)", _fake_terms)
-def terms(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *flat, statistics, index, text = arguments
-    rows, spec = Rows(*flat), decode(text)
-    backend = _check("terms", rows, spec, statistics, index)
+@_operator("terms", _SAVED, "(Tensor loss, Tensor coefficients)", _fake_terms)
+def terms(rows: Rows, spec: Spec, backend: Backend, statistics: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     outputs = new_losses(statistics, index.shape[0])
     backend.terms(Job(rows, spec, statistics, index, *outputs))
     return outputs
+
+
+@torch.no_grad()
+def _scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
+    _check_scale(gradient, factor, impl).scale_(gradient, factor)
 
 
 def _fake_scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
     _check_scale(gradient, factor, impl)
 
 
-@_operator("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()", _fake_scale_)
-@torch.no_grad()
-def scale_(gradient: Tensor, factor: Tensor, impl: str) -> None:
-    _check_scale(gradient, factor, impl).scale_(gradient, factor)
+scale_ = _define("scale_(Tensor(a!) gradient, Tensor factor, str impl) -> ()", _scale_, _fake_scale_)
 
 
 # --- checks ---

@@ -50,7 +50,7 @@ class Terms:
         result = self.statistics.new_zeros((3, self.statistics.shape[1]), dtype=torch.float64)
         if self.rows.classes:
             rows = self.rows._replace(candidates=None)
-            loss, others = operators.sums(*rows, self.statistics, self.index, None, None, self.spec.encode())
+            loss, others = operators.call(operators.sums, rows, self.spec, self.statistics, self.index, None, None)
             p, _, value, d, top, away = self._singled_out()
             of_top = p * d
             result[LOSS] = loss + value.masked_fill(away, 0).sum(1)
@@ -224,7 +224,7 @@ class _PairLosses(torch.autograd.Function):
         columns_here = shards.here(index)[0]
         sums = q.new_zeros((3, len(q)), dtype=torch.float64)
         if rows.classes:
-            sums = operators.sums(*here, saved, columns_here, None, None, spec.encode())
+            sums = operators.call(operators.sums, here, spec, saved, columns_here, None, None)
         loss, slope, difference = shards.total(sums)
         # As in the passes: a rounded log-sum-exp makes all p too large by the same factor.
         more = difference * (slope - epilogue.curvature(*rows.params[:-1]) / 2 * difference)
@@ -312,7 +312,7 @@ class _OverRows(torch.autograd.Function):
         if rows.classes:
             over_rows = rows._replace(target=here.target)
             saved = (here.statistics, here.top, row_weight, here.top_q)
-            sums = operators.sums(*over_rows, *saved, x.spec._replace(over_rows=True).encode())
+            sums = operators.call(operators.sums, over_rows, x.spec._replace(over_rows=True), *saved)
         result, by_rows = x.function(sums), None
         if x.summed:
             # The sums of the rows' derivatives by each of the results come with these.
