@@ -39,14 +39,14 @@ QUICK = {"seeds": 2, "epochs": 4, "limit": 1000, "gammas": [1.0, 5.0], "smoothin
 ENCODER = {
     "out": Path("runs/papers/calibration-encoder"),
     "texts": ["R52"],
-    "held_out": 0.3,
-    "limit": 300,
-    "epochs": 8,
+    "held_out": 0.5,
+    "limit": 100,
+    "epochs": 16,
     "batch": 16,
-    "lr": 1e-4,
+    "lr": 2e-4,
     "max_length": 32,
 }
-QUICK_ENCODER = {**QUICK, "limit": 60}
+QUICK_ENCODER = {**QUICK, "seeds": 1, "limit": 50, "gammas": [3.0]}
 
 COLUMNS = ("accuracy", "F1", "confidence", "confidence in errors", "ECE", "MCE")
 CHOSEN = "focal, gamma chosen"
