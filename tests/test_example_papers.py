@@ -10,7 +10,7 @@ import pytest
 import torch
 from example_modules import imported
 
-OWN = "scores frame bilstm texts tags calibration dice contrastive"
+OWN = "scores frame bilstm texts tags networks calibration dice contrastive"
 SHARED = "data model training experiment report options"  # of examples/fewshot
 TRANSLATION = "mixed_cross_entropy mixed_long"  # and the modules of examples/nmt
 TRANSLATION += " experiment data model optimizer options checkpoint evaluate trainer student"
@@ -49,14 +49,19 @@ def _results(folder, script: str) -> list[dict]:
 
 def test_calibration(papers, texts, tmp_path, monkeypatch, capsys):
     """And a stopped run goes on where it was."""
-    own = ["--gammas", "3", "--bins", "5", "--texts", str(texts), "--out", str(tmp_path)]
+    own = ["--gammas", "3", "--smoothings", "0.2", "--bins", "5", "--texts", str(texts), "--out", str(tmp_path)]
     options = papers.calibration.parse_arguments([*TINY.split(), *own])
     papers.calibration.compare(options)
     results = _results(tmp_path, "calibration")
-    assert [r["settings"]["loss"] for r in results] == ["CE", "focal, gamma 3"]
+    assert [r["settings"]["loss"] for r in results] == [
+        "CE",
+        "CE, temperature",
+        "CE, smoothing 0.2",
+        "focal, gamma 3",
+    ]
     measured = [r["measured"] for r in results]
     assert all(m["accuracy"] > 0.85 and m["F1"] > 0.6 for m in measured)
-    assert measured[0]["confidence"] > measured[1]["confidence"]  # what gamma is for
+    assert measured[0]["confidence"] > max(m["confidence"] for m in measured[2:])  # what the rivals are for
     for m in measured:
         count, confidence, accuracy = torch.tensor(m["diagram"], dtype=torch.float64)
         assert (count * (confidence - accuracy).abs()).sum() / 12 == pytest.approx(m["ECE"], rel=1e-5)
@@ -65,11 +70,28 @@ def test_calibration(papers, texts, tmp_path, monkeypatch, capsys):
 
     path = tmp_path / "results.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + lines[1][:40])  # stopped while it wrote
-    run, ran = papers.calibration.run, []
-    monkeypatch.setattr(papers.calibration, "run", lambda task, s: ran.append(s["seed"]) or run(task, s))
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:40])  # stopped while it wrote
+    measure, ran = papers.calibration.measure, []
+    monkeypatch.setattr(papers.calibration, "measure", lambda *own: ran.append(own[-1]["loss"]) or measure(*own))
     papers.calibration.compare(options)
-    assert ran == [1] and (tmp_path / "table.md").read_text() == table
+    assert ran == ["focal, gamma 3"] and (tmp_path / "table.md").read_text() == table
+
+
+def test_calibration_with_an_encoder(papers, texts, encoder, tmp_path, capsys):
+    """A temperature changes no class, and gamma is chosen on the texts held out alone."""
+    own = "--seeds 2 --limit 0 --epochs 2 --gammas 5 --smoothings 0.2 --held-out 0.2 --lr 0.01 --threads 1"
+    files = [f"--encoder={encoder}", "--texts", str(texts), "--out", str(tmp_path)]
+    papers.calibration.compare(papers.calibration.parse_arguments([*own.split(), *files]))
+    assert "38 texts to train on, 10 held out and 12 to test" in capsys.readouterr().out
+    results = _results(tmp_path, "calibration")
+    runs = [papers.frame.Run(r["settings"], r["measured"]) for r in results]
+    plain, scaled, smooth, focal = runs[:4]
+    assert plain.measured["accuracy"] == scaled.measured["accuracy"] and plain.measured["temperature"] == 1
+    assert len({run.measured["confidence"] for run in (plain, scaled, smooth, focal)}) == 4
+    focal.measured["ECE held out"], focal.measured["ECE"] = -1.0, 9.0
+    assert [run.measured is focal.measured for run in papers.calibration.chosen(runs)] == [True, False]
+    train, test = papers.networks.hold_out(papers.texts.load(str(texts)), 30)[:2]
+    assert len(test) == 30 and len({text.label for text in train}) == 2 and not {*train} & {*test}
 
 
 def test_dice(papers, texts, tmp_path):
@@ -116,6 +138,23 @@ def test_contrastive_grid(papers, texts, encoder, tmp_path, monkeypatch):
     assert [line.split(" | ")[:2] for line in lines[2:]] == [["| 8", "0.0"], ["| 8", "0.5"]]
     assert lines[2].count("+0.0") == 2 and len((tmp_path / "results.jsonl").read_text().splitlines()) == 5
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_contrastive_tsne(papers, texts, encoder, tmp_path):
+    """What is measured is kept, so that the picture is drawn again without a run."""
+    pytest.importorskip("sklearn", reason="the picture needs the extra [demo]")
+    own = "--tsne --seeds 2 --sizes 8 --epochs 2 --lr 0.01 --head-lr 0.05 --threads 1 --dtype fp32"
+    files = ["--data", str(texts), "--encoder", str(encoder), "--out", str(tmp_path)]
+    options = papers.contrastive.parse_arguments([*own.split(), *files])
+    for _ in range(2):
+        papers.contrastive.compare(options)
+        assert (tmp_path / "tsne.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "tsne.png").unlink()
+    measured = [json.loads(line)["measured"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [len(m.get("points", [])) for m in measured] == [12, 12, 0, 0]
+    assert all(-1 <= m["silhouette"] <= 1 for m in measured)
+    with pytest.raises(SystemExit):
+        papers.contrastive.parse_arguments(["--grid", "--tsne"])
 
 
 @pytest.fixture

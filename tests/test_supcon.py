@@ -107,7 +107,7 @@ def test_known_values():
 
 @pytest.mark.parametrize("temperature", [0.05, 0.3])
 def test_equals_pytorch_metric_learning(temperature, generator):
-    """Which takes the mean over the anchors that have a positive, too. It is not among the extras: it needs SciPy."""
+    """Which takes the mean over the anchors that have a positive, too. It is not among the extras."""
     losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning")
     x, y, _ = problem(generator, {})
     theirs = losses.SupConLoss(temperature=temperature)(x, y)

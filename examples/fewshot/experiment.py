@@ -7,7 +7,7 @@ from typing import Any
 from data import DataError, Question, draw, load_questions, mislabel, split
 from model import Encoded, encode, encoder_folder, load_encoder
 from torch import Tensor
-from training import Settings, accuracy, predict, train, updates
+from training import Settings, accuracy, loss_of, predict, train, updates
 
 
 class Experiment:
@@ -46,8 +46,9 @@ class Experiment:
         bar.set_description(f"{size} labelled, seed {seed}, {loss}")
         drawn = self.encoded(mislabel(draw(self.parts.pool, size, seed), noise, seed))
         epochs = self.options.epochs[size]
+        function = loss_of(loss, settings)
         model = train(
-            self.encoder, drawn, len(self.labels), loss, epochs, settings, seed, self.bf16, progress=bar.update
+            self.encoder, drawn, len(self.labels), function, epochs, settings, seed, self.bf16, progress=bar.update
         )
         classes, features = predict(model, measured)
         return accuracy(classes, measured), features

@@ -70,5 +70,10 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.held_out + options.validation >= 1:
         parser.error(f"--held-out {options.held_out} and --validation {options.validation} leave nothing to train on")
     if options.dtype == "auto":
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
-        options.dtype = "bf16" if probe is not None and probe() else "fp32"
+        options.dtype = fast_dtype()
+
+
+def fast_dtype() -> str:
+    """bf16 where the CPU computes in it."""
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
+    return "bf16" if probe is not None and probe() else "fp32"

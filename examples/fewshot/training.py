@@ -25,6 +25,17 @@ class Settings(NamedTuple):
     batch: int  # at most; batches of an epoch are of equal size
 
 
+#: (logits, features, labels) -> the loss of a batch.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def loss_of(name: str, settings: Settings) -> Loss:
+    """One of `LOSSES`."""
+    if name == "CE":
+        return lambda logits, features, labels: fl.cross_entropy(logits, labels)
+    return fl.nn.CrossEntropySupConLoss(lam=settings.lam, temperature=settings.temperature)
+
+
 def updates(size: int, epochs: int, batch: int) -> int:
     return epochs * math.ceil(size / batch)
 
@@ -39,7 +50,7 @@ def train(
     encoder: PreTrainedModel,
     drawn: Encoded,
     classes: int,
-    loss: str,
+    loss: Loss,
     epochs: int,
     settings: Settings,
     seed: int,
@@ -49,7 +60,6 @@ def train(
     """A copy of the encoder, fine-tuned. Of one seed, all losses see the same head, batches and dropout."""
     torch.manual_seed(seed)
     model = Classifier(copy.deepcopy(encoder), classes, bf16).train()
-    joint = fl.nn.CrossEntropySupConLoss(lam=settings.lam, temperature=settings.temperature)
     size = len(drawn.labels)
     total = updates(size, epochs, settings.batch)
     optimizer = torch.optim.AdamW(
@@ -66,9 +76,7 @@ def train(
     )
     for chosen in batches(size, epochs, settings.batch, torch.Generator().manual_seed(seed)):
         logits, features = model([drawn.pieces[i] for i in chosen.tolist()])
-        labels = drawn.labels[chosen]
-        value = fl.cross_entropy(logits, labels) if loss == "CE" else joint(logits, features, labels)
-        value.backward()
+        loss(logits, features, drawn.labels[chosen]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,7 +1,8 @@
-"""Focal loss and calibration: a BiLSTM on imbalanced classes of text, with cross-entropy and with focal loss.
+"""Focal loss and calibration, on imbalanced classes of text: cross-entropy, focal loss, and what else calibrates.
 
 After Wang et al. 2022, "Calibrating Imbalanced Classifiers with Focal Loss: An Empirical Study". With each loss and
-seed it trains the same network on the same batches, and measures accuracy, F1 and calibration on the test part.
+seed it trains the same network on the same batches, and measures accuracy, F1 and calibration on the test part. The
+rivals of focal loss are label smoothing, and cross-entropy with a temperature that is fitted on texts held out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import itertools
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,101 +26,169 @@ import torch
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, parse, positive
-from bilstm import Classifier, logits_of, trained
-from frame import TRAINING, Run, add_training, main, make_parser, run_all, save_figure, write_tables
+from arguments import count, parse, positive, share
+from frame import Run, add_training, main, make_parser, run_all, save_figure, scores, table
+from networks import BiLSTM, Encoder
 from scores import f1
-from texts import Task, encode, load
+from tables import interval
+from texts import load
 
-QUICK = {"seeds": 2, "epochs": 4, "limit": 1000, "gammas": [1.0, 5.0]}
-COLUMNS = ("accuracy", "F1", "confidence", "ECE", "MCE")
+QUICK = {"seeds": 2, "epochs": 4, "limit": 1000, "gammas": [1.0, 5.0], "smoothings": [0.1]}
+
+#: What --encoder changes of the defaults.
+ENCODER = {
+    "out": Path("runs/papers/calibration-encoder"),
+    "texts": ["R52"],
+    "held_out": 0.5,
+    "limit": 100,
+    "epochs": 16,
+    "batch": 16,
+    "lr": 2e-4,
+    "max_length": 32,
+}
+QUICK_ENCODER = {**QUICK, "seeds": 1, "limit": 50, "gammas": [3.0]}
+
+COLUMNS = ("accuracy", "F1", "confidence", "confidence in errors", "ECE", "MCE")
+CHOSEN = "focal, gamma chosen"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("calibration", "Focal loss and calibration: a BiLSTM on imbalanced classes of text.")
+    parser = make_parser("calibration", "Focal loss and calibration, on imbalanced classes of text.")
     add = parser.add_argument_group("comparison").add_argument
     add("--texts", nargs="+", default=["R52", "SMS"], help="R52, SMS, or a file: label TAB text, one a line, UTF-8")
+    words = "fine-tune an encoder in place of a BiLSTM: a folder that transformers can load, else MiniLM-L6"
+    add("--encoder", nargs="?", const="", metavar="FOLDER", help=f"{words}; it changes other defaults")
     add("--gammas", type=positive, nargs="+", default=[1.0, 3.0, 5.0, 10.0], help="of the focal loss, beside CE")
+    add("--smoothings", type=share, nargs="+", default=[0.05, 0.1], help="of the labels, for CE")
+    words = "texts held out to fit a temperature and to choose gamma by, as a share of those to train on"
+    add("--held-out", type=share, default=0.1, help=words)
     add("--bins", type=count(1), default=15, help="of the calibration errors and the diagrams")
     add_training(parser, limit=0, epochs=10, lr=4e-3)
-    return parse(parser, QUICK, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    encoder = any(word.split("=")[0] == "--encoder" for word in given)
+    parser.set_defaults(**(ENCODER if encoder else {}))
+    return parse(parser, QUICK_ENCODER if encoder else QUICK, arguments)
 
 
-def run(task: Task, settings: dict[str, Any]) -> dict[str, Any]:
-    """A network, trained and measured."""
-    gamma = settings["gamma"]
-    loss = fl.nn.CrossEntropyLoss() if gamma is None else fl.nn.FocalLoss(gamma=gamma)
-    model = trained(Classifier, task.train, task.words, len(task.labels), loss, settings)
-    target = torch.tensor([example.target for example in task.test])
-    _, stats = fl.cross_entropy(torch.stack(logits_of(model, task.test)), target, return_stats=True)
-    return measure(stats, target, len(task.labels), settings["bins"])
+def losses(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The settings of each row of the table."""
+    plain = {"loss": "CE", "gamma": 0.0, "smoothing": 0.0, "scaled": False}
+    return [
+        plain,
+        {**plain, "loss": "CE, temperature", "scaled": True},
+        *({**plain, "loss": f"CE, smoothing {s:g}", "smoothing": s} for s in options.smoothings),
+        *({**plain, "loss": f"focal, gamma {gamma:g}", "gamma": gamma} for gamma in options.gammas),
+    ]
 
 
-def measure(stats: fl.RowStats, target: torch.Tensor, classes: int, bins: int) -> dict[str, Any]:
+def compare(options: argparse.Namespace) -> None:
+    tasks: dict[str, BiLSTM | Encoder] = {}
+    for name in options.texts:
+        tasks[name] = (BiLSTM if options.encoder is None else Encoder)(load(name), options)
+        print(tasks[name])
+    seeds = range(options.seed, options.seed + options.seeds)
+    plan = [
+        {"texts": name, "seed": seed, "bins": options.bins, **loss, **tasks[name].settings}
+        for name, seed, loss in itertools.product(options.texts, seeds, losses(options))
+    ]
+    before: dict[str, torch.Tensor] = {}  # what a temperature scales: the logits of the last network
+
+    def run(settings: dict[str, Any]) -> dict[str, Any]:
+        task = tasks[settings["texts"]]
+        network = json.dumps({name: value for name, value in settings.items() if name not in ("loss", "scaled")})
+        if network not in before:
+            before.clear()
+            before[network] = task.logits(loss_of(settings), settings)
+        return measure(before[network], task.target, task.held_out, settings)
+
+    runs = run_all(plan, run, told, options.out, options.fresh)
+    draw_diagrams(runs, options.out / "calibration.png")
+    write_table([*runs, *chosen(runs)], options.out / "table.md")
+    print(f"table, plot and results: {options.out}")
+
+
+def loss_of(settings: dict[str, Any]) -> torch.nn.Module:
+    if settings["gamma"]:
+        return fl.nn.FocalLoss(gamma=settings["gamma"])
+    return fl.nn.CrossEntropyLoss(label_smoothing=settings["smoothing"])
+
+
+def measure(logits: torch.Tensor, target: torch.Tensor, held_out: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """On all but the first texts, which are held out: a temperature is fitted to them, or a gamma is chosen by them."""
+    bins = settings["bins"]
+    temperature = 1.0
+    if settings["scaled"]:
+        temperature = fl.fit_temperature(logits[:held_out], target[:held_out]).temperature
+    _, both = fl.cross_entropy(logits, target, temperature=temperature, return_stats=True)
+    held, stats = (
+        fl.RowStats(*[column if column is None else column[part] for column in both])
+        for part in (slice(held_out), slice(held_out, None))
+    )
+    held_target, target = target[:held_out], target[held_out:]
+    confidence, wrong = stats.argmax_log_prob.double().exp(), stats.argmax != target
     diagram = fl.calibration_bins(stats, target, bins=bins)
     return {
-        "accuracy": (stats.argmax == target).double().mean().item(),
-        "F1": f1(stats.argmax, target, classes),
-        "confidence": stats.argmax_log_prob.double().exp().mean().item(),
+        "accuracy": 1 - wrong.double().mean().item(),
+        "F1": f1(stats.argmax, target, logits.shape[1]),
+        "confidence": confidence.mean().item(),
+        "confidence in errors": confidence[wrong].mean().nan_to_num().item(),  # 0 where there are none
         "ECE": fl.calibration_error(stats, target, bins=bins).item(),
         "MCE": fl.calibration_error(stats, target, bins=bins, norm="max").item(),
+        "ECE held out": fl.calibration_error(held, held_target, bins=bins).item(),
+        "temperature": temperature,
         "diagram": [column.nan_to_num().tolist() for column in diagram],
     }
 
 
-def compare(options: argparse.Namespace) -> None:
-    tasks = {name: encode(load(name), options.limit, options.max_length, options.least) for name in options.texts}
-    print(*tasks.values(), sep="\n")
-    fingerprints = {name: task.fingerprint for name, task in tasks.items()}
-    seeds = range(options.seed, options.seed + options.seeds)
-    training = {name: getattr(options, name) for name in TRAINING}
-    plan = [
-        {
-            "texts": name,
-            "fingerprint": fingerprints[name],
-            "loss": "CE" if gamma is None else f"focal, gamma {gamma:g}",
-            "gamma": gamma,
-            "seed": seed,
-            "bins": options.bins,
-            **training,
-        }
-        for name, seed, gamma in itertools.product(options.texts, seeds, (None, *options.gammas))
-    ]
-    runs = run_all(plan, lambda settings: run(tasks[settings["texts"]], settings), told, options.out, options.fresh)
-    write_tables(runs, dict.fromkeys(options.texts, COLUMNS), options.out)
-    draw_diagrams(runs, options.out / "calibration.png")
-    print(f"table, plot and results: {options.out}")
-
-
 def told(run: Run) -> str:
     values = ", ".join(f"{name} {run.measured[name]:.1%}" for name in COLUMNS)
-    return f"{run.settings['texts']}, {run.settings['loss']}, seed {run.settings['seed']}: {values}"
+    scaled = f" {run.measured['temperature']:.2f}" if run.settings["scaled"] else ""
+    return f"{run.settings['texts']}, {run.settings['loss']}{scaled}, seed {run.settings['seed']}: {values}"
+
+
+def chosen(runs: Sequence[Run]) -> list[Run]:
+    """Of each seed, CE or the focal loss with the least ECE on the texts held out."""
+    candidates: dict[tuple[str, int], list[Run]] = {}
+    for run in runs:
+        if not run.settings["scaled"] and not run.settings["smoothing"]:
+            candidates.setdefault((run.settings["texts"], run.settings["seed"]), []).append(run)
+    best = [min(own, key=lambda run: run.measured["ECE held out"]) for own in candidates.values()]
+    return [Run({**run.settings, "loss": CHOSEN}, run.measured) for run in best]
+
+
+def write_table(runs: Sequence[Run], path: Path) -> None:
+    """For each set of texts a row for each loss, with the interval of what it adds to CE's ECE, seed by seed."""
+    tables = []
+    for name in dict.fromkeys(run.settings["texts"] for run in runs):
+        own = [run for run in runs if run.settings["texts"] == name]
+        more = [" ECE - CE's: 95 % interval |", "---:|"]
+        for loss in dict.fromkeys(run.settings["loss"] for run in own):
+            pairs = zip(scores(own, loss, "ECE"), scores(own, "CE", "ECE"), strict=True)
+            more.append(f" {interval([100 * (ece - plain) for ece, plain in pairs]) if loss != 'CE' else ''} |")
+        lines = table(own, "loss", dict.fromkeys(COLUMNS, 100)).splitlines()
+        tables.append("\n".join([f"{name}\n", *(line + cell for line, cell in zip(lines, more, strict=True)), ""]))
+    written = "\n".join(tables)
+    print(
+        f"\nin %, mean and standard deviation over {len({run.settings['seed'] for run in runs})} seed(s)\n\n{written}"
+    )
+    path.write_text(written, encoding="utf-8")
 
 
 def draw_diagrams(runs: Sequence[Run], path: Path) -> None:
-    """Reliability diagrams, a row for each set of texts and a column for each loss; the rows of all seeds together."""
+    """Reliability diagrams: two rows for each set of texts, a panel for each loss, the texts of all seeds together."""
     names = list(dict.fromkeys(run.settings["texts"] for run in runs))
     losses = list(dict.fromkeys(run.settings["loss"] for run in runs))
-    with save_figure(path, len(names), len(losses)) as panels:
-        for (row, name), (column, loss) in itertools.product(enumerate(names), enumerate(losses)):
+    width = -(-len(losses) // 2)
+    with save_figure(path, 2 * len(names), width) as panels:
+        for (i, name), (j, loss) in itertools.product(enumerate(names), enumerate(losses)):
             diagrams = torch.tensor(
                 [r.measured["diagram"] for r in runs if (r.settings["texts"], r.settings["loss"]) == (name, loss)],
                 dtype=torch.float64,
             )  # (seeds, 3, bins)
-            count = diagrams[:, 0]
-            total = count.sum(0)
-            confidence, accuracy = ((count * diagrams[:, i]).sum(0) / total for i in (1, 2))
-            bins = len(total)
-            left = [i / bins for i in range(bins)]
-            shown = {"width": 1 / bins, "align": "edge"}
-            panel = panels[row][column]
-            panel.bar(left, accuracy.nan_to_num().tolist(), edgecolor="white", label="accuracy", **shown)
-            panel.bar(left, (total / total.sum()).tolist(), color="C1", alpha=0.6, label="share of texts", **shown)
-            panel.plot([0, 1], [0, 1], color="gray", linewidth=1)
-            panel.plot(confidence.tolist(), accuracy.tolist(), "k.", markersize=3, label="mean confidence of a bin")
-            panel.set(title=f"{name}, {loss}", xlim=(0, 1), ylim=(0, 1), xlabel="confidence")
-        handles = panels[0][0].get_legend_handles_labels()
-        panels[0][0].figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
+            total = diagrams[:, 0].sum(0)
+            both = (diagrams[:, :1] * diagrams[:, 1:]).sum(0) / total  # NaN where a bin has no texts
+            fl.plot_reliability(fl.CalibrationBins(total, *both), panels[2 * i + j // width][j % width])
+            panels[2 * i + j // width][j % width].set_title(f"{name}, {loss}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
@@ -33,7 +35,7 @@ from report import table
 from tables import spread
 from training import LOSSES
 
-QUICK = {"seeds": 2, "sizes": [20, 100], "noise": [0.0, 0.3]}
+QUICK = {"seeds": 2, "sizes": [20], "noise": [0.0, 0.3]}
 
 #: What --grid takes, of each with each.
 LAMS = (0.1, 0.5, 0.9)
@@ -50,8 +52,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         action="store_true",
         help="CE + SupCon of each lam with each temperature, all labels right, in its place",
     )
+    add(
+        "--tsne",
+        action="store_true",
+        help="in its place the embeddings of the test questions, all labels right: t-SNE of the first seed's",
+    )
     add_options(parser)
     options = parse(parser, QUICK, arguments)
+    if options.grid and options.tsne:
+        parser.error("--grid and --tsne each take the place of the comparison: give one of them")
     settle(parser, options)
     return options
 
@@ -69,7 +78,7 @@ def compare(options: argparse.Namespace) -> None:
     plan = [
         {"labelled": size, "noise": noise, "loss": loss, "seed": seed, "epochs": options.epochs[size], **shared}
         for seed, size, noise, loss in itertools.product(
-            seeds, options.sizes, [0.0] if options.grid else options.noise, LOSSES
+            seeds, options.sizes, [0.0] if options.grid or options.tsne else options.noise, LOSSES
         )
     ]
     if options.grid:
@@ -79,17 +88,24 @@ def compare(options: argparse.Namespace) -> None:
             {**settings, "lam": lam, "temperature": temperature}
             for settings, lam, temperature in itertools.product(joint, LAMS, TEMPERATURES)
         ]
+    if options.tsne:
+        plan = [{**settings, "drawn": settings["seed"] == options.seed} for settings in plan]
 
     def run(settings: dict[str, Any]) -> dict[str, Any]:
         size = settings["labelled"]
         own = experiment.settings._replace(lam=settings["lam"], temperature=settings["temperature"])
         with tqdm(total=experiment.updates(size), unit="update", leave=False, disable=None) as bar:
-            accuracy, _ = experiment.run(settings["loss"], size, settings["seed"], own, test, bar, settings["noise"])
-        return {"accuracy": accuracy}
+            accuracy, features = experiment.run(
+                settings["loss"], size, settings["seed"], own, test, bar, settings["noise"]
+            )
+        more = embedded(features, test.labels, settings["drawn"]) if options.tsne else {}
+        return {"accuracy": accuracy, **more}
 
     runs = run_all(plan, run, told, options.out, options.fresh)
     if options.grid:
         return report_grid(runs, options.out)
+    if options.tsne:
+        return report_embeddings(runs, test.labels, experiment.labels, options.out)
     written = table([{**run.settings, **run.measured} for run in runs], by=("labelled", "noise"))
     print(f"\naccuracy in %, mean and standard deviation over {len(seeds)} seed(s)\n\n{written}")
     (options.out / "table.md").write_text(written, encoding="utf-8")
@@ -144,6 +160,39 @@ def report_grid(runs: Sequence[Run], out: Path) -> None:
             panel.set_xticks(range(len(TEMPERATURES)), TEMPERATURES)
             panel.set_yticks(range(len(LAMS)), LAMS)
             panel.set(title=f"{size} labels: points over CE", xlabel="temperature", ylabel="lam")
+    print(f"table, plot and results: {out}")
+
+
+def embedded(features: torch.Tensor, labels: torch.Tensor, drawn: bool) -> dict[str, Any]:
+    """How far the directions of the features (N, D) lie apart by class, and where t-SNE draws them: (N, 2)."""
+    from sklearn.manifold import TSNE
+    from sklearn.metrics import silhouette_score
+
+    directions = F.normalize(features).numpy()
+    score = silhouette_score(directions, labels.numpy(), metric="cosine")
+    if not drawn:
+        return {"silhouette": float(score)}
+    neighbours = min(30, (len(directions) - 1) / 3)  # scikit-learn's default, and fewer where there are few texts
+    points = TSNE(perplexity=neighbours, random_state=0).fit_transform(directions)
+    return {"silhouette": float(score), "points": points.round(1).tolist()}
+
+
+def report_embeddings(runs: Sequence[Run], labels: torch.Tensor, names: Sequence[str], out: Path) -> None:
+    """A table of the silhouette scores, and a panel for each size and loss of the points of the first seed."""
+    sizes = list(dict.fromkeys(run.settings["labelled"] for run in runs))
+    written = table([{**run.settings, "accuracy": run.measured["silhouette"]} for run in runs])
+    print(f"\n100 times the silhouette score of the classes, mean and standard deviation over the seeds\n\n{written}")
+    (out / "tsne.md").write_text(written, encoding="utf-8")
+    with save_figure(out / "tsne.png", len(sizes), len(LOSSES)) as panels:
+        for run in (run for run in runs if run.settings["drawn"]):
+            size, loss = run.settings["labelled"], run.settings["loss"]
+            panel = panels[sizes.index(size)][LOSSES.index(loss)]
+            points = torch.tensor(run.measured["points"])
+            for k, name in enumerate(names):
+                panel.scatter(*points[labels == k].T, s=2, color=f"C{k}", label=name)
+            panel.set(title=f"{loss}, {size} labels", xticks=[], yticks=[])
+        handles = panels[0][0].get_legend_handles_labels()
+        panels[0][0].figure.legend(*handles, loc="outside lower center", ncols=3, markerscale=4)
     print(f"table, plot and results: {out}")
 
 
