@@ -69,6 +69,12 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.epochs = dict(zip(sizes, epochs * (len(sizes) // len(epochs)), strict=True))
     if options.held_out + options.validation >= 1:
         parser.error(f"--held-out {options.held_out} and --validation {options.validation} leave nothing to train on")
-    if options.dtype == "auto":
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
-        options.dtype = "bf16" if probe is not None and probe() else "fp32"
+    options.dtype = settled_dtype(options.dtype)
+
+
+def settled_dtype(dtype: str) -> str:
+    """ "auto" is bf16 where the CPU computes in it."""
+    if dtype != "auto":
+        return dtype
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
+    return "bf16" if probe is not None and probe() else "fp32"
