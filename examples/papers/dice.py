@@ -44,7 +44,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--encoder", action="store_true", help="fine-tune MiniLM in its place; --encoder --help tells its options")
     if "--encoder" in (sys.argv[1:] if arguments is None else arguments):
         dice_encoder.add_options(parser)
-        return parse(parser, dice_encoder.QUICK, arguments)
+        options = parse(parser, dice_encoder.QUICK, arguments)
+        dice_encoder.settle(parser, options)
+        return options
     add("--questions", type=Path, help="your own: label TAB text, one a line, UTF-8; else the TREC questions")
     add("--gamma", type=positive, default=2.0, help="of the focal loss")
     add("--alpha", type=positive, default=0.01, help="of the DSC loss")

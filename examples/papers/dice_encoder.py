@@ -24,7 +24,8 @@ from arguments import count, positive
 from encoder import Questions, Reader, Tags, Words, predict, targets, train
 from frame import Run, differences, draw_scores, run_all, save_figure, table
 from model import encoder_folder, load_encoder
-from options import settled_dtype
+from options import epochs_of, settled_dtype
+from packages import DataError
 from scores import entities, span_scores
 
 #: Of each loss: the values of its own setting, and what makes it from one of them and the shares of the classes.
@@ -41,7 +42,7 @@ LOSSES: dict[str, tuple[tuple[Any, ...], Callable[[Any, Tensor], Callable[[Tenso
 FORMS = {"tags": Tags, "questions": Questions}
 COLUMNS = ("F1", "precision", "recall")
 QUICK = {
-    "seeds": 2, "sizes": [100], "epochs": [4], "question_epochs": [1], "lrs": [1e-3], "test": 100, "validation": 50,
+    "seeds": 1, "sizes": [50], "epochs": [4], "question_epochs": [1], "lrs": [1e-3], "test": 50, "validation": 30,
     "out": Path("runs/papers/dice-encoder-quick"),
 }  # fmt: skip
 TUNING_SEED = 0
@@ -63,8 +64,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--validation", type=count(1), default=1000, help="sentences at least, to choose the settings by")
     add("--lrs", type=positive, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates to choose from")
     add = parser.add_argument_group("training, with --encoder").add_argument
-    add("--epochs", type=count(1), nargs="+", default=[8, 3], help="over the sentences, for each size")
-    add("--question-epochs", type=count(1), nargs="+", default=[3, 1], help="over the questions, for each size")
+    add("--epochs", type=count(1), nargs="+", help="one number, or one for each size; else 180 / sqrt(size)")
+    add("--question-epochs", type=count(1), nargs="+", help="the same for questions; else 60 / sqrt(size)")
     add("--batch", type=count(1), default=8, help="texts an update")
     add("--head-rate", type=positive, default=10.0, help="learning rate of the new layers over that of the encoder's")
     add("--frozen", type=count(0), default=4, help="lowest layers that are not trained")
@@ -72,14 +73,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto is bf16 where the CPU computes in it")
 
 
+def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    sizes = list(dict.fromkeys(options.sizes))
+    options.epochs = {
+        "tags": epochs_of(parser, "--epochs", options.epochs, sizes, 180),
+        "questions": epochs_of(parser, "--question-epochs", options.question_epochs, sizes, 60),
+    }
+    options.dtype = settled_dtype(options.dtype)
+
+
 class Experiment:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        dtype = settled_dtype(options.dtype)
         encoder, tokenizer = load_encoder(options.folder or encoder_folder())
-        self.reader = Reader(encoder, tokenizer, options.frozen, options.max_pieces, dtype == "bf16")
+        self.reader = Reader(encoder, tokenizer, options.frozen, options.max_pieces, options.dtype == "bf16")
         whole = tags.load_parts(options.tagged, options.test, options.validation)
         self.parts = tags.Parts(*([self.reader.cut(sentence) for sentence in part] for part in whole))
+        if max(options.sizes) > len(self.parts.train):
+            raise DataError(
+                f"--sizes {max(options.sizes)} is more than the {len(self.parts.train)} sentences to train on"
+            )
         found = {tag for part in self.parts for sentence in part for _, tag in sentence}
         kinds = sorted({tag.partition("-")[2] for tag in found} - {""})
         self.forms = {name: FORMS[name](kinds) for name in options.forms}
@@ -87,11 +100,11 @@ class Experiment:
         print(
             f"{len(self.parts.train):,} sentences to draw from, {len(self.parts.validation):,} to choose settings by, "
             f"{len(self.parts.test):,} to test; {sum(outside) / len(outside):.1%} of the words are {tags.OUTSIDE}, "
-            f"the others {', '.join(kinds)}; {dtype}"
+            f"the others {', '.join(kinds)}; {options.dtype}"
         )
-        shared = ("batch", "frozen", "max_pieces", "test", "validation")
+        shared = ("batch", "frozen", "max_pieces", "test", "validation", "dtype")
         self.shared = {name: getattr(options, name) for name in shared}
-        self.shared |= {"dtype": dtype, "fingerprint": whole.fingerprint}
+        self.shared["fingerprint"] = whole.fingerprint
         self._read: dict[str, tuple[Any, list[Words], list[Tensor]]] = {}
 
     def read(self, name: str, what: str, sentences: Sequence[tags.Sentence]) -> tuple[list[Words], list[Tensor]]:
@@ -126,11 +139,10 @@ class Experiment:
 
     def settings(self, name: str, size: int, loss: str, own: Any, lr: float, part: str, seed: int) -> dict[str, Any]:
         options = self.options
-        epochs = options.epochs if name == "tags" else options.question_epochs
         head_lr = float(f"{lr * options.head_rate:.6g}")
         return {
             "form": name, "part": part, "sentences": size, "loss": loss, "own": own, "lr": lr, "head_lr": head_lr,
-            "epochs": epochs[options.sizes.index(size)], "seed": seed, **self.shared,
+            "epochs": options.epochs[name][size], "seed": seed, **self.shared,
         }  # fmt: skip
 
 
@@ -142,17 +154,21 @@ def told(run: Run) -> str:
 
 def compare(options: argparse.Namespace) -> None:
     experiment = Experiment(options)
+    if options.fresh:
+        (options.out / "results.jsonl").unlink(missing_ok=True)
+
+    def made(plan: list[dict[str, Any]]) -> list[Run]:
+        return run_all(plan, experiment.run, told, options.out, recorded=not options.fresh)
+
     runs: list[Run] = []
     written = []
-    fresh = options.fresh
     for name in options.forms:
         plan = [
             experiment.settings(name, options.sizes[0], loss, own, lr, "validation", TUNING_SEED)
             for loss in options.losses
             for own, lr in itertools.product(LOSSES[loss][0], options.lrs)
         ]
-        tuning = run_all(plan, experiment.run, told, options.out, fresh)
-        fresh = False
+        tuning = made(plan)
         best = {
             loss: max((run for run in tuning if run.settings["loss"] == loss), key=lambda run: run.measured["F1"])
             for loss in options.losses
@@ -165,7 +181,7 @@ def compare(options: argparse.Namespace) -> None:
                     range(options.seed, options.seed + options.seeds), best.items()
                 )
             ]
-            own = run_all(plan, experiment.run, told, options.out)
+            own = made(plan)
             runs += own
             written.append(f"{name}, {size} sentences\n\n{table(own, 'loss', dict.fromkeys(COLUMNS, 100))}")
             in_percent = [Run(r.settings, {c: 100 * r.measured[c] for c in COLUMNS}) for r in own]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from bilstm import parts
+from packages import DataError
 from scores import Span, entities
 from tags import OUTSIDE, Sentence
 from torch import Tensor, nn
@@ -101,6 +102,7 @@ class Reader:
         self, encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frozen: int, max_pieces: int, bf16: bool
     ) -> None:
         self.tokenizer, self.max_pieces, self.bf16 = tokenizer, max_pieces, bf16
+        self.longest = encoder.config.max_position_embeddings
         self.lower, self.upper = _split(encoder, frozen)
         self.pieces = functools.cache(self._pieces)
 
@@ -133,6 +135,9 @@ class Reader:
     @torch.no_grad()
     def states(self, texts: Sequence[Words], batch: int = 64) -> list[Tensor]:
         """(T, D) of each text."""
+        longest = max(len(text.pieces) for text in texts)
+        if longest > self.longest:
+            raise DataError(f"a text has {longest} pieces, the encoder {self.longest} positions: lower --max-pieces")
         found: list[Tensor] = [torch.empty(0)] * len(texts)
         for part in parts([len(text.pieces) for text in texts], batch, None):
             rows = [torch.tensor(texts[i].pieces) for i in part]
@@ -150,6 +155,9 @@ def computing(bf16: bool) -> contextlib.AbstractContextManager[Any]:
 
 def _split(encoder: PreTrainedModel, frozen: int) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The embeddings with the lowest layers, and the layers above, which take the states as their embeddings."""
+    layers = len(getattr(getattr(encoder, "encoder", None), "layer", ()))
+    if not layers or frozen > layers:
+        raise DataError(f"--frozen {frozen} of {layers} layers: expected a BERT with at least as many")
     lower, upper = copy.deepcopy(encoder).eval(), copy.deepcopy(encoder)
     lower.encoder.layer, upper.encoder.layer = lower.encoder.layer[:frozen], upper.encoder.layer[frozen:]
     lower.pooler = upper.pooler = None

@@ -215,10 +215,12 @@ class _Marks(HTMLParser):
         self.text: list[str] = []
         self.marks: list[tuple[str, int] | None] = []  # of each character: the kind and the number of its element
         self._open: list[tuple[str, int]] = []
+        self._elements = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "span":
-            self._open.append((dict(attrs).get("class") or "", len(self.text)))
+            self._elements += 1
+            self._open.append((dict(attrs).get("class") or "", self._elements))
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "span" and self._open:
