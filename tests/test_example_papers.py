@@ -10,7 +10,7 @@ import pytest
 import torch
 from example_modules import imported
 
-OWN = "scores frame bilstm texts tags networks calibration dice contrastive"
+OWN = "scores frame bilstm texts tags networks calibration encoder dice_encoder dice contrastive"
 SHARED = "data model training experiment report options"  # of examples/fewshot
 TRANSLATION = "mixed_cross_entropy mixed_long"  # and the modules of examples/nmt
 TRANSLATION += " experiment data model optimizer options checkpoint evaluate trainer student"
@@ -94,17 +94,22 @@ def test_calibration_with_an_encoder(papers, texts, encoder, tmp_path, capsys):
     assert len(test) == 30 and len({text.label for text in train}) == 2 and not {*train} & {*test}
 
 
-def test_dice(papers, texts, tmp_path):
-    """40 sentences in which capital words, so to speak, are names of one or two tokens."""
+def _tagged(path, names: dict[str, tuple[str, str]], sentences: int):
+    """Sentences with a name of one or two words in each, which tell its kind."""
     order, lines = random.Random(0), []
-    for number in range(40):
-        kind = ("PER", "LOC")[number % 2]
-        name = [f"{NAMES[kind][i]}\t{'BI'[i]}-{kind}\n" for i in range(1 + number % 3 % 2)]
+    kinds = list(names)
+    for number in range(sentences):
+        kind = kinds[number % 2]
+        name = [f"{names[kind][i]}\t{'BI'[i]}-{kind}\n" for i in range(1 + number % 3 % 2)]
         words = [f"w{order.randrange(9)}\tO\n" for _ in range(order.randint(2, 8))]
         place = order.randint(0, len(words))
         lines += [*words[:place], *name, *words[place:], "\n"]
-    tagged = tmp_path / "sentences.tsv"
-    tagged.write_text("".join(lines), encoding="utf-8")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def test_dice(papers, texts, tmp_path):
+    tagged = _tagged(tmp_path / "sentences.tsv", NAMES, 40)
     own = ["--tagged", str(tagged), "--questions", str(texts), "--out", str(tmp_path)]
     papers.dice.compare(papers.dice.parse_arguments([*TINY.split(), *own]))
     results = _results(tmp_path, "dice")
@@ -112,6 +117,65 @@ def test_dice(papers, texts, tmp_path):
     assert all(r["measured"]["F1"] > 0.6 for r in results[:4])
     scores = papers.scores.entity_scores([["B-X", "O"], ["B-X", "I-X"]], [["B-X", "B-Y"], ["B-X", "O"]])
     assert scores == {"precision": 1 / 2, "recall": 1 / 3, "F1": 2 / 5}
+
+
+def test_dice_with_an_encoder(papers, encoder, tmp_path):
+    """Settings are chosen on the validation part, each loss is tested with those, and what is done is not repeated."""
+    tagged = _tagged(tmp_path / "sentences.tsv", {"win": ("who", "many"), "home": ("where", "w19")}, 160)
+    own = "--encoder --seeds 2 --sizes 20 50 --epochs 20 --question-epochs 2 --lrs 1e-9 0.01 --head-rate 3 --frozen 0"
+    own += " --test 40 --validation 40 --threads 1 --dtype fp32 --losses CE DSC"
+    files = ["--folder", str(encoder), "--tagged", str(tagged), "--out", str(tmp_path)]
+    options = papers.dice.parse_arguments([*own.split(), *files])
+    papers.dice.compare(options)
+    results = _results(tmp_path, "dice-encoder")
+    assert len(results) == 2 * (2 + 4 + 2 * 2 * 2)
+    for form in ("tags", "questions"):
+        own = [r for r in results if r["settings"]["form"] == form]
+        tuning, tested = ([r for r in own if r["settings"]["part"] == part] for part in ("validation", "test"))
+        for loss in ("CE", "DSC"):
+            best = max((r for r in tuning if r["settings"]["loss"] == loss), key=lambda r: r["measured"]["F1"])
+            chosen = {(r["settings"]["lr"], r["settings"]["own"]) for r in tested if r["settings"]["loss"] == loss}
+            assert chosen == {(best["settings"]["lr"], best["settings"]["own"])}
+    large = [r for r in results if r["settings"]["form"] == "tags" and r["settings"]["sentences"] == 50]
+    assert all(r["measured"]["F1"] > 0.6 and set(r["measured"]["kinds"]) == {"home", "win"} for r in large)
+    table = (tmp_path / "table.md").read_text()
+    papers.dice.compare(options)
+    assert len(_results(tmp_path, "dice-encoder")) == len(results) and (tmp_path / "table.md").read_text() == table
+
+    options.sizes = [500]
+    with pytest.raises(papers.frame.DataError, match="--sizes 500 is more than the 60"):
+        papers.dice.compare(options)
+
+
+def test_tags_and_questions_tell_the_same_entities(papers):
+    sentence = papers.tags.marked(
+        'Choose <span class="menuitem"><span class="menuitem">Edit</span> - Find</span>, or &lt;press&gt; '
+        '<span class="keycode">F<span class="other">1</span></span><span class="keycode">\u200bEsc</span>.'
+    )
+    kinds = {"Edit": "B-menuitem", "-": "B-menuitem", "Find": "I-menuitem", "F1": "B-keycode", "Esc": "B-keycode"}
+    words = ["Choose", "Edit", "-", "Find", ",", "or", "<", "press", ">", "F1", "Esc", "."]
+    assert sentence == [(word, kinds.get(word, "O")) for word in words]
+    spans = papers.scores.entities([tag for _, tag in sentence])
+    for form in (papers.encoder.Tags(papers.tags.MARKS), papers.encoder.Questions(papers.tags.MARKS)):
+        assert form.spans([torch.tensor(target) for _, target in form.texts(sentence)]) == spans
+    ends_nowhere = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0]])
+    assert papers.encoder.Questions(["X"]).spans([ends_nowhere]) == {("X", 1, 2)}
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_training_begins_at_the_states_of_the_frozen_layers(papers, encoder, frozen):
+    """Of a network that is not trained yet, the states are those of the whole encoder."""
+    whole, tokenizer = papers.dice_encoder.load_encoder(encoder)
+    reader = papers.encoder.Reader(whole, tokenizer, frozen, 5, False)
+    form = papers.encoder.Tags(["X"])
+    sentences = [[("who", "O"), ("w1", "B-X"), ("w2", "O")], [(f"w{i}", "O") for i in range(9)]]
+    texts = reader.read(form, map(reader.cut, sentences))
+    assert [len(text.pieces) for text in texts] == [3, 5]
+    network = papers.encoder.Network(reader, form).eval()
+    expected = [whole(input_ids=torch.tensor([text.pieces])).last_hidden_state[0] for text in texts]
+    torch.testing.assert_close(network(texts, reader.states(texts))[:, 0], network.head(torch.cat(expected)))
+    with pytest.raises(papers.frame.DataError, match="--frozen 2 of 1 layers"):
+        papers.encoder.Reader(whole, tokenizer, 2, 5, False)
 
 
 def test_contrastive(papers, texts, encoder, tmp_path):
@@ -214,7 +278,7 @@ def test_mixed_cross_entropy_long(translation, corpus, tmp_path, monkeypatch):
             compare("parts")
     parts = compare("parts")
     for run in (*whole, *parts):
-        del run["seconds"], run["measured"]["processor seconds"]
+        del run["seconds"], run["processor_seconds"], run["measured"]["processor seconds"]
     assert parts == whole
 
 

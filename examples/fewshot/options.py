@@ -63,17 +63,25 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     sizes = sorted(set(options.sizes))
     if sizes != options.sizes:
         parser.error(f"--sizes must grow, got {' '.join(map(str, options.sizes))}")
-    epochs = options.epochs or [max(1, round(100 / math.sqrt(size))) for size in sizes]
-    if len(epochs) not in (1, len(sizes)):
-        parser.error(f"--epochs takes one number or one for each of the {len(sizes)} --sizes, got {len(epochs)}")
-    options.epochs = dict(zip(sizes, epochs * (len(sizes) // len(epochs)), strict=True))
+    options.epochs = epochs_of(parser, "--epochs", options.epochs, sizes, 100)
     if options.held_out + options.validation >= 1:
         parser.error(f"--held-out {options.held_out} and --validation {options.validation} leave nothing to train on")
-    if options.dtype == "auto":
-        options.dtype = fast_dtype()
+    options.dtype = settled_dtype(options.dtype)
 
 
-def fast_dtype() -> str:
-    """bf16 where the CPU computes in it."""
+def epochs_of(
+    parser: argparse.ArgumentParser, name: str, given: list[int] | None, sizes: list[int], scale: float
+) -> dict[int, int]:
+    """For each size what is given, one number or one for each; else scale / sqrt(size)."""
+    epochs = given or [max(1, round(scale / math.sqrt(size))) for size in sizes]
+    if len(epochs) not in (1, len(sizes)):
+        parser.error(f"{name} takes one number or one for each of the {len(sizes)} --sizes, got {len(epochs)}")
+    return dict(zip(sizes, epochs * (len(sizes) // len(epochs)), strict=True))
+
+
+def settled_dtype(dtype: str) -> str:
+    """ "auto" is bf16 where the CPU computes in it."""
+    if dtype != "auto":
+        return dtype
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # torch has no public one
     return "bf16" if probe is not None and probe() else "fp32"

@@ -20,11 +20,10 @@ import sentencepiece
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from packages import DataError, cached, fetch_debian
+from libreoffice import help_pages, paragraphs
+from packages import DataError, cached
 from tsv import read_pairs
 
-PACKAGES = ("libreoffice-help-en-us", "libreoffice-help-de")
-HELP = Path("usr/share/libreoffice/help")  # where both packages keep their pages, below the root
 LINES_PER_BLOCK = 50  # a user's TSV has no files: neighbouring lines stay on one side of the split
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
@@ -62,10 +61,7 @@ def _help_tsv() -> Path:
     """The cached `file TAB source TAB target` lines of the LibreOffice help."""
 
     def make(scratch: Path) -> Path:
-        pages = Path("/") / HELP
-        if not ((pages / "en-US/text").is_dir() and (pages / "de/text").is_dir()):
-            fetch_debian(PACKAGES, scratch, "5 MB", "pass your own corpus: --data pairs.tsv")
-            pages = scratch / HELP
+        pages = help_pages(("en-US", "de"), scratch, "5 MB", "pass your own corpus: --data pairs.tsv")
         pairs = _help_pairs(pages)
         if len(pairs) < 1000:
             raise DataError(f"only {len(pairs)} pairs in the help under {pages}; pass your own: --data pairs.tsv")
@@ -92,9 +88,8 @@ def _help_pairs(pages: Path) -> list[Pair]:
 
 
 def _paragraphs(page: Path) -> dict[str, str]:
-    """Paragraph id -> plain text, without the key names that the page shows on a Mac only."""
-    text = re.sub(r'<span hidden="true" id="MAC.*?</span></span>', "", page.read_text(encoding="utf-8"))
-    found = re.findall(r'<(?:p|h\d) id="([^"]+)"[^>]*>(.*?)</(?:p|h\d)>', text, re.DOTALL)
+    """Paragraph id -> plain text."""
+    found = paragraphs(page).items()
     return {key: " ".join(html.unescape(re.sub("<[^>]+>", "", body)).split()) for key, body in found}
 
 

@@ -78,16 +78,21 @@ class Tagger(_BiLSTM):
         return self.head(self.dropout(self.states(batch, 0.0)))
 
 
-def batches(examples: Sequence[Example], size: int, order: random.Random | None) -> Iterator[tuple[list[int], Batch]]:
-    """Indices and batches of all the examples once, those of like length side by side; `order` shuffles them."""
-    indices = list(range(len(examples)))
+def parts(lengths: Sequence[int], size: int, order: random.Random | None) -> list[list[int]]:
+    """The indices of all texts once, those of like length side by side; `order` shuffles them."""
+    indices = list(range(len(lengths)))
     if order is not None:
         order.shuffle(indices)
-    indices.sort(key=lambda i: len(examples[i].tokens) // 8)
-    parts = [indices[start : start + size] for start in range(0, len(indices), size)]
+    indices.sort(key=lambda i: lengths[i] // 8)
+    found = [indices[start : start + size] for start in range(0, len(indices), size)]
     if order is not None:
-        order.shuffle(parts)
-    for part in parts:
+        order.shuffle(found)
+    return found
+
+
+def batches(examples: Sequence[Example], size: int, order: random.Random | None) -> Iterator[tuple[list[int], Batch]]:
+    """The indices of `parts`, and their batches."""
+    for part in parts([len(example.tokens) for example in examples], size, order):
         rows = [torch.tensor(examples[i].tokens) for i in part]
         targets = [torch.tensor(examples[i].target) for i in part]
         target = pad_sequence(targets, True, IGNORED) if targets[0].dim() else torch.stack(targets)

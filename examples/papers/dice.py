@@ -24,6 +24,7 @@ import torch
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+import dice_encoder
 import tags
 import texts
 from arguments import parse, positive
@@ -40,6 +41,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser("dice", "Dice loss on imbalanced tags: a BiLSTM that finds names.")
     add = parser.add_argument_group("comparison").add_argument
     add("--tagged", type=Path, help="your own: token TAB tag lines and a blank line after each sentence, UTF-8")
+    add("--encoder", action="store_true", help="fine-tune MiniLM in its place; --encoder --help tells its options")
+    if "--encoder" in (sys.argv[1:] if arguments is None else arguments):
+        dice_encoder.add_options(parser)
+        options = parse(parser, dice_encoder.QUICK, arguments)
+        dice_encoder.settle(parser, options)
+        return options
     add("--questions", type=Path, help="your own: label TAB text, one a line, UTF-8; else the TREC questions")
     add("--gamma", type=positive, default=2.0, help="of the focal loss")
     add("--alpha", type=positive, default=0.01, help="of the DSC loss")
@@ -71,6 +78,9 @@ def run(task: texts.Task, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(options: argparse.Namespace) -> None:
+    if options.encoder:
+        dice_encoder.compare(options)
+        return
     sizes = (options.limit, options.max_length, options.least)
     tasks = {
         "names": tags.encode(tags.load(options.tagged), "names", *sizes),

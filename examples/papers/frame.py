@@ -67,20 +67,22 @@ def run_all(
     out: Path,
     fresh: bool = False,
     kept: Callable[[dict[str, Any]], None] = lambda settings: None,
+    recorded: bool = True,
 ) -> list[Run]:
     """The runs of the plan in its order; those of the same settings in `out` or in `RECORDED` are not made again.
 
     Each is a line of results.jsonl as soon as it ends, so that a script that was stopped resumes from there. Lines of
-    other settings stay in the file and are not used. `fresh` discards the file, and does not read `RECORDED`. `kept` is
-    called with the settings of a run whose line is on the disk.
+    other settings stay in the file and are not used. `fresh` discards the file, and does not read `RECORDED`, nor does
+    a call with `recorded` False: the later ones of a script that began afresh. `kept` is called with the settings of a
+    run whose line is on the disk.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
     if fresh:
         path.unlink(missing_ok=True)
     done = _read(path)
-    for recorded in () if fresh else sorted(RECORDED.glob("*.jsonl")):
-        done = {**_read(recorded), **done}
+    for path_of in sorted(RECORDED.glob("*.jsonl")) if recorded and not fresh else ():
+        done = {**_read(path_of), **done}
     ready = sum(key(settings) in done for settings in plan)
     if ready:
         print(f"{ready} of {len(plan)} runs are in {path} or in {RECORDED}; --fresh makes them anew")
@@ -88,9 +90,10 @@ def run_all(
     for number, settings in enumerate(plan, start=1):
         measured = done.get(key(settings))
         if measured is None:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             measured = run(settings)
-            line = {"settings": settings, "measured": measured, "seconds": round(time.perf_counter() - start, 1)}
+            seconds = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - used}
+            line = {"settings": settings, "measured": measured, **{k: round(v, 1) for k, v in seconds.items()}}
             _append(path, json.dumps(line, allow_nan=False))
             kept(settings)
             print(f"{number} of {len(plan)}, {line['seconds']:.0f} s: {told(Run(settings, measured))}")

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parents[1] / "fewshot"))
 from data import Parts
 from model import encode, encoder_folder, load_encoder
-from options import fast_dtype
+from options import settled_dtype
 from training import Settings, predict, train
 
 HEAD_LR = 1e-2  # of the encoder's linear layer, as in examples/fewshot
@@ -90,7 +90,7 @@ class Encoder(_Network):
         )
         for weight in self.encoder.state_dict().values():
             digest.update(weight.numpy().tobytes())
-        own = {"head_lr": HEAD_LR, "dtype": fast_dtype()}
+        own = {"head_lr": HEAD_LR, "dtype": settled_dtype("auto")}
         self.settings |= {"network": "encoder", "fingerprint": digest.hexdigest()[:16], **own}
 
     def logits(self, loss: Loss, settings: dict[str, Any]) -> Tensor:

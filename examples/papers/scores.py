@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+Span = tuple[str, int, int]  # kind, first, past the last
+
 
 def f1_scores(predicted: Tensor, target: Tensor, classes: int) -> Tensor:
     """(C,) of predictions and targets (N,): 2 TP / (2 TP + FP + FN), NaN for a class that neither holds."""
@@ -19,8 +21,8 @@ def f1(predicted: Tensor, target: Tensor, classes: int) -> float:
     return float(scores[0].nan_to_num() if classes == 2 else scores.nanmean())
 
 
-def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(kind, first, past the last) of what BIO tags mark; an I- that continues nothing begins an entity."""
+def entities(tags: Sequence[str]) -> set[Span]:
+    """Of what BIO tags mark; an I- that continues nothing begins an entity."""
     found = set()
     kind, first = "", 0
     for i, tag in enumerate([*tags, "O"]):
@@ -34,10 +36,14 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def entity_scores(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`span_scores` of the entities that BIO tags mark."""
+    return span_scores([entities(tags) for tags in predicted], [entities(tags) for tags in gold])
+
+
+def span_scores(predicted: Sequence[set[Span]], gold: Sequence[set[Span]]) -> dict[str, float]:
     """Precision, recall and F1 of the entities of all sentences; one counts where its kind and both ends are right."""
-    pairs = [(entities(p), entities(g)) for p, g in zip(predicted, gold, strict=True)]
-    right = sum(len(p & g) for p, g in pairs)
-    said, there = sum(len(p) for p, _ in pairs), sum(len(g) for _, g in pairs)
+    right = sum(len(p & g) for p, g in zip(predicted, gold, strict=True))
+    said, there = sum(map(len, predicted)), sum(map(len, gold))
     return {
         "precision": right / said if said else 0.0,
         "recall": right / there if there else 0.0,

