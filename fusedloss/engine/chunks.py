@@ -234,7 +234,7 @@ class _Chunks:
 
 
 class _Gradients:
-    """Gradients of what needs one, by chunks; sums over the chunks are in float32 at least."""
+    """Gradients of what needs one, by chunks; sums over the chunks are in float32 at least, or of few chunks rounded."""
 
     def __init__(self, chunks: _Chunks) -> None:
         self._chunks = chunks
@@ -245,7 +245,6 @@ class _Gradients:
         for x in rows.hidden:
             new = _by_columns if self._hidden and not chunks.spec.form.group else new_buffer
             self._hidden.append(new(x, x.shape, self._dtype) if next(needed) else None)
-        # Of one chunk the product is the gradient, and needs no sum.
         of_weight = self._dtype if chunks.count <= budgets.most_rounded(rows.hidden[0].device) else dtype
         self._weight: list[Tensor | None] = []
         for x in rows.weight:
