@@ -234,7 +234,7 @@ class _Chunks:
 
 
 class _Gradients:
-    """Gradients of what needs one, by chunks; sums over the chunks are in float32 at least, or of few chunks rounded."""
+    """Gradients of what needs one, by chunks; sums over the chunks are float32 at least, but of few."""
 
     def __init__(self, chunks: _Chunks) -> None:
         self._chunks = chunks
