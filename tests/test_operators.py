@@ -521,7 +521,7 @@ def test_whoever_looks_at_operators_sees_them(linear, generator):
     alone = run()
     with _Seen() as mode:
         watched = run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         profiled = run()
     names = {"fusedloss::forward", "fusedloss::scale_" if linear else "fusedloss::backward"}
     assert names <= mode.names
