@@ -44,8 +44,8 @@ def sums_in_float32(device: torch.device) -> bool:
 def most_rounded(device: torch.device) -> int:
     """Return up to how many chunks the sum of half-precision gradients may be rounded after each.
 
-    On CPUs products are not added to float32: each of a float32 sum is made twice, the second time for what its rounding
-    lost. A sum that is rounded after each of n chunks has sqrt((n + 1) / 2) times the error of one product.
+    On CPUs products are not added to float32: each of a float32 sum is made twice, the second time for what its
+    rounding lost. A sum that is rounded after each of n chunks has sqrt((n + 1) / 2) times the error of one product.
     """
     return 4 if device.type == "cpu" else 1
 
