@@ -139,34 +139,24 @@ _SAVED = "Tensor statistics, Tensor index"
 _BACKWARD = f"{_SAVED}, Tensor coefficients, Tensor? upstream"
 
 
+def _write(gradient: Tensor, rows: Rows, spec: Spec, backend: Backend, *saved: Any) -> None:
+    statistics, index, coefficients, upstream = saved
+    backend.backward(Job(rows, spec, statistics, index, None, coefficients, gradient, upstream))
+
+
 @_operator("backward", _BACKWARD, "Tensor[]", lambda rows, spec, *_: chunks.new_gradients(rows, spec))
-def backward(
-    rows: Rows,
-    spec: Spec,
-    backend: Backend,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-) -> list[Tensor]:
+def backward(rows: Rows, spec: Spec, backend: Backend, *saved: Any) -> list[Tensor]:
     if rows.weight:
+        statistics, index, coefficients, upstream = saved
         return chunks.backward(rows, statistics, index, coefficients, upstream, spec, backend)
     gradient = backend.new_gradient(rows.hidden[0])
-    backend.backward(Job(rows, spec, statistics, index, None, coefficients, gradient, upstream))
+    _write(gradient, rows, spec, backend, *saved)
     return [gradient]
 
 
 @_operator("backward_", _BACKWARD, "()", lambda *_: None, schema=SCHEMA.replace("Tensor[]", "Tensor(a!)[]", 1))
-def backward_(
-    rows: Rows,
-    spec: Spec,
-    backend: Backend,
-    statistics: Tensor,
-    index: Tensor,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-) -> None:
-    backend.backward(Job(rows, spec, statistics, index, None, coefficients, rows.logits, upstream))
+def backward_(rows: Rows, spec: Spec, backend: Backend, *saved: Any) -> None:
+    _write(rows.logits, rows, spec, backend, *saved)
 
 
 def _fake_sums(rows: Rows, spec: Spec, *_: Any) -> Tensor:
