@@ -322,14 +322,21 @@ FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T, R>& row, V x, V second) {
     return both;
 }
 
-// The terms of a block's columns, of both rows in the type that is computed with, or as they are stored.
+// The terms of a block's columns, of both rows in the type that is computed with, or as they are stored. p and h
+// of each vector go to `kept`, unless it is null.
 template <typename Term, typename T, typename S>
 FUSEDLOSS_ONE_COPY PairPartial sum_pairs(const PairRow<T>& row, const S* x, const S* second, int64_t count,
-                                         const Ahead& ahead) {
+                                         const Ahead& ahead, T* kept) {
     using V = typename VectorOf<T>::Value;
     V loss{}, slope{}, difference{};
     const auto add = [&](V z, V other) {
-        const auto term = Term::template term<T>(both_of<Term, T, V>(row, z, other), row.params);
+        const auto both = both_of<Term, T, V>(row, z, other);
+        const auto term = Term::template term<T>(both, row.params);
+        if (kept) {
+            store(kept, both.p);
+            store(kept + VectorOf<T>::width, term.slope);
+            kept += 2 * VectorOf<T>::width;
+        }
         loss += term.loss;
         slope += term.slope;
         difference += term.difference;
@@ -407,6 +414,7 @@ struct Scratch {
     std::vector<int64_t> pick_index;
     std::vector<Exception<T>> exceptions;  // room for every pick, the target and the top class
     std::vector<Powers<T>> powers;         // of each block, for a class term without weights and moments; else empty
+    std::vector<T> kept;                   // p and h of a pair term, where a gradient follows; else empty
 
     explicit Scratch(int picks) : pick_logit(picks), b(picks), pick_index(picks), exceptions(picks + 2) {}
 };
@@ -434,6 +442,7 @@ class Engine {
     template <typename Functor>
     void one_by_one(int64_t row, int threads, Scratch<T>& scratch) const {
         if (ignored(row)) return write_ignored(row);
+        if (std::is_same_v<Functor, AnyPair> && job_.grad) scratch.kept.resize(2 * (job_.classes + width));
         if constexpr (is_one_of<Functor>(ClassTerms{})) {
             T params[kMaxParams];
             params_of(row, params);
@@ -443,7 +452,7 @@ class Engine {
         }
         const RowStatistics<T> s = statistics(row, threads, scratch);
         if constexpr (std::is_same_v<Functor, AnyPair>) {
-            finish_pair_term(row, threads, s);
+            finish_pair_term(row, threads, s, scratch.kept.empty() ? nullptr : scratch.kept.data());
         } else if constexpr (!std::is_void_v<Functor>) {
             finish<Functor>(row, threads, s, scratch);
         }
@@ -1253,6 +1262,11 @@ class Engine {
         return pair;
     }
 
+    // Whether a block of so many columns is computed with as it is stored.
+    bool as_stored(int64_t count) const {
+        return kPairs<S> && factor_ == T(1) && count % (2 * width) == 0 && has_teacher();
+    }
+
     // body(x, second, first column, columns) for each block of both rows' columns.
     template <typename Body>
     void each_pair_block(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end, const Body& body) const {
@@ -1264,7 +1278,7 @@ class Engine {
             const int64_t count = std::min(kBlock, end - from), at = row * job_.second_row_stride + from;
             const S* const z = logits(row) + from;
             if constexpr (kPairs<S>) {  // as they are stored, but for a product, which would be rounded here or there
-                if (factor_ == T(1) && count % (2 * width) == 0 && has_teacher()) {
+                if (as_stored(count)) {
                     body(z, teacher + at, from, count, Ahead::of(z + kBlock, teacher + at + kBlock, width));
                     continue;
                 }
@@ -1280,22 +1294,24 @@ class Engine {
         }
     }
 
-    PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end) const {
+    PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int64_t begin, int64_t end, T* kept = nullptr) const {
         PairPartial part;
         each_pair_block(row, pair, begin, end,
-                        [&](const auto* x, const auto* second, int64_t, int64_t count, const Ahead& ahead) {
+                        [&](const auto* x, const auto* second, int64_t from, int64_t count, const Ahead& ahead) {
                             with_pair_term<decltype(*x)>(pair.params, [&](auto term) {
-                                merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead));
+                                T* const to = kept ? kept + 2 * from : nullptr;
+                                merge(part, sum_pairs<decltype(term)>(pair, x, second, count, ahead, to));
                             });
                         });
         return part;
     }
 
-    PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int threads) const {
-        return fold<PairPartial>(threads, [&](int64_t begin, int64_t end) { return pair_sums(row, pair, begin, end); });
+    PairPartial pair_sums(int64_t row, const PairRow<T>& pair, int threads, T* kept = nullptr) const {
+        return fold<PairPartial>(threads,
+                                 [&](int64_t begin, int64_t end) { return pair_sums(row, pair, begin, end, kept); });
     }
 
-    FUSEDLOSS_ONE_COPY void finish_pair_term(int64_t row, int threads, const RowStatistics<T>& s) const {
+    FUSEDLOSS_ONE_COPY void finish_pair_term(int64_t row, int threads, const RowStatistics<T>& s, T* kept) const {
         const int64_t n = job_.rows;
         T* const loss = static_cast<T*>(job_.loss) + row;
         T* const coefficient = static_cast<T*>(job_.coefficients) + row;
@@ -1319,7 +1335,7 @@ class Engine {
             plain = Engine(job).softmax_of(row, threads, s.target);
             more[kPlainSum * n] = plain.sum_exp * std::exp(plain.max - s.max / factor_);
         }
-        const PairPartial sum = pair_sums(row, pair, threads);
+        const PairPartial sum = pair_sums(row, pair, threads, kept);
         const T at_target = T(pair_sums(row, pair, s.target, s.target + 1).slope);
         const T z_slope = add_z_loss(s, T(1), loss);
         const T slope = main * T(sum.slope);
@@ -1730,7 +1746,11 @@ class Engine {
         if constexpr (std::is_same_v<Functor, AnyPair>) {
             const T shift = coefficient[kShift * n], plain = coefficient[kPlain * n], main = common(kMain);
             over_chunks(threads, [&](int64_t begin, int64_t end) {
-                pair_gradient(row, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
+                if (plain == T(0) && !scratch.kept.empty()) {
+                    kept_gradient(scratch.kept.data(), grad, begin, end, main * upstream, shift * upstream);
+                } else {
+                    pair_gradient(row, grad, begin, end, main * upstream, shift * upstream, plain * upstream);
+                }
             });
         } else if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const ClassRow<T> terms = class_row<Functor>(row);
@@ -1900,6 +1920,30 @@ class Engine {
             }
         };
         return transform<Weighted>(z, grad, begin, end, formula, [&] { return exceeds<T>(most, bound); });
+    }
+
+    // The same from p and h in hand.
+    FUSEDLOSS_ONE_COPY void kept_gradient(const T* kept, S* grad, int64_t begin, int64_t end, T main, T shift) const {
+        kept += 2 * begin;
+        const auto next = [&] {
+            const V p = load(kept), h = load(kept + width);
+            kept += 2 * width;
+            return h * main - p * shift;
+        };
+        for (int64_t from = begin; from < end; from += kBlock) {
+            const int64_t to = std::min(from + kBlock, end);
+            int64_t at = from;
+            if constexpr (kPairs<S>) {
+                for (; as_stored(to - from) && at < to; at += 2 * width) {
+                    const V even = next();
+                    store_pair(grad + at, even, next());
+                }
+            }
+            for (; at < to; at += width) {
+                const int rest = static_cast<int>(std::min<int64_t>(width, to - at));
+                rest == width ? store(grad + at, next()) : store_part(grad + at, rest, next());
+            }
+        }
     }
 
     // The gradient may be the logits' memory.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..definition.rows import Job, Spec
+from ..definition.rows import Job, Rows, Spec
 from ..definition.statistics import COEFFICIENTS, A, Q, U
 
 #: The kinds of epilogue, as the extensions number them.
@@ -67,9 +67,6 @@ class Backend:
     """The type of device whose tensors it takes."""
     makes_logits = False
     """Whether its passes make the logits of hidden states themselves, and store none."""
-    one_read: float = 0
-    """The most classes of logits in hand whose gradient it should make with the loss, of one read of them. Of others it
-    would read them twice all the same, and only hold the gradient for longer."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Return why it cannot run on this machine, or for tensors on `device`; None if it can."""
@@ -86,6 +83,13 @@ class Backend:
     def backward(self, job: Job) -> None:
         """The gradient pass."""
         raise NotImplementedError
+
+    def one_read(self, rows: Rows) -> bool:
+        """Tell whether the gradient of such logits in hand should be made with the loss, for it saves time.
+
+        Of others it would read them twice all the same, and only hold the gradient for longer.
+        """
+        return False
 
     def with_gradient(self, job: Job) -> None:
         """Both, into the job's `grad`; a backend that has them of one read of the logits overrides it."""

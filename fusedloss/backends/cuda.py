@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_indices
-from ..definition.rows import Job
+from ..definition.rows import Job, Rows
 from ..definition.statistics import Picks
 from .base import CLASSES, PAIRS, ROWS, Backend, Epilogues
 from .native import DTYPES, native
@@ -84,7 +83,6 @@ def plan(classes: int, itemsize: int, shared_bytes: int, clusters: bool) -> Plan
 class Cuda(Backend):
     name = "cuda"
     runs_on = "cuda"  # tests have a build of the kernels for the CPU
-    one_read = math.inf
     epilogues = Epilogues.of(_cuda)
     """In the order in which the kernels number them."""
 
@@ -112,6 +110,9 @@ class Cuda(Backend):
         launch.forward = True
         looks_again = epilogue[1] == CLASSES or (job.grad is not None and epilogue[1] != PAIRS)
         self._run(launch, rows.logits, on_chip=looks_again)
+
+    def one_read(self, rows: Rows) -> bool:
+        return True
 
     def with_gradient(self, job: Job) -> None:
         self.forward(job)

@@ -212,7 +212,7 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     if (
         # A compiled backward would not know whether it may scale in place, and copy.
         torch.compiler.is_compiling()
-        or rows.hidden[0].shape[1] > backends.BACKENDS[call.spec.impl].one_read
+        or not backends.BACKENDS[call.spec.impl].one_read(rows)
         or not (rows.logits.requires_grad or (call.spec.form.tempered and temperature.is_learnt(rows, call.spec)))
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
