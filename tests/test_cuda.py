@@ -4,7 +4,6 @@ The shared suite on the cases that differ in them, and what is theirs alone. On 
 """
 
 import contextlib
-import math
 import os
 import shutil
 import subprocess

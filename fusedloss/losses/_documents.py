@@ -39,8 +39,9 @@ are the loss and the upstream gradients. A :class:`~fusedloss.VocabularyShards` 
 call.""",
     "impl": """"cpu", "triton" or "cuda" (GPUs), or "reference"; None takes FUSEDLOSS_IMPL or else the fastest
 that is ready. "cuda" computes the gradient of "mean" and "sum" with the loss, from one read of the logits, and the
-backward does nothing if the upstream gradient is 1. If it is not, bfloat16 gradients are rounded twice. "cuda" does not
-do this for float16, whose gradients could vanish before they are scaled, and under torch.compile. Under function
+backward does nothing if the upstream gradient is 1. If it is not, bfloat16 gradients are rounded twice. "cpu" does this
+for at most 64 classes and for losses against a second row. Neither does it for float16, whose gradients could vanish
+before they are scaled, and under torch.compile. Under function
 transforms (torch.func, forward-mode differentiation) "reference" runs, whatever `impl` is.""",
 }
 
