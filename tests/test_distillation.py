@@ -86,6 +86,39 @@ def test_against_the_formula(divergence, dtype, impl, generator, kernel_calls):
     assert impl == "reference" or (kernel_calls[("forward", impl)] and kernel_calls[("backward", impl)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@each_divergence
+def test_gradients_made_with_the_loss(divergence, dtype, impl, generator, kernel_calls):
+    """Of whole and broken blocks of columns, at 1 and at another upstream gradient; a temperature, a cross-entropy."""
+    beta = BETA.get(divergence)
+    for classes in (1, 37, 65, 2048, 3 * 2048 + 32, 2 * 2048 + 5):
+        z, t = problem(generator, classes, dtype=dtype)
+        target, weight = torch.tensor([0, classes - 1, -100, classes // 2, 0]), torch.rand(5, generator=generator)
+        for temperature, hard in ((1.0, 0.0), (1.0, 0.5), (2.5, 0.5)):
+            own: dict[str, Any] = {"divergence": divergence, "beta": beta, "temperature": temperature}
+            tokens = weight.to(torch.promote_types(dtype, torch.float32))
+            more = {"target": target, "hard_weight": hard, "token_weight": tokens, "reduction": "sum", "impl": impl}
+
+            def formula(x, t=t, own=own, hard=hard, target=target, weight=weight):
+                ce = F.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), target, reduction="none")
+                rows = dense(x, t.to(x.dtype), **own) + hard * ce
+                return (weight.to(rows.dtype) * rows.masked_fill(target == -100, 0)).sum()
+
+            for upstream in (torch.tensor(1.0), torch.tensor(-0.37)):
+                got = differentiated(
+                    lambda x, t=t, o=own, m=more: fl.distillation_loss(x, t, **o, **m),
+                    z, upstream,
+                )  # fmt: skip
+                theirs, true = (differentiated(formula, x, upstream) for x in (z, z.double()))
+                assert_as_accurate_as(got[0], theirs[0], true[0], ulps=16, scale=true[0].abs() + 1)
+                if dtype == torch.bfloat16:
+                    assert_rows_as_accurate_as(got[1], theirs[1], true[1])
+                else:
+                    assert_as_accurate_as(got[1], theirs[1], true[1], ulps=8, scale=true[1].abs() + 1)
+                assert not got[1][2].any()
+    assert impl != "cpu" or set(kernel_calls) == {("with_gradient", impl), ("scale_", impl)}
+
+
 @each_divergence
 def test_close_rows_keep_their_digits(divergence, impl, generator):
     """Where the plain form in float32 has no digit left; equal rows give 0."""
