@@ -1012,6 +1012,14 @@ def test_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> 
 # Sharded by FSDP2, on two ranks
 
 
+def _biased() -> Any:
+    model = _marian()
+    bias = torch.randn_like(model.final_logits_bias)
+    del model.final_logits_bias
+    model.final_logits_bias = nn.Parameter(bias)
+    return model
+
+
 #: The model, the modules that are a unit below the model, and whether that is resharded after its forward.
 UNITS: dict[str, tuple[Callable[[], Any], list[str], bool]] = {
     "the head": (_llama, ["lm_head"], True),
@@ -1026,6 +1034,7 @@ UNITS: dict[str, tuple[Callable[[], Any], list[str], bool]] = {
     "tied, in the model": (functools.partial(_llama, tie_word_embeddings=True), ["model.norm"], True),
     "a bias, within a larger unit": (functools.partial(_bert, False), ["cls"], True),
     "scaled": (_granite, ["lm_head"], True),
+    "a bias beside the head": (_biased, [], True),
 }
 
 
@@ -1057,9 +1066,15 @@ def _whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
+def _shard(model: Any, unit: list[str], reshard: bool, reshard_root: bool | None = None) -> None:
     from torch.distributed.fsdp import fully_shard
 
+    if unit:
+        fully_shard([model.get_submodule(part) for part in unit], reshard_after_forward=reshard)
+    fully_shard(model, reshard_after_forward=reshard_root)
+
+
+def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
     # The second makes the logits once more in the backward, and reads the weight there.
     ways: list[tuple[str, dict[str, Any]]] = [("cross_entropy", {}), ("flex_loss", {"loss_fn": lambda s: s.ce})]
     for name, (make, unit, reshard) in UNITS.items():
@@ -1072,9 +1087,7 @@ def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
             model = make().double().train()
             model.load_state_dict(state)
             fuse(model, loss, **arguments)
-            if unit:
-                fully_shard([model.get_submodule(part) for part in unit], reshard_after_forward=reshard)
-            fully_shard(model)
+            _shard(model, unit, reshard)
             with pytest.raises(ValueError, match=r"is sharded by fully_shard, .*; fuse it before fully_shard"):
                 fuse(model, "focal_loss")
             # In float64, but for the logits that models cast to float32.
@@ -1118,6 +1131,15 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
         model.lm_head = wrap(model.lm_head)
         with pytest.raises(ValueError, match=r"with shape \(1031, 16\) and no elements in memory: FSDP1"):
             wrap(model)(**batch)
+        for part in ("lm_head", ""):
+            teacher = _llama()
+            model = fuse(_llama().double().train(), "distillation", teacher=teacher)
+            if part:
+                teacher.lm_head = wrap(teacher.lm_head)
+            wrapped = wrap(teacher)
+            with pytest.raises(ValueError, match=r"weight of the teacher, a Llama.*, is what is left .*Shard the"):
+                model(**batch)
+            del wrapped
 
     # As DeepSpeed ZeRO-3 does: the parameter has its elements within the forward alone.
     model = fuse(_llama().train())
@@ -1129,9 +1151,65 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
         model(**batch)
 
 
+def _sharded_teachers_teach_as_whole_ones(rank: int, world: int) -> None:
+    for name, (make, unit, reshard) in UNITS.items():
+        for root in (None, True):  # the teacher's weights stay whole after its forward, or not
+            torch.manual_seed(0)
+            alone, whole = make().double().train(), make().double()
+            for parameter in whole.parameters():
+                parameter.data.mul_(5)
+            model, teacher = copy.deepcopy(alone), copy.deepcopy(whole)
+            for student, its_teacher in ((alone, whole), (model, teacher)):
+                fuse(student, "distillation", teacher=its_teacher, temperature=2.0, eval_logits=root is None)
+            for module, reshard_root in ((model, None), (teacher, root)):
+                _shard(module, unit, reshard, reshard_root)
+            close = functools.partial(
+                torch.testing.assert_close, rtol=1e-6, atol=1e-6, msg=lambda m, n=name, r=root: f"{n}, {r}: {m}"
+            )
+            expected = _train_sharded(alone, world, None)
+            expected = [loss for step in (expected[:4], expected[4:]) for loss in step[2 * rank :][:2]]
+            close(_train_sharded(model, world, rank), expected)
+            for parameter, right in zip(model.parameters(), alone.parameters(), strict=True):
+                close(_whole(parameter), right)
+            batch, head = _micro_batches(rank)[0], teacher.get_output_embeddings()
+            [lesson] = model._fusedloss.loss.teacher.lessons(model.get_output_embeddings(), batch)
+            in_root = unit in ([], ["model.norm"])  # and copied only where it is resharded
+            assert (lesson.logits.weight[0] is head.weight) == ((in_root and root is None) or not reshard)
+            with torch.no_grad():
+                close(model.eval()(**batch).loss, alone.eval()(**batch).loss)
+            teacher.reshard()
+            for parameter, right in zip(teacher.parameters(), whole.parameters(), strict=True):
+                assert parameter.grad is None and torch.equal(_whole(parameter), right)
+            with pytest.raises(ValueError, match=r"the teacher, a FSDP.*, is sharded by .*; fuse before fully_shard"):
+                fuse(make(), "distillation", teacher=teacher)
+
+
+def _a_teacher_in_mixed_precision(rank: int, world: int) -> None:
+    """Which makes it one of that dtype, whose products are the student's."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model, teacher = _llama().train(), _large()
+    for parameter in teacher.parameters():
+        parameter.data.mul_(5)
+    half, batch = copy.deepcopy(teacher), _micro_batches(rank)[0]
+    for parameter in half.parameters():
+        parameter.data = parameter.data.bfloat16()
+    expected = fuse(model, "distillation", teacher=half)(**batch).loss
+    gradients = _gradients(expected, model)
+    fuse(model, "distillation", teacher=teacher)
+    for module in (teacher.lm_head, teacher):
+        fully_shard(module, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    loss = model(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    _assert_close(_gradients(loss, model), gradients, 1e-5)
+
+
 test_scene = ranks.tests_of({
     _sharded_models_train_as_in_one_process: (2,),
+    _sharded_teachers_teach_as_whole_ones: (2,),
     _in_mixed_precision: (2,),
+    _a_teacher_in_mixed_precision: (2,),
     _a_weight_that_others_have_freed_raises: (2,),
 })  # fmt: skip
 

@@ -22,6 +22,11 @@ def is_unit(module: nn.Module) -> bool:
     return hasattr(type(module), "unshard") and hasattr(type(module), "set_requires_gradient_sync")
 
 
+def has_units(model: nn.Module) -> bool:
+    """Return whether a model or a part of it was passed to torch.distributed.fsdp.fully_shard."""
+    return any(map(is_unit, model.modules()))
+
+
 def unit_below(model: nn.Module, layer: nn.Module) -> nn.Module | None:
     """Return the innermost unit that holds `layer`, or None if that is the model itself or if there is none."""
     if not _is_distributed():
@@ -78,7 +83,11 @@ def after_forward(unit: nn.Module, function: Callable[[], Tensor]) -> Tensor:
     return results[0]
 
 
-def check_whole(weight: Tensor) -> None:
+#: What helps where a weight is not whole.
+_REMEDY = "Leave the output layer to the outermost unit of FSDP1, shard by fully_shard, or use the row form"
+
+
+def check_whole(weight: Tensor, name: str = "linear_weight", remedy: str = _REMEDY) -> None:
     """Raise where the weight of an output layer is what FSDP1 or DeepSpeed ZeRO-3 has left of it."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized() or torch.compiler.is_compiling():
@@ -89,10 +98,9 @@ def check_whole(weight: Tensor) -> None:
         freed = False
     if freed or weight.dim() == 1:
         raise ValueError(
-            f"linear_weight is what is left of a weight after the forward of its layer, with shape "
+            f"{name} is what is left of a weight after the forward of its layer, with shape "
             f"{tuple(weight.shape)} and {'no elements in memory' if freed else 'no rows'}: FSDP1 and DeepSpeed ZeRO-3 "
-            "free it then. Leave the output layer to the outermost unit of FSDP1, shard by fully_shard, or use the row "
-            "form"
+            f"free it then. {remedy}"
         )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import fusedloss
 
+from ..checks import is_dtensor
 from ..distributed import fsdp
 from ..engine.output_layer import beside_lora, described, is_lora, products
 from ._losses import OF_THE_LAYER, OF_THE_MODEL, check_arguments, current, forms
@@ -141,6 +142,7 @@ def fuse(
     pass with labels the teacher runs on the same inputs, in evaluation mode and without gradients; its logits are not
     stored either. Rows with the label -100 are skipped; ``hard_weight`` adds the cross-entropy of the others. The model
     does not contain the teacher, which is in no state_dict and is not trained. Move it to the model's device yourself.
+    It may be sharded by fully_shard afterwards, as the model may.
 
     Args:
         loss: name of a loss, such as "focal_loss", or the function, such as :func:`fusedloss.linear_focal_loss`.
@@ -148,8 +150,8 @@ def fuse(
             sequences. Loss and gradients of this batch must be those of the model as it was (of the row form of its
             logits where the loss is another). This leaves no trace in the model or in the random numbers.
         eval_logits: see above.
-        teacher: of "distillation", a model that takes the same inputs and has as many classes, and is not fused. It is
-            put in evaluation mode.
+        teacher: of "distillation", a model that takes the same inputs and has as many classes, and is neither fused nor
+            sharded yet. It is put in evaluation mode.
         arguments: of the linear form, such as ``gamma``, ``label_smoothing`` or ``budget``. A callable (but for
             ``loss_fn``) is called at each step for its value, a tensor may be changed in place by the caller.
 
@@ -176,7 +178,7 @@ def fuse(
     on_meta = next((parameter for parameter, value in model.named_parameters() if value.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"{on_meta!r} of {name} is on the meta device; load the weights of the model, then fuse it")
-    if any(fsdp.is_unit(module) for module in model.modules()):
+    if fsdp.has_units(model):
         raise ValueError(f"{name} is sharded by fully_shard, so that no probe can run; fuse it before fully_shard")
     if probe is None:
         probe = _probe_inputs(model, head)
@@ -254,8 +256,10 @@ class _Teacher(NamedTuple):
             raise ValueError(f"the teacher, a {name}, is fused with a loss itself; unfuse it")
         if teacher.get_output_embeddings() is None:
             raise ValueError(f"the teacher, a {name}, has no output layer (get_output_embeddings() gives None)")
-        if any(fsdp.is_unit(module) for module in teacher.modules()):
-            raise ValueError(f"the teacher, a {name}, is sharded by fully_shard, but must be whole on each rank")
+        if fsdp.has_units(teacher):
+            raise ValueError(
+                f"the teacher, a {name}, is sharded by fully_shard, so that no probe can run; fuse before fully_shard"
+            )
         cached = "use_cache" in inspect.signature(type(teacher).forward).parameters
         return _Teacher(teacher, {"use_cache": False} if cached else {})
 
@@ -282,8 +286,10 @@ class _Teacher(NamedTuple):
             raise ValueError(
                 f"{who} has {_classes(own)} classes, but the model {_classes(head)}; both must have one vocabulary"
             )
-        if devices[0] != devices[1]:
+        # What FSDP2 has offloaded is on another device than the products.
+        if devices[0] != devices[1] and not (is_dtensor(own.weight) or is_dtensor(head.weight)):
             raise ValueError(f"{who} is on {devices[0]}, but the model on {devices[1]}; move it there: teacher.to(...)")
+        fsdp.check_whole(own.weight, f"the output layer's weight of {who}", "Shard the teacher by fully_shard")
         for name in _NOT_SHARED:
             if inputs.get(name) is not None:
                 raise ValueError(f"the model gets {name}, which a teacher cannot share; pass tokens")
@@ -293,7 +299,7 @@ class _Teacher(NamedTuple):
             _replace_forward(own, functools.partial(_head_forward, own))
         if teacher.training:
             teacher.eval()
-        under_way = _TeachersPass(own, way)
+        under_way = _TeachersPass(own, way, fsdp.has_units(teacher))
         _THREAD.passes.append(under_way)
         try:
             with torch.no_grad():
@@ -301,6 +307,9 @@ class _Teacher(NamedTuple):
         finally:
             _THREAD.passes.pop()
         lessons, under_way.lessons = under_way.lessons, []  # which refer to the pass, and would stay as long as it
+        if under_way.weight is own.weight:  # FSDP2 keeps it unsharded, as that of a root: the copies can go
+            for lesson in lessons:
+                lesson.logits.weight[0] = under_way.weight  # type: ignore[union-attr]
         return lessons
 
     def release(self) -> None:
@@ -511,8 +520,11 @@ class _Lesson(NamedTuple):
 class _TeachersPass:
     """A forward pass of a teacher, which keeps its logits and computes no loss."""
 
-    def __init__(self, head: nn.Module, way: str) -> None:
-        self.head, self.way = head, way
+    weight: Tensor | None = None
+    """Of a sharded teacher's output layer, as it was within the forward."""
+
+    def __init__(self, head: nn.Module, way: str, sharded: bool) -> None:
+        self.head, self.way, self.sharded = head, way, sharded
         self.lessons: list[_Lesson] = []
 
     def cross_entropy(self, logits: _Logits | Tensor, target: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -733,7 +745,11 @@ class _Hidden(_NoTensor):
 
 
 def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Logits:
-    return _Logits(input.under_way, [input.hidden], [weight], len(weight), bias)
+    under_way = input.under_way
+    if isinstance(under_way, _TeachersPass) and under_way.sharded:  # FSDP2 frees both before the loss
+        under_way.weight = weight
+        weight, bias = weight.clone(), None if bias is None else bias.clone()
+    return _Logits(under_way, [input.hidden], [weight], len(weight), bias)
 
 
 class _Logits(_NoTensor):
@@ -852,7 +868,7 @@ class _Logits(_NoTensor):
         of_classes = isinstance(bias, Tensor) and bias.dim() and bias.shape[-1] == bias.numel() == self.shape[-1]
         if not of_classes or bias.dim() > self.dim() or self.softcap is not None:
             raise self.refusal("addition", f"the logits and {_described(bias)}")
-        bias = bias.reshape(-1) / self.scale if self.scale != 1 else bias.reshape(-1)
+        bias = bias.reshape(-1) / self.scale  # no view, which FSDP2 may free before a teacher's loss
         return self._but(bias=bias if self.bias is None else self.bias + bias)
 
     __radd__ = __add__
