@@ -180,7 +180,7 @@ def test_opcheck_of_scale(dtype):
     )
 
 
-@pytest.mark.covering(1)
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("count", [ROWS, 1, 0])
 @each_form
 @each_case

@@ -326,7 +326,8 @@ class _Gradients:
 
 def _by_columns(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Return memory for the gradient of an adapter's matrix, column after column where that is faster."""
-    by_columns = budgets.is_narrow(x) and x.numel() > 0  # nothing has strides of rows, as the fakes say
+    # Of one row or column, or of nothing, both ways are one, and the fakes have strides of rows.
+    by_columns = budgets.is_narrow(x) and min(x.shape) > 1
     return new_buffer(x, shape[::-1], dtype).t() if by_columns else new_buffer(x, shape, dtype)
 
 
