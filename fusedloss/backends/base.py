@@ -85,9 +85,9 @@ class Backend:
         raise NotImplementedError
 
     def one_read(self, rows: Rows) -> bool:
-        """Tell whether the gradient of such logits in hand should be made with the loss, for it saves time.
+        """Tell whether making the gradient of such logits with the loss saves time.
 
-        Of others it would read them twice all the same, and only hold the gradient for longer.
+        Where it does not, the gradient would only be held for longer.
         """
         return False
 

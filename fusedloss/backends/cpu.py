@@ -80,7 +80,7 @@ class Cpu(Backend):
         return None if _engine else f"the C++ extension did not load ({_IMPORT_ERROR})"
 
     def one_read(self, rows: Rows) -> bool:
-        # So few columns are looked at side by side; of two rows the terms' arithmetic takes longer than the memory.
+        # Up to 64 columns are computed side by side. The terms of two rows take longer to compute than to keep.
         return rows.hidden[0].shape[1] <= 64 or len(rows.teacher) > 0
 
     def forward(self, job: Job) -> None:
