@@ -21,6 +21,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define FUSEDLOSS_HD __host__ __device__ __forceinline__
@@ -361,6 +362,13 @@ struct Both {
 template <typename T>
 constexpr T kFar = sizeof(T) == 4 ? T(88) : T(709);
 
+// Whether the largest logits of two rows differ by so much that each row's own is taken from its logits, before one row
+// is from the other. The difference of logits has its digits where the rows are close; a far one would leave it none.
+template <typename X>
+FUSEDLOSS_HD auto far_rows(X offset) {
+    return (offset > X{} + 16) | (offset < X{} - 16);
+}
+
 // What a class adds to the loss, h = p df/dp, and p - y.
 template <typename X>
 struct PairTerm {
@@ -495,7 +503,8 @@ struct MixtureKl {
     static FUSEDLOSS_HD PairTerm<X> term(const Both<X>& x, const T* params) {
         const T mu = params[0], a = params[1], b = params[2], rest = T(1) - mu;
         const Distance<T, true, X> s(x.p, x.y, x.d);
-        const X m = mixture(x.p, x.y, params), inverse = m == X{} ? X{} : T(1) / m;
+        constexpr T least = std::numeric_limits<T>::min();  // 1 / m of what is below it may be infinite
+        const X m = mixture(x.p, x.y, params), inverse = m < least ? X{} : T(1) / m;
         // y / m and p / m less 1
         const X of_y = s.difference * inverse * -rest, of_p = s.difference * inverse * mu;
         const X gap_y = gap_of<T>(of_y, X(x.y * inverse), X(x.log_y - x.log_mixture));

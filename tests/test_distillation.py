@@ -186,6 +186,34 @@ def test_rows_far_from_0(divergence, impl, generator):
     got = fl.distillation_loss(torch.zeros(1, 3), certain, **own).item()
     limits = {"forward_kl": math.log(3), "tv": 2 / 3}
     assert got == pytest.approx(limits.get(divergence, got), rel=1e-6)
+    exact = {**own, "impl": "reference"}
+    for classes in (5, 300):
+        z, t = problem(generator, classes, dtype=torch.float32)
+        apart = [(x + 1e4, y) for x, y in ((z, t), (t, z), (z, z), (z - 2e4, z))]
+        # Whose largest logit is not the other row's; in few columns, the square of its log-sum-exp is infinite.
+        sure = torch.zeros(1, classes).index_fill(1, torch.tensor(1), 1e30)
+        apart += [(z, sure.expand_as(z)), (sure.expand_as(z), z.clamp(-1, 1))]
+        for x, y in apart:
+            ours, true = (
+                differentiated(lambda x, y=y, o=o: fl.distillation_loss(x, y, **o), x, torch.ones(5))
+                for x, y, o in ((x, y, own), (x.double(), y.double(), exact))
+            )
+            torch.testing.assert_close(ours[0].double(), true[0], rtol=1e-5, atol=1e-6)
+            scale = true[0].abs()[:, None] + 1
+            torch.testing.assert_close(ours[1].double() / scale, true[1] / scale, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", BETA)
+def test_probabilities_too_small_to_divide_by(divergence, impl, generator):
+    """Whose inverse is infinite: of a class that adds nothing."""
+    for dtype, lags in ((torch.float32, (80, 95)), (torch.float64, (700, 720))):
+        z = torch.linspace(*lags, 100, dtype=dtype).neg().repeat(2, 1)
+        z[:, :70], t = 0, z + 0.1 * torch.randn(2, 100, generator=generator, dtype=dtype)
+        for beta in (0.01, 0.5, 0.99):
+            own: dict[str, Any] = {"divergence": divergence, "beta": beta}
+            got = differentiated(lambda x, o=own, t=t: fl.distillation_loss(x, t, **o, impl=impl), z, torch.ones(()))
+            true = differentiated(lambda x, o=own, t=t: dense(x[:, :70], t[:, :70], **o).mean(), z, torch.ones(()))
+            torch.testing.assert_close(got, true, rtol=1e-3, atol=1e-7)
 
 
 @each_divergence
@@ -428,6 +456,18 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "linear grad": (
         lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 5).requires_grad_()),
         ValueError, r"teacher requires grad"),
+    "linear input": (
+        lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 6)),
+        ValueError, r"teacher_input has D = 5 features, but teacher_weight 6"),
+    "linear bias": (
+        lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 5), teacher_bias=torch.zeros(6)),
+        ValueError, r"teacher_bias must be \(7,\).*\(6,\)"),
+    "linear cap": (
+        lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 5), teacher_softcap=0),
+        ValueError, r"teacher_softcap must be greater than 0, got 0"),
+    "linear budget": (
+        lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 5), budget=55),
+        ValueError, r"budget of 55 bytes is too small for one row of logits, 56 bytes"),
     "triton_fused": (
         lambda: fl.linear_distillation_loss(Z, torch.zeros(7, 5), T, torch.zeros(7, 5), impl="triton_fused"),
         (ValueError, RuntimeError), r"triton_fused"),

@@ -625,8 +625,10 @@ def _pair_term(z, second, real, weight, both, params, TERM: tl.constexpr, OF_LOG
     p = exp(z - m) * (1.0 / total)
     if OF_LOGITS:
         y = exp(second - second_m) * (1.0 / second_total)
-        # One after the other: a large common offset would leave no digits of the second.
-        d = ((second - z) - (second_m - m)) - lag  # NaN of a class that neither row has, where no term looks at it
+        # One after the other: a large common offset would leave no digits of the second, nor would one of a row alone.
+        offset = second_m - m
+        d = tl.where(tl.abs(offset) > 16.0, (second - second_m) - (z - m), (second - z) - offset)
+        d -= lag  # NaN of a class that neither row has, where no term looks at it
     else:
         y = tl.where(real, second * params[0] + params[1], 0.0) * weight
         d = lag - (z - m)

@@ -274,7 +274,14 @@ struct PairRow {
     // Of the second row less that of the first: the largest, and log S; of targets the logits' log S. They are taken
     // off one after the other, since a large common offset would leave no digits of the second.
     V offset, lag;
+    decltype(V{} > V{}) far;  // whether far_rows(offset)
 };
+
+// log y - log p of a class in two rows of logits.
+template <typename T, typename V, typename R>
+FUSEDLOSS_INLINE V log_ratio(const PairRow<T, R>& row, V x, V second) {
+    return (row.far ? (second - row.second_max) - (x - row.max) : (second - x) - row.offset) - row.lag;
+}
 
 // The columns after a block, of which a loop over the block asks for a vector's at a time: memory and arithmetic
 // overlap.
@@ -297,7 +304,7 @@ template <typename Term, typename T, typename V, typename R>
 FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T, R>& row, V x, V second) {
     Both<V> both{};
     if constexpr (std::is_same_v<Term, EvenMixtureKl>) {
-        both.d = ((second - x) - row.offset) - row.lag;
+        both.d = log_ratio(row, x, second);
         const auto above = both.d > V{};
         both.larger = exp_bounded<T>(above ? second - row.second_max : x - row.max) *
                       (above ? V{} + row.second_inverse : V{} + row.inverse);
@@ -309,7 +316,7 @@ FUSEDLOSS_INLINE Both<V> both_of(const PairRow<T, R>& row, V x, V second) {
     both.p = exp_bounded<T>(x - row.max) * row.inverse;
     if constexpr (Term::of_logits) {
         both.y = exp_bounded<T>(second - row.second_max) * row.second_inverse;
-        both.d = ((second - x) - row.offset) - row.lag;
+        both.d = log_ratio(row, x, second);
     } else {
         both.y = second;
         both.d = row.lag - (x - row.max);
@@ -1255,7 +1262,7 @@ class Engine {
         const T sum = statistic[kSumExp * n], second_sum = more[kSecondSum * n];
         pair.max = statistic[kMax * n], pair.second_max = more[kSecondMax * n];
         pair.inverse = T(1) / sum, pair.second_inverse = T(1) / second_sum;
-        pair.offset = pair.second_max - pair.max;
+        pair.offset = pair.second_max - pair.max, pair.far = far_rows(pair.offset);
         pair.log_sum = std::log(sum), pair.second_log_sum = std::log(second_sum);
         pair.lag = has_teacher() ? std::log(second_sum / sum) : pair.log_sum;
         pair.inverse += pair.lag * T(0);  // a NaN among the teacher's logits
@@ -1606,7 +1613,8 @@ class Engine {
         if constexpr (Term::of_logits) {
             const Lanes other(second, classes, rows.target);
             pair.second_max = other.max, pair.second_inverse = other.inverse, pair.second_log_sum = other.log_sum;
-            pair.offset = other.max - s.max, pair.lag = log_positive<T>(other.sum_exp / s.sum_exp);
+            pair.offset = other.max - s.max, pair.far = far_rows(pair.offset);
+            pair.lag = log_positive<T>(other.sum_exp / s.sum_exp);
             second_sum = other.sum_exp;
         }
         T* const more = statistic(kStatistics + job_.picks());
@@ -1626,7 +1634,7 @@ class Engine {
         }
         const V lse = s.max + s.log_sum, z_slope = lse * (T(2) * z_loss);
         const V rounded = difference * (slope - difference * (curvature / 2));
-        const V loss = lse * lse * z_loss + (sum - rounded) * main + s.ce * hard;
+        const V loss = lse * z_loss * lse + (sum - rounded) * main + s.ce * hard;  // lse^2 may be infinite
         const V shift = slope * main - z_slope - hard;
         const V target_gradient = at_target * main - s.p * (slope * main - z_slope) - s.q * (hard / factor_);
         put(rows, static_cast<T*>(job_.loss), loss);

@@ -43,6 +43,7 @@ struct PairNumbers {
     // Of the second row less that of the first: the largest, and log S; of targets the logits' log S. They are taken
     // off one after the other, since a large common offset would leave no digits of the second.
     T offset, lag;
+    bool far;  // far_rows(offset)
     T params[kMaxParams];
 };
 
@@ -89,7 +90,7 @@ class PairRow {
         x.factor = common(kLogits);
         x.max = max, x.inverse = T(1) / sum, x.log_sum = std::log(sum);
         x.second_max = second_max, x.second_inverse = T(1) / second_sum, x.second_log_sum = std::log(second_sum);
-        x.offset = second_max - max;
+        x.offset = second_max - max, x.far = far_rows(x.offset);
         x.lag = Term::of_logits ? std::log(second_sum / sum) : x.log_sum;
         x.inverse += x.lag * T(0);  // a NaN among the teacher's logits
 #pragma unroll
@@ -189,7 +190,8 @@ class PairRow {
             const T second_lag = rounded_product(second, row.factor) - row.second_max;
             pair.y = fast_exp(second_lag) * row.second_inverse;
             // A class that neither row has: -inf less -inf. The difference of close logits is exact, of products not.
-            pair.d = pair.p + pair.y == T(0) ? T(0) : ((second - z) * row.factor - row.offset) - row.lag;
+            const T d = row.far ? second_lag - lag : (second - z) * row.factor - row.offset;
+            pair.d = pair.p + pair.y == T(0) ? T(0) : d - row.lag;
             if constexpr (Term::mixes) {
                 pair.log_p = lag - row.log_sum;
                 pair.log_y = second_lag - row.second_log_sum;

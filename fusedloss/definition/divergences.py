@@ -23,6 +23,15 @@ from .epilogue import Epilogue
 CLOSE = 0.25
 _TERMS = 14
 
+#: Where the largest logits of the two rows are so far apart, their own is taken from the logits of each first.
+FAR = 16.0
+
+
+def lag_between(second: Tensor, z: Tensor, second_top: Tensor, top: Tensor) -> Tensor:
+    """(second - second_top) - (z - top), with its digits where the rows are close and where they are far apart."""
+    offset = second_top - top
+    return torch.where(offset.abs() > FAR, (second - second_top) - (z - top), (second - z) - offset)
+
 
 def _excess(x: Tensor) -> Tensor:
     """exp(-x) - 1 + x by its series, for |x| <= CLOSE."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import IGNORED, check_indices, compute_dtype, may_read
-from .divergences import whole
+from .divergences import lag_between, whole
 from .epilogue import Epilogue
 from .projection import Form, dense_logits
 from .rows import Rows, Spec
@@ -110,7 +110,7 @@ def _against_second_row(z: Tensor, rows: Rows, epilogue: Epilogue, spec: Spec, s
     tops = [x.detach().amax(-1, keepdim=True) for x in (second, z)]
     second_top, top = (torch.where(x.isfinite(), x, 0) for x in tops)
     log_sums = (second - second_top).logsumexp(-1, keepdim=True) - (z - top).logsumexp(-1, keepdim=True)
-    d = ((second - z).masked_fill(none, 0) - (second_top - top)) - log_sums
+    d = lag_between(second, z, second_top, top).masked_fill(none, 0) - log_sums
     log_y = second.log_softmax(-1)
     base = epilogue.function(log_y, log_p, whole(log_y, log_p, d), *params[:-1]).sum(-1)
     ce = s.ce

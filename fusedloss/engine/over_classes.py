@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..checks import IGNORED
+from ..definition.divergences import lag_between
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Rows, Spec
 from ..definition.statistics import CE, MAX, STATISTICS, SUM_EXP, TARGET_LOGIT, Picks, Q, Statistics, Targets
@@ -231,7 +232,7 @@ class _PairLosses(torch.autograd.Function):
         loss = (main * torch.where(loss.isinf(), loss, loss - more)).to(q.dtype)
         lse = max_ + sum_exp.log()
         z_slope = 2 * z_loss * lse
-        loss = loss + z_loss * lse.square() + torch.where(hard == 0, 0, hard * plain[CE])
+        loss = loss + z_loss * lse * lse + torch.where(hard == 0, 0, hard * plain[CE])
         shift = main * slope.to(q.dtype) - z_slope
         p = (-statistics[CE]).exp()
         at_target = main * slope_at_target - p * shift - hard / factor * plain[Q]
@@ -265,7 +266,7 @@ class _PairLosses(torch.autograd.Function):
 def _slope_of(epilogue: Epilogue, student: Tensor, teacher: Tensor, params: Sequence[Tensor]) -> Tensor:
     """p df/dp of the targets' terms (N,), from statistics of whole rows."""
     # As in the passes, one after the other.
-    d = (teacher[TARGET_LOGIT] - student[TARGET_LOGIT]) - (teacher[MAX] - student[MAX])
+    d = lag_between(teacher[TARGET_LOGIT], student[TARGET_LOGIT], teacher[MAX], student[MAX])
     d = d - (teacher[SUM_EXP] / student[SUM_EXP]).log()
     with torch.enable_grad():
         log_p = (-student[CE]).requires_grad_()
