@@ -358,6 +358,10 @@ class TestSecondRow:
     test_against_the_formula = staticmethod(test_distillation.test_against_the_formula)
     test_close_rows_keep_their_digits = staticmethod(test_distillation.test_close_rows_keep_their_digits)
     test_masked_classes = staticmethod(test_distillation.test_masked_classes)
+    test_rows_far_from_0 = staticmethod(test_distillation.test_rows_far_from_0)
+    test_probabilities_too_small_to_divide_by = staticmethod(
+        test_distillation.test_probabilities_too_small_to_divide_by
+    )
     test_reductions_and_weights = staticmethod(test_distillation.test_reductions_and_weights)
     test_soft_targets = staticmethod(test_distillation.test_soft_targets)
     test_soft_targets_of_other_kinds = staticmethod(test_distillation.test_soft_targets_of_other_kinds)
