@@ -414,6 +414,23 @@ def test_too_many_classes_for_the_cuda_kernels():
         cuda.Cuda().forward(Job.new(rows, Spec("cuda")))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16], ids=str)
+def test_indices_of_small_dtypes(dtype, impl, generator):
+    """In which neither the number of classes nor an ignore_index has room; -100 is class 156 of uint8."""
+    z, teacher = (torch.randn(4, 300, generator=generator) for _ in range(2))
+    log_prob, index = teacher[:, :120].log_softmax(-1).topk(5)
+    target = torch.tensor([119, 3, 100, 7 if dtype == torch.int8 else 156])
+    own: dict[str, Any] = {"hard_weight": 0.5, "reduction": "none", "impl": impl}
+    for ignored in (-100, 3, 356, -253):
+        ours, right = (
+            fl.topk_distillation_loss(z, index.to(kind), log_prob, target=target.to(kind), ignore_index=ignored, **own)
+            for kind in (dtype, torch.int64)
+        )
+        assert_close(ours, right)
+    assert_close(fl.topk_distillation_loss(z, index.to(dtype), log_prob, impl=impl),
+                 fl.topk_distillation_loss(z, index, log_prob, impl=impl))  # fmt: skip
+
+
 def test_a_class_that_stands_for_the_target_is_none(impl):
     """Not even where its number is that of ignore_index, or where the student's logit is -inf."""
     z, teacher = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()

@@ -12,9 +12,10 @@ from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
 from ..definition.statistics import RowStats
+from ..engine.budgets import checked_budget
 from ..engine.dispatch import second_row_loss, without_target
 from ..engine.options import DISTILLATION_LACKS, DistillationOptions, LinearDistillationOptions
-from ..engine.project import project
+from ..engine.project import TEACHER_NAMES, project
 from ._linear import projected
 from ._registry import teacher_form
 
@@ -184,7 +185,11 @@ def linear_distillation_loss(
     """
     check_names("linear_distillation_loss", options, LinearDistillationOptions)
     projection, rest = projected(input, linear_weight, return_stats, options)
-    teacher = project([teacher_input], [teacher_weight], teacher_bias, teacher_softcap, None, False)
+    teacher = project(
+        [teacher_input], [teacher_weight], teacher_bias, teacher_softcap, None, False, names=TEACHER_NAMES
+    )
+    copies = 2 if projection.form.softcap == 0 else 3  # a chunk has the logits of both
+    checked_budget(options.get("budget"), copies * projection.shape[-1] * projection.dtype.itemsize)
     return _loss("distillation_loss", projection, teacher, divergence, beta, rest)
 
 

@@ -190,6 +190,8 @@ def _loss(
     if target is not None:
         target = local_rows(target)
         check_logits(input, target)
+        target = target.to(torch.int64)
+    index = index.to(torch.int64)  # a comparison rounds a number to a smaller dtype of the other side
     shards = shards_of(options.get("group"), input)
     if shards is not None:
         options["group"] = shards
