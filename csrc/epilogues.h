@@ -36,101 +36,33 @@ namespace fusedloss {
 
 constexpr int kMaxParams = 4;
 
-// What a row epilogue sees of its row. T is float, or double for float64 logits.
-template <typename T>
+// What a row epilogue sees of its row, or of rows side by side. X is float, double for float64 logits, or a vector of
+// rows; I are numbers of classes.
+template <typename X, typename I = int64_t>
 struct RowStatistics {
-    T max;      // m
-    T sum_exp;  // S
-    T log_sum;  // log S; lse = max + log_sum
-    T ce;       // accurate for p_t -> 1
-    T q;        // accurate for p_t -> 1
-    T p;        // p_t, accurate for p_t -> 0
-    T mean_ce;  // (1/V) sum_j w_j (lse - z_j), where asked
-    int64_t target;
+    X max;      // m
+    X sum_exp;  // S
+    X log_sum;  // log S; lse = max + log_sum
+    X ce;       // accurate for p_t -> 1
+    X q;        // accurate for p_t -> 1
+    X p;        // p_t, accurate for p_t -> 0
+    X mean_ce;  // (1/V) sum_j w_j (lse - z_j), where asked
+    I target;
     int picks;
-    const T* pick_logit;        // [picks]
-    const int64_t* pick_index;  // [picks]; negative: no such class
+    const X* pick_logit;  // [picks]
+    const I* pick_index;  // [picks]; negative: no such class
 
-    FUSEDLOSS_HD T pick_ce(int k) const { return pick_index[k] == target ? ce : log_sum + (max - pick_logit[k]); }
+    FUSEDLOSS_HD X pick_ce(int k) const { return pick_index[k] == target ? ce : log_sum + (max - pick_logit[k]); }
 };
 
 // The gradient of a row epilogue. d = a - b_t is kept in place of b_t: the target's gradient is d - a q,
 // which keeps its digits when p_t -> 1, where a p_t - b_t would cancel.
-template <typename T>
+template <typename X>
 struct RowGradient {
-    T loss;
-    T a;
-    T d;
-    T* b;  // [picks], zero on entry
-};
-
-// z^x for z in [0, 1] with the limits that the losses need: 0^0 = 1, and no NaN.
-template <typename T>
-FUSEDLOSS_HD T power(T z, T x) {
-    return x == T(0) ? T(1) : std::pow(z, x);
-}
-
-struct CrossEntropy {
-    static constexpr const char* name = "cross_entropy";
-    static constexpr int param_count = 0;
-    template <typename T>
-    static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T*, RowGradient<T>& g) {
-        g.loss = s.ce;
-        g.a = T(1);
-        g.d = T(0);
-    }
-};
-
-// L = lse
-struct LogSumExp {
-    static constexpr const char* name = "log_sum_exp";
-    static constexpr int param_count = 0;
-    template <typename T>
-    static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T*, RowGradient<T>& g) {
-        g.loss = s.max + s.log_sum;
-        g.a = T(1);
-        g.d = T(1);
-    }
-};
-
-// L = q^gamma ce; a = b_t = q^gamma (1 + gamma p_t r), r = ce / q -> 1, finite for every gamma >= 0.
-struct Focal {
-    static constexpr const char* name = "focal";
-    static constexpr int param_count = 1;
-    template <typename T>
-    static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
-        const T gamma = params[0];
-        const T modulation = power(s.q, gamma);
-        const T p = s.p;
-        const T ratio = s.q > T(0) ? s.ce / s.q : T(1);
-        g.loss = modulation * s.ce;
-        // p = 0 with an infinite ce would give 0 * inf; the limit is 0.
-        g.a = modulation * (T(1) + (p > T(0) ? gamma * p * ratio : T(0)));
-        g.d = T(0);
-    }
-};
-
-// L = (1 - alpha) ce_t + (alpha / K) sum_k ce_k over the K picks.
-struct MixedCrossEntropy {
-    static constexpr const char* name = "mixed_cross_entropy";
-    static constexpr int param_count = 1;
-    template <typename T>
-    static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
-        const T alpha = params[0];
-        const T share = alpha / T(s.picks);
-        T picked = T(0);
-        int others = 0;
-        for (int k = 0; k < s.picks; ++k) {
-            picked += s.pick_ce(k);
-            if (s.pick_index[k] == s.target) continue;  // already in d: b_t = 1 - alpha + share
-            g.b[k] = share;
-            ++others;
-        }
-        // 0 * inf where a class without probability has no share.
-        g.loss = (alpha < T(1) ? (T(1) - alpha) * s.ce : T(0)) + (alpha > T(0) ? share * picked : T(0));
-        g.a = T(1);
-        g.d = share * T(others);
-    }
+    X loss;
+    X a;
+    X d;
+    X* b;  // [picks], zero on entry
 };
 
 // z^x, and z^x - 1 where that would cancel.
@@ -139,11 +71,81 @@ struct Power {
     X value, minus_1;
 };
 
-template <typename T>
-FUSEDLOSS_HD Power<T> power_pair(T z, T x) {
-    const T minus_1 = x == T(0) ? T(0) : z > T(0) ? std::expm1(x * std::log(z)) : T(-1);
-    return {minus_1 > T(-0.5) ? T(1) + minus_1 : power(z, x), minus_1};
-}
+// Powers z^x for z in [0, 1] with the limits that the losses need: 0^0 = 1, and no NaN. The CPU engine has its own, of
+// vectors.
+struct ScalarPowers {
+    template <typename T>
+    static FUSEDLOSS_HD T value(T z, T x) {
+        return x == T(0) ? T(1) : std::pow(z, x);
+    }
+
+    template <typename T>
+    static FUSEDLOSS_HD Power<T> pair(T z, T x) {
+        const T minus_1 = x == T(0) ? T(0) : z > T(0) ? std::expm1(x * std::log(z)) : T(-1);
+        return {minus_1 > T(-0.5) ? T(1) + minus_1 : value(z, x), minus_1};
+    }
+};
+
+struct CrossEntropy {
+    static constexpr const char* name = "cross_entropy";
+    static constexpr int param_count = 0;
+    template <typename Pow = ScalarPowers, typename X, typename I>
+    static FUSEDLOSS_HD void run(const RowStatistics<X, I>& s, const X*, RowGradient<X>& g) {
+        g.loss = s.ce;
+        g.a = X{} + 1;
+        g.d = X{};
+    }
+};
+
+// L = lse
+struct LogSumExp {
+    static constexpr const char* name = "log_sum_exp";
+    static constexpr int param_count = 0;
+    template <typename Pow = ScalarPowers, typename X, typename I>
+    static FUSEDLOSS_HD void run(const RowStatistics<X, I>& s, const X*, RowGradient<X>& g) {
+        g.loss = s.max + s.log_sum;
+        g.a = X{} + 1;
+        g.d = X{} + 1;
+    }
+};
+
+// L = q^gamma ce; a = b_t = q^gamma (1 + gamma p_t r), r = ce / q -> 1, finite for every gamma >= 0.
+struct Focal {
+    static constexpr const char* name = "focal";
+    static constexpr int param_count = 1;
+    template <typename Pow = ScalarPowers, typename X, typename I>
+    static FUSEDLOSS_HD void run(const RowStatistics<X, I>& s, const X* params, RowGradient<X>& g) {
+        const X gamma = params[0];
+        const X modulation = Pow::value(s.q, gamma);
+        const X ratio = s.q > X{} ? s.ce / s.q : X{} + 1;
+        g.loss = modulation * s.ce;
+        // p = 0 with an infinite ce would give 0 * inf; the limit is 0.
+        g.a = modulation * (1 + (s.p > X{} ? gamma * s.p * ratio : X{}));
+        g.d = X{};
+    }
+};
+
+// L = (1 - alpha) ce_t + (alpha / K) sum_k ce_k over the K picks.
+struct MixedCrossEntropy {
+    static constexpr const char* name = "mixed_cross_entropy";
+    static constexpr int param_count = 1;
+    template <typename Pow = ScalarPowers, typename X, typename I>
+    static FUSEDLOSS_HD void run(const RowStatistics<X, I>& s, const X* params, RowGradient<X>& g) {
+        const X alpha = params[0];
+        const X share = alpha / float(s.picks);
+        X picked{}, others{};
+        for (int k = 0; k < s.picks; ++k) {
+            picked += s.pick_ce(k);
+            const auto already = s.pick_index[k] == s.target;  // in d: b_t = 1 - alpha + share
+            g.b[k] = already ? X{} : share;
+            others += already ? X{} : X{} + 1;
+        }
+        // 0 * inf where a class without probability has no share.
+        g.loss = (alpha < 1 ? (1 - alpha) * s.ce : X{}) + (alpha > X{} ? share * picked : X{});
+        g.a = X{} + 1;
+        g.d = share * others;
+    }
+};
 
 // Losses of overlap, 1 - (agreement + s) / (error + agreement + s) = E / (E + C + s), which nothing cancels in. A math
 // functor gives what a probability p adds to the error E and to the agreement C of its class:
@@ -294,14 +296,13 @@ template <typename Math>
 struct OnTarget {
     static constexpr int param_count = Math::count + 1;
 
-    template <typename T>
-    static FUSEDLOSS_HD void run(const RowStatistics<T>& s, const T* params, RowGradient<T>& g) {
-        const T p = s.p;
-        T h;
-        g.loss = OneVsRest<Math>::positive(p, s.q, power_pair(s.q, Math::exponent(params)), T(1), params, h);
+    template <typename Pow = ScalarPowers, typename X, typename I>
+    static FUSEDLOSS_HD void run(const RowStatistics<X, I>& s, const X* params, RowGradient<X>& g) {
+        X h;
+        g.loss = OneVsRest<Math>::positive(s.p, s.q, Pow::pair(s.q, Math::exponent(params)), X{} + 1, params, h);
         // dL/dz_j = L'(p) p ([j == t] - p_j); where q underflows every p_j of the others is 0 too.
-        g.a = s.q > T(0) ? -p * h / s.q : T(0);
-        g.d = T(0);
+        g.a = s.q > X{} ? -s.p * h / s.q : X{};
+        g.d = X{};
     }
 };
 
@@ -597,13 +598,13 @@ struct Shared {
     T weight_sum;  // sum_j w_j, V without weights
 };
 
-template <typename T>
-FUSEDLOSS_HD void apply_shared(const RowStatistics<T>& s, const Shared<T>& shared, T weight, int64_t classes,
-                               RowGradient<T>& g) {
-    const T lse = s.max + s.log_sum;
-    const T z_slope = shared.z_loss != T(0) ? T(2) * shared.z_loss * lse : T(0);
+template <typename T, typename X, typename I>
+FUSEDLOSS_HD void apply_shared(const RowStatistics<X, I>& s, const Shared<T>& shared, X weight, int64_t classes,
+                               RowGradient<X>& g) {
+    const X lse = s.max + s.log_sum;
+    const X z_slope = shared.z_loss != T(0) ? T(2) * shared.z_loss * lse : X{};
     const T spread = shared.smooth * shared.weight_sum;
-    const T z_term = shared.z_loss != T(0) ? shared.z_loss * lse * lse : T(0);
+    const X z_term = shared.z_loss != T(0) ? shared.z_loss * lse * lse : X{};
     g.loss = weight * (shared.main * g.loss + z_term);
     if (shared.smooth != T(0)) g.loss += shared.smooth * T(classes) * s.mean_ce;
     g.a = weight * (shared.main * g.a + z_slope) + spread;

@@ -430,6 +430,7 @@ template <typename S>
 class Engine {
     using T = typename ComputeOf<S>::type;
     using V = typename VectorOf<T>::Value;
+    using Bits = typename VectorOf<T>::Bits;
     static constexpr int width = VectorOf<T>::width;
 
    public:
@@ -797,7 +798,7 @@ class Engine {
         V max = splat(-kInfinity<T>), rest = splat(T(0)), mean = splat(T(0));
         V low = rest, ties = rest, excess = rest, square = rest, power[kTerms<T>] = {};
         const T* const weight = class_weight();
-        typename VectorOf<T>::Bits to_hole = lanes<T>() - hole;
+        Bits to_hole = lanes<T>() - hole;
         each_vector<InOrder>(z + from, count, [&](V x, int64_t at, int size) {
             max = greater(x, max);
             V e = exp_bounded<T>(x - base);
@@ -906,7 +907,6 @@ class Engine {
 
     // The first of the columns that holds the value; negative if none does.
     FUSEDLOSS_ONE_COPY int64_t find(const S* z, int64_t count, T value) const {
-        using Bits = typename VectorOf<T>::Bits;
         Bits column = lanes<T>(), first = Bits{} + kBlock;
         each_vector<true>(z, count, [&](V x, int64_t, int) {
             const Bits here = x == value ? column : Bits{} + kBlock;
@@ -1067,11 +1067,11 @@ class Engine {
 
     template <typename Term>
     static T positive_term(T p, T q, T weight, const T* params, T& h) {
-        return Term::positive(p, q, power_pair(q, Term::exponent(params)), weight, params, h);
+        return Term::positive(p, q, ScalarPowers::pair(q, Term::exponent(params)), weight, params, h);
     }
     template <typename Term>
     static T negative_term_at(T p, T q, const T* params, T& h) {
-        return Term::negative(p, q, Power<T>{power(q, Term::exponent(params)), T(0)}, params, h);
+        return Term::negative(p, q, Power<T>{ScalarPowers::value(q, Term::exponent(params)), T(0)}, params, h);
     }
 
     // Blocks whose powers are not in hand are read once more.
@@ -1093,7 +1093,7 @@ class Engine {
 
     // Takes the target and the top class from the columns of a block.
     struct Holes {
-        typename VectorOf<T>::Bits to_top, to_target;
+        Bits to_top, to_target;
         bool any;
 
         Holes(const ClassRow<T>& row, int64_t from, int64_t to) : to_top(lanes<T>()), to_target(lanes<T>()) {
@@ -1387,7 +1387,6 @@ class Engine {
 
     // The softmax of the rows in the lanes; `e` is exp(x - max).
     struct Lanes {
-        using Bits = typename VectorOf<T>::Bits;
         V e[kNarrow];
         V max, target_logit, sum_exp, inverse, log_sum, ce, p, q, top_rest;
         Bits top{};
@@ -1414,30 +1413,41 @@ class Engine {
         }
     };
 
+    // Powers of the rows in the lanes.
+    struct LanePowers {
+        static FUSEDLOSS_INLINE V value(V z, V x) { return pair(z, x).value; }
+        static FUSEDLOSS_INLINE Power<V> pair(V z, V x) {
+            V value;
+            const V minus_1 = powm1_bounded<T>(z, x, value);
+            return {x == T(0) ? splat(T(1)) : value, x == T(0) ? V{} : minus_1};
+        }
+    };
+
     // Rows side by side. An ignored row is left to the scalar code, and one with a logit that is not finite: in their
     // lanes, and in those after the last row, the logits are 0.
     struct Group {
         int64_t first;
         int count;
         bool alone[width] = {};
-        typename VectorOf<T>::Bits target{};
+        Bits target{};
     };
 
-    // Takes the rows' columns, read(row, column), and leaves those with a number that is not finite alone.
-    template <typename Read>
-    FUSEDLOSS_INLINE void take_lanes(Group& rows, const Read& read, V* x) const {
+    // Takes the rows' columns, of(what is stored, column), and leaves those with a number that is not finite alone.
+    template <typename Stored, typename Of>
+    FUSEDLOSS_INLINE void take_lanes(Group& rows, const Stored* from, int64_t stride, const Of& of, V* x) const {
         const int classes = static_cast<int>(job_.classes);
-        T lane[kNarrow][width];
+        Stored lane[kNarrow][width];
         for (int i = 0; i < width; ++i) {
             const bool here = i < rows.count && !rows.alone[i];
-            for (int j = 0; j < classes; ++j) lane[j][i] = here ? read(rows.first + i, j) : T(0);
+            const Stored* const row = from + (rows.first + i) * stride;
+            for (int j = 0; j < classes; ++j) lane[j][i] = here ? row[j] : Stored{};
         }
         V zero{};
-        for (int j = 0; j < classes; ++j) zero += (x[j] = load(lane[j])) * T(0);
+        for (int j = 0; j < classes; ++j) zero += (x[j] = of(load(lane[j]), j)) * T(0);
         if (total<T>(zero) == T(0)) return;
         const auto finite = zero == V{};
         for (int j = 0; j < classes; ++j) x[j] = finite ? x[j] : V{};
-        rows.target = finite ? rows.target : typename VectorOf<T>::Bits{};
+        rows.target = finite ? rows.target : Bits{};
         for (int i = 0; i < width; ++i) rows.alone[i] = rows.alone[i] || zero[i] != T(0);
     }
 
@@ -1458,12 +1468,14 @@ class Engine {
         return load(lane);
     }
 
+    FUSEDLOSS_INLINE V weights_of(Bits columns) const {
+        T weights[width];
+        for (int i = 0; i < width; ++i) weights[i] = weight_of(columns[i]);
+        return load(weights);
+    }
+
     static void put(const Group& rows, T* to, V v) {
         rows.count == width ? store(to + rows.first, v) : store_part(to + rows.first, rows.count, v);
-    }
-    static V get(const Group& rows, const T* from) {
-        const T* const x = from + rows.first;
-        return rows.count == width ? load(x) : load_part(x, rows.count, T(0), x + rows.count);
     }
     T* statistic(int k) const { return static_cast<T*>(job_.statistics) + k * job_.rows; }
     T* coefficient(int k) const { return static_cast<T*>(job_.coefficients) + k * job_.rows; }
@@ -1483,7 +1495,7 @@ class Engine {
     // The gradients in the lanes, and what is left to the scalar code.
     template <typename Functor>
     void finish_group(const Group& rows, const V* g, const Engine& gradient, Scratch<T>& scratch) const {
-        T lane[kNarrow][width];
+        S lane[kNarrow][width];
         for (int j = 0; job_.grad && j < job_.classes; ++j) store(lane[j], g[j]);
         for (int i = 0; i < rows.count; ++i) {
             const int64_t row = rows.first + i;
@@ -1492,7 +1504,7 @@ class Engine {
                 if (job_.grad) gradient.template write_gradient<TermOf<Functor>>(row, 1, scratch);
             } else if (job_.grad) {
                 S* const grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
-                for (int j = 0; j < job_.classes; ++j) write(grad + j, lane[j][i]);
+                for (int j = 0; j < job_.classes; ++j) grad[j] = lane[j][i];
             }
         }
     }
@@ -1513,7 +1525,7 @@ class Engine {
         const int classes = static_cast<int>(job_.classes);
         Group rows = group_at(first);
         V x[kNarrow], params[kMaxParams];
-        take_lanes(rows, [&](int64_t row, int j) { return logit(logits(row) + j); }, x);
+        take_lanes(rows, logits(0), job_.row_stride, [&](V z, int) { return z * factor_; }, x);
         for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
             const T* const param = static_cast<const T*>(job_.param[k]);
             params[k] = lanes_of(rows, [&](int64_t row) { return param[row * job_.param_stride[k]]; });
@@ -1525,21 +1537,19 @@ class Engine {
         const V factor = lanes_of(rows, [&](int64_t row) { return upstream_of(row); });
         if constexpr (is_one_of<Functor>(ClassTerms{})) {
             const T z_loss = common(kZLoss);
-            T weights[width];
-            for (int i = 0; i < width; ++i) weights[i] = weight_of(target[i]);
-            const V target_weight = load(weights), lse = s.max + s.log_sum, z_weight = target_weight * z_loss;
+            const V target_weight = weights_of(target), lse = s.max + s.log_sum, z_weight = target_weight * z_loss;
             const V z_slope = z_weight * lse * T(2);
             const V top_q = s.top_rest * inverse, top_p = inverse;
             const V target_q = target == top ? top_q : T(1) - p, target_p = target == top ? top_p : p;
             V target_h, top_h{}, slope{}, slopes[kNarrow];
             V loss = z_weight * lse * lse;
-            loss += Functor::positive(target_p, target_q, power_vector(target_q, Functor::exponent(params)),
+            loss += Functor::positive(target_p, target_q, LanePowers::pair(target_q, Functor::exponent(params)),
                                       target_weight, params, target_h);
             for (int j = 0; j < classes; ++j) {
                 const V p_j = top == j ? top_p : s.e[j] * inverse;
                 const V q_j = top == j ? top_q : T(1) - p_j;
                 V h;
-                V f = Functor::negative(p_j, q_j, power_vector(q_j, Functor::exponent(params)), params, h);
+                V f = Functor::negative(p_j, q_j, LanePowers::pair(q_j, Functor::exponent(params)), params, h);
                 const T w = weight_of(j);
                 h = target == j ? target_h : h * w;
                 loss += target == j ? V{} : f * w;
@@ -1563,23 +1573,24 @@ class Engine {
                 x[j] = target == j ? target_gradient * factor : g;
             }
         } else if constexpr (!std::is_void_v<Functor>) {
-            for (int i = 0; i < rows.count; ++i) {
-                if (rows.alone[i]) continue;
-                const int64_t index = top[i];
-                const T logit = s.max[i];
-                const RowStatistics<T> row{logit, s.sum_exp[i], s.log_sum[i], s.ce[i], s.q[i], p[i],
-                                           T(0),  target[i],    job_.top_k,   &logit,  &index};
-                finish<Functor>(first + i, 1, row, scratch);
-            }
-            if (job_.grad) {
-                const V a = get(rows, coefficient(kA)) * inverse * factor;
-                const V at_target = get(rows, coefficient(kTargetGradient)) * factor;
-                const V b = job_.top_k > 0 ? get(rows, coefficient(kCoefficients)) * factor : V{};
-                const V u = factor * common(kSmooth);
-                for (int j = 0; j < classes; ++j) {
-                    const V g = target == j ? at_target : s.e[j] * a - u * weight_of(j);
-                    x[j] = top == j ? g - b : g;
-                }
+            const RowStatistics<V, Bits> row{s.max, s.sum_exp, s.log_sum,  s.ce,   s.q,   p,
+                                             V{},   target,    job_.top_k, &s.max, &s.top};
+            V b{};
+            RowGradient<V> g;
+            g.b = &b;
+            Functor::template run<LanePowers>(row, params, g);
+            const V weight = weights_of(target), smooth = splat(common(kSmooth));
+            apply_shared(row, shared(), weight, job_.classes, g);
+            const V target_gradient = g.d - g.a * s.q - smooth * weight;
+            put(rows, static_cast<T*>(job_.loss), g.loss);
+            put(rows, coefficient(kA), g.a);
+            put(rows, coefficient(kU), smooth);
+            put(rows, coefficient(kTargetGradient), target_gradient);
+            if (job_.top_k > 0) put(rows, coefficient(kCoefficients), b);
+            const V a = g.a * inverse * factor, of_top = b * factor, u = smooth * factor;
+            for (int j = 0; job_.grad && j < classes; ++j) {
+                const V grad = target == j ? target_gradient * factor : s.e[j] * a - u * weight_of(j);
+                x[j] = top == j ? grad - of_top : grad;
             }
         }
         finish_group<Functor>(rows, x, gradient, scratch);
@@ -1590,20 +1601,16 @@ class Engine {
     FUSEDLOSS_ONE_COPY void pair_group(int64_t first, const T* params, const Engine& gradient,
                                        Scratch<T>& scratch) const {
         const int classes = static_cast<int>(job_.classes);
-        const auto at = [&](int64_t row, int j) { return row * job_.second_row_stride + j; };
         Group rows = group_at(first);
         V x[kNarrow], second[kNarrow];
-        take_lanes(rows, [&](int64_t row, int j) { return logit(logits(row) + j); }, x);
-        take_lanes(
-            rows,
-            [&](int64_t row, int j) {
-                if constexpr (Term::of_logits) {
-                    return logit(static_cast<const S*>(job_.second) + at(row, j));
-                } else {
-                    return (static_cast<const T*>(job_.second)[at(row, j)] * params[0] + params[1]) * weight_of(j);
-                }
-            },
-            second);
+        const auto of_logits = [&](V z, int) { return z * factor_; };
+        take_lanes(rows, logits(0), job_.row_stride, of_logits, x);
+        if constexpr (Term::of_logits) {
+            take_lanes(rows, static_cast<const S*>(job_.second), job_.second_row_stride, of_logits, second);
+        } else {
+            const auto of_targets = [&](V y, int j) { return (y * params[0] + params[1]) * weight_of(j); };
+            take_lanes(rows, static_cast<const T*>(job_.second), job_.second_row_stride, of_targets, second);
+        }
         const Lanes s(x, classes, rows.target);
         put_statistics(rows, s);
         PairRow<T, V> pair{};
@@ -1649,13 +1656,6 @@ class Engine {
         finish_group<AnyPair>(rows, x, gradient, scratch);
     }
 
-    // q^x, for x >= 0
-    static Power<V> power_vector(V q, V x) {
-        V value;
-        const V minus_1 = powm1_bounded<T>(q, x, value);
-        return {x == T(0) ? splat(T(1)) : value, x == T(0) ? V{} : minus_1};
-    }
-
     // --- sums over the rows ---
 
     // 1 - p of a row's top class, for which only p > 0.5 needs a look at the other classes.
@@ -1689,7 +1689,7 @@ class Engine {
             const bool is_top = target == top;
             const T p = is_top ? inverse : std::exp(logit(z + target) - max) * inverse;
             const T q = is_top ? top_q : T(1) - p;
-            const Overlap<T> x = Term::Math::positive(p, q, power_pair(q, Term::exponent(params)), params);
+            const Overlap<T> x = Term::Math::positive(p, q, ScalarPowers::pair(q, Term::exponent(params)), params);
             error[target] += double(weight * x.error);
             agreement[target] += double(weight * x.agreement);
         }

@@ -179,11 +179,11 @@ class ColumnSums {
         const T q = is_top ? x.top_q : T(1) - p;
         T error, agreement = 0, slope;
         if (begin_ + column == x.target) {
-            const Overlap<T> overlap = Term::Math::positive(p, q, power_pair(q, x.exponent), x.params);
+            const Overlap<T> overlap = Term::Math::positive(p, q, ScalarPowers::pair(q, x.exponent), x.params);
             error = overlap.error;
             agreement = overlap.agreement;
         } else {
-            error = Term::negative(p, q, Power<T>{power(q, x.exponent), T(0)}, x.params, slope);
+            error = Term::negative(p, q, Power<T>{ScalarPowers::value(q, x.exponent), T(0)}, x.params, slope);
         }
 #pragma unroll
         for (int k = 0; k < pack; ++k) {

@@ -583,7 +583,7 @@ class RowPart {
             rest += s.p * s.sum_exp;
             target_p = s.p;
             const T q = T(1) - target_p;
-            loss += Term::positive(target_p, q, power_pair(q, exponent), target_weight, params, h);
+            loss += Term::positive(target_p, q, ScalarPowers::pair(q, exponent), target_weight, params, h);
             target_g = h / q;
             slope += double(target_p) * target_g;
         }
@@ -591,10 +591,11 @@ class RowPart {
         // row is flat.
         const T top_q = T(rest) * inverse, top_p = inverse;
         if (is_top) {
-            loss += Term::positive(top_p, top_q, power_pair(top_q, exponent), target_weight, params, h);
+            loss += Term::positive(top_p, top_q, ScalarPowers::pair(top_q, exponent), target_weight, params, h);
         } else {
             const T weight = weight_of(x.top);
-            loss += weight * Term::negative(top_p, top_q, Power<T>{power(top_q, exponent), T(0)}, params, h);
+            loss +=
+                weight * Term::negative(top_p, top_q, Power<T>{ScalarPowers::value(top_q, exponent), T(0)}, params, h);
             h *= weight;
         }
         // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q underflows,
