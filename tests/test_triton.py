@@ -362,7 +362,7 @@ def test_linear_distillation(dtype, reduction, generator, kernel_calls):
     for impl, kind in (("triton", dtype), ("reference", torch.float64)):
         own = [x.to(kind).requires_grad_(i in (0, 1, 4)) for i, x in enumerate(sources)]
         *layers, bias, teacher_bias = own
-        budget = 3 * 3 * 300 * dtype.itemsize  # the logits, the softcap's tanh and the teacher's
+        budget = 3 * 3 * 300 * kind.itemsize  # the logits, the softcap's tanh and the teacher's
         loss = fl.linear_distillation_loss(
             *layers, linear_bias=bias, teacher_bias=teacher_bias, budget=budget, impl=impl, **options
         )
