@@ -15,8 +15,9 @@
 // y is a second row over the classes: a teacher's probabilities, or targets.
 //
 // To add a loss: write its functor, with its name and the number of its parameters, and put it into RowEpilogues,
-// ClassTerms or PairTerms at the end of this file. A loss of overlap, such as dice, is one math functor that the three
-// forms below make epilogues of.
+// ClassTerms or PairTerms at the end of this file. It is a template of X, a scalar or a vector of rows, and a row
+// epilogue takes its powers from Pow, which has those of X. A loss of overlap, such as dice, is one math functor that
+// the three forms below make epilogues of.
 #pragma once
 
 #include <cmath>
