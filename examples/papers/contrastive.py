@@ -35,7 +35,7 @@ from report import table
 from tables import spread
 from training import LOSSES
 
-QUICK = {"seeds": 2, "sizes": [20], "noise": [0.0, 0.3]}
+QUICK = {"seeds": 1, "sizes": [20], "noise": [0.0, 0.3]}
 
 #: What --grid takes, of each with each.
 LAMS = (0.1, 0.5, 0.9)
