@@ -364,8 +364,8 @@ struct Both {
 template <typename T>
 constexpr T kFar = sizeof(T) == 4 ? T(88) : T(709);
 
-// Whether the largest logits of two rows differ by so much that each row's own is taken from its logits, before one row
-// is from the other. The difference of logits has its digits where the rows are close; a far one would leave it none.
+// Whether the largest logits of two rows differ so much that each row's own is subtracted from its logits first. The
+// difference of two logits keeps the digits of close rows, and loses them where one row lies far from the other.
 template <typename X>
 FUSEDLOSS_HD auto far_rows(X offset) {
     return (offset > X{} + 16) | (offset < X{} - 16);

@@ -190,7 +190,7 @@ def test_rows_far_from_0(divergence, impl, generator):
     for classes in (5, 300):
         z, t = problem(generator, classes, dtype=torch.float32)
         apart = [(x + 1e4, y) for x, y in ((z, t), (t, z), (z, z), (z - 2e4, z))]
-        # Whose largest logit is not the other row's; in few columns, the square of its log-sum-exp is infinite.
+        # The largest logits are of different classes, and the square of the log-sum-exp is infinite.
         sure = torch.zeros(1, classes).index_fill(1, torch.tensor(1), 1e30)
         apart += [(z, sure.expand_as(z)), (sure.expand_as(z), z.clamp(-1, 1))]
         for x, y in apart:
@@ -205,7 +205,7 @@ def test_rows_far_from_0(divergence, impl, generator):
 
 @pytest.mark.parametrize("divergence", BETA)
 def test_probabilities_too_small_to_divide_by(divergence, impl, generator):
-    """Whose inverse is infinite: of a class that adds nothing."""
+    """Classes whose mixture is so small that its inverse is infinite add nothing."""
     for dtype, lags in ((torch.float32, (80, 95)), (torch.float64, (700, 720))):
         z = torch.linspace(*lags, 100, dtype=dtype).neg().repeat(2, 1)
         z[:, :70], t = 0, z + 0.1 * torch.randn(2, 100, generator=generator, dtype=dtype)

@@ -416,7 +416,7 @@ def test_too_many_classes_for_the_cuda_kernels():
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16], ids=str)
 def test_indices_of_small_dtypes(dtype, impl, generator):
-    """In which neither the number of classes nor an ignore_index has room; -100 is class 156 of uint8."""
+    """They have no room for the number of classes or for an ignore_index: -100 is class 156 of uint8."""
     z, teacher = (torch.randn(4, 300, generator=generator) for _ in range(2))
     log_prob, index = teacher[:, :120].log_softmax(-1).topk(5)
     target = torch.tensor([119, 3, 100, 7 if dtype == torch.int8 else 156])

@@ -23,12 +23,12 @@ from .epilogue import Epilogue
 CLOSE = 0.25
 _TERMS = 14
 
-#: Where the largest logits of the two rows are so far apart, their own is taken from the logits of each first.
+#: Where the largest logits of two rows differ by more than this, each row's own is subtracted from its logits first.
 FAR = 16.0
 
 
 def lag_between(second: Tensor, z: Tensor, second_top: Tensor, top: Tensor) -> Tensor:
-    """(second - second_top) - (z - top), with its digits where the rows are close and where they are far apart."""
+    """Compute (second - second_top) - (z - top) in the order that keeps its digits, for close rows and for far ones."""
     offset = second_top - top
     return torch.where(offset.abs() > FAR, (second - second_top) - (z - top), (second - z) - offset)
 

@@ -191,7 +191,7 @@ def _loss(
         target = local_rows(target)
         check_logits(input, target)
         target = target.to(torch.int64)
-    index = index.to(torch.int64)  # a comparison rounds a number to a smaller dtype of the other side
+    index = index.to(torch.int64)  # a comparison converts a number to the tensor's dtype, where it may wrap around
     shards = shards_of(options.get("group"), input)
     if shards is not None:
         options["group"] = shards
