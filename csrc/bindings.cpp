@@ -1,4 +1,5 @@
 // Python bindings of the CPU engine.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -82,6 +83,11 @@ int64_t first_invalid(Address target, int64_t count, int64_t classes, int64_t ig
     return -1;
 }
 
+int64_t count_valid(Address target, int64_t count, int64_t ignored) {
+    const int64_t* t = at<const int64_t>(target);
+    return count - std::count(t, t + count, ignored);
+}
+
 // A fresh gradient costs more in page faults than in arithmetic; huge pages give most of that back. A hint:
 // the kernel may ignore it, and memory that is already mapped is left as it is.
 void advise_huge_pages(Address address, int64_t bytes) {
@@ -118,6 +124,7 @@ PYBIND11_MODULE(_engine, module) {
     def("class_terms", &InstructionSet::class_terms);
     module.def("first_invalid", &first_invalid, py::arg("target"), py::arg("count"), py::arg("classes"),
                py::arg("ignored"), py::arg("lowest") = 0);
+    module.def("count_valid", &count_valid);
     module.def("advise_huge_pages", &advise_huge_pages);
     module.def("epilogues", &epilogues);
     module.def("set_threads_after_fork", [](int threads) {

@@ -324,6 +324,8 @@ def _changes(pairs: int) -> dict[str, list[Callable[[Any], Any]]]:
         of_hidden = [Tensor.long, strided, lambda x: x.t().contiguous().t(), lambda x: x[None], lambda x: x[0]]
         of_weight = []
     last = max(pairs - 1, 0)
+    # One number stands for all rows of logits in hand.
+    of_rows = [Tensor.double, lambda x: x[:-1], lambda x: x[0] if pairs else x[None], meta]
     return {
         "hidden": [*(at(last, change) for change in of_hidden), lambda x: [], lambda x: [*x, x[0]]],
         "weight": [*(at(last, change) for change in of_weight), lambda x: [*x, torch.ones(CLASSES, 4)]],
@@ -335,8 +337,8 @@ def _changes(pairs: int) -> dict[str, list[Callable[[Any], Any]]]:
                        lambda x: torch.zeros(ROWS).long(), lambda x: torch.zeros(3, ROWS).long().t()],
         "params": [at(0, change) for change in (Tensor.double, lambda x: x.expand(9), lambda x: x.view(1, 1), meta)],
         "scalars": [Tensor.double, strided, lambda x: x[:-1], lambda x: x[None]],
-        "row_weight": [Tensor.double, lambda x: x[:-1], lambda x: x[0], meta],
-        "upstream": [Tensor.double, lambda x: x[:-1], lambda x: x[0], meta],
+        "row_weight": of_rows,
+        "upstream": of_rows,
         "statistics": [Tensor.double, strided, lambda x: x[:-1], lambda x: x[:, :-1], lambda x: x[0], meta],
         "index": [Tensor.int, strided, lambda x: x[:, :-1], lambda x: x[0], lambda x: x[0, 0]],
         "coefficients": [Tensor.double, strided, lambda x: x[:-1], lambda x: x[:, :-1]],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import IGNORED
 from ..definition.rows import Job, Rows, Spec
 from ..definition.statistics import COEFFICIENTS, A, Q, U
 
@@ -75,6 +76,10 @@ class Backend:
     @property
     def epilogues(self) -> Epilogues:
         raise NotImplementedError
+
+    def count(self, target: Tensor) -> int:
+        """Return how many targets, which the host may read, are not ignored."""
+        return int((target != IGNORED).count_nonzero())
 
     def forward(self, job: Job) -> None:
         """The statistics pass and, with an epilogue, its loss and coefficients."""
@@ -151,6 +156,11 @@ class Backend:
 def is_over_classes(backend: Backend, spec: Spec) -> bool:
     """Tell whether the epilogue is a class term: its gradient has another form than that of a row."""
     return spec.epilogue in backend.epilogues.classes or spec.epilogue in backend.epilogues.pairs
+
+
+def row_stride(x: Tensor | None) -> int:
+    """Return the stride of a tensor of rows (N,); 0 of one number for all rows, and of none."""
+    return 0 if x is None or x.dim() == 0 else x.stride(0)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

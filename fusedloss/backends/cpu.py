@@ -83,6 +83,11 @@ class Cpu(Backend):
         # Up to 64 columns are computed side by side. The terms of two rows take longer to compute than to keep.
         return rows.hidden[0].shape[1] <= 64 or len(rows.teacher) > 0
 
+    def count(self, target: Tensor) -> int:
+        if type(target) is not Tensor:  # which may hold no memory of its own
+            return super().count(target)
+        return int(_engine.count_valid(target.data_ptr(), target.numel(), IGNORED))
+
     def forward(self, job: Job) -> None:
         rows, spec, target, classes = job.rows, job.spec, job.rows.target, job.rows.hidden[0].shape[1]
         if _engine.first_invalid(target.data_ptr(), target.numel(), classes, IGNORED) >= 0:

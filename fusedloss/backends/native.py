@@ -71,7 +71,7 @@ def native(
         0 if grad is None else grad.data_ptr(),
         0 if grad is None else grad.stride(0),
         0 if upstream is None else upstream.data_ptr(),
-        0 if upstream is None else upstream.stride(0),
+        0 if upstream is None or not upstream.dim() else upstream.stride(0),
         0 if sums is None else sums.data_ptr(),
         0 if job.top_q is None else job.top_q.data_ptr(),
         torch.get_num_threads(),

@@ -13,7 +13,7 @@ from ..checks import IGNORED, check_indices
 from ..definition.projection import Form
 from ..definition.rows import Job, Rows, Spec
 from ..definition.statistics import COEFFICIENTS, SECONDS, Q
-from .base import Backend, Epilogues, is_over_classes
+from .base import Backend, Epilogues, is_over_classes, row_stride
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -137,7 +137,7 @@ def _term(name: str | None) -> dict[str, Any]:
 
 
 def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return tuple(params), tuple(p.stride(0) if p.dim() else 0 for p in params)
+    return tuple(params), tuple(map(row_stride, params))
 
 
 class Triton(Backend):
@@ -200,7 +200,7 @@ class Triton(Backend):
             job.grad,
             0 if job.grad is None else job.grad.stride(0),
             job.upstream,
-            0 if job.upstream is None else job.upstream.stride(0),
+            row_stride(job.upstream),
             moments,
             source.rows,
             source.classes,
@@ -263,7 +263,7 @@ class Triton(Backend):
             job.index,
             job.coefficients,
             job.upstream,
-            0 if job.upstream is None else job.upstream.stride(0),
+            row_stride(job.upstream),
             *_params(params),
             job.grad,
             job.grad.stride(0),
@@ -313,7 +313,7 @@ class Triton(Backend):
             job.coefficients,
             job.statistics[Q],
             upstream,
-            0 if upstream is None else upstream.stride(0),
+            row_stride(upstream),
             largest_weight,
             job.rows.scalars,
             norms,
@@ -388,7 +388,7 @@ def _pair_gradient_pass(job: Job) -> None:
         job.statistics[-SECONDS:],
         job.coefficients,
         job.upstream,
-        0 if job.upstream is None else job.upstream.stride(0),
+        row_stride(job.upstream),
         job.grad,
         job.grad.stride(0),
         source.rows,
@@ -433,7 +433,7 @@ def _class_sums(job: Job) -> Tensor:
         where,
         target,
         job.upstream,
-        0 if job.upstream is None else job.upstream.stride(0),
+        row_stride(job.upstream),
         job.statistics,
         job.index,
         top_q,

@@ -36,15 +36,15 @@ def parameters(
     if symbolic:
         made = [parameter(x, dtype, device) for x in params]
         return made, torch.stack([parameter(x, dtype, device) for x in common]) if common else None
-    whole, own = _of(tuple(numbers), dtype, device) if numbers else (None, ())
+    whole, own = kept(tuple(numbers), dtype, device) if numbers else (None, ())
     made, rest = [], iter(own)
     for x in params:
         made.append(parameter(x, dtype, device) if isinstance(x, Tensor) else next(rest))
     return made, whole[-len(common) :] if common and whole is not None else None
 
 
-def _of(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Return the numbers as one tensor and as 0-d ones."""
+def kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the numbers as one tensor and as 0-d ones, never to be written to."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     # A mode would have a kept tensor be one of its own; a trace would differ from the next, which finds it kept;
     # autograd saves none of inference mode; and what a CUDA graph reads has to live as long as it does.

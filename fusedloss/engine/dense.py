@@ -81,7 +81,9 @@ class _Total(torch.autograd.Function):
                 some = rows._replace(hidden=[z], target=rows.target[part], params=params)
                 loss = reference.losses_over_classes(some, epilogue, spec)
             check_sources(loss, [z])
-            upstream = torch.ones_like(loss) if row_weight is None else row_weight[part]
+            upstream = torch.ones_like(loss)
+            if row_weight is not None:
+                upstream = upstream * (row_weight[part] if row_weight.dim() else row_weight)
             if loss.requires_grad:
                 (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)
             else:

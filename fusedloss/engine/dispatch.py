@@ -160,16 +160,15 @@ def _dispatch(
     if has_compiled(epilogue.name, call) and call.shards is None:
         # An epilogue takes every pick for its own, so that the top class can ride along only where there is no other.
         top_k = max(epilogue.picks.top_k, int(return_stats and rows.candidates is None))
-        spec = spec._replace(epilogue=epilogue.name, top_k=top_k, moments=moments)
-        if one_factor:
-            spec = spec._replace(needed=_made_with_the_loss(call))
-            loss, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, reduction)
-        else:
-            losses, statistics, index = functions.loss(rows, spec, epilogue, call.inplace, None)
-            loss = reduced(losses)
-        if not return_stats:
-            return loss, None
-        return loss, top_stats(call) if top_k == 0 else row_stats(statistics, index, rows.target, moments > 0)
+        needed = _made_with_the_loss(call) if one_factor else ()
+        spec = spec._replace(epilogue=epilogue.name, top_k=top_k, moments=moments, needed=needed)
+        own_reduction, stats = reduction if one_factor else None, return_stats and top_k > 0
+        loss, *found = functions.loss(rows, spec, epilogue, call.inplace, own_reduction, stats)
+        if not one_factor:
+            loss = reduced(loss)
+        if found:
+            return loss, row_stats(found[0], found[1], rows.target, moments > 0)
+        return loss, top_stats(call) if return_stats else None
     if epilogue.has_second_row and spec.impl != "reference" and not has_compiled(epilogue.name, call):
         raise ValueError(f"impl={spec.impl!r} has no losses against a second row; use another implementation")
     if epilogue.over == "classes" and call.shards is None and spec.impl != "reference":
@@ -277,10 +276,10 @@ def _takes_chunks(call: Call, epilogue: Epilogue) -> bool:
 def _per_chunk(call: Call, epilogue: Epilogue, reduction: Reduction) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     picks = _picks_between(call, epilogue)
     spec = call.spec.of_picks(picks, needed=_made_with_the_loss(call))
-    loss, statistics, index = functions.loss(call.rows, spec, epilogue, False, reduction)
-    if not call.options["return_stats"]:
+    loss, *found = functions.loss(call.rows, spec, epilogue, False, reduction, call.options["return_stats"])
+    if not found:
         return loss, None
-    return loss, row_stats(statistics, index, call.rows.target, len(call.options["stats"]) > 0)
+    return loss, row_stats(found[0], found[1], call.rows.target, len(call.options["stats"]) > 0)
 
 
 def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:

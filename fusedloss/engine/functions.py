@@ -38,7 +38,7 @@ from ..definition.statistics import (
 )
 from ..distributed import vocabulary
 from ..distributed.vocabulary import VocabularyShards
-from . import chunks, operators, temperature
+from . import chunks, constants, operators, temperature
 
 
 class Reduction(NamedTuple):
@@ -54,18 +54,28 @@ class Reduction(NamedTuple):
         return total if self.divisor is None else total / self.divisor
 
     def upstream(self, rows: Rows, grad_output: Tensor | None = None) -> Tensor | None:
-        """Return the derivative of the result by each row's loss, (N,), times `grad_output`; None stands for ones."""
+        """Return the derivative of the result by each row's loss, (N,), times `grad_output`.
+
+        None stands for ones, 0-d for the same number in all rows of logits in hand.
+        """
         like = rows.hidden[0]
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if grad_output is None:
             if self.divisor is None:
                 return self.token_weight
             if self.token_weight is None and not isinstance(self.divisor, Tensor):
-                return torch.full((rows.target.shape[0],), 1 / self.divisor, dtype=dtype, device=like.device)
+                if rows.weight:
+                    return torch.full((rows.target.shape[0],), 1 / self.divisor, dtype=dtype, device=like.device)
+                return constants.kept((1 / self.divisor,), dtype, like.device)[1][0]
             grad_output = torch.ones((), dtype=dtype, device=like.device)
         # In the dtype of the rows: a divisor in float64 makes the loss that.
         share = (grad_output if self.divisor is None else grad_output / self.divisor).to(dtype)
-        return share.expand(rows.target.shape[0]) if self.token_weight is None else share * self.token_weight
+        return _of_rows(share, rows) if self.token_weight is None else share * self.token_weight
+
+
+def _of_rows(number: Tensor, rows: Rows) -> Tensor:
+    """A factor of all rows, as a pass takes it; the chunks of a linear form divide it among them."""
+    return number.expand(rows.target.shape[0]) if rows.weight else number
 
 
 class Settings(NamedTuple):
@@ -77,19 +87,22 @@ class Settings(NamedTuple):
     inplace: bool
     total: bool
     """Whether the losses are reduced."""
+    stats: bool = False
+    """Whether statistics and pick indices are returned, too: outputs cost a small call much of its time."""
 
 
 def loss(
-    rows: Rows, spec: Spec, epilogue: Epilogue, inplace: bool, reduction: Reduction | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: Rows, spec: Spec, epilogue: Epilogue, inplace: bool, reduction: Reduction | None, stats: bool = False
+) -> tuple[Tensor, ...]:
     """Row losses (N,) by a compiled epilogue or, with a reduction, one number; detached statistics and pick indices.
 
     With a reduction, gradients that `spec.needed` names are made with the loss. Without the name of an epilogue the
     loss is a function that is called once a chunk, and OwnGradientsError says that it cannot be.
     """
     counts, flat = rows.flatten()
-    settings = Settings(counts, spec, epilogue, inplace, reduction is not None)
-    return _Loss.apply(settings, *(reduction or (None, None)), *flat)
+    settings = Settings(counts, spec, epilogue, inplace, reduction is not None, stats)
+    result = _Loss.apply(settings, *(reduction or (None, None)), *flat)
+    return result if stats else (result,)
 
 
 class _Loss(torch.autograd.Function):
@@ -114,39 +127,38 @@ class _Loss(torch.autograd.Function):
             *(gradients if made else (statistics, index, coefficients)),
         )
         ctx.settings, ctx.divisor = settings, None if is_tensor else divisor
+        result = reduction.of(loss) if settings.total else loss
+        if not settings.stats:
+            return result
         ctx.mark_non_differentiable(statistics, index)
         ctx.set_materialize_grads(False)  # no zeros for the statistics
-        return reduction.of(loss) if settings.total else loss, statistics, index
+        return result, statistics, index
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * len(ctx.needs_input_grad)
-        settings = ctx.settings
+        settings, spec = ctx.settings, ctx.settings.spec
         # Once: under activation checkpointing a second look computes all anew.
         token_weight, divisor, *saved = ctx.saved_tensors
-        rows, spec = Rows.unflatten(settings.counts, saved), settings.spec
-        grads: Sequence[Tensor | None]
-        reduction = Reduction(token_weight, ctx.divisor if divisor is None else divisor)
-        sources = rows.sources
-        made, needed = bool(spec.needed), needed_of(ctx, 3, rows, spec)
-        results = saved[len(ctx.needs_input_grad) - 3 :]
+        rows, results = Rows.unflatten(settings.counts, saved), saved[len(ctx.needs_input_grad) - 3 :]
         if settings.total:
-            grad_output = grad_output.to(compute_dtype(rows.hidden[0].dtype))
-        if torch.is_grad_enabled() if made else transforms.plain_backward(grad_output, inplace=settings.inplace):
+            grad_output = grad_output.to(compute_dtype(saved[0].dtype))
+        made = bool(spec.needed)
+        if made and not torch.is_grad_enabled():
+            rest, scaled = iter(results), []
+            for need, source in zip(spec.needed, saved, strict=False):
+                scaled.append(scaled_once(next(rest), grad_output, spec.impl, source.dtype) if need else None)
+            return of_inputs(ctx, (None,) * 3, rows, spec, scaled)
+        needed = needed_of(ctx, 3, rows, spec)
+        reduction = Reduction(token_weight, ctx.divisor if divisor is None else divisor)
+        if made or transforms.plain_backward(grad_output, inplace=settings.inplace):
 
             def outputs(*sources: Tensor) -> list[Tensor]:
                 losses = reference.row_losses(rows.with_sources(sources), settings.epilogue, spec)[0]
                 return [reduction.of(losses) if settings.total else losses]
 
-            grads = differentiable(sources, needed, outputs, [grad_output])
-        elif made:
-            wanted = [x for x, need in zip(sources, spec.needed, strict=True) if need]
-            scaled = [
-                scaled_once(gradient, grad_output, spec.impl, source.dtype)
-                for gradient, source in zip(results, wanted, strict=True)
-            ]
-            grads = _spread(spec.needed, scaled)
+            grads = differentiable(rows.sources, needed, outputs, [grad_output])
         else:
             upstream = reduction.upstream(rows, grad_output) if settings.total else grad_output
             statistics, index, coefficients = results
@@ -155,10 +167,10 @@ class _Loss(torch.autograd.Function):
 
 
 def _by_raw_logits(upstream: Tensor | None, rows: Rows) -> Tensor:
-    """The derivative by each row's loss (N,), as a gradient pass takes it: times the factor of the logits."""
+    """The derivative by each row's loss, as a gradient pass takes it: times the factor of the logits."""
     assert rows.scalars is not None
     factor = rows.scalars.detach()[-1]
-    return factor.expand(rows.target.shape[0]) if upstream is None else upstream * factor
+    return _of_rows(factor, rows) if upstream is None else upstream * factor
 
 
 def _spread(needed: Sequence[bool], gradients: Any) -> tuple[Tensor | None, ...]:
@@ -241,10 +253,8 @@ def differentiable(
     return _spread(needed, grads)
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that is running may run again (retain_graph); True where that cannot be known."""
-    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asked is None or torch.compiler.is_compiling() else bool(asked())
+#: Tells whether the backward pass that is running may run again (retain_graph); True where that cannot be known.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype) -> Tensor:
@@ -261,7 +271,7 @@ def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype)
         operators.scale_(gradient, factor, impl)
     else:
         BACKENDS[impl].scale_(gradient, factor)
-    return gradient.to(dtype)
+    return gradient if gradient.dtype is dtype else gradient.to(dtype)
 
 
 # --- statistics for a loss that is PyTorch code ---

@@ -286,7 +286,9 @@ def _check(
         picks = picks + more
     for name, y in of_rows.items():
         if y is not None:
-            sizes.append((name, y, compute, (count,), name == "top_q"))
+            # One number for all rows, where the logits are in hand and it is no weight in a sum over the rows.
+            one = y.dim() == 0 and not weight and operator != "sums"
+            sizes.append((name, y, compute, () if one else (count,), name == "top_q"))
     for name, x, dtype, shape, contiguous in sizes:
         if x.dtype is not dtype or x.shape != shape or x.device != device or (contiguous and not x.is_contiguous()):
             raise _wrong(operator, name, x, dtype, shape, contiguous, device)

@@ -145,8 +145,9 @@ def prepare(
         # Those of ignored rows may hold anything.
         token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == checks.IGNORED, 0)
     if isinstance(logits, Projection):
-        logits = Projection(logits.hidden, logits.weight, logits.bias, form)
-    rows = Rows.of(logits, index, weight, candidates, numbers, scalars)
+        rows = Rows.of(logits, index, weight, candidates, numbers, scalars)
+    else:  # a call less
+        rows = Rows([logits], [], None, [], index, weight, candidates, numbers, scalars)
     spec = Spec(impl, mean=smoothing != 0, smooths=smoothing != 0, z_loss=z_loss != 0, form=form)
     return Call(rows, spec, token_weight, inplace, shards, classes, o)
 
@@ -237,12 +238,11 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
         return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
     weight = rows.class_weight if mean_over_weights else None
     if weight is None:
-        valid = (rows.target != checks.IGNORED).count_nonzero()
         # Arithmetic with a number costs a small call less than with a tensor. A trace and a transform keep the tensor.
         traced = torch.jit.is_tracing()  # type: ignore[attr-defined]
-        if call.spec.impl != "reference" and not traced and checks.may_read(valid):
-            return max(int(valid), 1), None
-        return valid.clamp(min=1), None
+        if call.spec.impl != "reference" and not traced and checks.may_read(rows.target):
+            return max(backends.BACKENDS[call.spec.impl].count(rows.target), 1), None
+        return (rows.target != checks.IGNORED).count_nonzero().clamp(min=1), None
     # The loss has yet to say what it thinks of targets that are out of range.
     index, ignored, _ = Targets.of(rows.target, len(weight))
     total = weight[index].masked_fill(ignored, 0).sum()
