@@ -150,6 +150,30 @@ def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
     return -((1 - at(p, t) + below) ** gamma) * at(log_p, t)
 
 
+#: Divergences from a teacher's row, with the shares of the mixtures.
+BETAS = {"forward_kl": None, "reverse_kl": None, "tv": None, "jsd": 0.3, "skew_kl": 0.1, "skew_reverse_kl": 0.2}
+
+
+def divergence(log_y: Tensor, log_p: Tensor, name: str = "forward_kl", beta: Any = None) -> Tensor:
+    """(N,) of the log-probabilities (N, K) of a teacher and a student, which may be those of some classes alone."""
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        a, b = log_a.exp(), log_b.exp()
+        return (torch.where(a == 0, 0, a * (log_a - log_b)) - a + b).sum(-1)
+
+    if name == "forward_kl":
+        return kl(log_y, log_p)
+    if name == "reverse_kl":
+        return kl(log_p, log_y)
+    if name == "tv":
+        return (log_p.exp() - log_y.exp()).abs().sum(-1) / 2
+    share = 1 - beta if name == "skew_reverse_kl" else beta
+    log_m = (share * log_y.exp() + (1 - share) * log_p.exp()).log()
+    if name == "jsd":
+        return beta * kl(log_y, log_m) + (1 - beta) * kl(log_p, log_m)
+    return kl(log_y if name == "skew_kl" else log_p, log_m)
+
+
 def supervised_contrastive(x, y, temperature, positives="out", normalize=True, contrast=None, **pairs) -> Tensor:
     """(N,) from the whole matrix of similarities, an anchor at a time; `pairs` are those of `positive_pairs`."""
     positive, itself = positive_pairs(x, y, contrast, **pairs)
