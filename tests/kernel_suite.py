@@ -619,8 +619,8 @@ class KernelSuite(MomentSuite):
     @pytest.mark.parametrize("name", CASES)
     def test_every_case(self, name, dtype, divided, impl, generator):
         """With all parameters, of few classes and of many."""
-        for classes in (3, 129, 300, 2049):
-            problem = Problem.make(CASES[name], (3, classes), generator, dtype, "everything")
+        for shape in ((7, 3), (5, 129), (3, 1030)):
+            problem = Problem.make(CASES[name], shape, generator, dtype, "everything")
             upstream = problem.upstream(generator)
             problem.check(*problem.run(impl, upstream), upstream)
 

@@ -146,9 +146,7 @@ def test_a_pair_that_needs_no_gradient_costs_no_product(needed, with_the_loss):
 
 
 @pytest.mark.parametrize("cached", [1, 2 * CLASSES * 8, 2**30], ids=["rows", "two rows", "all"])
-def test_products_of_few_columns_go_through_rows_that_stay_in_the_cache(
-    cached: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_of_few_columns_go_through_rows_that_stay_in_the_cache(cached, monkeypatch):
     monkeypatch.setattr(chunks.budgets, "CACHED", cached)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     rows = make_rows(NEEDED[0], torch.float64)
@@ -163,9 +161,7 @@ def test_products_of_few_columns_go_through_rows_that_stay_in_the_cache(
 
 
 @pytest.mark.parametrize(("needed", "features"), [(NEEDED[0], sum(FEATURES)), (NEEDED[1], 3), (NEEDED[3], 0)], ids=str)
-def test_a_budget_counts_the_weights_whose_gradient_is_summed(
-    needed: Sequence[int], features: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_counts_the_weights_whose_gradient_is_summed(needed, features, monkeypatch):
     rows = make_rows(needed, torch.float32)
     meta = rows.with_sources([x.to("meta") for x in rows.sources])
     asked = []

@@ -369,30 +369,6 @@ def test_a_tensor_for_temperature(impl, generator):
         fl.distillation_loss(z, t, temperature=torch.tensor(2.5, requires_grad=True), **own)
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
-def test_compiled(divergence, generator):
-    z, t = problem(generator, 33, dtype=torch.float32)
-
-    def loss(z, t):
-        """Several in one graph, whose numbers may be variables of it."""
-        own = {"temperature": 2.0, "scale_by_temperature_squared": True, "divergence": divergence}
-        total = fl.distillation_loss(z, t, **own, reduction="none").sum()
-        total = total + fl.cross_entropy(z, t.softmax(-1), label_smoothing=0.1)
-        total = total + fl.linear_distillation_loss(z, t, t + 1, t + 0, softcap=20.0, teacher_softcap=3.0, **own)
-        return total + fl.linear_cross_entropy(z, t, t.argmax(-1) % 5, softcap=30.0)
-
-    for function in (torch.compile(loss, fullgraph=True), torch.compile(loss, fullgraph=True, dynamic=True)):
-        got, expected = (differentiated(lambda x, f=f: f(x, t), z, torch.tensor(1.0)) for f in (function, loss))
-        torch.testing.assert_close(got, expected)
-
-
-def test_under_vmap(generator):
-    z, t = problem(generator, 33)
-    each = torch.func.vmap(lambda z, t: fl.distillation_loss(z, t, divergence="jsd"))(z, t)
-    torch.testing.assert_close(each, dense(z, t, "jsd", 0.5))
-
-
 # --- bad input ---
 
 Z, T = torch.zeros(2, 5), torch.zeros(2, 5)

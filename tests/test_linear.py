@@ -15,7 +15,6 @@ from products import Products
 from row_losses import takes
 from row_suite import compute_dtype
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedloss as fl
@@ -482,29 +481,6 @@ def test_peak_memory_keeps_to_the_budget():
     """Beside the gradients, which the first call made room for; the logits would take half a gigabyte."""
     text = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True).stdout
     assert float(text) < 1.2, text
-
-
-# --- compiled ---
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_once_for_any_rows_and_alpha(reduction, generator):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def step(hidden, weight, target, alpha):
-        return fl.linear_mixed_cross_entropy(hidden, weight, target, alpha=alpha, reduction=reduction).sum()
-
-    compiled, counts = torch.compile(step, backend=counter, fullgraph=True), []
-    for rows, alpha in ((8, 0.1), (29, 0.3)):
-        data = Data.make(generator, rows=rows, bias=False)
-        target, share = data.target.clamp(min=0), torch.tensor(alpha, dtype=torch.float64)
-        torch._dynamo.mark_dynamic(data.sources[0], 0)
-        torch._dynamo.mark_dynamic(target, 0)
-        assert_same(*(f(*data.sources, target, share) for f in (compiled, step)), data.sources)
-        counts.append(counter.frame_count)  # dynamo may take two turns at the first
-    assert counts[0] == counts[1]
 
 
 # --- refused ---

@@ -198,28 +198,6 @@ def test_fakes_agree_with_kernels(case, pairs, count):
                 assert not (r.isnan() if r.is_floating_point() else r >= CLASSES).any()
 
 
-@pytest.mark.covering(1)
-@each_form
-@each_case
-def test_gradients_made_with_the_loss_are_those_of_the_backward(case, pairs):
-    """By the row weights, in rows of few classes up to rounding; to the bit the one that takes the logits' memory."""
-    if not case.epilogue:
-        return
-    rows = case.rows(pairs)
-    spec = case.spec(needed=(True,) * len(rows.sources))
-    row_weight = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)).to(compute_dtype(case.dtype))
-    expected = ops.forward(*rows, None, case.spec().encode())
-    found = ops.forward(*rows, row_weight, spec.encode())
-    torch.testing.assert_close(found[:4], expected[:4], rtol=0, atol=0)
-    backward = (*expected[1:4], row_weight, spec.encode())
-    later = ops.backward(*rows, *backward)
-    torch.testing.assert_close(found[4], later, rtol=1e-5 + torch.finfo(case.dtype).eps, atol=1e-8)
-    if not pairs:
-        own = rows.logits.clone()
-        assert ops.backward_(*rows._replace(hidden=[own]), *backward) is None
-        assert torch.equal(own, later[0])
-
-
 def test_every_operator_has_a_fake_and_declares_what_it_writes():
     names = ("forward", "backward", "backward_", "sums", "terms", "scale_", "gather", "sum_over_ranks")
     for name in names:
@@ -257,17 +235,6 @@ def test_what_is_no_spec_is_refused(change):
     for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode, pytest.raises(ValueError, match=r"spec must be what Spec\.encode\(\) gives.* got '"):
             ops.forward(*rows, None, text)
-
-
-@each_form
-def test_rows_come_back_as_they_were(pairs):
-    for case in CASES.values():
-        rows = case.rows(pairs)
-        counts, flat = rows.flatten()
-        for again in (Rows.unflatten(counts, [*flat, None]), rows.with_sources(rows.sources)):
-            for a, b in zip(again, rows, strict=True):
-                assert type(a) is type(b)
-                assert all(x is y for x, y in zip(*((x if isinstance(x, list) else [x]) for x in (a, b)), strict=True))
 
 
 # --- what is refused ---

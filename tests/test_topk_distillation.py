@@ -277,34 +277,6 @@ def test_shapes(rows, impl):
         assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(right, z))
 
 
-def test_over_a_batch_of_vmap(generator):
-    z = torch.randn(3, ROWS, CLASSES, generator=generator)
-    _, index, log_prob = problem(generator)
-    index, log_prob = (x.to(x.dtype).expand(3, ROWS, K) for x in (index, log_prob.float()))
-    rows = fl.topk_distillation_loss(z, index, log_prob, reduction="none")
-    got = torch.vmap(fl.topk_distillation_loss, in_dims=(0, 1, 1))(z, index.transpose(0, 1), log_prob.transpose(0, 1))
-    assert_close(got, rows.mean(-1))
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
-def test_compiled(linear, generator):
-    """The same numbers; a linear form in chunks is called with all rows there."""
-    sources, index, log_prob = problem(generator)
-    leaves = [x.requires_grad_() for x in sources[:2]] if linear else [F.linear(*sources).requires_grad_()]
-    target = index[:, 0].masked_fill(torch.arange(ROWS) == 2, IGNORED)
-    options = {"target": target, "hard_weight": 0.5, "ignore_index": IGNORED, "temperature": 1 if linear else 2.0}
-    function = fl.linear_topk_distillation_loss if linear else fl.topk_distillation_loss
-
-    def loss(*leaves: Tensor) -> Tensor:
-        return function(*leaves, index, log_prob, scale_by_temperature_squared=True, **options)
-
-    torch._dynamo.reset()
-    got, right = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), loss(*leaves)
-    assert_close(got, right)
-    assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(right, leaves))
-
-
 def _over_ranks(rank: int, world: int) -> None:
     """Each rank has some of the classes, none in the middle; the teacher's are of all of them."""
     generator = torch.Generator().manual_seed(0)
