@@ -258,11 +258,11 @@ def job_of(
         second = z.roll(1, 1).abs()
         batch = batch._replace(teacher=[second.to(compute) if epilogue == "soft_targets" else second])
     top_k = {"cross_entropy": 0, "mixed_cross_entropy": 2}.get(epilogue, 1)
-    return batch, Spec(impl, epilogue, top_k, mean=smoothing != 0), row_weight
+    return batch, Spec(impl, epilogue, top_k, mean=smoothing != 0, form=Form(tempered=True)), row_weight
 
 
 class MomentSuite:
-    """Entropy, power and a temperature, in the passes of any engine."""
+    """The largest logits, entropy, power and a temperature, in the passes of any engine."""
 
     #: Of rows with moments, and with a temperature: in part of a block, in several blocks and in parts of a row.
     WIDTHS: ClassVar[list[int]] = [1, 2, 7, 70, 3000, 20001]
@@ -282,6 +282,24 @@ class MomentSuite:
     def divided(self, division, monkeypatch) -> None:
         if self.DIVISIONS:
             monkeypatch.setattr(*self.DIVISIONS[division])
+
+    # --- the largest logits ---
+
+    def test_the_largest_logits(self, width, divided, impl, generator):
+        """Wherever they are: the lower class where many logits are the same, or -inf."""
+        z = torch.randint(-3, 3, (64, width), generator=generator).to(torch.bfloat16)
+        z[:8] += 9.0 * (torch.rand(8, width, generator=generator) < 0.01)
+        z[8:16] = -torch.inf
+        z[torch.arange(8, 16), torch.randint(width, (8,), generator=generator)] = 1.0
+        z[16:24, : width // 2] = -torch.inf
+        z[24:32, width // 2 + 1 :] = -torch.inf
+        rows = Rows.of(z, torch.randint(width, (64,), generator=generator))
+        expected = torch.sort(z, dim=1, descending=True, stable=True).indices[:, :2]
+        expected = torch.nn.functional.pad(expected, (0, 2 - expected.shape[1]), value=-1)
+        lower = torch.where(z < z.gather(1, rows.target[:, None]), z, -torch.inf).float()
+        below = torch.where(lower.amax(1) == -torch.inf, -1, lower.argmax(1))
+        _, _, index, *_ = ops.forward(*rows, None, Spec(impl, top_k=2, below=True).encode())
+        assert torch.equal(index, torch.stack([*expected.unbind(1), below]))
 
     # --- moments ---
 
@@ -623,22 +641,6 @@ class KernelSuite(MomentSuite):
             problem = Problem.make(CASES[name], shape, generator, dtype, "everything")
             upstream = problem.upstream(generator)
             problem.check(*problem.run(impl, upstream), upstream)
-
-    def test_the_largest_logits(self, width, divided, impl, generator):
-        """Wherever they are: the lower class where many logits are the same, or -inf."""
-        z = torch.randint(-3, 3, (64, width), generator=generator).to(torch.bfloat16)
-        z[:8] += 9.0 * (torch.rand(8, width, generator=generator) < 0.01)
-        z[8:16] = -torch.inf
-        z[torch.arange(8, 16), torch.randint(width, (8,), generator=generator)] = 1.0
-        z[16:24, : width // 2] = -torch.inf
-        z[24:32, width // 2 + 1 :] = -torch.inf
-        rows = Rows.of(z, torch.randint(width, (64,), generator=generator))
-        expected = torch.sort(z, dim=1, descending=True, stable=True).indices[:, :2]
-        expected = torch.nn.functional.pad(expected, (0, 2 - expected.shape[1]), value=-1)
-        lower = torch.where(z < z.gather(1, rows.target[:, None]), z, -torch.inf).float()
-        below = torch.where(lower.amax(1) == -torch.inf, -1, lower.argmax(1))
-        _, _, index, *_ = ops.forward(*rows, None, Spec(impl, top_k=2, below=True).encode())
-        assert torch.equal(index, torch.stack([*expected.unbind(1), below]))
 
     # --- linear forms, operators, torch.compile ---
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from row_losses import CLASSES, SCENES, leaves_of
+from row_losses import CLASSES, ROWS, SCENES, leaves_of
 
 import fusedloss as fl
 
@@ -45,8 +45,10 @@ def assert_same_gradients(*losses, fullgraph=True, dynamic=None):
     assert all(gradient.any() for gradient in results[0][len(losses) :])
 
 
-@pytest.mark.parametrize("dynamic", [None, True], ids=["", "numbers are variables"])
-@pytest.mark.parametrize("kind", ["row", "class", "flex", "linear", "teacher", "contrastive"])
+@pytest.mark.parametrize(
+    ("kind", "dynamic"),
+    [*((kind, None) for kind in ("row", "class", "flex", "linear", "teacher", "contrastive")), ("teacher", True)],
+)
 def test_every_loss(kind, dynamic):
     assert_same_gradients(*(loss for name, loss in SCENES.items() if name.startswith(kind)), dynamic=dynamic)
 
@@ -77,4 +79,9 @@ def test_losses_of_shards(group):
         lambda t, logits, number: fl.focal_loss(logits, t, gamma=number, group=shards),
         lambda t, logits: fl.dsc_loss(logits, t, alpha=0.6, group=shards),
         lambda t, logits, of_rows: fl.dsc_loss(logits, t, token_weight=of_rows, **over_rows),
+        lambda t, hidden, weight: fl.linear_mixed_cross_entropy(hidden, weight, t, alpha=0.25, group=shards),
+        lambda t, hidden, weight: fl.linear_dsc_loss(hidden, weight, t, group=shards),
     )
+    compiled = torch.compile(lambda z: fl.cross_entropy(z, TARGET, group=group), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"VocabularyShards\.gather"):
+        compiled(torch.randn(ROWS, CLASSES))

@@ -244,21 +244,6 @@ def test_many_chunks_lose_nothing(dtype, generator, multiplied):
     assert multiplied.count(True) == 63
 
 
-@each_half
-@pytest.mark.parametrize("chunk", [13, 1000])
-def test_a_second_backward(chunk, dtype, generator, multiplied):
-    """Trap: a saved gradient that is scaled in place is wrong the second time."""
-    data = test_linear.Data.make(generator, dtype)
-    budget = test_linear.budget_for(chunk, data.sources)
-    loss = test_linear.run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=-1, budget=budget)
-    first = torch.autograd.grad(loss * 4, data.sources, retain_graph=True)
-    second = torch.autograd.grad(loss, data.sources, retain_graph=True)
-    third = torch.autograd.grad(loss * 4, data.sources)
-    for a, b, c in zip(first, second, third, strict=True):
-        assert torch.equal(a, c)
-        torch.testing.assert_close(a, 4 * b, rtol=2**-9, atol=2.0**-20)
-
-
 def test_a_factor_that_is_no_power_of_two_is_not_rounded(generator):
     """Trap: a 0-d factor takes the gradient's dtype on the way, and all of the gradient is off by as much."""
     data = test_linear.Data.make(generator, torch.bfloat16)
