@@ -117,55 +117,6 @@ def class_sums(rows: Rows, loss: str, impl: str, row_weight: Tensor | None = Non
     return ops.sums(*rows, statistics, index, row_weight, None, spec.encode())
 
 
-def check_parts_of_the_classes(
-    shape: tuple[int, int], loss: str, dtype: torch.dtype, impl: str, generator: torch.Generator
-) -> None:
-    """Of logits that are some of the classes the passes make the sums and the gradient of these."""
-    count, classes = shape
-    z, target = logits_and_targets(count, classes, generator, dtype)
-    z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
-    target[count // 2] = -100
-    compute = compute_dtype(dtype)
-    alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
-    one = torch.ones((), dtype=compute)
-    own = [alpha, *[one] * (OVERLAPS[loss] - 1)]
-    rows = Rows.of(z, target, torch.rand(classes, generator=generator).to(compute), params=[*own, one])
-    weight = rows.class_weight
-    statistics, index, top_q = statistics_and_top(rows, impl)
-    over_rows = Spec(impl, f"{loss}_over_rows", over_rows=True).encode()
-    one_vs_rest = Spec(impl, f"{loss}_one_vs_rest", top_k=1)
-    rtol = 1e-12 if dtype == torch.float64 else 2e-6
-
-    def passes(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        first, last, _ = part.indices(classes)
-
-        def columns(x: Tensor) -> Tensor:
-            return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
-
-        here = rows._replace(hidden=[z[:, part].contiguous()], target=columns(target), class_weight=weight[part])
-        saved = (statistics, columns(index))
-        (gradient,) = ops.backward(*here, *saved, coefficients, row_weight, one_vs_rest.encode())
-        return (
-            ops.sums(*here._replace(params=own), *saved, row_weight, top_q, over_rows),
-            ops.sums(*here, *saved, None, None, one_vs_rest.encode()),
-            gradient,
-        )
-
-    value, _, _, coefficients, _ = ops.forward(*rows, None, one_vs_rest.encode())
-    sums, terms, gradient = passes(slice(None))
-    whole = class_sums(rows._replace(params=own), loss, impl, row_weight)
-    torch.testing.assert_close(sums, whole, rtol=rtol, atol=rtol * 1e-2)
-    assert (terms[:, target == -100] == 0).all()
-    # What is left out is of the target and the top class, whose losses are at most their weights.
-    rest = value.double() - terms[0]
-    singled = weight[target.clamp(min=0)] + torch.where(index[0] == target, 0, weight[index[0].clamp(min=0)])
-    assert (rest >= -rtol * value).all() and (rest <= singled * (1 + rtol)).all()
-    parts = [passes(part) for part in (slice(0, 1), slice(1, 1 + classes // 2), slice(1 + classes // 2, None))]
-    torch.testing.assert_close(torch.cat([x for x, _, _ in parts], 1), sums, rtol=rtol, atol=rtol * 1e-2)
-    torch.testing.assert_close(sum(x for _, x, _ in parts), terms, rtol=rtol, atol=rtol * 1e-2)
-    torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
-
-
 def rows_of_moments(
     classes: int, generator: torch.Generator, dtype: torch.dtype, masked: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -262,19 +213,22 @@ def job_of(
 
 
 class MomentSuite:
-    """The largest logits, entropy, power and a temperature, in the passes of any engine."""
+    """The largest logits, parts of the classes, entropy, power and a temperature, in the passes of any engine."""
 
     #: Of rows with moments, and with a temperature: in part of a block, in several blocks and in parts of a row.
     WIDTHS: ClassVar[list[int]] = [1, 2, 7, 70, 3000, 20001]
     #: The relative error that an entropy may have in float32 at a gap g between the largest logits: (x + y g) / 2^23.
     ENTROPY_ERROR: ClassVar[tuple[float, float]] = (4, 2)
+    #: Rows and classes, of which the passes take a part.
+    PARTS_OF: ClassVar[list[tuple[int, int]]] = [(5, 9), (4, 600)]
     #: Ways in which a row may be divided, by name: what is set to have it so, as monkeypatch takes it.
     DIVISIONS: ClassVar[dict[str, tuple[Any, str, Any]]] = {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        for name, widths in (("width", self.WIDTHS), ("wider", [width for width in self.WIDTHS if width > 1])):
+        wider = [width for width in self.WIDTHS if width > 1]
+        for name, values in (("width", self.WIDTHS), ("wider", wider), ("parts_of", self.PARTS_OF)):
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, widths)
+                metafunc.parametrize(name, values, ids=str)
         if "divided" in metafunc.fixturenames:
             metafunc.parametrize("division", self.DIVISIONS or ["whole"])
 
@@ -300,6 +254,56 @@ class MomentSuite:
         below = torch.where(lower.amax(1) == -torch.inf, -1, lower.argmax(1))
         _, _, index, *_ = ops.forward(*rows, None, Spec(impl, top_k=2, below=True).encode())
         assert torch.equal(index, torch.stack([*expected.unbind(1), below]))
+
+    # --- parts of the classes ---
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("loss", OVERLAPS)
+    def test_parts_of_the_classes(self, parts_of, loss, dtype, impl, generator):
+        """Of logits that are some of the classes the passes make the sums and the gradient of these."""
+        count, classes = parts_of
+        z, target = logits_and_targets(count, classes, generator, dtype)
+        z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
+        target[count // 2] = -100
+        compute = compute_dtype(dtype)
+        alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
+        one = torch.ones((), dtype=compute)
+        own = [alpha, *[one] * (OVERLAPS[loss] - 1)]
+        rows = Rows.of(z, target, torch.rand(classes, generator=generator).to(compute), params=[*own, one])
+        weight = rows.class_weight
+        statistics, index, top_q = statistics_and_top(rows, impl)
+        over_rows = Spec(impl, f"{loss}_over_rows", over_rows=True).encode()
+        one_vs_rest = Spec(impl, f"{loss}_one_vs_rest", top_k=1)
+        rtol = 1e-12 if dtype == torch.float64 else 2e-6
+
+        def passes(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            first, last, _ = part.indices(classes)
+
+            def columns(x: Tensor) -> Tensor:
+                return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
+
+            here = rows._replace(hidden=[z[:, part].contiguous()], target=columns(target), class_weight=weight[part])
+            saved = (statistics, columns(index))
+            (gradient,) = ops.backward(*here, *saved, coefficients, row_weight, one_vs_rest.encode())
+            return (
+                ops.sums(*here._replace(params=own), *saved, row_weight, top_q, over_rows),
+                ops.sums(*here, *saved, None, None, one_vs_rest.encode()),
+                gradient,
+            )
+
+        value, _, _, coefficients, _ = ops.forward(*rows, None, one_vs_rest.encode())
+        sums, terms, gradient = passes(slice(None))
+        whole = class_sums(rows._replace(params=own), loss, impl, row_weight)
+        torch.testing.assert_close(sums, whole, rtol=rtol, atol=rtol * 1e-2)
+        assert (terms[:, target == -100] == 0).all()
+        # What is left out is of the target and the top class, whose losses are at most their weights.
+        rest = value.double() - terms[0]
+        singled = weight[target.clamp(min=0)] + torch.where(index[0] == target, 0, weight[index[0].clamp(min=0)])
+        assert (rest >= -rtol * value).all() and (rest <= singled * (1 + rtol)).all()
+        parts = [passes(part) for part in (slice(0, 1), slice(1, 1 + classes // 2), slice(1 + classes // 2, None))]
+        torch.testing.assert_close(torch.cat([x for x, _, _ in parts], 1), sums, rtol=rtol, atol=rtol * 1e-2)
+        torch.testing.assert_close(sum(x for _, x, _ in parts), terms, rtol=rtol, atol=rtol * 1e-2)
+        torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
 
     # --- moments ---
 
@@ -607,12 +611,6 @@ class KernelSuite(MomentSuite):
             assert torch.equal(ours, again)
             rtol = 1e-12 if dtype == torch.float64 else 2e-6
             torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
-
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("loss", OVERLAPS)
-    @pytest.mark.parametrize("shape", [(5, 9), (4, 600)], ids=str)
-    def test_parts_of_the_classes(self, shape, loss, dtype, impl, generator):
-        check_parts_of_the_classes(shape, loss, dtype, impl, generator)
 
     @pytest.mark.parametrize("level", ["class", "set"])
     def test_levels_above_the_rows(self, level, impl, generator):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -656,6 +656,7 @@ def test_terms_of_small_and_of_large_probabilities(dtype, weighted, generator, i
 @pytest.mark.covering(2)
 class TestMoments(MomentSuite):
     ENTROPY_ERROR = (2, 1)
+    PARTS_OF: ClassVar = [(4, 3), (40, 64), (5, 2049), (3, 20001)]
 
     @pytest.fixture
     def impl(self) -> str:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
-from kernel_suite import check_parts_of_the_classes
 from oracle import assert_as_accurate_as
 from row_losses import LEVELED, computed
 from row_suite import (
@@ -442,12 +441,3 @@ def test_instruction_sets_agree(dtype, generator):
             problem.check(*problem.run("cpu", upstream), upstream)
     finally:
         _engine.use_instruction_set(before)
-
-
-@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
-@each_dtype
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("loss", FEW)
-@pytest.mark.parametrize("shape", [(4, 3), (40, 64), (5, 2049), (3, 20001)], ids=str)
-def test_parts_of_the_classes(shape, loss, dtype, generator):
-    check_parts_of_the_classes(shape, loss, dtype, "cpu", generator)
