@@ -6,15 +6,14 @@ Those of every row loss in every shape, layout and dtype are in `row_suite.py`.
 import math
 import subprocess
 import sys
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from products import Operators
 from row_losses import LOSSES, computed, each_loss, takes
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
 from fusedloss import _engine, backends
@@ -64,22 +63,7 @@ def test_retain_graph_twice_gives_the_same_gradient(loss, reduction, impl, gener
     assert torch.equal(plain, gradient(loss, z, target, upstream=ones, reduction=reduction, impl=impl))
 
 
-class _Operators(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
-HOST_READS = {
-    f"aten.{name}.default"
-    for name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero")
-}  # fmt: skip
+HOST_READS = {f"aten::{name}" for name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero")}
 
 
 @each_inplace_way  # the others run their forward again in the backward, with its look at the targets on a CPU
@@ -89,10 +73,10 @@ def test_no_host_read_in_backward(loss, impl, generator):
     target[1] = -100
     options = {"label_smoothing": 0.1} if takes(loss, "label_smoothing") else {}
     result = loss(z.requires_grad_(), target, z_loss=0.1, weight=torch.ones(33), impl=impl, **options)
-    with _Operators() as seen:
+    with Operators() as seen:
         (3 * result).backward()
-    assert seen.names["aten.mul.Tensor"]  # the mode sees the backward
-    assert not HOST_READS & seen.names.keys()
+    assert seen.calls["aten::mul.Tensor"]  # the mode sees the backward
+    assert not HOST_READS & seen.calls.keys()
 
 
 @each_loss

@@ -14,13 +14,11 @@ import test_distillation
 import test_linear
 import torch
 from kernel_suite import CASES, SUITES, WAYS, KernelSuite, check_operators, job_of
+from products import Operators
 from row_suite import (
     Problem,
     RowLossSuite,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fusedloss as fl
 from fusedloss import backends
@@ -232,19 +230,10 @@ def test_products_of_every_size(transposed, classes, features, generator):
 def test_evaluation_stores_no_logits(loss, generator):
     """Not one chunk of them: the largest tensor is the statistics of the rows."""
     hidden, weight = torch.randn(12, 8, generator=generator), torch.randn(1500, 8, generator=generator)
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            largest = max([largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
-            return result
-
     target = torch.randint(1500, (12,), generator=generator)
-    with torch.no_grad(), Sizes():
+    with torch.no_grad(), Operators() as seen:
         loss(hidden, weight, target, impl="triton_fused")
-    assert largest < 12 * 1500 / 10
+    assert max(seen.largest.values()) < 12 * 1500 / 10
 
 
 def test_a_target_out_of_range_makes_the_row_of_a_product_nan(generator, monkeypatch):
