@@ -194,7 +194,7 @@ SCENES: dict[str, Callable[..., Tensor]] = {
     ).square().sum(),
     "teacher, targets": lambda t, logits: fl.cross_entropy(logits, _TEACHER.softmax(-1), label_smoothing=0.1),
     "teacher, linear": lambda t, hidden, weight: fl.linear_distillation_loss(
-        hidden, weight, _TEACHER, _TEACHER.diag_embed().sum(0), softcap=20.0, teacher_softcap=3.0, **_HARD
+        hidden, weight, _TEACHER, _TEACHER.diag_embed().sum(0), target=t, softcap=20.0, teacher_softcap=3.0, **_HARD
     ),
     "teacher of some classes": lambda t, logits: fl.topk_distillation_loss(logits, *_TOP, target=t, **_HARD),
     "teacher of some classes, linear": lambda t, hidden, weight: fl.linear_topk_distillation_loss(
