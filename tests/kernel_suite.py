@@ -1,11 +1,12 @@
 """What the kernels for GPUs must do beside the losses' own suite, whoever runs them on a host: a test file derives."""
 
-import mmap
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import pytest
+import test_linear
 import torch
 from oracle import assert_as_accurate_as, exact_moments
 from row_losses import computed
@@ -16,8 +17,8 @@ from row_suite import (
     assert_same_bits,
     cast,
     compute_dtype,
-    far_apart_rows,
     logits_and_targets,
+    modules_of_losses,
     with_gradient,
 )
 from torch import Tensor
@@ -30,8 +31,12 @@ from fusedloss.definition.rows import Job, Rows, Spec
 from fusedloss.definition.statistics import ALL_MOMENTS, STATISTICS
 from fusedloss.engine import operators as ops
 
+#: The losses' own suites, and all of their cases by loss and name.
+SUITES = {name: module.TestRowLoss for name, module in modules_of_losses().items()}
+CASES: dict[str, Case] = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in suite.CASES}
+
 #: A case for each way through the kernels.
-WAYS = ["cross_entropy cross_entropy", "mixed_cross_entropy top 1", "dsc one-vs-rest", "flex dual focal"]
+WAYS = ["cross_entropy cross_entropy", "mixed_cross_entropy top 2", "dsc one-vs-rest", "flex dual focal"]
 
 #: Losses that PyTorch computes between the two passes, with class weights.
 IN_PYTORCH: dict[str, Callable[..., Tensor]] = {
@@ -112,55 +117,6 @@ def class_sums(rows: Rows, loss: str, impl: str, row_weight: Tensor | None = Non
     return ops.sums(*rows, statistics, index, row_weight, None, spec.encode())
 
 
-def check_parts_of_the_classes(
-    shape: tuple[int, int], loss: str, dtype: torch.dtype, impl: str, generator: torch.Generator
-) -> None:
-    """Of logits that are some of the classes the passes make the sums and the gradient of these."""
-    count, classes = shape
-    z, target = logits_and_targets(count, classes, generator, dtype)
-    z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
-    target[count // 2] = -100
-    compute = compute_dtype(dtype)
-    alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
-    one = torch.ones((), dtype=compute)
-    own = [alpha, *[one] * (OVERLAPS[loss] - 1)]
-    rows = Rows.of(z, target, torch.rand(classes, generator=generator).to(compute), params=[*own, one])
-    weight = rows.class_weight
-    statistics, index, top_q = statistics_and_top(rows, impl)
-    over_rows = Spec(impl, f"{loss}_over_rows", over_rows=True).encode()
-    one_vs_rest = Spec(impl, f"{loss}_one_vs_rest", top_k=1)
-    rtol = 1e-12 if dtype == torch.float64 else 2e-6
-
-    def passes(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        first, last, _ = part.indices(classes)
-
-        def columns(x: Tensor) -> Tensor:
-            return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
-
-        here = rows._replace(hidden=[z[:, part].contiguous()], target=columns(target), class_weight=weight[part])
-        saved = (statistics, columns(index))
-        (gradient,) = ops.backward(*here, *saved, coefficients, row_weight, one_vs_rest.encode())
-        return (
-            ops.sums(*here._replace(params=own), *saved, row_weight, top_q, over_rows),
-            ops.sums(*here, *saved, None, None, one_vs_rest.encode()),
-            gradient,
-        )
-
-    value, _, _, coefficients, _ = ops.forward(*rows, None, one_vs_rest.encode())
-    sums, terms, gradient = passes(slice(None))
-    whole = class_sums(rows._replace(params=own), loss, impl, row_weight)
-    torch.testing.assert_close(sums, whole, rtol=rtol, atol=rtol * 1e-2)
-    assert (terms[:, target == -100] == 0).all()
-    # What is left out is of the target and the top class, whose losses are at most their weights.
-    rest = value.double() - terms[0]
-    singled = weight[target.clamp(min=0)] + torch.where(index[0] == target, 0, weight[index[0].clamp(min=0)])
-    assert (rest >= -rtol * value).all() and (rest <= singled * (1 + rtol)).all()
-    parts = [passes(part) for part in (slice(0, 1), slice(1, 1 + classes // 2), slice(1 + classes // 2, None))]
-    torch.testing.assert_close(torch.cat([x for x, _, _ in parts], 1), sums, rtol=rtol, atol=rtol * 1e-2)
-    torch.testing.assert_close(sum(x for _, x, _ in parts), terms, rtol=rtol, atol=rtol * 1e-2)
-    torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
-
-
 def rows_of_moments(
     classes: int, generator: torch.Generator, dtype: torch.dtype, masked: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -232,25 +188,129 @@ def check_operators(rows: Rows, spec: Spec, generator: torch.Generator) -> None:
         torch.library.opcheck(ops.backward_, (*own, *saved, row_weight, needed))
 
 
+#: Parameters of each epilogue of a row, and of those that read a second one.
+EPILOGUES = backends.BACKENDS["cpu"].epilogues
+ROW_EPILOGUES: dict[str, int] = EPILOGUES.rows | EPILOGUES.classes | EPILOGUES.pairs
+
+
+def job_of(
+    epilogue: str, impl: str, rows: int, classes: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Rows, Spec, Tensor]:
+    """With class weights, all terms that the epilogue takes, a factor, and an ignored row; and weights of the rows."""
+    z, target = logits_and_targets(rows, classes, generator, dtype)
+    target[2:3] = -100
+    compute = compute_dtype(dtype)
+    weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
+    smoothing = 0.1 if epilogue in EPILOGUES.rows else 0.0
+    scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01, 1 / 0.7], dtype=compute)
+    params = [torch.full((), 0.5, dtype=compute)] * ROW_EPILOGUES[epilogue]
+    batch = Rows.of(z, target, weight, None, params, scalars)
+    if epilogue in EPILOGUES.pairs:
+        second = z.roll(1, 1).abs()
+        batch = batch._replace(teacher=[second.to(compute) if epilogue == "soft_targets" else second])
+    top_k = {"cross_entropy": 0, "mixed_cross_entropy": 2}.get(epilogue, 1)
+    return batch, Spec(impl, epilogue, top_k, mean=smoothing != 0, form=Form(tempered=True)), row_weight
+
+
 class MomentSuite:
-    """Entropy, power and a temperature, in the passes of any engine."""
+    """The largest logits, parts of the classes, entropy, power and a temperature, in the passes of any engine."""
 
     #: Of rows with moments, and with a temperature: in part of a block, in several blocks and in parts of a row.
     WIDTHS: ClassVar[list[int]] = [1, 2, 7, 70, 3000, 20001]
     #: The relative error that an entropy may have in float32 at a gap g between the largest logits: (x + y g) / 2^23.
     ENTROPY_ERROR: ClassVar[tuple[float, float]] = (4, 2)
+    #: Rows and classes, of which the passes take a part.
+    PARTS_OF: ClassVar[list[tuple[int, int]]] = [(5, 9), (4, 600)]
+    #: Ways in which a row may be divided, by name: what is set to have it so, as monkeypatch takes it.
+    DIVISIONS: ClassVar[dict[str, tuple[Any, str, Any]]] = {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        for name, widths in (("width", self.WIDTHS), ("wider", [width for width in self.WIDTHS if width > 1])):
+        wider = [width for width in self.WIDTHS if width > 1]
+        for name, values in (("width", self.WIDTHS), ("wider", wider), ("parts_of", self.PARTS_OF)):
             if name in metafunc.fixturenames:
-                metafunc.parametrize(name, widths)
+                metafunc.parametrize(name, values, ids=str)
+        if "divided" in metafunc.fixturenames:
+            metafunc.parametrize("division", self.DIVISIONS or ["whole"])
+
+    @pytest.fixture
+    def divided(self, division, monkeypatch) -> None:
+        if self.DIVISIONS:
+            monkeypatch.setattr(*self.DIVISIONS[division])
+
+    # --- the largest logits ---
+
+    def test_the_largest_logits(self, width, divided, impl, generator):
+        """Wherever they are: the lower class where many logits are the same, or -inf."""
+        z = torch.randint(-3, 3, (64, width), generator=generator).to(torch.bfloat16)
+        z[:8] += 9.0 * (torch.rand(8, width, generator=generator) < 0.01)
+        z[8:16] = -torch.inf
+        z[torch.arange(8, 16), torch.randint(width, (8,), generator=generator)] = 1.0
+        z[16:24, : width // 2] = -torch.inf
+        z[24:32, width // 2 + 1 :] = -torch.inf
+        rows = Rows.of(z, torch.randint(width, (64,), generator=generator))
+        expected = torch.sort(z, dim=1, descending=True, stable=True).indices[:, :2]
+        expected = torch.nn.functional.pad(expected, (0, 2 - expected.shape[1]), value=-1)
+        lower = torch.where(z < z.gather(1, rows.target[:, None]), z, -torch.inf).float()
+        below = torch.where(lower.amax(1) == -torch.inf, -1, lower.argmax(1))
+        _, _, index, *_ = ops.forward(*rows, None, Spec(impl, top_k=2, below=True).encode())
+        assert torch.equal(index, torch.stack([*expected.unbind(1), below]))
+
+    # --- parts of the classes ---
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("loss", OVERLAPS)
+    def test_parts_of_the_classes(self, parts_of, loss, dtype, impl, generator):
+        """Of logits that are some of the classes the passes make the sums and the gradient of these."""
+        count, classes = parts_of
+        z, target = logits_and_targets(count, classes, generator, dtype)
+        z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
+        target[count // 2] = -100
+        compute = compute_dtype(dtype)
+        alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
+        one = torch.ones((), dtype=compute)
+        own = [alpha, *[one] * (OVERLAPS[loss] - 1)]
+        rows = Rows.of(z, target, torch.rand(classes, generator=generator).to(compute), params=[*own, one])
+        weight = rows.class_weight
+        statistics, index, top_q = statistics_and_top(rows, impl)
+        over_rows = Spec(impl, f"{loss}_over_rows", over_rows=True).encode()
+        one_vs_rest = Spec(impl, f"{loss}_one_vs_rest", top_k=1)
+        rtol = 1e-12 if dtype == torch.float64 else 2e-6
+
+        def passes(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            first, last, _ = part.indices(classes)
+
+            def columns(x: Tensor) -> Tensor:
+                return torch.where((x >= first) & (x < last), x - first, torch.where(x == -100, -100, -1))
+
+            here = rows._replace(hidden=[z[:, part].contiguous()], target=columns(target), class_weight=weight[part])
+            saved = (statistics, columns(index))
+            (gradient,) = ops.backward(*here, *saved, coefficients, row_weight, one_vs_rest.encode())
+            return (
+                ops.sums(*here._replace(params=own), *saved, row_weight, top_q, over_rows),
+                ops.sums(*here, *saved, None, None, one_vs_rest.encode()),
+                gradient,
+            )
+
+        value, _, _, coefficients, _ = ops.forward(*rows, None, one_vs_rest.encode())
+        sums, terms, gradient = passes(slice(None))
+        whole = class_sums(rows._replace(params=own), loss, impl, row_weight)
+        torch.testing.assert_close(sums, whole, rtol=rtol, atol=rtol * 1e-2)
+        assert (terms[:, target == -100] == 0).all()
+        # What is left out is of the target and the top class, whose losses are at most their weights.
+        rest = value.double() - terms[0]
+        singled = weight[target.clamp(min=0)] + torch.where(index[0] == target, 0, weight[index[0].clamp(min=0)])
+        assert (rest >= -rtol * value).all() and (rest <= singled * (1 + rtol)).all()
+        parts = [passes(part) for part in (slice(0, 1), slice(1, 1 + classes // 2), slice(1 + classes // 2, None))]
+        torch.testing.assert_close(torch.cat([x for x, _, _ in parts], 1), sums, rtol=rtol, atol=rtol * 1e-2)
+        torch.testing.assert_close(sum(x for _, x, _ in parts), terms, rtol=rtol, atol=rtol * 1e-2)
+        torch.testing.assert_close(torch.cat([x for _, _, x in parts], 1), gradient)
 
     # --- moments ---
 
     @pytest.mark.parametrize("terms", [False, True], ids=["plain", "all terms"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", OF_MOMENTS)
-    def test_moments(self, name, dtype, terms, width, impl, generator):
+    def test_moments(self, name, dtype, terms, width, divided, impl, generator):
         check_moments(width, name, dtype, terms, impl, generator)
 
     @pytest.mark.parametrize("factor", [1.0, 1 / 0.7], ids=["", "temperature"])
@@ -372,8 +432,6 @@ class MomentSuite:
 
 
 class KernelSuite(MomentSuite):
-    #: By loss and name.
-    EVERY_CASE: ClassVar[dict[str, Case]]
     #: Rows and classes for sums over the rows: in one group of rows and in several, in one block of columns and in two.
     SUMS: ClassVar[list[tuple[int, int]]]
     #: The module and the name of how many programs scale a gradient at the most.
@@ -472,7 +530,7 @@ class KernelSuite(MomentSuite):
     @pytest.mark.parametrize("value", [-1, 300, 2**31, 2**32 + 1, -(2**63)])
     @pytest.mark.parametrize("name", WAYS)
     def test_a_target_out_of_range_makes_its_row_nan(self, name, value, impl, generator, unchecked):
-        problem = Problem.make(self.EVERY_CASE[name], (6, 300), generator, torch.float32)
+        problem = Problem.make(CASES[name], (6, 300), generator, torch.float32)
         upstream = problem.upstream(generator)
         before = problem.run(impl, upstream)
         problem.target[2] = value
@@ -497,7 +555,7 @@ class KernelSuite(MomentSuite):
 
     @pytest.mark.parametrize("value", [-1, 300, 2**32 + 1])
     def test_a_candidate_out_of_range_makes_its_row_nan(self, value, impl, generator, unchecked):
-        problem = Problem.make(self.EVERY_CASE["mixed_cross_entropy 3 candidates"], (6, 300), generator, torch.float32)
+        problem = Problem.make(CASES["mixed_cross_entropy 3 candidates"], (6, 300), generator, torch.float32)
         upstream = problem.upstream(generator)
         before = problem.run(impl, upstream)
         problem.own["candidates"][2, 1] = value
@@ -533,17 +591,6 @@ class KernelSuite(MomentSuite):
         assert loss.isnan()
         assert gradient.isnan().any(1).all()
 
-    @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
-    @pytest.mark.parametrize("name", ["cross_entropy cross_entropy", "dsc one-vs-rest"])
-    def test_offsets_beyond_32_bits(self, name, impl, generator):
-        """row * stride in 32 bits, which wraps to memory that belongs to another row or to no one."""
-        problem = Problem.make(self.EVERY_CASE[name], (3, 300), generator, torch.bfloat16)
-        upstream = problem.upstream(generator)
-        far = far_apart_rows(problem.z, 2**31 + 5)
-        expected = problem.run(impl, upstream)
-        assert_same_bits(problem.run(impl, upstream, far), expected)
-        assert_same_bits(problem.run(impl, upstream, far, inplace_backward=True), expected)
-
     # --- sums over the rows ---
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -565,12 +612,6 @@ class KernelSuite(MomentSuite):
             rtol = 1e-12 if dtype == torch.float64 else 2e-6
             torch.testing.assert_close(ours, engine, rtol=rtol, atol=rtol * 1e-2)
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("loss", OVERLAPS)
-    @pytest.mark.parametrize("shape", [(5, 9), (4, 600)], ids=str)
-    def test_parts_of_the_classes(self, shape, loss, dtype, impl, generator):
-        check_parts_of_the_classes(shape, loss, dtype, impl, generator)
-
     @pytest.mark.parametrize("level", ["class", "set"])
     def test_levels_above_the_rows(self, level, impl, generator):
         z, target = logits_and_targets(40, 131, generator, torch.float32)
@@ -583,3 +624,76 @@ class KernelSuite(MomentSuite):
         nothing = z[:0].requires_grad_()
         loss = fl.dsc_loss(nothing, target[:0], level=level, impl=impl)
         assert torch.equal(loss, fl.dsc_loss(nothing, target[:0], level=level, impl="cpu"))
+
+    # --- every epilogue, in rows that are divided in every way ---
+
+    def test_its_epilogues_are_those_of_the_engine(self, impl):
+        """Each with as many parameters."""
+        assert backends.BACKENDS[impl].epilogues == backends.BACKENDS["cpu"].epilogues
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("name", CASES)
+    def test_every_case(self, name, dtype, divided, impl, generator):
+        """With all parameters, of few classes and of many."""
+        for shape in ((7, 3), (5, 129), (3, 1030)):
+            problem = Problem.make(CASES[name], shape, generator, dtype, "everything")
+            upstream = problem.upstream(generator)
+            problem.check(*problem.run(impl, upstream), upstream)
+
+    # --- linear forms, operators, torch.compile ---
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("rows", [3, 7], ids=["chunks", "one chunk"])
+    def test_linear_forms(self, rows, reduction, impl, generator, kernel_calls):
+        """Of three chunks the last has the ignored row alone, which has no gradient."""
+        hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
+        target = torch.randint(300, (7,), generator=generator)
+        target[2] = -100
+        results = []
+        for of in (impl, "reference"):
+            options = {"budget": rows * 300 * 4, "reduction": reduction, "impl": of}
+            loss = fl.linear_focal_loss(hidden, weight, target, **options)
+            results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight))))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+        chunks, ignored = (2, 1) if rows == 3 else (1, 0)
+        if reduction == "mean":
+            used = {"with_gradient": chunks, "forward": ignored, "scale_": 2}
+        else:
+            used = {"forward": chunks + ignored, "backward": chunks}
+        assert +kernel_calls == +Counter({(name, impl): count for name, count in used.items()})
+
+    @pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
+    def test_small_factors_in_float16(self, name, impl, generator):
+        test_linear.check_small_factors(name, generator, impl)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("epilogue", backends.BACKENDS["cpu"].epilogues.pairs)
+    def test_sums_and_gradients_of_some_of_the_classes(self, epilogue, dtype, impl, generator):
+        """Of two rows, as a rank of a group takes them: from statistics of more classes, without a target here."""
+        rows, spec, row_weight = job_of(epilogue, "cpu", 5, 300, dtype, generator)
+        _, *saved, _ = ops.forward(*rows, None, spec.encode())
+        rows.target[:2] = -1
+        results = []
+        for of in ("cpu", impl):
+            known = spec._replace(impl=of).encode()
+            sums = ops.sums(*rows, *saved[:2], None, None, known)
+            results.append((sums.to(row_weight.dtype), *ops.backward(*rows, *saved, row_weight, known)))
+        assert not results[1][0][:, 2].any() and not results[1][1][2].any()
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.compile
+    def test_compiled(self, impl, generator):
+        z, target = logits_and_targets(5, 300, generator, torch.float32)
+
+        def loss(x: Tensor) -> Tensor:
+            return fl.mixed_cross_entropy(x, target, alpha=0.25, impl=impl)
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(with_gradient(compiled, z), with_gradient(loss, z))
+
+    def test_opcheck(self, impl, generator):
+        z, target = logits_and_targets(5, 21, generator, torch.float32)
+        scalars = torch.tensor([0.9, 0.1 / 21, 0.01, 1 / 0.7])
+        rows = Rows.of(z, target, params=[torch.tensor(0.25)], scalars=scalars)
+        check_operators(rows, Spec(impl, "mixed_cross_entropy", top_k=2, mean=True, moments=ALL_MOMENTS), generator)
+        torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), impl))

@@ -150,6 +150,30 @@ def dual_focal(z: Tensor, t: Tensor, gamma: float) -> Tensor:
     return -((1 - at(p, t) + below) ** gamma) * at(log_p, t)
 
 
+#: Divergences from a teacher's row, with the shares of the mixtures.
+BETAS = {"forward_kl": None, "reverse_kl": None, "tv": None, "jsd": 0.3, "skew_kl": 0.1, "skew_reverse_kl": 0.2}
+
+
+def divergence(log_y: Tensor, log_p: Tensor, name: str = "forward_kl", beta: Any = None) -> Tensor:
+    """(N,) of the log-probabilities (N, K) of a teacher and a student, which may be those of some classes alone."""
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        a, b = log_a.exp(), log_b.exp()
+        return (torch.where(a == 0, 0, a * (log_a - log_b)) - a + b).sum(-1)
+
+    if name == "forward_kl":
+        return kl(log_y, log_p)
+    if name == "reverse_kl":
+        return kl(log_p, log_y)
+    if name == "tv":
+        return (log_p.exp() - log_y.exp()).abs().sum(-1) / 2
+    share = 1 - beta if name == "skew_reverse_kl" else beta
+    log_m = (share * log_y.exp() + (1 - share) * log_p.exp()).log()
+    if name == "jsd":
+        return beta * kl(log_y, log_m) + (1 - beta) * kl(log_p, log_m)
+    return kl(log_y if name == "skew_kl" else log_p, log_m)
+
+
 def supervised_contrastive(x, y, temperature, positives="out", normalize=True, contrast=None, **pairs) -> Tensor:
     """(N,) from the whole matrix of similarities, an anchor at a time; `pairs` are those of `positive_pairs`."""
     positive, itself = positive_pairs(x, y, contrast, **pairs)
@@ -243,48 +267,33 @@ def loss(
 
 # --- 250 digits ---
 
-_EXACT: dict[Callable[..., Tensor], Callable[..., Any]] = {}
-
-
-def _exact(base: Callable[..., Tensor]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _EXACT[base] = function
-        return function
-
-    return register
-
-
 # Each takes the probabilities of a row, those held constant where a factor is detached, and the target.
 
 
-@_exact(cross_entropy)
-def _(p: list[Any], fixed: list[Any], t: int) -> Any:
-    return -mpmath.log(p[t])
-
-
-@_exact(focal)
-def _(p: list[Any], fixed: list[Any], t: int, gamma: float = 2.0) -> Any:
-    return _focal(p[t], mpmath.log(p[t]), gamma)
-
-
-@_exact(mixed_cross_entropy)
-def _(p: list[Any], fixed: list[Any], t: int, alpha: float, top_k: int = 1) -> Any:
+def _exact_mixed_cross_entropy(p, fixed, t, alpha, top_k=1):
     top = sorted(range(len(p)), key=lambda j: -fixed[j])[:top_k]
     return -(1 - alpha) * mpmath.log(p[t]) - alpha / top_k * sum(mpmath.log(p[j]) for j in top)
 
 
-@_exact(dsc)
-def _(p, fixed, t, alpha=0.01, smooth=1.0, squared=True, form="one_vs_rest", detach_weight=False):
+def _exact_dsc(p, fixed, t, alpha=0.01, smooth=1.0, squared=True, form="one_vs_rest", detach_weight=False):
     factors = [(1 - x) ** alpha for x in (fixed if detach_weight else p)]
     classes = [t] if form == "target" else range(len(p))
     return sum(_dice(factors[j] * p[j], int(j == t), smooth, squared) for j in classes)
 
 
-@_exact(tversky)
-def _(p, fixed, t, alpha=0.6, beta=None, smooth=1.0, form="one_vs_rest"):
+def _exact_tversky(p, fixed, t, alpha=0.6, beta=None, smooth=1.0, form="one_vs_rest"):
     beta = 1 - alpha if beta is None else beta
     classes = [t] if form == "target" else range(len(p))
     return sum(_tversky(p[j], int(j == t), alpha, beta, smooth) for j in classes)
+
+
+_EXACT: dict[Callable[..., Tensor], Callable[..., Any]] = {
+    cross_entropy: lambda p, fixed, t: -mpmath.log(p[t]),
+    focal: lambda p, fixed, t, gamma=2.0: _focal(p[t], mpmath.log(p[t]), gamma),
+    mixed_cross_entropy: _exact_mixed_cross_entropy,
+    dsc: _exact_dsc,
+    tversky: _exact_tversky,
+}
 
 
 def exact(base: Callable[..., Tensor], z: Tensor, target: Tensor, **own: Any) -> tuple[Tensor, Tensor]:

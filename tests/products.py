@@ -1,9 +1,11 @@
-"""Counts the matrix products of linear forms."""
+"""Counts the operators that run, and the matrix products of linear forms."""
 
 from collections import Counter
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fusedloss.backends import BACKENDS
 from fusedloss.definition.rows import Rows, decode
@@ -41,4 +43,20 @@ class Products(TorchDispatchMode):
             self.calls[function.name()] += 1
             if result.shape[-1] == self._classes:
                 self.logit_rows += len(result)
+        return result
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run, by name, and notes how many elements the largest tensor has that each gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.largest: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
+        result, name = function(*arguments, **(kwargs or {})), function.name()
+        self.calls[name] += 1
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.largest[name] = max([self.largest[name], *sizes])
         return result

@@ -518,6 +518,19 @@ class RowLossSuite:
             problem.target = other
             assert_same_bits(problem.run(impl, upstream), truth, about=name)
 
+    @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs anonymous mappings")
+    @over(where=lambda case: case.large)
+    def test_offsets_beyond_32_bits(self, case, compiled_impl, generator):
+        """row * stride in 32 bits, signed or not, which wraps to memory that belongs to another row or to no one."""
+        problem = Problem.make(case, (3, 300), generator, torch.bfloat16)
+        upstream = problem.upstream(generator)
+        far = far_apart_rows(problem.z, 2**31 + 5)
+        expected = problem.run(compiled_impl, upstream)
+        assert_same_bits(problem.run(compiled_impl, upstream, far), expected)
+        loss, gradient = problem.run(compiled_impl, upstream, far, inplace_backward=True)
+        assert gradient.data_ptr() == far.data_ptr()
+        assert_same_bits((loss, gradient), expected)
+
     # --- options that change no number ---
 
     @pytest.mark.covering(1)
@@ -651,7 +664,7 @@ class RowLossSuite:
         assert_same_bits((loss, gradient), before, torch.arange(6) != 2)
 
     @pytest.mark.covering(1)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @each_dtype
     def test_one_class_takes_all(self, certain, dtype, impl, generator):
         z, target = certain_rows()
         problem = Problem(certain, z.to(dtype), target, certain.own, {})

@@ -17,20 +17,11 @@ from typing import ClassVar
 
 import pytest
 import test_distillation
-import test_linear
 import torch
 from cuda_host import ROOT, compiler, load
-from kernel_suite import OF_MOMENTS, KernelSuite, check_moments, check_operators, rows_of_moments
+from kernel_suite import CASES, ROW_EPILOGUES, SUITES, WAYS, KernelSuite, job_of, rows_of_moments
 from row_losses import computed
-from row_suite import (
-    DTYPES,
-    Problem,
-    RowLossSuite,
-    compute_dtype,
-    logits_and_targets,
-    modules_of_losses,
-    with_gradient,
-)
+from row_suite import RowLossSuite, compute_dtype, logits_and_targets, with_gradient
 from torch import Tensor
 
 import fusedloss as fl
@@ -45,11 +36,6 @@ if compiler() is None:
     pytest.skip("there is no C++ compiler to build the kernels for the host with", allow_module_level=True)
 
 pytestmark = pytest.mark.compile
-
-CPU = backends.BACKENDS["cpu"].epilogues
-
-SUITES = {name: module.TestRowLoss for name, module in modules_of_losses().items()}
-CASES = {f"{loss} {case}": case for loss, suite in SUITES.items() for case in suite.CASES}
 
 CUDA, PLAN = backends.BACKENDS["cuda"], cuda.plan
 
@@ -101,12 +87,7 @@ def compiled_impl() -> str:
 class TestRowLoss(RowLossSuite):
     """All of the suite, on one case for each way through the kernels."""
 
-    CASES: ClassVar = [
-        CASES["cross_entropy cross_entropy"],
-        CASES["mixed_cross_entropy top 2"],
-        CASES["dsc one-vs-rest"],
-        CASES["flex dual focal"],
-    ]
+    CASES: ClassVar = [CASES[name] for name in WAYS]
     CERTAIN: ClassVar = [
         case if i % 4 == 0 else pytest.param(case, marks=pytest.mark.exhaustive)  # the engine's epilogues, as they are
         for suite in SUITES.values()
@@ -119,64 +100,17 @@ class TestRowLoss(RowLossSuite):
 
 @pytest.mark.covering(1)
 class TestKernels(KernelSuite):
-    EVERY_CASE = CASES
     SUMS: ClassVar = [(5, 9), (270, 9), (20, 600)]
+    WIDTHS: ClassVar = [1, 2, 70, 4099]
+    #: In one block and in clusters of them, some of which have no column, and with tiles that are read twice.
+    DIVISIONS: ClassVar = {
+        f"{parts} parts, {'on chip' if on_chip else 'too wide'}": (cuda, "plan", cut(parts, on_chip))
+        for parts, on_chip in ((1, True), (1, False), (2, True), (2, False), (4, True), (8, True))
+    }
     SCALE_PROGRAMS: ClassVar = (cuda, "_SCALE_BLOCKS")
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        # Each one-vs-rest loss is a kernel of its own in every dtype; the others share one, and take turns.
-        pytest.param(name, dtype, marks=() if "one-vs-rest" in name or i % 4 == j else pytest.mark.exhaustive)
-        for i, name in enumerate(CASES)
-        for j, dtype in enumerate(DTYPES)
-        if CASES[name].large or dtype == torch.float32
-    ],
-    ids=str,
-)
-def test_every_loss(name, dtype, generator, monkeypatch):
-    """With all parameters, in clusters of 1, 2 and 4, of two reads and of one, in place of the logits."""
-    case = CASES[name]
-    for parts, classes in ((1, 7), (2, 129), (4, 1000), (1, 4097), (2, 33000)):
-        if classes < case.least_classes or (classes > 1000 and not case.large):
-            continue
-        problem = Problem.make(case, (3, classes), generator, dtype, "everything")
-        upstream = problem.upstream(generator)
-        monkeypatch.setattr(cuda, "plan", cut(parts))
-        problem.check(*problem.run("cuda", upstream), upstream)
-
-
-def test_its_epilogues_are_those_of_the_engine():
-    assert CUDA.epilogues == CPU
-
-
 # --- loss and gradient of one read ---
-
-#: Epilogues with the number of their parameters and of the top classes that they look at.
-EPILOGUES = {
-    name: (count, {"cross_entropy": 0, "mixed_cross_entropy": 2}.get(name, 1))
-    for name, count in (CPU.rows | CPU.classes | CPU.pairs).items()
-}
-
-
-def _job(
-    epilogue: str, rows: int, classes: int, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[Rows, Spec, Tensor]:
-    """With class weights, all terms that the epilogue takes, a factor, and an ignored row; and weights of the rows."""
-    z, target = logits_and_targets(rows, classes, generator, dtype)
-    second = z.roll(1, 1).abs() if epilogue in CPU.pairs else None
-    target[2:3] = -100
-    compute = compute_dtype(dtype)
-    weight, row_weight = (torch.rand(n, generator=generator).to(compute) for n in (classes, rows))
-    count, top_k = EPILOGUES[epilogue]
-    smoothing = 0.1 if epilogue in CPU.rows else 0.0
-    scalars = torch.tensor([1 - smoothing, smoothing / classes, 0.01, 1 / 0.7], dtype=compute)
-    params = [torch.full((), 0.5, dtype=compute)] * count
-    batch = Rows.of(z, target, weight, None, params, scalars)
-    if second is not None:
-        batch = batch._replace(teacher=[second.to(compute) if epilogue == "soft_targets" else second])
-    return batch, Spec("cuda", epilogue, top_k, mean=smoothing != 0), row_weight
 
 
 NAMES = ("loss", "statistics", "index", "coefficients", "gradient")
@@ -201,11 +135,11 @@ def _two_reads(rows: Rows, spec: Spec, row_weight: Tensor, grad: Tensor | None =
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("on_chip", [True, False], ids=["on chip", "too wide"])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", ROW_EPILOGUES)
 def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, monkeypatch):
     for classes, dtype in ((9, torch.float32), (4099, torch.float64), (33000, torch.bfloat16)):
         monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
-        rows, spec, row_weight = _job(epilogue, 4, classes, dtype, generator)
+        rows, spec, row_weight = job_of(epilogue, "cuda", 4, classes, dtype, generator)
         spec = spec._replace(moments=ALL_MOMENTS if dtype == torch.float64 else 0)
         one, two = (
             run(rows._replace(hidden=[z]), spec, row_weight, z)
@@ -237,7 +171,7 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
     rows = pack = 16 // size
     tiles = cuda.STAGES + 1  # of each warp, and a few columns
     classes = parts * tiles * THREADS * cuda.ITEM_BYTES // size + 3
-    batch, spec, row_weight = _job(epilogue, rows, classes, dtype, generator)
+    batch, spec, row_weight = job_of(epilogue, "cuda", rows, classes, dtype, generator)
 
     def moved_by(offset: int, stride: int, x: Tensor) -> Tensor:
         return x.new_empty(rows * stride + pack)[offset:].as_strided((rows, classes), (stride, 1)).copy_(x)
@@ -254,17 +188,6 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
         for run, grad in ((_one_read, None), (_two_reads, None), (_one_read, moved.logits)):
             found = run(moved, spec, row_weight, grad)
             assert [torch.equal(x, y) for x, y in zip(found, right, strict=True)] == [True] * 5, offset
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("terms", [False, True], ids=["plain", "all terms"])
-@pytest.mark.parametrize("name", OF_MOMENTS)
-@pytest.mark.parametrize(("dtype", "parts", "on_chip"), [*CUT, (torch.float32, 8, True)], ids=str)
-def test_moments_of_parts(dtype, parts, on_chip, name, terms, generator, monkeypatch):
-    """Of rows in one block and in clusters, some of which have no column, and with tiles that are read twice."""
-    monkeypatch.setattr(cuda, "plan", cut(parts, on_chip))
-    for classes in (1, 129, 4099):
-        check_moments(classes, name, dtype, terms, "cuda", generator)
 
 
 def test_moments_take_nothing_from_the_other_statistics(generator, monkeypatch):
@@ -314,17 +237,6 @@ def test_the_lowest_number_is_a_logit():
     assert not found[1][1].any()
 
 
-def test_ties_go_to_the_lowest_class(monkeypatch):
-    """In a thread, a block and a cluster."""
-    z = torch.zeros(3, 4099)
-    for row, columns in enumerate(((5, 6), (40, 3000), (7, 2100))):
-        z[row, list(columns)] = 8.0
-    for parts in (1, 4):
-        monkeypatch.setattr(cuda, "plan", cut(parts))
-        stats = fl.cross_entropy(z, torch.tensor([11, 11, 11]), return_stats=True, reduction="none", impl="cuda")[1]
-        assert stats.argmax.tolist() == [5, 40, 7]
-
-
 def test_candidates_of_one_class_share_a_column(generator):
     """More of them than threads of a warp, most of them twice, some of them the target."""
     z, target = logits_and_targets(3, 300, generator, torch.float64)
@@ -348,88 +260,9 @@ def test_what_the_gradient_does_not_read_again(generator, monkeypatch):
     assert jobs == [-(-33000 * 4 // (THREADS * cuda.ITEM_BYTES)), cuda.STAGES]
 
 
-# --- against a second row ---
-
-
 @pytest.mark.covering(1)
-class TestSecondRow:
+class TestSecondRow(test_distillation.TestSecondRow):
     """The shared tests of what the kernels compute."""
-
-    test_against_the_formula = staticmethod(test_distillation.test_against_the_formula)
-    test_close_rows_keep_their_digits = staticmethod(test_distillation.test_close_rows_keep_their_digits)
-    test_masked_classes = staticmethod(test_distillation.test_masked_classes)
-    test_rows_far_from_0 = staticmethod(test_distillation.test_rows_far_from_0)
-    test_probabilities_too_small_to_divide_by = staticmethod(
-        test_distillation.test_probabilities_too_small_to_divide_by
-    )
-    test_reductions_and_weights = staticmethod(test_distillation.test_reductions_and_weights)
-    test_soft_targets = staticmethod(test_distillation.test_soft_targets)
-    test_soft_targets_of_other_kinds = staticmethod(test_distillation.test_soft_targets_of_other_kinds)
-
-
-SOFT = "soft targets"
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*test_distillation.DIVERGENCES, SOFT])
-def test_no_number_in_either_row(name, dtype, generator):
-    """Classes that one row lacks, or both, and what is not finite at all: as on a CPU."""
-    z, target = logits_and_targets(8, 37, generator, dtype)
-    second = z.roll(1, 1).abs() if name == SOFT else z.roll(1, 1)
-    away = torch.arange(37) % 3 == 0
-    target[:] = 1  # which is not among them
-    z[0, away] = z[2, away] = -torch.inf
-    z[4, 5], z[5], z[6, 1] = torch.nan, -torch.inf, torch.inf
-    if name == SOFT:
-        second[2, away], second[3, 7] = 0, torch.nan
-    else:
-        second[1, away] = second[2, away] = -torch.inf
-        second[3, 7], second[7] = torch.nan, -torch.inf
-    results = []
-    for impl in ("cuda", "cpu"):
-        options = {"reduction": "none", "impl": impl, "temperature": 1.5}
-        loss = partial(fl.cross_entropy, target=second)
-        if name != SOFT:
-            loss = partial(fl.distillation_loss, teacher=second, divergence=name, target=target, hard_weight=0.3)
-        results.append(with_gradient(partial(loss, **options), z))
-    torch.testing.assert_close(*results, equal_nan=True)
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("epilogue", CPU.pairs)
-def test_sums_and_gradients_of_some_of_the_classes(epilogue, dtype, generator):
-    """As a rank of a group takes them: from statistics of more classes, without a target here."""
-    rows, spec, row_weight = _job(epilogue, 5, 300, dtype, generator)
-    _, *saved, _ = ops.forward(*rows, None, spec._replace(impl="cpu").encode())
-    rows.target[:2] = -1
-    results = []
-    for impl in ("cpu", "cuda"):
-        known = spec._replace(impl=impl).encode()
-        sums = ops.sums(*rows, *saved[:2], None, None, known)
-        results.append((sums.to(row_weight.dtype), *ops.backward(*rows, *saved, row_weight, known)))
-    assert not results[1][0][:, 2].any() and not results[1][1][2].any()
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("budget", [300 * 4 * 2 * 3, None], ids=["chunks", "one chunk"])
-def test_linear_forms_against_a_teacher(budget, generator, kernel_calls):
-    """Whose hidden states are of another size."""
-    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
-    teacher = [torch.randn(n, 24, generator=generator) for n in (7, 300)]
-    target = torch.randint(300, (7,), generator=generator)
-    target[2] = -100
-    results = []
-    for impl in ("cuda", "reference"):
-        loss = fl.linear_distillation_loss(
-            hidden, weight, *teacher, target=target, hard_weight=0.5, temperature=2.0, budget=budget, impl=impl
-        )
-        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    # Of three chunks the last has the ignored row alone, which has no gradient.
-    used = {"with_gradient": 2, "forward": 1, "scale_": 2} if budget else {"with_gradient": 1, "scale_": 2}
-    assert kernel_calls == {(name, "cuda"): count for name, count in used.items()}
 
 
 # --- a mean or a sum, whose gradient is made with it ---
@@ -592,8 +425,6 @@ def test_what_it_does_not_take_is_refused(generator):
         CUDA._run(None, many, on_chip=False)
     with pytest.raises(ValueError, match="fewer than 1073741824 rows of 300 classes, got 1073741824"):
         CUDA._run(None, z[:1].expand(2**30, 300), on_chip=False)
-    with pytest.raises(ValueError, match="no epilogue named 'perplexity'"):
-        ops.forward(*Rows.of(z, target), None, Spec("cuda", "perplexity").encode())
 
 
 def test_launches(tmp_path):
@@ -612,47 +443,6 @@ def test_launches(tmp_path):
         "a CUDA call before the launch of a kernel: illegal address",
         "6",
     ]
-
-
-# --- linear forms, torch.compile ---
-
-
-@pytest.mark.parametrize("budget", [300 * 4 * 3, None], ids=["chunks", "one chunk"])
-def test_linear_forms_read_their_logits_once(budget, generator, kernel_calls):
-    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (7, 300))
-    target = torch.randint(300, (7,), generator=generator)
-    target[2] = -100
-    results = []
-    for impl in ("cuda", "reference"):
-        loss = fl.linear_focal_loss(hidden, weight, target, budget=budget, impl=impl)
-        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
-    # Of three chunks the last has the ignored row alone, which has no gradient.
-    used = {"with_gradient": 2, "forward": 1, "scale_": 2} if budget else {"with_gradient": 1, "scale_": 2}
-    assert kernel_calls == {(name, "cuda"): count for name, count in used.items()}
-
-
-@pytest.mark.parametrize("name", test_linear.SMALL_FACTORS_OF_KERNELS)
-def test_small_factors_in_float16(name, generator):
-    test_linear.check_small_factors(name, generator, "cuda")
-
-
-def test_compiled(generator, kernel_calls):
-    z, target = logits_and_targets(5, 300, generator, torch.float32)
-
-    def loss(x):
-        return fl.mixed_cross_entropy(x, target, alpha=0.25, impl="cuda")
-
-    torch.testing.assert_close(with_gradient(torch.compile(loss, fullgraph=True), z), with_gradient(loss, z))
-    assert kernel_calls == TWO_READS | ONE_READ | BACKWARD  # compiled code would scale by 1 too
-
-
-def test_opcheck(generator):
-    z, target = logits_and_targets(5, 21, generator, torch.float32)
-    scalars = torch.tensor([0.9, 0.1 / 21, 0.01, 1 / 0.7])
-    rows = Rows.of(z, target, params=[torch.tensor(0.25)], scalars=scalars)
-    check_operators(rows, Spec("cuda", "mixed_cross_entropy", top_k=2, mean=True, moments=ALL_MOMENTS), generator)
-    torch.library.opcheck(ops.scale_, (z.clone(), torch.tensor(0.5), "cuda"))
 
 
 # --- where it runs ---

@@ -69,7 +69,7 @@ class TestRowLoss(RowLossSuite):
         _over_classes("one-vs-rest-alpha of each row", lambda n, v, g: {"alpha": quarters(n, g, 0, 2)}),
         _over_classes("one-vs-rest-dice", {"alpha": 0, "smooth": 0.5}, _dice_loss),
         _case("target", TARGET, large=True),
-        _case("target-linear-alpha=1", {"alpha": 1.0, "squared": False, "smooth": 1e-6, **TARGET}),
+        _case("target-linear-alpha=1", {"alpha": 1.0, "squared": False, "smooth": 0.0, **TARGET}),
         _case("target-detached", {"alpha": 0.5, "detach_weight": True, **TARGET}, derivative=False),
         _case("target-dice", {"alpha": 0, "squared": False, **TARGET}, _dice_loss),
     ]
@@ -121,22 +121,6 @@ def test_detached_weight_is_a_constant(form, impl, generator):
     own = {"alpha": 0.5, "form": form, "detach_weight": True}
     ours = second(lambda x: fl.dsc_loss(x, target, impl=impl, **own))
     torch.testing.assert_close(ours, second(lambda x: oracle.loss(oracle.dsc, x, target, **own)))
-
-
-def test_target_form_is_least_at_1_over_1_plus_alpha(impl):
-    for alpha in (0.01, 0.5, 1.0):
-        z = torch.tensor([1 / alpha, 1.0], dtype=torch.float64).log()[None]
-        own = {"alpha": alpha, "form": "target", "impl": impl}
-        _, gradient = with_gradient(lambda x, o=own: fl.dsc_loss(x, torch.tensor([0]), **o), z)
-        assert gradient.abs().max() < 1e-15
-
-
-def test_the_target_form_needs_no_smooth(impl, generator):
-    z, target = logits_and_targets(6, 40, generator)
-    own = {"alpha": 0.5, "smooth": 0.0, "form": "target"}
-    ours = with_gradient(lambda x: fl.dsc_loss(x, target, impl=impl, **own), z)
-    truth = with_gradient(lambda x: oracle.loss(oracle.dsc, x, target, **own), z)
-    torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

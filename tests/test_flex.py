@@ -180,14 +180,6 @@ def test_a_learnable_parameter(over, impl, generator):
     assert torch.autograd.gradgradcheck(ours, leaves)
 
 
-def test_a_weight_of_each_row(impl, generator):
-    z, target = logits_and_targets(6, 19, generator)
-    confidence = torch.rand(6, generator=generator).double().requires_grad_()
-    loss = fl.flex_loss(z.requires_grad_(), target, lambda s: confidence * s.ce, reduction="sum", impl=impl)
-    (gradient,) = torch.autograd.grad(loss, confidence)
-    torch.testing.assert_close(gradient, oracle.cross_entropy(z, target).detach(), rtol=1e-12, atol=0)
-
-
 # --- what a loss is given ---
 
 
@@ -523,24 +515,6 @@ def test_a_loss_in_chunks_where_all_rows_are_needed(why, monkeypatch, generator,
             linear.loss(loss_fn, **options | {"impl": "reference"}).sum(), (*linear.sources, *extra)
         )
         torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.compile
-def test_a_compiled_loss_in_chunks_is_called_with_all_rows(monkeypatch, generator):
-    linear = _Linear(monkeypatch, generator)
-    eager = linear.loss(_poly1, per_chunk=True)
-    right = torch.autograd.grad(eager, linear.sources)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled():
-        return fl.linear_flex_loss(
-            linear.hidden[0], linear.weight[0], linear.target, _poly1,
-            linear_bias=linear.bias, row_tensors=(linear.own,), per_chunk=True,
-        )  # fmt: skip
-
-    loss = compiled()
-    torch.testing.assert_close((loss, *torch.autograd.grad(loss, linear.sources)), (eager, *right))
-    assert len(linear.backwards) == 1
 
 
 def test_second_derivatives_of_a_loss_in_chunks(monkeypatch, generator, compiled_impl):

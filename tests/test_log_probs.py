@@ -204,14 +204,6 @@ def test_the_most_likely_of_certain_rows_and_of_none(compiled_impl):
     assert [x.shape for x in fl.linear_topk_log_probs(hidden[:0], weight, 2, impl=compiled_impl)] == [(0, 2)] * 2
 
 
-def test_a_batch_of_temperatures(impl, generator):
-    z, target = problem(generator)
-    temperatures = torch.tensor([0.5, 0.6, 2.0], dtype=torch.float64)
-    options = {"ignore_index": IGNORED, "impl": impl}
-    got = torch.vmap(lambda t: fl.cross_entropy(z, target, temperature=t, **options))(temperatures)
-    torch.testing.assert_close(got, torch.stack([fl.cross_entropy(z / t, target, **options) for t in temperatures]))
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "all else frozen"])
 def test_a_learnt_temperature_of_a_linear_loss(reduction, frozen, impl, generator):
@@ -237,16 +229,6 @@ def test_a_module_learns_its_temperature(impl, generator):
     leaf = torch.tensor(2.0, requires_grad=True)
     F.cross_entropy(z / leaf, target, ignore_index=IGNORED).backward()
     torch.testing.assert_close(parameter.grad, leaf.grad)
-
-
-def test_in_place(compiled_impl, generator):
-    z, target = problem(generator)
-    own = computed(z.clone())
-    options = {"temperature": 0.7, "ignore_index": IGNORED, "impl": compiled_impl}
-    (gradient,) = torch.autograd.grad(fl.cross_entropy(own, target, inplace_backward=True, **options), own)
-    (expected,) = torch.autograd.grad(fl.cross_entropy(z.requires_grad_(), target, **options), z)
-    torch.testing.assert_close(gradient, expected, rtol=1e-14, atol=1e-16)
-    assert gradient.data_ptr() == own.data_ptr()
 
 
 WRONG = {

@@ -74,33 +74,6 @@ class TestRowLoss(RowLossSuite):
     ]
 
 
-# columns of equal largest logits, the target, and which classes are the first and second prediction
-TIES = [
-    ([1, 3], 3, (1, 3)),
-    ([15, 16, 17], 2, (15, 16)),  # over the end of a vector of 16
-    ([2047, 2048], 5, (2047, 2048)),  # of a block
-    ([8191, 8192], 5, (8191, 8192)),  # of a chunk
-    ([100, 9000], 9000, (100, 9000)),
-    ([4000, 8100, 8999], 0, (4000, 8100)),
-    (list(range(9001)), 7, (0, 1)),  # all of them
-]
-
-
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize(("columns", "target", "picks"), TIES, ids=[str(i) for i in range(len(TIES))])
-def test_ties_go_to_the_lowest_index(columns, target, picks, top_k, dtype, impl, generator):
-    z = torch.randn(1, 9001, generator=generator, dtype=torch.float64).to(dtype)
-    z[0, columns] = 8.0
-    target, picks = torch.tensor([target]), torch.tensor([picks[:top_k]])
-    own = {"alpha": 0.5, "reduction": "none"}
-    ours = with_gradient(lambda x: fl.mixed_cross_entropy(x, target, top_k=top_k, impl=impl, **own), z)
-    given = with_gradient(lambda x: fl.mixed_cross_entropy(x, target, candidates=picks, impl=impl, **own), z)
-    assert_same_bits(ours, given)
-    assert fl.cross_entropy(z, target, return_stats=True, impl=impl)[1].argmax == picks[0, 0]
-
-
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}], ids=["", "smoothing"])
 def test_candidates_that_meet(options, impl, generator):
     z, _ = logits_and_targets(3, 7, generator)

@@ -7,9 +7,9 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from products import Operators
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fusedloss as fl
@@ -198,28 +198,6 @@ def test_fakes_agree_with_kernels(case, pairs, count):
                 assert not (r.isnan() if r.is_floating_point() else r >= CLASSES).any()
 
 
-@pytest.mark.covering(1)
-@each_form
-@each_case
-def test_gradients_made_with_the_loss_are_those_of_the_backward(case, pairs):
-    """By the row weights, in rows of few classes up to rounding; to the bit the one that takes the logits' memory."""
-    if not case.epilogue:
-        return
-    rows = case.rows(pairs)
-    spec = case.spec(needed=(True,) * len(rows.sources))
-    row_weight = torch.rand(ROWS, generator=torch.Generator().manual_seed(2)).to(compute_dtype(case.dtype))
-    expected = ops.forward(*rows, None, case.spec().encode())
-    found = ops.forward(*rows, row_weight, spec.encode())
-    torch.testing.assert_close(found[:4], expected[:4], rtol=0, atol=0)
-    backward = (*expected[1:4], row_weight, spec.encode())
-    later = ops.backward(*rows, *backward)
-    torch.testing.assert_close(found[4], later, rtol=1e-5 + torch.finfo(case.dtype).eps, atol=1e-8)
-    if not pairs:
-        own = rows.logits.clone()
-        assert ops.backward_(*rows._replace(hidden=[own]), *backward) is None
-        assert torch.equal(own, later[0])
-
-
 def test_every_operator_has_a_fake_and_declares_what_it_writes():
     names = ("forward", "backward", "backward_", "sums", "terms", "scale_", "gather", "sum_over_ranks")
     for name in names:
@@ -257,17 +235,6 @@ def test_what_is_no_spec_is_refused(change):
     for mode in (torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode, pytest.raises(ValueError, match=r"spec must be what Spec\.encode\(\) gives.* got '"):
             ops.forward(*rows, None, text)
-
-
-@each_form
-def test_rows_come_back_as_they_were(pairs):
-    for case in CASES.values():
-        rows = case.rows(pairs)
-        counts, flat = rows.flatten()
-        for again in (Rows.unflatten(counts, [*flat, None]), rows.with_sources(rows.sources)):
-            for a, b in zip(again, rows, strict=True):
-                assert type(a) is type(b)
-                assert all(x is y for x, y in zip(*((x if isinstance(x, list) else [x]) for x in (a, b)), strict=True))
 
 
 # --- what is refused ---
@@ -498,16 +465,6 @@ def test_a_strided_bias_is_read_right_where_kernels_make_the_logits():
     assert torch.equal(*losses)
 
 
-class _Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(function.name())
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("linear", [False, True], ids=["row", "linear"])
 def test_whoever_looks_at_operators_sees_them(linear, generator):
     """A mode and a profiler. Where nobody looks, they are not dispatched, and the bits are the same."""
@@ -521,12 +478,12 @@ def test_whoever_looks_at_operators_sees_them(linear, generator):
         return loss, z.grad
 
     alone = run()
-    with _Seen() as mode:
+    with Operators() as mode:
         watched = run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         profiled = run()
     names = {"fusedloss::forward", "fusedloss::scale_" if linear else "fusedloss::backward"}
-    assert names <= mode.names
+    assert names <= mode.calls.keys()
     assert names <= {event.key for event in profile.key_averages()}
     for loss, gradient in (watched, profiled):
         assert torch.equal(loss, alone[0]) and torch.equal(gradient, alone[1])

@@ -286,7 +286,7 @@ test_scene = ranks.tests_of({
 })  # fmt: skip
 
 
-def test_a_group_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_cannot_be_used_is_refused(monkeypatch):
     x, y = torch.eye(3), torch.tensor([0, 0, 1])
     for call in (fl.supcon_loss, fl.nn.SupConLoss()):
         with pytest.raises(ValueError, match=r"group was given, 'all', but torch\.distributed is not initialised"):

@@ -219,21 +219,6 @@ def test_permuting_classes_permutes_gradients(loss, impl, rows, classes, seed):
 
 
 @properties
-@given(losses, row_counts, st.integers(8200, 40000), seeds, st.sampled_from(DTYPES), st.integers(2, 7))
-def test_splitting_a_row_over_threads_gives_the_same_bits(loss, rows, classes, seed, dtype, threads):
-    z, target, upstream = draw(rows, classes, seed, dtype)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, threads):
-            torch.set_num_threads(count)
-            runs.append(run(loss, "cpu", z, target, upstream))
-    finally:
-        torch.set_num_threads(before)
-    assert_same_bits(runs[1], runs[0])
-    assert_same_bits(runs[2], runs[0])
-
-
-@properties
 @given(losses, compiled_impls, st.integers(2, 6), class_counts, seeds, st.sampled_from(DTYPES))
 def test_rows_are_independent(loss, impl, rows, classes, seed, dtype):
     """A row gives the same bits alone, among others and in another place."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from oracle import assert_as_accurate_as, positive_pairs, supervised_contrastive
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -340,19 +339,6 @@ def test_the_mask_is_not_written_to():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["batch and bank", "own rows, in", "mask"])  # others: test_compile.py
-def test_compiles_whole(name, generator):
-    x, y, options = problem(generator, OWN_KINDS[name], dtype=torch.float32)
-
-    def step(x, contrast):
-        return fl.supcon_loss(x, y, **options | {"contrast": contrast})
-
-    contrast = options.get("contrast")
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, contrast)
-    assert_same_gradients(got, step(x, contrast), sources(x, options))
-
-
-@pytest.mark.compile
 def test_an_own_row_out_of_range_is_nan_where_nobody_may_look():
     """As on a GPU. The other rows are what they are."""
     x, y = torch.randn(6, 4, requires_grad=True), torch.arange(6) // 2
@@ -398,18 +384,6 @@ def test_exports_for_any_number_of_rows(generator):
     for n in (2, 31):
         x, y = problem(generator, {}, rows=n)[0], torch.arange(n) // 2
         torch.testing.assert_close(program.module()(x, y), module(x, y))
-
-
-@pytest.mark.compile
-def test_more_rows_do_not_compile_anew(generator):
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(fl.supcon_loss, fullgraph=True, backend=counter, dynamic=True)
-    counts = []
-    for rows in (11, 31):
-        x, y, _ = problem(generator, {}, rows=rows)
-        torch.testing.assert_close(compiled(x, y), fl.supcon_loss(x, y))
-        counts.append(counter.frame_count)  # Dynamo may take two turns at the first
-    assert counts[0] == counts[1]
 
 
 _MEMORY = """

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from row_losses import LOSSES
+from row_losses import LOSSES, SCENES, leaves_of
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -70,90 +70,10 @@ def test_every_loss_is_its_formula(example, transform, generator):
     torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
-# Everything else against the same call without a transform
+# Every function in each of its forms, against the same call without a transform
 
-
-def _poly(s):
-    return s.ce + s.q * s.second_ce - s.candidate_ce.mean(-1) + s.mean_ce
-
-
-LINEAR = fl.nn.LinearMixedCrossEntropyLoss(7, 5, bias=True, alpha=0.3).double()
-
-
-def _linear_module(t, h, w, b):
-    return functional_call(LINEAR, {"linear.weight": w, "linear.bias": b}, (h, t))
-
-
-def _closure(t, z, a, over):
-    def of_classes(p, q, positive):
-        return torch.where(positive, a * q, p).square()
-
-    return fl.flex_loss(z, t, (lambda s: s.ce + a * s.q) if over == "rows" else of_classes, over=over)
-
-
-ROWS, CLASSES = 4, 5
-LOGITS, VECTOR, NUMBER = (ROWS, CLASSES), (ROWS,), ()
-LAYER = ((ROWS, 7), (CLASSES, 7), (CLASSES,))
-WEIGHT = torch.linspace(0.5, 2, CLASSES, dtype=torch.float64)
-TARGET = torch.tensor([1, -100, 0, 4])
-LABELS = torch.tensor([1, 1, 2, 1])
-CANDIDATES = torch.tensor([[0, 1], [3, 3], [2, 4], [1, 0]])
-SCHEDULED = fl.nn.MixedCrossEntropyLoss(alpha=fl.nn.AlphaSchedule(9))
-BANK = {"contrast_labels": torch.tensor([1, 0, 3]), "positives": "in"}
-
-#: The loss of a target and of tensors in (0.1, 0.9), and these tensors' shapes.
-SCENES = {
-    "smoothing": (
-        lambda t, z: fl.focal_loss(z, t, label_smoothing=0.2, smoothing_over="others", weight=WEIGHT, z_loss=0.3),
-        (LOGITS,),
-    ),
-    "rows": (lambda t, z: fl.cross_entropy(z, t, reduction="none", weight=WEIGHT).square().sum(), (LOGITS,)),
-    "candidates and picks": (
-        lambda t, z: fl.flex_loss(z, t, _poly, statistics=("second", "mean"), candidates=CANDIDATES, weight=WEIGHT),
-        (LOGITS,),
-    ),
-    "token weights": (lambda t, z, w: fl.focal_loss(z, t, token_weight=w), (LOGITS, VECTOR)),
-    "their sum for a divisor": (
-        lambda t, z, w: fl.dsc_loss(z, t, token_weight=w, normalizer="token_weight"),
-        (LOGITS, VECTOR),
-    ),
-    "divisor": (lambda t, z, n: fl.cross_entropy(z, t, normalizer=n), (LOGITS, NUMBER)),
-    "learnt, of rows": (lambda t, z, g: fl.focal_loss(z, t, gamma=g), (LOGITS, VECTOR)),
-    "learnt, of sums": (lambda t, z, a: fl.dsc_loss(z, t, alpha=a, level="class"), (LOGITS, NUMBER)),
-    "learnt, by closure": (partial(_closure, over="rows"), (LOGITS, NUMBER)),
-    "learnt, by closure over classes": (partial(_closure, over="classes"), (LOGITS, NUMBER)),
-    "class sums": (
-        lambda t, z, w: fl.dsc_loss(z, t, alpha=0.5, level="class", token_weight=w, weight=WEIGHT),
-        (LOGITS, VECTOR),
-    ),
-    "set": (lambda t, z: fl.dice_loss(z, t, level="set"), (LOGITS,)),
-    "statistics": (lambda t, z: fl.cross_entropy(z, t, return_stats=True)[0], (LOGITS,)),
-    "module": (lambda t, z: SCHEDULED(z, t), (LOGITS,)),
-    "linear, mean": (lambda t, h, w, b: fl.linear_focal_loss(h, w, t, linear_bias=b, softcap=2.0, budget=100), LAYER),
-    "linear, rows": (
-        lambda t, h, w, b: fl.linear_dsc_loss(h, w, t, linear_bias=b, reduction="none").square().sum(),
-        LAYER,
-    ),
-    "linear, flex": (lambda t, h, w, b: fl.linear_flex_loss(h, w, t, lambda s: s.ce + s.q, linear_bias=b), LAYER),
-    "linear module": (_linear_module, LAYER),
-    "supcon": (lambda t, f, x: fl.supcon_loss(f, LABELS, temperature=x), (LOGITS, NUMBER)),
-    "supcon, in": (
-        lambda t, f, x: fl.supcon_loss(f, LABELS, temperature=x, positives="in", reduction="mean_all"),
-        (LOGITS, NUMBER),
-    ),
-    "supcon, rows": (
-        lambda t, f: fl.supcon_loss(f, LABELS, reduction="none", normalize=False).square().sum(),
-        (LOGITS,),
-    ),
-    "supcon, contrast": (lambda t, f, c: fl.supcon_loss(f, LABELS, contrast=c, **BANK), (LOGITS, (3, CLASSES))),
-}
-
-
-each_scene = pytest.mark.parametrize(("loss", "shapes"), SCENES.values(), ids=SCENES.keys())
-
-
-def tensors(shapes, generator):
-    return [torch.rand(shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1 for shape in shapes]
+each_scene = pytest.mark.parametrize("loss", SCENES.values(), ids=SCENES.keys())
+TARGETS = torch.tensor([[1, -100, 0, 4, 8, 2, 2], [2, 2, 3, -100, 0, 7, 1]])
 
 
 def gradients(f, inputs):
@@ -162,10 +82,10 @@ def gradients(f, inputs):
 
 
 @each_scene
-def test_reverse_and_forward_mode(loss, shapes, generator):
-    f, inputs, directions = partial(loss, TARGET), tensors(shapes, generator), tensors(shapes, generator)
+def test_reverse_and_forward_mode(loss, generator):
+    f, inputs, directions = partial(loss, TARGETS[0]), leaves_of(loss, generator), leaves_of(loss, generator)
     expected = gradients(f, inputs)
-    torch.testing.assert_close(grad(f, tuple(range(len(shapes))))(*inputs), expected, **TOLERANCE)
+    torch.testing.assert_close(grad(f, tuple(range(len(inputs))))(*inputs), expected, **TOLERANCE)
     leaves = [x.clone().requires_grad_() for x in inputs]
     got = torch.autograd.grad(f(*leaves), leaves, UPSTREAM, is_grads_batched=True)
     torch.testing.assert_close(got, tuple(torch.stack([x * u for u in UPSTREAM]) for x in expected), **TOLERANCE)
@@ -177,10 +97,10 @@ def test_reverse_and_forward_mode(loss, shapes, generator):
 
 
 @each_scene
-def test_per_sample_gradients(loss, shapes, generator):
+def test_per_sample_gradients(loss, generator):
     """Of one target for all or one for each, in batches that are not in front."""
-    targets = torch.tensor([[1, -100, 0, 4], [2, 2, 3, -100]])
-    every, batch = tuple(range(len(shapes))), [tensors(shapes, generator) for _ in targets]
+    targets, batch = TARGETS, [leaves_of(loss, generator) for _ in TARGETS]
+    every = tuple(range(len(batch[0])))
     stacked = [torch.stack(x, -1) for x in zip(*batch, strict=True)]
     of_one = grad(loss, tuple(i + 1 for i in every))
     for chosen, dim in ((targets, 0), ([targets[0]] * 2, None)):
@@ -216,7 +136,7 @@ def test_statistics_and_counts_are_those_of_each_example(generator):
     torch.testing.assert_close(tuple(x[:, 0] for x in stats[:-1]), tuple(expected[:4]), equal_nan=True, **TOLERANCE)
     assert gradients[3].eq(0).all()
     targets, token_weights = target.view(3, 2), torch.rand(3, 2, generator=generator).double()
-    count = partial(fl.normalizer, weight=WEIGHT)
+    count = partial(fl.normalizer, weight=torch.linspace(0.5, 2, 5).double())
     got = vmap(lambda t, w: count(t, token_weight=w))(targets, token_weights)
     expected = [count(t, token_weight=w) for t, w in zip(targets, token_weights, strict=True)]
     torch.testing.assert_close(got, torch.stack(expected), **TOLERANCE)
@@ -320,24 +240,3 @@ def test_a_compiled_transform(generator):
     torch.compiler.reset()
     got = torch.compile(of_each, backend="aot_eager", fullgraph=True)(z, target)
     torch.testing.assert_close(got, of_each(z, target), **TOLERANCE)
-
-
-@pytest.mark.parametrize("own", ["contrast_includes_batch", "self_index"])
-@pytest.mark.parametrize("positives", ["out", "in"])
-def test_a_memory_bank_beneath_a_transform(positives, own, generator):
-    """The anchors are left out of a contrast set that holds them, and views are rows."""
-    features = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    labels, bank = torch.tensor([0, 1, 0, 2, 1, 2]), torch.randn(3, 4, generator=generator, dtype=torch.float64)
-    options = {"contrast_labels": torch.cat([labels, torch.tensor([0, 1, 2])]), "positives": positives}
-    options[own] = torch.tensor([0, 1, 2, 3, 4, -1]) if own == "self_index" else True
-
-    def loss(x):
-        return fl.supcon_loss(x, labels, contrast=torch.cat([x, bank]), **options)
-
-    torch.testing.assert_close(grad(loss)(features), gradients(loss, [features])[0])
-    batch = torch.stack([features, 2 * features.flip(0)])
-    torch.testing.assert_close(vmap(loss)(batch), torch.stack([loss(x) for x in batch]))
-    views = features.view(3, 2, 4)
-    rows = grad(lambda x: fl.supcon_loss(x, torch.tensor([0, 1, 0]), reduction="sum"))(views)
-    flat = gradients(lambda x: fl.supcon_loss(x, torch.tensor([0, 0, 1, 1, 0, 0]), reduction="sum"), [features])
-    torch.testing.assert_close(rows.flatten(0, 1), flat[0])

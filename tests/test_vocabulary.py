@@ -507,27 +507,6 @@ def _by_the_passes(rank: int, world: int) -> None:
             assert_close(found, expected, rtol=1e-5, atol=1e-7, msg=lambda m, n=name, i=impl: f"{n}, {i}: {m}")
 
 
-def _compiled(rank: int, world: int) -> None:
-    d = Division(rank, world, [6] * world)
-    z, target = d.normal(ROWS, d.classes).float()[:, d.part], torch.arange(ROWS) % d.classes
-    hidden, weight = d.normal(ROWS, 6).float(), d.normal(d.classes, 6).float()[d.part]
-    for loss, tensors in {
-        lambda x: fl.focal_loss(x, target, label_smoothing=0.1, group=d.shards): (z,),
-        lambda x: fl.dsc_loss(x, target, group=d.shards): (z,),
-        lambda x: fl.dsc_loss(x, target, level="class", group=d.shards): (z,),
-        lambda h, w: fl.linear_mixed_cross_entropy(h, w, target, alpha=0.25, group=d.shards): (hidden, weight),
-        lambda h, w: fl.linear_dsc_loss(h, w, target, group=d.shards): (hidden, weight),
-    }.items():
-        results = []
-        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-            inputs = [x.clone().requires_grad_() for x in tensors]
-            value = function(*inputs)
-            results.append((value, *torch.autograd.grad(value, inputs)))
-        assert_close(results[1], results[0])
-    with pytest.raises(Exception, match=r"VocabularyShards\.gather"):
-        torch.compile(lambda x: fl.cross_entropy(x, target, group=dist.group.WORLD), backend="eager", fullgraph=True)(z)
-
-
 def _sequence_parallel(rank: int, world: int) -> None:
     """In chunks within a rank's rows, across them, and of all rows."""
     d, steps = Division(rank, world, [3 + r for r in range(world)]), 2
@@ -627,7 +606,6 @@ test_scene = ranks.tests_of({
     _own_arguments: (2, 3),
     _what_a_function_sees: (2,),
     _by_the_passes: (2,),
-    _compiled: (2,),
     _sequence_parallel: (2, 3),
     _distributed_tensors: (2, 4),
     _shards_that_outlive_their_group: (1,),
