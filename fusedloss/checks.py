@@ -64,7 +64,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
-    """`value` must be a real number with low <= value <= high (low < value with `above`)."""
+    """`value` must be a finite real number with low <= value <= high (low < value with `above`)."""
     if isinstance(value, torch.SymFloat):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -75,6 +75,8 @@ def check_number(
         number = math.inf  # a rational number beyond all floats, whatever its sign
     if not (low < number if above else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
+    if number == math.inf:
+        raise ValueError(f"{name} must be finite, got {value!r}")
 
 
 def check_names(function: str, options: Mapping[str, object], known: Any) -> None:
@@ -110,6 +112,8 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
+        if largest == math.inf:
+            raise ValueError(f"{name} must be finite, got values from {smallest} to {largest}")
 
 
 def _range(low: float, high: float, above: bool = False) -> str:
