@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import fusedloss
 
-from ..checks import is_dtensor
+from ..checks import check_bool, is_dtensor
 from ..distributed import fsdp
 from ..engine.output_layer import beside_lora, described, is_lora, products
 from ._losses import OF_THE_LAYER, OF_THE_MODEL, check_arguments, current, forms
@@ -79,8 +79,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     >>> logits, labels = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
     >>> loss = compute_loss_func({"logits": logits}, labels, num_items_in_batch=16)
     """
-    if not isinstance(shift, bool):
-        raise TypeError(f"shift must be True or False, got {shift!r}")
+    check_bool("shift", shift)
     check_arguments(loss, arguments, OF_THE_LAYER)
     ignored = arguments.get("ignore_index", -100)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_names, check_number, check_second_row
+from ..checks import check_bool, check_choice, check_int, check_names, check_number, check_second_row
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
@@ -216,8 +216,7 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     check_number("hard_weight", hard_weight, 0)
     if hard_weight and target is None:
         raise ValueError(f"hard_weight is of the cross-entropy with a target, but target is None, got {hard_weight!r}")
-    if not isinstance(scaled, bool):
-        raise TypeError(f"scale_by_temperature_squared must be a bool, got {scaled!r}")
+    check_bool("scale_by_temperature_squared", scaled)
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")

@@ -164,7 +164,7 @@ def _row_results(example: Example, problem: _Problem, impl: str) -> Iterator[tup
 
 
 def _linear_results(example: Example, problem: _Problem, impl: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same where the logits are the weight, or the hidden states; gradients after the losses, and with their sum."""
+    """The same where the logits are the weight, or the hidden states; gradients after the losses and with their sum."""
     logits, target, upstream = problem
     rows, classes = logits.shape
     linear, budget = example.linear, CHUNK_ROWS * classes * logits.element_size()
