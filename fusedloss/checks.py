@@ -79,9 +79,10 @@ def check_number(
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
-def check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
+def check_bool(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_names(function: str, options: Mapping[str, object], known: Any) -> None:
@@ -226,10 +227,12 @@ def check_classes(classes: int, input: Tensor | Projection) -> None:
 
 
 def check_weight(weight: Any, input: Tensor | Projection, classes: int) -> None:
-    check_floating("weight", weight)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        check_floating("weight", weight)
     if weight.shape != (classes,):
         raise ValueError(f"weight must be ({classes},), one a class, got shape {tuple(weight.shape)}")
-    check_device("weight", weight, input)
+    if weight.device != input.device:
+        check_device("weight", weight, input)
     if weight.requires_grad:
         raise ValueError("weight requires grad, but class weights are not differentiated; detach them")
 
@@ -301,8 +304,10 @@ def raise_index_error(name: str, value: int, classes: int) -> None:
 
 
 def check_token_weight(token_weight: object, target: Tensor) -> None:
-    check_floating("token_weight", token_weight)
-    check_like("token_weight", token_weight, target, "target")
+    if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
+        check_floating("token_weight", token_weight)
+    elif token_weight.shape != target.shape or token_weight.device != target.device:
+        check_like("token_weight", token_weight, target, "target")
 
 
 def check_temperature(temperature: object, input: Tensor | Projection) -> None:

@@ -128,7 +128,7 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
             checks.check_token_weight(token_weight, target)
         checks.check_device("one target", target, parts[0][0], "the first")
     checks.check_int("ignore_index", ignore_index)
-    checks.check_bool("averaged", averaged)
+    checks.check_bool(averaged=averaged)
     if weight is None:
         return
     checks.check_floating("weight", weight)

@@ -21,7 +21,7 @@ def sum_in_place(x: Tensor, group: str) -> Any:
 
 def row_parts(sequence_parallel: object, group: Any) -> int:
     """Over how many ranks the rows of the hidden states are divided."""
-    check_bool("sequence_parallel", sequence_parallel)
+    check_bool(sequence_parallel=sequence_parallel)
     if not sequence_parallel:
         return 1
     if group is None:

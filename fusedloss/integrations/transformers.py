@@ -79,7 +79,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     >>> logits, labels = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
     >>> loss = compute_loss_func({"logits": logits}, labels, num_items_in_batch=16)
     """
-    check_bool("shift", shift)
+    check_bool(shift=shift)
     check_arguments(loss, arguments, OF_THE_LAYER)
     ignored = arguments.get("ignore_index", -100)
 

@@ -216,7 +216,7 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     check_number("hard_weight", hard_weight, 0)
     if hard_weight and target is None:
         raise ValueError(f"hard_weight is of the cross-entropy with a target, but target is None, got {hard_weight!r}")
-    check_bool("scale_by_temperature_squared", scaled)
+    check_bool(scale_by_temperature_squared=scaled)
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")

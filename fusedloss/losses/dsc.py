@@ -124,8 +124,7 @@ def dsc_loss(
     check_logits(input, target)
     check_parameter("alpha", alpha, target, 0)
     if type(squared) is not bool or type(detach_weight) is not bool:
-        check_bool("squared", squared)
-        check_bool("detach_weight", detach_weight)
+        check_bool(squared=squared, detach_weight=detach_weight)
     params = (alpha, float(squared), 1.0 - detach_weight)
     return overlap_loss(
         "dsc_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options
@@ -165,7 +164,7 @@ def dice_loss(
     >>> logits = torch.randn(8, 9, requires_grad=True)
     >>> fl.dice_loss(logits, torch.arange(8)).backward()
     """
-    check_bool("squared", squared)
+    check_bool(squared=squared)
     params = (0.0, float(squared), 1.0)
     return overlap_loss(
         "dice_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options

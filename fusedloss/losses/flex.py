@@ -108,7 +108,7 @@ def flex_loss(
     if over == "classes" and (statistics or candidates is not None):
         raise ValueError("over='classes' takes neither statistics nor candidates")
     _check_row_tensors(row_tensors, target)
-    check_bool("per_chunk", per_chunk)
+    check_bool(per_chunk=per_chunk)
     names = tuple(statistics)
     if "second" in names and "top" not in names:
         names = ("top", *names)

@@ -62,7 +62,7 @@ def log_probs(
     """
     check_names("log_probs", options, LogProbOptions)
     check_logits(input, target)
-    check_bool("entropy", entropy)
+    check_bool(entropy=entropy)
     if not entropy:
         # 0 minus, which leaves no -0.0 of an ignored row
         return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, reduction="none", **options)
