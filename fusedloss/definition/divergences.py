@@ -88,20 +88,12 @@ def _mixture_kl(log_y: Tensor, log_p: Tensor, d: Tensor, mu: Tensor, a: Tensor, 
     return a * of_y + b * of_p
 
 
-def _soft_targets(y: Tensor, log_p: Tensor) -> Tensor:
-    return -_times(y, log_p)
-
-
-def _one() -> int:
-    return 1
-
-
 def _curvature(mu: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return a * (1 - mu) ** 2 + b * mu**2
 
 
-FORWARD_KL = Epilogue("forward_kl", _forward_kl, over="teacher", curvature=_one)
-REVERSE_KL = Epilogue("reverse_kl", _reverse_kl, over="teacher", curvature=_one)
+FORWARD_KL = Epilogue("forward_kl", _forward_kl, over="teacher", curvature=lambda: 1)
+REVERSE_KL = Epilogue("reverse_kl", _reverse_kl, over="teacher", curvature=lambda: 1)
 TOTAL_VARIATION = Epilogue("total_variation", _total_variation, over="teacher")
 MIXTURE_KL = Epilogue("mixture_kl", _mixture_kl, over="teacher", curvature=_curvature)
-SOFT_TARGETS = Epilogue("soft_targets", _soft_targets, over="targets")
+SOFT_TARGETS = Epilogue("soft_targets", lambda y, log_p: -_times(y, log_p), over="targets")

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -169,23 +170,19 @@ def fuse(
     """
     _check_model(model)
     name, chosen = type(model).__name__, _Loss.of(loss, arguments, _Teacher.of(teacher, model))
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{name} has no output layer (get_output_embeddings() gives None)")
+    head = _output_layer(model, name)
     if "labels" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"the forward of {name} takes no labels")
     on_meta = next((parameter for parameter, value in model.named_parameters() if value.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"{on_meta!r} of {name} is on the meta device; load the weights of the model, then fuse it")
-    if fsdp.has_units(model):
-        raise ValueError(f"{name} is sharded by fully_shard, so that no probe can run; fuse it before fully_shard")
     if probe is None:
         probe = _probe_inputs(model, head)
     fusion = model.__dict__.get(_ATTRIBUTE)
     before = None if fusion is None else (fusion.loss, fusion.eval_logits)
     try:
         if fusion is None:
-            fusion = _Fusion.of(model, head)
+            fusion = _Fusion(model, head)
         fusion.loss, fusion.eval_logits = chosen.as_probe, eval_logits
         if chosen.teacher is not None:
             chosen.teacher.check(head, probe)
@@ -224,12 +221,22 @@ def unfuse(model: _Model) -> _Model:
     return model
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, name: str = "model", take: str = "fuse or unfuse") -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; fuse or unfuse the model that "
-            "it wraps (for PEFT: get_base_model())"
+            f"{name} must be a transformers.PreTrainedModel, got {type(model).__name__}; {take} the model that it "
+            "wraps (for PEFT: get_base_model())"
         )
+
+
+def _output_layer(model: PreTrainedModel, who: str) -> Any:
+    """Return the output layer of a model that can run a probe."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{who} has no output layer (get_output_embeddings() gives None)")
+    if fsdp.has_units(model):
+        raise ValueError(f"{who} is sharded by fully_shard, so that no probe can run; fuse before fully_shard")
+    return head
 
 
 class _Teacher(NamedTuple):
@@ -243,22 +250,13 @@ class _Teacher(NamedTuple):
     def of(teacher: Any, model: PreTrainedModel) -> _Teacher | None:
         if teacher is None:
             return None
+        _check_model(teacher, "teacher", "pass")
         name = type(teacher).__name__
-        if not isinstance(teacher, PreTrainedModel):
-            raise TypeError(
-                f"teacher must be a transformers.PreTrainedModel, got {name}; pass the model that it wraps (for PEFT: "
-                "get_base_model())"
-            )
         if teacher is model:
             raise ValueError(f"this {name} cannot be its own teacher; pass a copy of it, as copy.deepcopy makes")
         if _ATTRIBUTE in teacher.__dict__:
             raise ValueError(f"the teacher, a {name}, is fused with a loss itself; unfuse it")
-        if teacher.get_output_embeddings() is None:
-            raise ValueError(f"the teacher, a {name}, has no output layer (get_output_embeddings() gives None)")
-        if fsdp.has_units(teacher):
-            raise ValueError(
-                f"the teacher, a {name}, is sharded by fully_shard, so that no probe can run; fuse before fully_shard"
-            )
+        _output_layer(teacher, f"the teacher, a {name},")
         cached = "use_cache" in inspect.signature(type(teacher).forward).parameters
         return _Teacher(teacher, {"use_cache": False} if cached else {})
 
@@ -368,20 +366,14 @@ class _Fusion:
 
     loss: _Loss
     eval_logits: bool
-    head: nn.Module
-    handle: Any
-    names: tuple[str, ...]
-    """Of the arguments of the model's forward."""
 
-    @staticmethod
-    def of(model: PreTrainedModel, head: nn.Module) -> _Fusion:
-        fusion = _Fusion()
-        fusion.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    def __init__(self, model: PreTrainedModel, head: nn.Module) -> None:
+        #: Of the arguments of the model's forward.
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         _replace_forward(model, _fused_forward(type(model).forward).__get__(model))
-        fusion.attach(head)
-        fusion.handle = model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
-        setattr(model, _ATTRIBUTE, fusion)
-        return fusion
+        self.attach(head)
+        self.handle = model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
+        setattr(model, _ATTRIBUTE, self)
 
     def attach(self, head: nn.Module) -> None:
         """Compute the loss of what this output layer projects, from now on."""
@@ -425,21 +417,17 @@ class _Fusion:
         raise TypeError("a fused model cannot be pickled; unfuse it first, or save it with save_pretrained")
 
 
+@dataclass(eq=False)
 class _Pass:
     """A forward pass with labels: how it computes its loss, "linear" or as the "row" form of the logits."""
 
-    def __init__(
-        self,
-        loss: _Loss,
-        head: nn.Module,
-        unit: nn.Module | None,
-        way: str,
-        normalizer: Any,
-        lessons: list[_Lesson] | None,
-    ) -> None:
-        self.loss, self.head, self.unit, self.way, self.normalizer = loss, head, unit, way, normalizer
-        self.lessons = lessons
-        self.calls = 0
+    loss: _Loss
+    head: nn.Module
+    unit: nn.Module | None
+    way: str
+    normalizer: Any
+    lessons: list[_Lesson] | None
+    calls: int = 0
 
     def cross_entropy(
         self,
@@ -594,7 +582,7 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "merge the adapter, or leave the layer out of target_modules"
         )
     hiddens, weights, bias = products(head, hidden)
-    return _Logits(under_way, hiddens, weights, len(weights[0]), bias)
+    return _Logits(under_way, hiddens, weights, len(weights[0]), bias, _product_dtype(hiddens[0]))
 
 
 _head_forward.of_fuse = _head_forward  # type: ignore[attr-defined]
@@ -748,28 +736,23 @@ def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Log
     if isinstance(under_way, _TeachersPass) and under_way.sharded:  # FSDP2 frees both before the loss
         under_way.weight = weight
         weight, bias = weight.clone(), None if bias is None else bias.clone()
-    return _Logits(under_way, [input.hidden], [weight], len(weight), bias)
+    return _Logits(under_way, [input.hidden], [weight], len(weight), bias, _product_dtype(input.hidden))
 
 
+@dataclass(eq=False)
 class _Logits(_NoTensor):
     """z = scale * (sum_i hidden[i] @ weight[i].T + bias) or softcap * tanh(z / softcap), (*, V), of which only the loss
     is made.
     """
 
-    def __init__(
-        self,
-        under_way: _Pass | _TeachersPass,
-        hidden: list[Tensor],
-        weight: list[Tensor],
-        classes: int,
-        bias: Tensor | None,
-        scale: float = 1.0,
-        softcap: float | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.under_way, self.hidden, self.weight, self.classes, self.bias = under_way, hidden, weight, classes, bias
-        self.scale, self.softcap = scale, softcap
-        self.dtype = dtype or _product_dtype(hidden[0])
+    under_way: _Pass | _TeachersPass
+    hidden: list[Tensor]
+    weight: list[Tensor]
+    classes: int
+    bias: Tensor | None
+    dtype: torch.dtype
+    scale: float = 1.0
+    softcap: float | None = None
 
     @classmethod
     def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
@@ -787,10 +770,6 @@ class _Logits(_NoTensor):
         if not math.isclose(self.scale, 1.0, rel_tol=1e-12):  # dividing by a cap and multiplying by it leaves almost 1
             hidden, bias = [h * self.scale for h in hidden], None if bias is None else bias * self.scale
         return hidden, bias
-
-    def _but(self, **changed: Any) -> _Logits:
-        names = ("under_way", "hidden", "weight", "classes", "bias", "scale", "softcap", "dtype")
-        return _Logits(**{name: getattr(self, name) for name in names} | changed)
 
     # What is asked of them
 
@@ -815,7 +794,7 @@ class _Logits(_NoTensor):
     # Casts, which the loss does not need: it computes in float32, and in float64 for float64
 
     def float(self) -> _Logits:
-        return self._but(dtype=torch.float32)
+        return replace(self, dtype=torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> _Logits:
         to = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
@@ -823,7 +802,7 @@ class _Logits(_NoTensor):
             raise self.refusal(f"to({to.device})")
         if to.dtype not in (self.dtype, torch.float32):
             raise self.refusal(f"to({to.dtype})")
-        return self._but(dtype=to.dtype)
+        return replace(self, dtype=to.dtype)
 
     # Shapes: those of the hidden states, as long as the classes stay together
 
@@ -835,7 +814,7 @@ class _Logits(_NoTensor):
             shape = tuple(shape[0])
         if not shape or shape[-1] != self.shape[-1]:
             raise self.refusal(f"view{shape}", f"logits of shape {tuple(self.shape)}")
-        return self._but(hidden=[h.reshape(*shape[:-1], h.shape[-1]) for h in self.hidden])
+        return replace(self, hidden=[h.reshape(*shape[:-1], h.shape[-1]) for h in self.hidden])
 
     reshape = view
 
@@ -846,7 +825,7 @@ class _Logits(_NoTensor):
         whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
         if any(part is None for part in parts) or taken > self.dim() or (last and not whole):
             raise self.refusal(f"[{index}]", f"logits of shape {tuple(self.shape)}")
-        return self._but(hidden=[h[index] for h in self.hidden])
+        return replace(self, hidden=[h[index] for h in self.hidden])
 
     # Arithmetic that the linear form knows
 
@@ -854,7 +833,7 @@ class _Logits(_NoTensor):
         if not _is_number(factor) or factor == 0 or (self.softcap is not None and factor < 0):
             raise self.refusal("multiplication", f"the logits and {_described(factor)}")
         softcap = None if self.softcap is None else self.softcap * factor
-        return self._but(scale=self.scale * factor, softcap=softcap)
+        return replace(self, scale=self.scale * factor, softcap=softcap)
 
     __rmul__ = __mul__
 
@@ -868,14 +847,14 @@ class _Logits(_NoTensor):
         if not of_classes or bias.dim() > self.dim() or self.softcap is not None:
             raise self.refusal("addition", f"the logits and {_described(bias)}")
         bias = bias.reshape(-1) / self.scale  # no view, which FSDP2 may free before a teacher's loss
-        return self._but(bias=bias if self.bias is None else self.bias + bias)
+        return replace(self, bias=bias if self.bias is None else self.bias + bias)
 
     __radd__ = __add__
 
     def tanh(self) -> _Logits:
         if self.softcap is not None:
             raise self.refusal("tanh", "soft-capped logits")
-        return self._but(softcap=1.0)
+        return replace(self, softcap=1.0)
 
     @classmethod
     def __torch_function__(

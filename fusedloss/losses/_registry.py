@@ -83,9 +83,7 @@ OF_TEACHERS: dict[Callable[..., Any], dict[str, Any]] = {}
 
 
 def row_form(
-    *examples: Callable[[Callable[..., Any]], Example],
-    source: str | None = None,
-    without: tuple[str, ...] = (),
+    *examples: Callable[[Callable[..., Any]], Example], source: str | None = None, without: tuple[str, ...] = ()
 ) -> Callable[[_Loss], _Loss]:
     """Register the decorated loss of logits, and add the shared options to its docstring."""
 
