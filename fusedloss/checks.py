@@ -181,8 +181,7 @@ def check_input(input: Any) -> None:
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if input.dtype not in DTYPES:
         check_dtype("input", input)
-    if len(input.shape) < 1:
-        raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
+    check_classes(len(input.shape), input)
 
 
 def check_logits(input: Any, target: object) -> None:
@@ -274,7 +273,7 @@ def check_candidates(candidates: object, target: Tensor) -> None:
             f"got shape {tuple(candidates.shape)}"
         )
     if candidates.device != target.device:
-        raise ValueError(f"candidates are on {candidates.device}, but target on {target.device}")
+        check_device("candidates", candidates, target, "target")
 
 
 def normalized_targets(target: Tensor, ignored: int) -> Tensor:

@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -582,7 +582,7 @@ def _head_forward(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "merge the adapter, or leave the layer out of target_modules"
         )
     hiddens, weights, bias = products(head, hidden)
-    return _Logits(under_way, hiddens, weights, len(weights[0]), bias, _product_dtype(hiddens[0]))
+    return _Logits(under_way, hiddens, weights, len(weights[0]), bias)
 
 
 _head_forward.of_fuse = _head_forward  # type: ignore[attr-defined]
@@ -736,23 +736,29 @@ def _product(input: _Hidden, weight: Tensor, bias: Tensor | None = None) -> _Log
     if isinstance(under_way, _TeachersPass) and under_way.sharded:  # FSDP2 frees both before the loss
         under_way.weight = weight
         weight, bias = weight.clone(), None if bias is None else bias.clone()
-    return _Logits(under_way, [input.hidden], [weight], len(weight), bias, _product_dtype(input.hidden))
+    return _Logits(under_way, [input.hidden], [weight], len(weight), bias)
 
 
-@dataclass(eq=False)
 class _Logits(_NoTensor):
     """z = scale * (sum_i hidden[i] @ weight[i].T + bias) or softcap * tanh(z / softcap), (*, V), of which only the loss
     is made.
     """
 
-    under_way: _Pass | _TeachersPass
-    hidden: list[Tensor]
-    weight: list[Tensor]
-    classes: int
-    bias: Tensor | None
-    dtype: torch.dtype
-    scale: float = 1.0
-    softcap: float | None = None
+    # No data class, since FSDP2 takes the fields of one for outputs of the module that returns it.
+    def __init__(
+        self,
+        under_way: _Pass | _TeachersPass,
+        hidden: list[Tensor],
+        weight: list[Tensor],
+        classes: int,
+        bias: Tensor | None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.under_way, self.hidden, self.weight, self.classes, self.bias = under_way, hidden, weight, classes, bias
+        self.scale, self.softcap = scale, softcap
+        self.dtype = dtype or _product_dtype(hidden[0])
 
     @classmethod
     def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
@@ -770,6 +776,10 @@ class _Logits(_NoTensor):
         if not math.isclose(self.scale, 1.0, rel_tol=1e-12):  # dividing by a cap and multiplying by it leaves almost 1
             hidden, bias = [h * self.scale for h in hidden], None if bias is None else bias * self.scale
         return hidden, bias
+
+    def _but(self, **changed: Any) -> _Logits:
+        names = ("under_way", "hidden", "weight", "classes", "bias", "scale", "softcap", "dtype")
+        return _Logits(**{name: getattr(self, name) for name in names} | changed)
 
     # What is asked of them
 
@@ -794,7 +804,7 @@ class _Logits(_NoTensor):
     # Casts, which the loss does not need: it computes in float32, and in float64 for float64
 
     def float(self) -> _Logits:
-        return replace(self, dtype=torch.float32)
+        return self._but(dtype=torch.float32)
 
     def to(self, *args: Any, **kwargs: Any) -> _Logits:
         to = torch.empty(0, dtype=self.dtype, device=self.device).to(*args, **kwargs)
@@ -802,7 +812,7 @@ class _Logits(_NoTensor):
             raise self.refusal(f"to({to.device})")
         if to.dtype not in (self.dtype, torch.float32):
             raise self.refusal(f"to({to.dtype})")
-        return replace(self, dtype=to.dtype)
+        return self._but(dtype=to.dtype)
 
     # Shapes: those of the hidden states, as long as the classes stay together
 
@@ -814,7 +824,7 @@ class _Logits(_NoTensor):
             shape = tuple(shape[0])
         if not shape or shape[-1] != self.shape[-1]:
             raise self.refusal(f"view{shape}", f"logits of shape {tuple(self.shape)}")
-        return replace(self, hidden=[h.reshape(*shape[:-1], h.shape[-1]) for h in self.hidden])
+        return self._but(hidden=[h.reshape(*shape[:-1], h.shape[-1]) for h in self.hidden])
 
     reshape = view
 
@@ -825,7 +835,7 @@ class _Logits(_NoTensor):
         whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
         if any(part is None for part in parts) or taken > self.dim() or (last and not whole):
             raise self.refusal(f"[{index}]", f"logits of shape {tuple(self.shape)}")
-        return replace(self, hidden=[h[index] for h in self.hidden])
+        return self._but(hidden=[h[index] for h in self.hidden])
 
     # Arithmetic that the linear form knows
 
@@ -833,7 +843,7 @@ class _Logits(_NoTensor):
         if not _is_number(factor) or factor == 0 or (self.softcap is not None and factor < 0):
             raise self.refusal("multiplication", f"the logits and {_described(factor)}")
         softcap = None if self.softcap is None else self.softcap * factor
-        return replace(self, scale=self.scale * factor, softcap=softcap)
+        return self._but(scale=self.scale * factor, softcap=softcap)
 
     __rmul__ = __mul__
 
@@ -847,14 +857,14 @@ class _Logits(_NoTensor):
         if not of_classes or bias.dim() > self.dim() or self.softcap is not None:
             raise self.refusal("addition", f"the logits and {_described(bias)}")
         bias = bias.reshape(-1) / self.scale  # no view, which FSDP2 may free before a teacher's loss
-        return replace(self, bias=bias if self.bias is None else self.bias + bias)
+        return self._but(bias=bias if self.bias is None else self.bias + bias)
 
     __radd__ = __add__
 
     def tanh(self) -> _Logits:
         if self.softcap is not None:
             raise self.refusal("tanh", "soft-capped logits")
-        return replace(self, softcap=1.0)
+        return self._but(softcap=1.0)
 
     @classmethod
     def __torch_function__(
