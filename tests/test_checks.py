@@ -353,7 +353,6 @@ def test_there_are_no_values_to_check_of_fake_tensors(loss):
 @pytest.mark.parametrize("name, loss", [
     ("gamma", lambda x: fl.focal_loss(ONES, LABELS, gamma=x)),
     ("alpha", lambda x: fl.dsc_loss(ONES, LABELS, alpha=x)),
-    ("beta", lambda x: fl.tversky_loss(ONES, LABELS, beta=x)),
     ("normalizer", lambda x: fl.cross_entropy(ONES, LABELS, normalizer=x)),
     ("temperature", lambda x: fl.supcon_loss(ONES, LABELS, temperature=x)),
     ("smooth", lambda x: fl.dice_loss(ONES, LABELS, smooth=x)),
