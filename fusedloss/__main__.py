@@ -162,7 +162,7 @@ def _check(quick: bool) -> int:
     ]
     for r in results:
         errors = (f"{e:.1e}" for e in (*r.loss, *r.gradient))
-        table.append((str(r.example), r.impl, _name(r.dtype), *errors, "PASS" if r.passed else "FAIL"))
+        table.append((r.name, r.impl, _name(r.dtype), *errors, "PASS" if r.passed else "FAIL"))
     _print_table(table)
     failed = sum(not r.passed for r in results)
     print()

@@ -64,7 +64,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, *, above: bool = False
 ) -> None:
-    """`value` must be a real number with low <= value <= high (low < value with `above`)."""
+    """`value` must be a finite real number with low <= value <= high (low < value with `above`)."""
     if isinstance(value, torch.SymFloat):
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -75,6 +75,14 @@ def check_number(
         number = math.inf  # a rational number beyond all floats, whatever its sign
     if not (low < number if above else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
+    if number == math.inf:
+        raise ValueError(f"{name} must be finite, got {value!r}")
+
+
+def check_bool(**flags: object) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def check_names(function: str, options: Mapping[str, object], known: Any) -> None:
@@ -110,6 +118,8 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
+        if largest == math.inf:
+            raise ValueError(f"{name} must be finite, got values from {smallest} to {largest}")
 
 
 def _range(low: float, high: float, above: bool = False) -> str:
@@ -133,6 +143,24 @@ def check_local(name: str, value: Tensor) -> None:
         )
 
 
+def check_device(name: str, value: Any, other: Any, of: str = "input") -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} is on {value.device}, but {of} on {other.device}")
+
+
+def check_like(name: str, value: Any, other: Any, of: str) -> None:
+    """Require the shape and the device of another argument, whose name is `of`."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must be of the {of}'s shape {tuple(other.shape)}, got {tuple(value.shape)}")
+    check_device(name, value, other, of)
+
+
+def check_floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+
+
 def check_dtype(name: str, value: Tensor | Projection) -> None:
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
@@ -153,8 +181,7 @@ def check_input(input: Any) -> None:
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if input.dtype not in DTYPES:
         check_dtype("input", input)
-    if len(input.shape) < 1:
-        raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
+    check_classes(len(input.shape), input)
 
 
 def check_logits(input: Any, target: object) -> None:
@@ -181,10 +208,7 @@ def check_second_row(name: str, second: Any, input: Tensor | Projection) -> None
         raise TypeError(f"{name} must be a tensor, got {type(second).__name__}")
     if not second.dtype.is_floating_point:
         raise TypeError(f"{name} must be of a floating point dtype, got {second.dtype}")
-    if second.shape != input.shape:
-        raise ValueError(f"{name} must be of the input's shape {tuple(input.shape)}, got {tuple(second.shape)}")
-    if second.device != input.device:
-        raise ValueError(f"{name} is on {second.device}, but input on {input.device}")
+    check_like(name, second, input, "input")
     parts = [second] if isinstance(second, Tensor) else [*second.hidden, *second.weight, second.bias]
     if True in [x is not None and x.requires_grad for x in parts]:
         raise ValueError(f"{name} requires grad, but gets no gradient here; pass {name}.detach()")
@@ -201,14 +225,13 @@ def check_classes(classes: int, input: Tensor | Projection) -> None:
         raise ValueError(f"input must be (*, V) with at least one class, got shape {tuple(input.shape)}")
 
 
-def check_weight(weight: object, input: Tensor | Projection, classes: int) -> None:
+def check_weight(weight: Any, input: Tensor | Projection, classes: int) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating point tensor, got {kind}")
+        check_floating("weight", weight)
     if weight.shape != (classes,):
         raise ValueError(f"weight must be ({classes},), one a class, got shape {tuple(weight.shape)}")
     if weight.device != input.device:
-        raise ValueError(f"weight is on {weight.device}, but input on {input.device}")
+        check_device("weight", weight, input)
     if weight.requires_grad:
         raise ValueError("weight requires grad, but class weights are not differentiated; detach them")
 
@@ -250,7 +273,7 @@ def check_candidates(candidates: object, target: Tensor) -> None:
             f"got shape {tuple(candidates.shape)}"
         )
     if candidates.device != target.device:
-        raise ValueError(f"candidates are on {candidates.device}, but target on {target.device}")
+        check_device("candidates", candidates, target, "target")
 
 
 def normalized_targets(target: Tensor, ignored: int) -> Tensor:
@@ -281,14 +304,9 @@ def raise_index_error(name: str, value: int, classes: int) -> None:
 
 def check_token_weight(token_weight: object, target: Tensor) -> None:
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
-        kind = token_weight.dtype if isinstance(token_weight, Tensor) else type(token_weight).__name__
-        raise TypeError(f"token_weight must be a floating point tensor, got {kind}")
-    if token_weight.shape != target.shape:
-        raise ValueError(
-            f"token_weight must be of the target's shape {tuple(target.shape)}, got {tuple(token_weight.shape)}"
-        )
-    if token_weight.device != target.device:
-        raise ValueError(f"token_weight is on {token_weight.device}, but target on {target.device}")
+        check_floating("token_weight", token_weight)
+    elif token_weight.shape != target.shape or token_weight.device != target.device:
+        check_like("token_weight", token_weight, target, "target")
 
 
 def check_temperature(temperature: object, input: Tensor | Projection) -> None:
@@ -299,8 +317,8 @@ def check_temperature(temperature: object, input: Tensor | Projection) -> None:
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
     if temperature.dim():
         raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
-    if temperature.device != input.device and temperature.device.type != "cpu":
-        raise ValueError(f"temperature is on {temperature.device}, but input on {input.device}")
+    if temperature.device.type != "cpu":
+        check_device("temperature", temperature, input)
     value = transforms.values(temperature)
     if may_read(value):
         for number in value.detach().flatten().tolist():  # under vmap there are several

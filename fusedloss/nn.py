@@ -227,7 +227,7 @@ class _Loss(nn.Module):
 
     def _one_row(self) -> dict[str, Any]:
         """Return the same arguments for a single row of zeros."""
-        weight = self.weight
+        weight = getattr(self, "weight", None)
         classes = max(1, len(weight)) if isinstance(weight, Tensor) and weight.dim() else 2
         return {"input": torch.zeros(classes, device="cpu")}
 
@@ -375,29 +375,18 @@ class _LinearLoss(_Loss):
             self._tie_to(layer)
         self._holder = weakref.ref(holder) if holder is not None else None
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         # An older state_dict has the tensors of a tied layer here too, when the layer was a child.
         own = f"{prefix}linear."
         if "linear" not in self._modules and any(key.startswith(own) for key in state_dict):
             for key, value in self.linear.state_dict(prefix=own).items():
                 if key in state_dict and not _holds(value, state_dict.pop(key)):
-                    error_msgs.append(
+                    others[-1].append(  # the error messages
                         f"{key} is not what the layer holds that {type(self).__name__} is tied to. Load the layer "
                         f"before the loss. If the state_dict lacks the layer's own key, rename {key} to that; if it "
                         f"has it and the layer is right, delete {key}."
                     )
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _call(self, input: Tensor, target: Tensor | None, batch: Mapping[str, Any], **own: Any) -> Any:
         return self._with_layer(functools.partial(super()._call, target=target, batch=batch, **own), input)
@@ -476,13 +465,27 @@ class DistillationLoss(_Distills, loss=distillation_loss, example='divergence="j
         return self._call(input, target, batch, teacher=teacher)
 
     def _one_row(self) -> dict[str, Any]:
-        logits = torch.zeros(2, device="cpu")
-        return {"input": logits, "teacher": logits}
+        row = super()._one_row()
+        return {**row, "teacher": row["input"]}
 
 
-class TopkDistillationLoss(_Distills, loss=topk_distillation_loss, example='divergence="jsd"'):
+class _OfClasses(_Distills):
+    """A loss against some classes of a teacher."""
+
     _batch = "torch.arange(16).expand(8, -1), torch.randn(8, 16).log_softmax(-1)"
 
+    def forward(  # type: ignore[override]
+        self, input: Tensor, index: Tensor, log_prob: Tensor, target: Tensor | None = None,
+        **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, index=index, log_prob=log_prob)
+
+    def _one_row(self) -> dict[str, Any]:
+        one = torch.zeros(1, device="cpu")
+        return {**super()._one_row(), "index": one.long(), "log_prob": one}
+
+
+class TopkDistillationLoss(_OfClasses, loss=topk_distillation_loss, example='divergence="jsd"'):
     def __init__(
         self,
         *,
@@ -493,22 +496,17 @@ class TopkDistillationLoss(_Distills, loss=topk_distillation_loss, example='dive
     ) -> None:
         super().__init__(options, rest=rest, divergence=divergence, beta=beta)
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, index: Tensor, log_prob: Tensor, target: Tensor | None = None,
-        **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, index=index, log_prob=log_prob)
 
-    def _one_row(self) -> dict[str, Any]:
-        return {"input": torch.zeros(2, device="cpu"), **_one_class()}
+class _OfAlpha(_Loss):
+    """A loss whose call may bring an alpha."""
 
-
-def _one_class() -> dict[str, Tensor]:
-    """Return a teacher's single class of one row."""
-    return {"index": torch.zeros(1, dtype=torch.int64, device="cpu"), "log_prob": torch.zeros(1, device="cpu")}
+    def forward(
+        self, input: Tensor, target: Tensor, *, alpha: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
+    ) -> Any:
+        return self._call(input, target, batch, alpha=alpha)
 
 
-class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"):
+class DSCLoss(_OfAlpha, loss=dsc_loss, example="alpha=0.01"):
     def __init__(
         self,
         *,
@@ -524,11 +522,6 @@ class DSCLoss(_Loss, loss=dsc_loss, example="alpha=0.01"):
             options, alpha=alpha, smooth=smooth, squared=squared, form=form, level=level, detach_weight=detach_weight
         )
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, alpha: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, alpha=alpha)
-
 
 class DiceLoss(_Loss, loss=dice_loss):
     def __init__(
@@ -543,7 +536,17 @@ class DiceLoss(_Loss, loss=dice_loss):
         super().__init__(options, smooth=smooth, squared=squared, form=form, level=level)
 
 
-class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"):
+class _OfFunction(_Loss):
+    """A loss whose call may bring tensors for the user's function."""
+
+    def forward(
+        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
+        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
+
+
+class FlexLoss(_OfFunction, loss=flex_loss, example="lambda s: s.ce + s.q"):
     def __init__(
         self,
         loss_fn: Callable[..., Tensor],
@@ -555,21 +558,19 @@ class FlexLoss(_Loss, loss=flex_loss, example="lambda s: s.ce + s.q"):
     ) -> None:
         super().__init__(options, loss_fn=loss_fn, statistics=statistics, per_chunk=per_chunk, over=over)
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
-        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
 
-
-class FocalLoss(_Loss, loss=focal_loss, example="gamma=3.0"):
-    def __init__(self, *, gamma: float | Tensor | nn.Module = 2.0, **options: Unpack[ModuleOptions]) -> None:
-        super().__init__(options, gamma=gamma)
+class _OfGamma(_Loss):
+    """A loss whose call may bring a gamma."""
 
     def forward(
         self, input: Tensor, target: Tensor, *, gamma: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
     ) -> Any:
         return self._call(input, target, batch, gamma=gamma)
+
+
+class FocalLoss(_OfGamma, loss=focal_loss, example="gamma=3.0"):
+    def __init__(self, *, gamma: float | Tensor | nn.Module = 2.0, **options: Unpack[ModuleOptions]) -> None:
+        super().__init__(options, gamma=gamma)
 
 
 class _Mixes(_Loss):
@@ -579,13 +580,6 @@ class _Mixes(_Loss):
         values = super()._values()
         return values if self.training else values | {"alpha": 0.0}
 
-
-class MixedCrossEntropyLoss(_Mixes, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"):
-    def __init__(
-        self, *, alpha: float | Tensor | nn.Module, top_k: Literal[1, 2] = 1, **options: Unpack[ModuleOptions]
-    ) -> None:
-        super().__init__(options, alpha=alpha, top_k=top_k)
-
     def forward(
         self, input: Tensor, target: Tensor, *,
         alpha: float | Tensor | None = None, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions],
@@ -593,7 +587,24 @@ class MixedCrossEntropyLoss(_Mixes, loss=mixed_cross_entropy, example="alpha=fl.
         return self._call(input, target, batch, alpha=alpha, candidates=candidates)
 
 
-class TverskyLoss(_Loss, loss=tversky_loss):
+class MixedCrossEntropyLoss(_Mixes, loss=mixed_cross_entropy, example="alpha=fl.nn.AlphaSchedule(10_000)"):
+    def __init__(
+        self, *, alpha: float | Tensor | nn.Module, top_k: Literal[1, 2] = 1, **options: Unpack[ModuleOptions]
+    ) -> None:
+        super().__init__(options, alpha=alpha, top_k=top_k)
+
+
+class _OfErrors(_Loss):
+    """A loss whose call may bring the weights of both kinds of errors."""
+
+    def forward(
+        self, input: Tensor, target: Tensor, *,
+        alpha: float | Tensor | None = None, beta: float | Tensor | None = None, **batch: Unpack[ForwardOptions],
+    ) -> Any:  # fmt: skip
+        return self._call(input, target, batch, alpha=alpha, beta=beta)
+
+
+class TverskyLoss(_OfErrors, loss=tversky_loss):
     def __init__(
         self,
         *,
@@ -605,12 +616,6 @@ class TverskyLoss(_Loss, loss=tversky_loss):
         **options: Unpack[ClassLossModuleOptions],
     ) -> None:
         super().__init__(options, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level)
-
-    def forward(
-        self, input: Tensor, target: Tensor, *,
-        alpha: float | Tensor | None = None, beta: float | Tensor | None = None, **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, alpha=alpha, beta=beta)
 
 
 class LinearCrossEntropyLoss(_LinearLoss, loss=linear_cross_entropy, example="label_smoothing=0.1"):
@@ -647,10 +652,8 @@ class LinearDistillationLoss(_Distills, _LinearLoss, loss=linear_distillation_lo
 
 
 class LinearTopkDistillationLoss(
-    _Distills, _LinearLoss, loss=linear_topk_distillation_loss, example='divergence="jsd"'
+    _OfClasses, _LinearLoss, loss=linear_topk_distillation_loss, example='divergence="jsd"'
 ):
-    _batch = "torch.arange(16).expand(8, -1), torch.randn(8, 16).log_softmax(-1)"
-
     def __init__(
         self,
         in_features: int,
@@ -663,17 +666,8 @@ class LinearTopkDistillationLoss(
     ) -> None:
         super().__init__(in_features, num_classes, options, rest=rest, divergence=divergence, beta=beta)
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, index: Tensor, log_prob: Tensor, target: Tensor | None = None,
-        **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, index=index, log_prob=log_prob)
 
-    def _one_row(self) -> dict[str, Any]:
-        return {**super()._one_row(), **_one_class()}
-
-
-class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"):
+class LinearDSCLoss(_OfAlpha, _LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"):
     def __init__(
         self,
         in_features: int,
@@ -692,13 +686,8 @@ class LinearDSCLoss(_LinearLoss, loss=linear_dsc_loss, example="alpha=0.01"):
             alpha=alpha, smooth=smooth, squared=squared, form=form, level=level, detach_weight=detach_weight,
         )  # fmt: skip
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, alpha: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, alpha=alpha)
 
-
-class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce + s.q"):
+class LinearFlexLoss(_OfFunction, _LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce + s.q"):
     def __init__(
         self,
         in_features: int,
@@ -713,14 +702,8 @@ class LinearFlexLoss(_LinearLoss, loss=linear_flex_loss, example="lambda s: s.ce
         own = {"loss_fn": loss_fn, "statistics": statistics, "per_chunk": per_chunk, "over": over}
         super().__init__(in_features, num_classes, options, **own)
 
-    def forward(
-        self, input: Tensor, target: Tensor, *, candidates: Tensor | None = None,
-        row_tensors: Sequence[Tensor] | None = None, **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, candidates=candidates, row_tensors=row_tensors)
 
-
-class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
+class LinearFocalLoss(_OfGamma, _LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
     def __init__(
         self,
         in_features: int,
@@ -730,11 +713,6 @@ class LinearFocalLoss(_LinearLoss, loss=linear_focal_loss, example="gamma=3.0"):
         **options: Unpack[LinearModuleOptions],
     ) -> None:
         super().__init__(in_features, num_classes, options, gamma=gamma)
-
-    def forward(
-        self, input: Tensor, target: Tensor, *, gamma: float | Tensor | None = None, **batch: Unpack[ForwardOptions]
-    ) -> Any:
-        return self._call(input, target, batch, gamma=gamma)
 
 
 class LinearMixedCrossEntropyLoss(
@@ -751,14 +729,8 @@ class LinearMixedCrossEntropyLoss(
     ) -> None:
         super().__init__(in_features, num_classes, options, alpha=alpha, top_k=top_k)
 
-    def forward(
-        self, input: Tensor, target: Tensor, *,
-        alpha: float | Tensor | None = None, candidates: Tensor | None = None, **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, alpha=alpha, candidates=candidates)
 
-
-class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss):
+class LinearTverskyLoss(_OfErrors, _LinearLoss, loss=linear_tversky_loss):
     def __init__(
         self,
         in_features: int,
@@ -774,12 +746,6 @@ class LinearTverskyLoss(_LinearLoss, loss=linear_tversky_loss):
         super().__init__(
             in_features, num_classes, options, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level
         )
-
-    def forward(
-        self, input: Tensor, target: Tensor, *,
-        alpha: float | Tensor | None = None, beta: float | Tensor | None = None, **batch: Unpack[ForwardOptions],
-    ) -> Any:  # fmt: skip
-        return self._call(input, target, batch, alpha=alpha, beta=beta)
 
 
 class SupConLoss(nn.Module):
@@ -833,17 +799,10 @@ class SupConLoss(nn.Module):
         averaged: bool = False,
     ) -> Tensor:
         return supcon_loss(
-            features,
-            labels,
-            contrast=contrast,
-            contrast_labels=contrast_labels,
-            self_index=self_index,
-            contrast_includes_batch=contrast_includes_batch,
-            positive_mask=positive_mask,
-            group=group,
-            averaged=averaged,
-            **self._options(),
-        )
+            features, labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask,
+            group=group, averaged=averaged, **self._options(),
+        )  # fmt: skip
 
     def _options(self) -> dict[str, Any]:
         names = ("temperature", "normalize", "positives", "reduction", "impl")
@@ -911,15 +870,9 @@ class CrossEntropySupConLoss(nn.Module):
         group: ProcessGroup | None = None,
     ) -> Tensor:
         contrastive: Tensor = self.supcon(
-            features,
-            labels,
-            contrast=contrast,
-            contrast_labels=contrast_labels,
-            self_index=self_index,
-            contrast_includes_batch=contrast_includes_batch,
-            group=group,
-            averaged=group is not None,
-        )
+            features, labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch, group=group, averaged=group is not None,
+        )  # fmt: skip
         classified: Tensor = self.cross_entropy(logits, labels)
         return (1 - self.lam) * classified + self.lam * contrastive
 

@@ -15,7 +15,7 @@ from fusedloss import backends, checks
 from fusedloss.backends import cpu
 from fusedloss.definition import reference
 
-NAN = math.nan
+NAN, ONES, LABELS = math.nan, torch.ones(3, 5), torch.arange(3) // 2
 
 
 class Bad(NamedTuple):
@@ -347,3 +347,21 @@ def test_there_are_no_values_to_check_of_fake_tensors(loss):
         logits = torch.randn(5, 5, requires_grad=True)
         loss(logits, torch.zeros(5, dtype=torch.int64)).backward()
         assert logits.grad is not None
+
+
+@pytest.mark.parametrize("value", [math.inf, 10**400, torch.tensor(math.inf)], ids=["inf", "huge", "tensor"])
+@pytest.mark.parametrize("name, loss", [
+    ("gamma", lambda x: fl.focal_loss(ONES, LABELS, gamma=x)),
+    ("alpha", lambda x: fl.dsc_loss(ONES, LABELS, alpha=x)),
+    ("normalizer", lambda x: fl.cross_entropy(ONES, LABELS, normalizer=x)),
+    ("temperature", lambda x: fl.supcon_loss(ONES, LABELS, temperature=x)),
+    ("smooth", lambda x: fl.dice_loss(ONES, LABELS, smooth=x)),
+    ("z_loss", lambda x: fl.cross_entropy(ONES, LABELS, z_loss=x)),
+    ("hard_weight", lambda x: fl.distillation_loss(ONES, ONES, target=LABELS, hard_weight=x)),
+])  # fmt: skip
+def test_what_is_infinite_is_refused(name, loss, value):
+    refused = "number" if isinstance(value, Tensor) and name in ("smooth", "z_loss", "hard_weight") else "finite"
+    with pytest.raises(
+        (TypeError, ValueError), match=f"{name} must be (a )?{refused}, got (values from )?(inf|1000|tensor)"
+    ):
+        loss(value)

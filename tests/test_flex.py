@@ -403,7 +403,7 @@ def test_row_tensors(over, impl, generator):
 def test_row_tensors_that_are_none(row_tensors, error, message, generator):
     with pytest.raises(error, match=message):
         fl.flex_loss(*logits_and_targets(6, 19, generator), lambda s, *own: s.ce, row_tensors=row_tensors)
-    with pytest.raises(TypeError, match="per_chunk must be True or False, got 'all'"):
+    with pytest.raises(TypeError, match="per_chunk must be a bool, got 'all'"):
         fl.flex_loss(*logits_and_targets(6, 19, generator), lambda s: s.ce, per_chunk="all")
 
 

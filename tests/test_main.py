@@ -42,13 +42,13 @@ def test_info_and_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["check", "--quick"]) == 0
     out = capsys.readouterr().out
     assert all(str(example) in out for example in EXAMPLES)
-    assert out.count("PASS") == len(EXAMPLES) * 4 * len(selfcheck.ready())
+    linear = [f"linear_{example}" for example in EXAMPLES if example.linear is not None]
+    assert out.count("PASS") == (len(EXAMPLES) + len(linear)) * 4 * len(selfcheck.ready())
+    assert all(name in out for name in linear) and len(linear) > 4
     left_out = [line for line in out.splitlines() if line.startswith("not checked: ")]
     for impl in set(backends.LINEAR_IMPLS) - set(selfcheck.ready()):
         assert any(f": {impl}" in line and selfcheck.unchecked(impl) in line for line in left_out)
-    assert (
-        any("the fused linear form on a GPU (" in line for line in left_out) and "linear forms, supcon" in left_out[-1]
-    )
+    assert any("the fused linear form on a GPU (" in line for line in left_out) and "supcon_loss and " in left_out[-1]
 
 
 BENCH = ["bench", "--shape", "32x500", "--features", "16", "--rounds", "2", "--no-compile"]
@@ -135,3 +135,20 @@ def test_a_reference_that_is_not_the_formula_is_refused(
     lines = out.splitlines()
     assert any("reference" in line and "float64" in line and line.endswith("FAIL") for line in lines)
     assert any("FAILED" in line for line in lines) and "focal_loss(gamma=2.0), fused, is wrong by" in error
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient of a sum"])
+def test_check_fails_for_a_linear_form_that_is_not_the_formula(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*tensors: Tensor, reduction: str, **options: object) -> Tensor:
+        loss = fl.linear_cross_entropy(*tensors, reduction=reduction, **options)
+        return loss * (0.99 if (reduction == "sum") == (part != "loss") else 1)
+
+    monkeypatch.setattr(LOSSES["cross_entropy"], "linear", wrong)
+    monkeypatch.setattr(selfcheck, "EXAMPLES", LOSSES["cross_entropy"].examples[:1])
+    assert command.main(["check", "--quick"]) == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "cross_entropy() " in line]
+    assert {(line[0], line[-1]) for line in lines if line[2] == "float32"} == {
+        ("cross_entropy()", "PASS"), ("linear_cross_entropy()", "FAIL"),
+    }  # fmt: skip

@@ -158,11 +158,6 @@ def is_over_classes(backend: Backend, spec: Spec) -> bool:
     return spec.epilogue in backend.epilogues.classes or spec.epilogue in backend.epilogues.pairs
 
 
-def row_stride(x: Tensor | None) -> int:
-    """Return the stride of a tensor of rows (N,); 0 of one number for all rows, and of none."""
-    return 0 if x is None or x.dim() == 0 else x.stride(0)
-
-
 def _power_of_two(x: Tensor) -> Tensor:
     """Round positive float32 numbers down to powers of two, and what is not finite to infinity."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)

@@ -13,7 +13,7 @@ from ..checks import IGNORED, check_indices
 from ..definition.projection import Form
 from ..definition.rows import Job, Rows, Spec
 from ..definition.statistics import COEFFICIENTS, SECONDS, Q
-from .base import Backend, Epilogues, is_over_classes, row_stride
+from .base import Backend, Epilogues, is_over_classes
 
 #: Whether kernels are interpreted, on CPU tensors: Triton's own variable, read when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -48,6 +48,11 @@ class _Source(NamedTuple):
     rows: int
     classes: int
     tile: Any
+
+    @property
+    def blocks(self) -> tuple[int]:
+        """The grid of a pass that writes each block of logits once."""
+        return (-(-self.rows // self.tile.rows) * -(-self.classes // self.tile.block),)
 
     @property
     def spans(self) -> int:
@@ -137,7 +142,12 @@ def _term(name: str | None) -> dict[str, Any]:
 
 
 def _params(params: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    return tuple(params), tuple(map(row_stride, params))
+    return tuple(params), tuple(_strided(p)[1] for p in params)
+
+
+def _strided(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor and its first stride, which is 0 where there is none and of one number for all rows."""
+    return x, 0 if x is None or x.dim() == 0 else x.stride(0)
 
 
 class Triton(Backend):
@@ -183,28 +193,19 @@ class Triton(Backend):
         if spec.moments:
             shape = (spans if spans > 1 else 0, kernels.moments.COUNT.value, source.rows)
             moments = job.statistics.new_empty(shape, dtype=torch.float64)
+        of_rows = (rows.target, rows.class_weight, job.weight_sum(), rows.candidates, *_params(params))
+        parts = _parts(job.statistics, spans, source.rows, torch.float64, job.statistics.dtype, torch.int32)
+        outputs = (job.loss, job.statistics, job.index, job.coefficients, *parts, *_strided(job.grad))
+        sizes = (source.rows, source.classes, rows.scalars)
         _run_split(
             kernels.statistics_pass,
             spans,
             source,
-            rows.target,
-            rows.class_weight,
-            job.weight_sum(),
-            rows.candidates,
-            *_params(params),
-            job.loss,
-            job.statistics,
-            job.index,
-            job.coefficients,
-            *_parts(job.statistics, spans, source.rows, torch.float64, job.statistics.dtype, torch.int32),
-            job.grad,
-            0 if job.grad is None else job.grad.stride(0),
-            job.upstream,
-            row_stride(job.upstream),
+            *of_rows,
+            *outputs,
+            *_strided(job.upstream),
             moments,
-            source.rows,
-            source.classes,
-            rows.scalars,
+            *sizes,
             EPILOGUE=row_epilogue and row_epilogue.function,
             PARAMS=len(params),
             TOP_K=spec.top_k,
@@ -250,23 +251,16 @@ class Triton(Backend):
             return _pair_gradient_pass(job)
         rows, kernels, term = job.rows, _modules()[2], _term(job.spec.epilogue)
         source = _source(job, "GRADIENT_TILES" if term["TERM"] is None else "CLASS_TILES")
-        tile = source.tile
         params = [] if term["TERM"] is None else rows.params  # those of a row epilogue are in the coefficients
+        of_rows = (rows.target, rows.class_weight, job.statistics, job.index, job.coefficients)
+        of_gradient = (*_strided(job.upstream), *_params(params), *_strided(job.grad))
         _run(
             kernels.gradient_pass,
-            (-(-source.rows // tile.rows) * -(-source.classes // tile.block),),
-            tile,
+            source.blocks,
+            source.tile,
             source.where,
-            rows.target,
-            rows.class_weight,
-            job.statistics,
-            job.index,
-            job.coefficients,
-            job.upstream,
-            row_stride(job.upstream),
-            *_params(params),
-            job.grad,
-            job.grad.stride(0),
+            *of_rows,
+            *of_gradient,
             source.rows,
             source.classes,
             **term,
@@ -303,19 +297,15 @@ class Triton(Backend):
         from ..triton_kernels import scale
 
         assert job.coefficients is not None
-        over_classes, upstream, count = is_over_classes(self, job.spec), job.upstream, job.statistics.shape[1]
+        over_classes, count = is_over_classes(self, job.spec), job.statistics.shape[1]
         found = job.statistics.new_empty((2 + len(norms), count))
         changes = torch.empty_like(scales)
+        of_rows = (job.coefficients, job.statistics[Q], *_strided(job.upstream), largest_weight, job.rows.scalars)
         _launch(
             scale.units_pass,
             (1,),
             scales.device,
-            job.coefficients,
-            job.statistics[Q],
-            upstream,
-            row_stride(upstream),
-            largest_weight,
-            job.rows.scalars,
+            *of_rows,
             norms,
             scales,
             changes,
@@ -350,53 +340,22 @@ def _terms_pass(job: Job, kernel: Any, table: str, *own: Any, **constants: Any) 
     spans = source.spans if merge else _modules()[1].all_spans(source.classes, source.tile)
     shape = (spans if spans > 1 or not merge else 0, 3, source.rows)
     parts = job.statistics.new_empty(shape, dtype=torch.float64)
-    _run_split(
-        kernel,
-        spans,
-        source,
-        rows.target,
-        rows.class_weight,
-        *_params(rows.params),
-        job.statistics,
-        *own,
-        job.loss,
-        job.coefficients,
-        parts,
-        source.rows,
-        source.classes,
-        rows.scalars,
-        merge=merge,
-        **constants,
-        PARAMS=len(rows.params),
-    )
+    of_rows = (rows.target, rows.class_weight, *_params(rows.params), job.statistics, *own)
+    outputs = (job.loss, job.coefficients, parts, source.rows, source.classes, rows.scalars)
+    constants |= {"PARAMS": len(rows.params)}
+    _run_split(kernel, spans, source, *of_rows, *outputs, merge=merge, **constants)
     return parts
 
 
 def _pair_gradient_pass(job: Job) -> None:
     assert job.grad is not None
     rows, source = job.rows, _source(job, "CLASS_TILES")
-    _run(
-        _modules()[2].pair_gradient_pass,
-        (-(-source.rows // source.tile.rows) * -(-source.classes // source.tile.block),),
-        source.tile,
-        source.where,
-        _second(job),
-        rows.target,
-        rows.class_weight,
-        *_params(rows.params),
-        job.statistics,
-        job.statistics[-SECONDS:],
-        job.coefficients,
-        job.upstream,
-        row_stride(job.upstream),
-        job.grad,
-        job.grad.stride(0),
-        source.rows,
-        source.classes,
-        rows.scalars,
-        **_pair_term(job),
-        PARAMS=len(rows.params),
-    )
+    of_rows = (_second(job), rows.target, rows.class_weight, *_params(rows.params))
+    saved = (job.statistics, job.statistics[-SECONDS:], job.coefficients)
+    outputs = (*_strided(job.upstream), *_strided(job.grad), source.rows, source.classes, rows.scalars)
+    constants = _pair_term(job) | {"PARAMS": len(rows.params)}
+    kernel = _modules()[2].pair_gradient_pass
+    _run(kernel, source.blocks, source.tile, source.where, *of_rows, *saved, *outputs, **constants)
 
 
 def _pair_term(job: Job) -> dict[str, Any]:
@@ -426,24 +385,8 @@ def _class_sums(job: Job) -> Tensor:
     tile = launch.column_tile(classes, logits.element_size())
     groups = launch.row_groups(rows, classes, tile, _multiprocessors(logits.device))
     sums = logits.new_empty((groups, 2, classes), dtype=torch.float64)
-    _run(
-        kernels.class_sums_pass,
-        (-(-classes // tile.block), groups),
-        tile,
-        where,
-        target,
-        job.upstream,
-        row_stride(job.upstream),
-        job.statistics,
-        job.index,
-        top_q,
-        *_params(job.rows.params),
-        sums,
-        rows,
-        classes,
-        -(-rows // (groups * tile.rows)) * tile.rows,
-        OVERLAP=term.overlap,
-        EXPONENT=term.exponent,
-        PARAMS=len(job.rows.params),
-    )
+    of_rows = (target, *_strided(job.upstream), job.statistics, job.index, top_q, *_params(job.rows.params))
+    grid, sizes = (-(-classes // tile.block), groups), (rows, classes, -(-rows // (groups * tile.rows)) * tile.rows)
+    constants = {"OVERLAP": term.overlap, "EXPONENT": term.exponent, "PARAMS": len(job.rows.params)}
+    _run(kernels.class_sums_pass, grid, tile, where, *of_rows, sums, *sizes, **constants)
     return sums.sum(0) if groups > 1 else sums[0]

@@ -73,10 +73,6 @@ def _reverse_kl(log_y: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
     return torch.where(s.close, s.p * _excess(-s.d), -s.difference - _times(s.p, d))
 
 
-def _total_variation(log_y: Tensor, log_p: Tensor, d: Tensor) -> Tensor:
-    return _Distance(log_y, log_p, d).difference.abs() / 2
-
-
 def _mixture_kl(log_y: Tensor, log_p: Tensor, d: Tensor, mu: Tensor, a: Tensor, b: Tensor) -> Tensor:
     s = _Distance(log_y, log_p, d)
     none = (s.y == 0) & (s.p == 0)
@@ -88,20 +84,10 @@ def _mixture_kl(log_y: Tensor, log_p: Tensor, d: Tensor, mu: Tensor, a: Tensor, 
     return a * of_y + b * of_p
 
 
-def _soft_targets(y: Tensor, log_p: Tensor) -> Tensor:
-    return -_times(y, log_p)
-
-
-def _one() -> int:
-    return 1
-
-
-def _curvature(mu: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return a * (1 - mu) ** 2 + b * mu**2
-
-
-FORWARD_KL = Epilogue("forward_kl", _forward_kl, over="teacher", curvature=_one)
-REVERSE_KL = Epilogue("reverse_kl", _reverse_kl, over="teacher", curvature=_one)
-TOTAL_VARIATION = Epilogue("total_variation", _total_variation, over="teacher")
-MIXTURE_KL = Epilogue("mixture_kl", _mixture_kl, over="teacher", curvature=_curvature)
-SOFT_TARGETS = Epilogue("soft_targets", _soft_targets, over="targets")
+FORWARD_KL = Epilogue("forward_kl", _forward_kl, over="teacher", curvature=lambda: 1)
+REVERSE_KL = Epilogue("reverse_kl", _reverse_kl, over="teacher", curvature=lambda: 1)
+TOTAL_VARIATION = Epilogue("total_variation", lambda *rows: _Distance(*rows).difference.abs() / 2, over="teacher")
+MIXTURE_KL = Epilogue(
+    "mixture_kl", _mixture_kl, over="teacher", curvature=lambda mu, a, b: a * (1 - mu) ** 2 + b * mu**2
+)
+SOFT_TARGETS = Epilogue("soft_targets", lambda y, log_p: -_times(y, log_p), over="targets")

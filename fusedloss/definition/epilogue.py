@@ -12,10 +12,6 @@ from torch import Tensor
 from .statistics import Picks, Statistics
 
 
-def _flat(*_: Tensor) -> int:
-    return 0
-
-
 @dataclass(frozen=True)
 class Epilogue:
     """A loss as PyTorch code over the statistics of rows.
@@ -44,7 +40,7 @@ class Epilogue:
     statistics: tuple[str, ...] = ()
     per_chunk: bool = False
     """Whether the function of a linear form may be called once a chunk, so that gradients are made with the loss."""
-    curvature: Callable[..., Any] = _flat
+    curvature: Callable[..., Any] = lambda *_: 0
     """Of those over the classes of two rows: sum_j p_j^2 d2f/dp_j^2 where both are the same, of the parameters."""
     picks: Picks = field(init=False)
 

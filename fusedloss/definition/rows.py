@@ -106,17 +106,9 @@ class Rows(NamedTuple):
         teacher = weight + 1 + counts[2]
         target, class_weight, candidates, scalars = flat[teacher : teacher + 4]
         params = list(flat[teacher + 4 : teacher + 4 + counts[3]])
-        return Rows(
-            hidden=list(flat[:hidden]),
-            weight=list(flat[hidden:weight]),
-            bias=flat[weight],
-            teacher=list(flat[weight + 1 : teacher]),
-            target=target,
-            class_weight=class_weight,
-            candidates=candidates,
-            params=params,
-            scalars=scalars,
-        )
+        sources = (list(flat[:hidden]), list(flat[hidden:weight]), flat[weight])
+        of_teacher = list(flat[weight + 1 : teacher])
+        return Rows(*sources, of_teacher, target, class_weight, candidates, params, scalars)
 
 
 _KINDS = {list[Tensor]: "Tensor[]", Tensor: "Tensor", Tensor | None: "Tensor?"}

@@ -115,19 +115,6 @@ class _Gather(torch.autograd.Function):
         return parts[ranks.rank].clone(), None  # and not the memory of all of them
 
 
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, factor: float) -> Tensor:
-        ctx.group, ctx.factor = group, factor
-        # An output must not be the tensor that was changed in place: torch 2.11 would compile its gradient to zero.
-        return _summed(x, group).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _summed(grad, ctx.group) * ctx.factor, None, None
-
-
 class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any, factor: float) -> Tensor:
@@ -138,6 +125,14 @@ class _Shared(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _summed(grad, ctx.group) * ctx.factor, None, None
+
+
+class _Total(_Shared):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any, factor: float) -> Tensor:
+        ctx.group, ctx.factor = group, factor
+        # An output must not be the tensor that was changed in place: torch 2.11 would compile its gradient to zero.
+        return _summed(x, group).clone()
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:

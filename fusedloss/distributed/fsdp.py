@@ -29,7 +29,7 @@ def has_units(model: nn.Module) -> bool:
 
 def unit_below(model: nn.Module, layer: nn.Module) -> nn.Module | None:
     """Return the innermost unit that holds `layer`, or None if that is the model itself or if there is none."""
-    if not _is_distributed():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     units = [module for module in model.modules() if module is not model and is_unit(module)]
     return next((unit for unit in reversed(units) if any(module is layer for module in unit.modules())), None)
@@ -102,7 +102,3 @@ def check_whole(weight: Tensor, name: str = "linear_weight", remedy: str = _REME
             f"{tuple(weight.shape)} and {'no elements in memory' if freed else 'no rows'}: FSDP1 and DeepSpeed ZeRO-3 "
             f"free it then. {remedy}"
         )
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -10,16 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import (
-    IGNORED,
-    check_index_dtype,
-    check_indices,
-    check_int,
-    check_local,
-    check_token_weight,
-    may_read,
-    normalized_targets,
-)
+from .. import checks
 from .batch import check_group
 
 if TYPE_CHECKING:
@@ -86,11 +77,11 @@ def normalizer(
     """
     parts = _parts(target, token_weight)
     _check(parts, ignore_index, weight, averaged)
-    parts = [(normalized_targets(t, ignore_index), w) for t, w in parts]
+    parts = [(checks.normalized_targets(t, ignore_index), w) for t, w in parts]
     if weight is not None:
         for t, _ in parts:
-            if may_read(t):
-                check_indices(t, None, len(weight))
+            if checks.may_read(t):
+                checks.check_indices(t, None, len(weight))
     if group is not None:
         check_group(group)
     count = torch.stack([_count(t, weight, w) for t, w in parts]).sum()
@@ -131,29 +122,23 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
     for target, token_weight in parts:
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor of class indices or a list of such, got {type(target).__name__}")
-        check_local("target", target)
-        check_index_dtype("target", target)
+        checks.check_local("target", target)
+        checks.check_index_dtype("target", target)
         if token_weight is not None:
-            check_token_weight(token_weight, target)
-        if target.device != parts[0][0].device:
-            raise ValueError(f"one target is on {target.device}, but the first on {parts[0][0].device}")
-    check_int("ignore_index", ignore_index)
-    if not isinstance(averaged, bool):
-        raise TypeError(f"averaged must be a bool, got {averaged!r}")
+            checks.check_token_weight(token_weight, target)
+        checks.check_device("one target", target, parts[0][0], "the first")
+    checks.check_int("ignore_index", ignore_index)
+    checks.check_bool(averaged=averaged)
     if weight is None:
         return
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(f"weight must be a floating point tensor, got {kind}")
+    checks.check_floating("weight", weight)
     if weight.dim() != 1 or not len(weight):
         raise ValueError(f"weight must be (V,), one a class, got shape {tuple(weight.shape)}")
-    for target, _ in parts:
-        if weight.device != target.device:
-            raise ValueError(f"weight is on {weight.device}, but target on {target.device}")
+    checks.check_device("weight", weight, parts[0][0], "target")
 
 
 def _count(target: Tensor, weight: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    counted = target != IGNORED
+    counted = target != checks.IGNORED
     if weight is None and token_weight is None:
         return counted.sum()
     product = target.new_ones(target.shape, dtype=torch.float64)
@@ -174,7 +159,7 @@ def _total(count: Tensor, options: dict[str, object], group: ProcessGroup) -> Te
     dist.all_reduce(told, group=group)
     total, codes, squares = told
     agree = codes.square() == squares * group.size()  # by Cauchy-Schwarz, of equal ones alone
-    if may_read(count) and not agree:
+    if checks.may_read(count) and not agree:
         here = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(f"the ranks do not agree on what counts: rank {group.rank()} has {here}, others have not")
     return torch.where(agree, total, torch.nan)

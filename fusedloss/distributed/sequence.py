@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import check_bool
 from . import batch
 from .collectives import group_named
 from .vocabulary import VocabularyShards
@@ -20,8 +21,7 @@ def sum_in_place(x: Tensor, group: str) -> Any:
 
 def row_parts(sequence_parallel: object, group: Any) -> int:
     """Over how many ranks the rows of the hidden states are divided."""
-    if not isinstance(sequence_parallel, bool):
-        raise TypeError(f"sequence_parallel must be a bool, got {sequence_parallel!r}")
+    check_bool(sequence_parallel=sequence_parallel)
     if not sequence_parallel:
         return 1
     if group is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -63,8 +62,6 @@ def project(
                 raise ValueError(f"{name} is {value.dtype}, but {of_hidden} {first.dtype}")
     if softcap is not None:
         check_number(of_cap, softcap, 0, above=True)
-        if softcap == math.inf:  # as a compiler can ask too
-            raise ValueError(f"{of_cap} must be finite, got {softcap!r}")
     budget = budgets.checked_budget(budget, weight[0].shape[0] * first.element_size() * (1 if softcap is None else 2))
     if row_parts > 1:
         drop_ignored = False  # whose rows they are matters

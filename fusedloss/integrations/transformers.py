@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 import fusedloss
 
-from ..checks import is_dtensor
+from ..checks import check_bool, is_dtensor
 from ..distributed import fsdp
 from ..engine.output_layer import beside_lora, described, is_lora, products
 from ._losses import OF_THE_LAYER, OF_THE_MODEL, check_arguments, current, forms
@@ -79,8 +80,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     >>> logits, labels = torch.randn(2, 5, 100), torch.randint(100, (2, 5))
     >>> loss = compute_loss_func({"logits": logits}, labels, num_items_in_batch=16)
     """
-    if not isinstance(shift, bool):
-        raise TypeError(f"shift must be True or False, got {shift!r}")
+    check_bool(shift=shift)
     check_arguments(loss, arguments, OF_THE_LAYER)
     ignored = arguments.get("ignore_index", -100)
 
@@ -170,23 +170,19 @@ def fuse(
     """
     _check_model(model)
     name, chosen = type(model).__name__, _Loss.of(loss, arguments, _Teacher.of(teacher, model))
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{name} has no output layer (get_output_embeddings() gives None)")
+    head = _output_layer(model, name)
     if "labels" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"the forward of {name} takes no labels")
     on_meta = next((parameter for parameter, value in model.named_parameters() if value.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"{on_meta!r} of {name} is on the meta device; load the weights of the model, then fuse it")
-    if fsdp.has_units(model):
-        raise ValueError(f"{name} is sharded by fully_shard, so that no probe can run; fuse it before fully_shard")
     if probe is None:
         probe = _probe_inputs(model, head)
     fusion = model.__dict__.get(_ATTRIBUTE)
     before = None if fusion is None else (fusion.loss, fusion.eval_logits)
     try:
         if fusion is None:
-            fusion = _Fusion.of(model, head)
+            fusion = _Fusion(model, head)
         fusion.loss, fusion.eval_logits = chosen.as_probe, eval_logits
         if chosen.teacher is not None:
             chosen.teacher.check(head, probe)
@@ -225,12 +221,22 @@ def unfuse(model: _Model) -> _Model:
     return model
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, name: str = "model", take: str = "fuse or unfuse") -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model must be a transformers.PreTrainedModel, got {type(model).__name__}; fuse or unfuse the model that "
-            "it wraps (for PEFT: get_base_model())"
+            f"{name} must be a transformers.PreTrainedModel, got {type(model).__name__}; {take} the model that it "
+            "wraps (for PEFT: get_base_model())"
         )
+
+
+def _output_layer(model: PreTrainedModel, who: str) -> Any:
+    """Return the output layer of a model that can run a probe."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{who} has no output layer (get_output_embeddings() gives None)")
+    if fsdp.has_units(model):
+        raise ValueError(f"{who} is sharded by fully_shard, so that no probe can run; fuse before fully_shard")
+    return head
 
 
 class _Teacher(NamedTuple):
@@ -244,22 +250,13 @@ class _Teacher(NamedTuple):
     def of(teacher: Any, model: PreTrainedModel) -> _Teacher | None:
         if teacher is None:
             return None
+        _check_model(teacher, "teacher", "pass")
         name = type(teacher).__name__
-        if not isinstance(teacher, PreTrainedModel):
-            raise TypeError(
-                f"teacher must be a transformers.PreTrainedModel, got {name}; pass the model that it wraps (for PEFT: "
-                "get_base_model())"
-            )
         if teacher is model:
             raise ValueError(f"this {name} cannot be its own teacher; pass a copy of it, as copy.deepcopy makes")
         if _ATTRIBUTE in teacher.__dict__:
             raise ValueError(f"the teacher, a {name}, is fused with a loss itself; unfuse it")
-        if teacher.get_output_embeddings() is None:
-            raise ValueError(f"the teacher, a {name}, has no output layer (get_output_embeddings() gives None)")
-        if fsdp.has_units(teacher):
-            raise ValueError(
-                f"the teacher, a {name}, is sharded by fully_shard, so that no probe can run; fuse before fully_shard"
-            )
+        _output_layer(teacher, f"the teacher, a {name},")
         cached = "use_cache" in inspect.signature(type(teacher).forward).parameters
         return _Teacher(teacher, {"use_cache": False} if cached else {})
 
@@ -369,20 +366,14 @@ class _Fusion:
 
     loss: _Loss
     eval_logits: bool
-    head: nn.Module
-    handle: Any
-    names: tuple[str, ...]
-    """Of the arguments of the model's forward."""
 
-    @staticmethod
-    def of(model: PreTrainedModel, head: nn.Module) -> _Fusion:
-        fusion = _Fusion()
-        fusion.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    def __init__(self, model: PreTrainedModel, head: nn.Module) -> None:
+        #: Of the arguments of the model's forward.
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         _replace_forward(model, _fused_forward(type(model).forward).__get__(model))
-        fusion.attach(head)
-        fusion.handle = model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
-        setattr(model, _ATTRIBUTE, fusion)
-        return fusion
+        self.attach(head)
+        self.handle = model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
+        setattr(model, _ATTRIBUTE, self)
 
     def attach(self, head: nn.Module) -> None:
         """Compute the loss of what this output layer projects, from now on."""
@@ -426,21 +417,17 @@ class _Fusion:
         raise TypeError("a fused model cannot be pickled; unfuse it first, or save it with save_pretrained")
 
 
+@dataclass(eq=False)
 class _Pass:
     """A forward pass with labels: how it computes its loss, "linear" or as the "row" form of the logits."""
 
-    def __init__(
-        self,
-        loss: _Loss,
-        head: nn.Module,
-        unit: nn.Module | None,
-        way: str,
-        normalizer: Any,
-        lessons: list[_Lesson] | None,
-    ) -> None:
-        self.loss, self.head, self.unit, self.way, self.normalizer = loss, head, unit, way, normalizer
-        self.lessons = lessons
-        self.calls = 0
+    loss: _Loss
+    head: nn.Module
+    unit: nn.Module | None
+    way: str
+    normalizer: Any
+    lessons: list[_Lesson] | None
+    calls: int = 0
 
     def cross_entropy(
         self,
@@ -757,6 +744,7 @@ class _Logits(_NoTensor):
     is made.
     """
 
+    # No data class, since FSDP2 takes the fields of one for outputs of the module that returns it.
     def __init__(
         self,
         under_way: _Pass | _TeachersPass,

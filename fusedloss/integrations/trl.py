@@ -34,12 +34,7 @@ _PARAMETERS = (
     "outputs",
 )  # fmt: skip
 #: What TRL's function gives beside the log-probabilities, in its order, and the statistics that make it.
-_STATISTICS = {
-    "entropy": "entropy",
-    "log_sum_sq_probs": "power",
-    "mean_logits": "mean",
-    "is_top1": "top",
-}
+_STATISTICS = {"entropy": "entropy", "log_sum_sq_probs": "power", "mean_logits": "mean", "is_top1": "top"}
 _OUTPUTS = ("log_probs", *_STATISTICS)
 _TESTED = "1.16.0"
 

@@ -23,14 +23,7 @@ from ..definition.projection import Projection
 from ..definition.rows import Source
 from ..engine import dense, functions, over_classes
 from ..engine.constants import parameter
-from ..engine.dispatch import (
-    dense_row_stats,
-    has_compiled,
-    row_loss,
-    row_stats,
-    shaped_stats,
-    top_stats,
-)
+from ..engine.dispatch import dense_row_stats, has_compiled, row_loss, row_stats, shaped_stats, top_stats
 from ..engine.options import CLASS_LOSSES_LACK, CallOptions
 from ..engine.prepare import Call, prepare
 

@@ -43,8 +43,8 @@ class Example:
     @property
     def linear(self) -> Callable[..., Any] | None:
         """The linear form, if these arguments have one."""
-        of_user = self.over_classes and "loss_fn" in self.arguments
-        return None if self.over_rows or of_user else LOSSES[self.loss.__name__].linear
+        of_user, loss = self.over_classes and "loss_fn" in self.arguments, LOSSES.get(self.loss.__name__)
+        return None if self.over_rows or of_user or loss is None else loss.linear
 
     def works_in_place(self, impl: str | None = None, device: torch.device | None = None) -> bool:
         """Whether `inplace_backward` makes the gradient take the logits' memory; some losses and some
@@ -83,9 +83,7 @@ OF_TEACHERS: dict[Callable[..., Any], dict[str, Any]] = {}
 
 
 def row_form(
-    *examples: Callable[[Callable[..., Any]], Example],
-    source: str | None = None,
-    without: tuple[str, ...] = (),
+    *examples: Callable[[Callable[..., Any]], Example], source: str | None = None, without: tuple[str, ...] = ()
 ) -> Callable[[_Loss], _Loss]:
     """Register the decorated loss of logits, and add the shared options to its docstring."""
 

@@ -11,7 +11,7 @@ from ..checks import check_number, check_second_row, compute_dtype
 from ..definition.divergences import SOFT_TARGETS
 from ..definition.epilogue import Epilogue
 from ..definition.projection import Projection
-from ..definition.statistics import RowStats, Statistics
+from ..definition.statistics import RowStats
 from ..distributed.vocabulary import shards_of
 from ..engine.dispatch import row_loss, second_row_loss, without_target
 from ..engine.options import LinearOptions, RowOptions
@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _epilogue(s: Statistics) -> Tensor:
-    return s.ce
-
-
-CROSS_ENTROPY = Epilogue("cross_entropy", _epilogue)
+CROSS_ENTROPY = Epilogue("cross_entropy", lambda s: s.ce)
 
 
 def _formula(input: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:

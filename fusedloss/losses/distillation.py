@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_int, check_names, check_number, check_second_row
+from ..checks import check_bool, check_choice, check_int, check_names, check_number, check_second_row
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
@@ -130,7 +130,7 @@ def distillation_loss(
     >>> fl.distillation_loss(student, teacher, divergence="jsd", temperature=2.0).backward()
     """
     check_names("distillation_loss", options, DistillationOptions)
-    return _loss("distillation_loss", input, teacher, divergence, beta, {**options, "return_stats": return_stats})
+    return _loss(input, teacher, divergence, beta, {**options, "return_stats": return_stats})
 
 
 @overload
@@ -190,22 +190,21 @@ def linear_distillation_loss(
     )
     copies = 2 if projection.form.softcap == 0 else 3  # a chunk has the logits of both
     checked_budget(options.get("budget"), copies * projection.shape[-1] * projection.dtype.itemsize)
-    return _loss("distillation_loss", projection, teacher, divergence, beta, rest)
+    return _loss(projection, teacher, divergence, beta, rest)
 
 
-def _loss(
-    name: str, input: Source, teacher: Source, divergence: str, beta: float | None, options: dict[str, Any]
-) -> Any:
+def _loss(input: Source, teacher: Source, divergence: str, beta: float | None, options: dict[str, Any]) -> Any:
     epilogue, params = chosen(divergence, beta)
     check_second_row("teacher", teacher, input)
     if teacher.dtype != input.dtype:
         raise TypeError(f"teacher must be {input.dtype} as input is, got {teacher.dtype}")
     target, hard_weight, scaled = of_teacher(options)
     index = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device) if target is None else target
+    main = (lambda factor: factor.square().reciprocal()) if scaled else None  # of the inverse temperature
+    params = (*params, float(hard_weight))
     result = second_row_loss(
-        name, input, index, teacher, epilogue, (*params, float(hard_weight)),
-        without=DISTILLATION_LACKS, main=_inverse_square if scaled else None, **options,
-    )  # fmt: skip
+        "distillation_loss", input, index, teacher, epilogue, params, without=DISTILLATION_LACKS, main=main, **options
+    )
     return result if target is not None else without_target(result)
 
 
@@ -216,8 +215,7 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     check_number("hard_weight", hard_weight, 0)
     if hard_weight and target is None:
         raise ValueError(f"hard_weight is of the cross-entropy with a target, but target is None, got {hard_weight!r}")
-    if not isinstance(scaled, bool):
-        raise TypeError(f"scale_by_temperature_squared must be a bool, got {scaled!r}")
+    check_bool(scale_by_temperature_squared=scaled)
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
@@ -226,7 +224,3 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
         # A class stands for the target, and may be that number.
         options.pop("ignore_index", None)
     return target, hard_weight, scaled
-
-
-def _inverse_square(factor: Tensor) -> Tensor:
-    return factor.square().reciprocal()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_logits, check_parameter
+from ..checks import check_bool, check_logits, check_parameter
 from ..definition.epilogue import Overlap, power
 from ..definition.statistics import RowStats
 from ..engine.options import CLASS_LOSSES_LACK, ClassLossOptions, LinearClassLossOptions
@@ -124,7 +124,7 @@ def dsc_loss(
     check_logits(input, target)
     check_parameter("alpha", alpha, target, 0)
     if type(squared) is not bool or type(detach_weight) is not bool:
-        squared, detach_weight = bool(_flag("squared", squared)), bool(_flag("detach_weight", detach_weight))
+        check_bool(squared=squared, detach_weight=detach_weight)
     params = (alpha, float(squared), 1.0 - detach_weight)
     return overlap_loss(
         "dsc_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options
@@ -164,7 +164,8 @@ def dice_loss(
     >>> logits = torch.randn(8, 9, requires_grad=True)
     >>> fl.dice_loss(logits, torch.arange(8)).backward()
     """
-    params = (0.0, _flag("squared", squared), 1.0)
+    check_bool(squared=squared)
+    params = (0.0, float(squared), 1.0)
     return overlap_loss(
         "dice_loss", input, target, DSC, params, smooth, form, level, return_stats=return_stats, **options
     )
@@ -202,9 +203,3 @@ def linear_dsc_loss(
         projection, target, alpha=alpha, smooth=smooth, squared=squared, form=form, level=level,
         detach_weight=detach_weight, **rest,
     )  # fmt: skip
-
-
-def _flag(name: str, value: bool) -> float:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
-    return float(value)

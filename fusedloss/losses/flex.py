@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_local, check_logits
+from ..checks import check_bool, check_choice, check_like, check_local, check_logits
 from ..definition.epilogue import Epilogue
 from ..definition.statistics import OPTIONAL, RowStats, Statistics
 from ..engine.dispatch import row_loss
@@ -108,21 +108,13 @@ def flex_loss(
     if over == "classes" and (statistics or candidates is not None):
         raise ValueError("over='classes' takes neither statistics nor candidates")
     _check_row_tensors(row_tensors, target)
-    if not isinstance(per_chunk, bool):
-        raise TypeError(f"per_chunk must be True or False, got {per_chunk!r}")
+    check_bool(per_chunk=per_chunk)
     names = tuple(statistics)
     if "second" in names and "top" not in names:
         names = ("top", *names)
     epilogue = Epilogue("", loss_fn, over, names, per_chunk=per_chunk)
     return row_loss(
-        "flex_loss",
-        input,
-        target,
-        epilogue,
-        row_tensors,
-        candidates=candidates,
-        return_stats=return_stats,
-        **options,
+        "flex_loss", input, target, epilogue, row_tensors, candidates=candidates, return_stats=return_stats, **options
     )
 
 
@@ -137,10 +129,7 @@ def _check_row_tensors(row_tensors: Sequence[Tensor], target: Tensor) -> None:
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a tensor of real numbers, got {kind}")
         check_local(name, x)
-        if x.shape != target.shape:
-            raise ValueError(f"{name} must be of the target's shape {tuple(target.shape)}, got {tuple(x.shape)}")
-        if x.device != target.device:
-            raise ValueError(f"{name} is on {x.device}, but target on {target.device}")
+        check_like(name, x, target, "target")
 
 
 @overload
@@ -174,13 +163,6 @@ def linear_flex_loss(
 ) -> Tensor | tuple[Tensor, RowStats]:
     projection, rest = projected(input, linear_weight, return_stats, options)
     return flex_loss(
-        projection,
-        target,
-        loss_fn,
-        statistics=statistics,
-        candidates=candidates,
-        row_tensors=row_tensors,
-        per_chunk=per_chunk,
-        over=over,
-        **rest,
-    )
+        projection, target, loss_fn, statistics=statistics, candidates=candidates, row_tensors=row_tensors,
+        per_chunk=per_chunk, over=over, **rest,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..checks import check_logits, check_parameter
 from ..definition.epilogue import Epilogue, power
-from ..definition.statistics import RowStats, Statistics
+from ..definition.statistics import RowStats
 from ..engine.dispatch import row_loss
 from ..engine.options import LinearOptions, RowOptions
 from ._linear import projected
@@ -18,11 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def _epilogue(s: Statistics, gamma: Tensor) -> Tensor:
-    return power(s.q, gamma) * s.ce
-
-
-FOCAL = Epilogue("focal", _epilogue)
+FOCAL = Epilogue("focal", lambda s, gamma: power(s.q, gamma) * s.ce)
 
 
 def _formula(input: Tensor, target: Tensor, gamma: float) -> Tensor:

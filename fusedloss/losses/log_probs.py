@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_int, check_logits, check_names
+from ..checks import check_bool, check_int, check_logits, check_names
 from ..definition.projection import Projection
 from ..definition.statistics import LogProbs
 from ..engine.dispatch import row_loss, row_statistics
@@ -62,8 +62,7 @@ def log_probs(
     """
     check_names("log_probs", options, LogProbOptions)
     check_logits(input, target)
-    if not isinstance(entropy, bool):
-        raise TypeError(f"entropy must be True or False, got {entropy!r}")
+    check_bool(entropy=entropy)
     if not entropy:
         # 0 minus, which leaves no -0.0 of an ignored row
         return 0 - row_loss("log_probs", input, target, CROSS_ENTROPY, reduction="none", **options)

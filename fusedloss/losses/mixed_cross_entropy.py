@@ -25,13 +25,10 @@ def _mix(s: Statistics, alpha: Tensor, predicted_ce: Tensor) -> Tensor:
     return own + torch.where(alpha > 0, alpha * predicted_ce, 0)
 
 
-_TOP_1 = Epilogue("mixed_cross_entropy", lambda s, alpha: _mix(s, alpha, s.top_ce), statistics=("top",))
-_TOP_2 = Epilogue(
-    "mixed_cross_entropy",
-    lambda s, alpha: _mix(s, alpha, (s.top_ce + s.second_ce) / 2),
-    statistics=("top", "second"),
-)
-_CANDIDATES = Epilogue("mixed_cross_entropy", lambda s, alpha: _mix(s, alpha, s.candidate_ce.mean(-1)))
+_NAME = "mixed_cross_entropy"
+_TOP_1 = Epilogue(_NAME, lambda s, alpha: _mix(s, alpha, s.top_ce), statistics=("top",))
+_TOP_2 = Epilogue(_NAME, lambda s, alpha: _mix(s, alpha, (s.top_ce + s.second_ce) / 2), statistics=("top", "second"))
+_CANDIDATES = Epilogue(_NAME, lambda s, alpha: _mix(s, alpha, s.candidate_ce.mean(-1)))
 
 
 def _formula(input: Tensor, target: Tensor, alpha: float, top_k: int = 1) -> Tensor:
@@ -94,14 +91,7 @@ def mixed_cross_entropy(
         raise ValueError(f"candidates take the place of the top predictions; drop top_k={top_k}")
     epilogue = _CANDIDATES if candidates is not None else _TOP_2 if top_k == 2 else _TOP_1
     return row_loss(
-        "mixed_cross_entropy",
-        input,
-        target,
-        epilogue,
-        (alpha,),
-        candidates=candidates,
-        return_stats=return_stats,
-        **options,
+        _NAME, input, target, epilogue, (alpha,), candidates=candidates, return_stats=return_stats, **options
     )
 
 

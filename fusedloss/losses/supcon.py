@@ -15,21 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..checks import (
-    DTYPES,
-    IGNORED,
-    INDEX_DTYPES,
-    check_choice,
-    check_local,
-    check_number,
-    has_autocast,
-    is_dtensor,
-    may_read,
-)
+from .. import checks, transforms
 from ..definition.epilogue import Epilogue
 from ..definition.projection import Form, Projection
-from ..definition.statistics import Statistics
 from ..distributed import batch as parallel
 from ..engine.constants import parameter
 from ..engine.dispatch import row_loss
@@ -52,11 +40,7 @@ REDUCTIONS = get_args(SupConReduction)
 POSITIVES = ("out", "in")
 
 
-def _lse(s: Statistics) -> Tensor:
-    return s.lse
-
-
-LOG_SUM_EXP = Epilogue("log_sum_exp", _lse)
+LOG_SUM_EXP = Epilogue("log_sum_exp", lambda s: s.lse)
 
 
 def supcon_loss(
@@ -137,10 +121,13 @@ def supcon_loss(
     >>> features = torch.randn(8, 64, requires_grad=True)
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
+    if not {type(normalize), type(averaged), type(contrast_includes_batch)} <= {bool}:
+        checks.check_bool(normalize=normalize, averaged=averaged, contrast_includes_batch=contrast_includes_batch)
     _check_tensors(
-        features, labels, contrast, contrast_labels, self_index, contrast_includes_batch, positive_mask, group
-    )
-    _check_options(temperature, normalize, positives, reduction, averaged)
+        features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+        contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask, group=group,
+    )  # fmt: skip
+    _check_options(temperature, positives, reduction, averaged)
     shape = features.shape[:-1]
     mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
     features, labels = _by_rows(features, labels)
@@ -162,7 +149,13 @@ def supcon_loss(
         own, other_labels = own if contrast_includes_batch else self_index, contrast_labels
         others = _prepared("contrast", contrast, normalize, scale.sqrt())
     elif group is not None and labels is not None:
-        ranks = _meet(features, temperature, normalize, positives, reduction, averaged, group)
+        options: dict[str, Any] = {
+            "normalize": normalize,
+            "positives": positives,
+            "reduction": reduction,
+            "averaged": averaged,
+        }
+        ranks = _meet(features, temperature, options, group)
         own, other_labels = ranks.own.start, parallel.whole(labels, ranks)
         others = parallel.gather(anchors, ranks)
     pairs = _Pairs(anchors, others, labels, other_labels, mask, own)
@@ -172,10 +165,9 @@ def supcon_loss(
 
     ordered = None if other_labels is None else other_labels.sort().values
     count = _count(pairs, ordered)
-    counts = (
-        count if ranks is None else _count(pairs._replace(labels=other_labels), ordered)
-    )  # of the anchors of all ranks
-    if counts.shape[0] and may_read(counts) and not (counts > 0).any():
+    # Of the anchors of all ranks.
+    counts = count if ranks is None else _count(pairs._replace(labels=other_labels), ordered)
+    if counts.shape[0] and checks.may_read(counts) and not (counts > 0).any():
         warnings.warn("no anchor has a positive: the supervised contrastive loss is 0", stacklevel=2)
     compared = count > 0
     positive_term = torch.where(compared, _positive_term(pairs, ordered, count, positives), 0)
@@ -185,11 +177,7 @@ def supcon_loss(
 
     share = None
     if reduction != "none":
-        divisors: dict[str, Tensor | int] = {
-            "mean": (counts > 0).sum().clamp(min=1),
-            "mean_all": counts.shape[0],
-            "sum": 1,
-        }
+        divisors: dict[str, Any] = {"mean": (counts > 0).sum().clamp(min=1), "mean_all": counts.shape[0], "sum": 1}
         share = compared.to(anchors.dtype) / divisors[reduction]
     if others.shape[0] == 0 or anchors.shape[0] == 0:
         loss = positive_term if share is None else positive_term.sum()
@@ -266,27 +254,12 @@ def _mask_of_views(mask: Tensor, features: Tensor, contrast: Tensor | None) -> T
     return mask
 
 
-def _check_tensors(
-    features: Tensor,
-    labels: Tensor | None,
-    contrast: Tensor | None,
-    contrast_labels: Tensor | None,
-    self_index: Tensor | None,
-    contrast_includes_batch: bool,
-    positive_mask: Tensor | None,
-    group: object,
-) -> None:
-    if not isinstance(contrast_includes_batch, bool):
-        raise TypeError(f"contrast_includes_batch must be a bool, got {contrast_includes_batch!r}")
-    given: dict[str, bool] = {
-        "labels": labels is not None,
-        "contrast": contrast is not None,
-        "contrast_labels": contrast_labels is not None,
-        "self_index": self_index is not None,
-        "contrast_includes_batch": contrast_includes_batch,
-        "positive_mask": positive_mask is not None,
-        "group": group is not None,
-    }
+def _check_tensors(features: Tensor, **others: Any) -> None:
+    """Check the arguments that are tensors, or say what they are."""
+    given = set()
+    for name, value in others.items():
+        if value is not None and value is not False:
+            given.add(name)
     for one, other, what in (
         ("contrast", "group", "what to compare with"),
         ("positive_mask", "group", "which pairs there are"),
@@ -294,64 +267,61 @@ def _check_tensors(
         ("positive_mask", "contrast_labels", "which pairs are positives"),
         ("self_index", "contrast_includes_batch", "which row of contrast is the anchor"),
     ):
-        if given[one] and given[other]:
+        if {one, other} <= given:
             raise ValueError(f"{one} and {other} both say {what}; pass one of them")
-    if not (given["labels"] or given["positive_mask"]):
+    if not given & {"labels", "positive_mask"}:
         raise TypeError("labels or positive_mask must say which pairs are positives, but neither was given")
     for name in ("contrast_labels", "self_index", "contrast_includes_batch"):
-        if given[name] and not given["contrast"]:
+        if name in given and "contrast" not in given:
             raise TypeError(f"{name} was given without contrast")
-    if given["contrast"] and not (given["contrast_labels"] or given["positive_mask"]):
+    if "contrast" in given and not given & {"contrast_labels", "positive_mask"}:
         raise TypeError("contrast was given without contrast_labels")
 
-    _check_features("features", features, "labels", labels)
-    others = features
-    if contrast is not None:
-        _check_features("contrast", contrast, "contrast_labels", contrast_labels)
-        others = contrast
+    _check_features("features", features, "labels", others["labels"])
+    contrast = features if others["contrast"] is None else others["contrast"]
+    if "contrast" in given:
+        _check_features("contrast", contrast, "contrast_labels", others["contrast_labels"])
         if contrast.shape[-1] != features.shape[-1]:
             raise ValueError(f"contrast has D = {contrast.shape[-1]} features, but features {features.shape[-1]}")
-        if contrast.device != features.device:
-            raise ValueError(f"contrast is on {contrast.device}, but features on {features.device}")
+        checks.check_device("contrast", contrast, features, "features")
         if contrast.dtype != features.dtype:
             raise TypeError(f"contrast is {contrast.dtype}, but features {features.dtype}")
-    for name, value, dtypes, shape, unit in (
-        ("self_index", self_index, INDEX_DTYPES, features.shape[:-1], "one an anchor"),
-        ("positive_mask", positive_mask, (torch.bool,), (features.shape[0], others.shape[0]), "one a pair of examples"),
+    for name, dtypes, shape, unit in (
+        ("self_index", checks.INDEX_DTYPES, features.shape[:-1], "one an anchor"),
+        ("positive_mask", (torch.bool,), (features.shape[0], contrast.shape[0]), "one a pair of examples"),
     ):
-        if value is not None:
-            _check_tensor(name, value, dtypes)
-            if value.shape != shape:
-                raise ValueError(f"{name} must be {tuple(shape)}, {unit}, got shape {tuple(value.shape)}")
-            if value.device != features.device:
-                raise ValueError(f"{name} is on {value.device}, but features on {features.device}")
-    if group is not None:
-        parallel.check_group(group)
+        if name in given:
+            _check_tensor(name, others[name], dtypes)
+            if others[name].shape != shape:
+                raise ValueError(f"{name} must be {tuple(shape)}, {unit}, got shape {tuple(others[name].shape)}")
+            checks.check_device(name, others[name], features, "features")
+    if "group" in given:
+        parallel.check_group(others["group"])
 
 
 def _check_features(name: str, x: Tensor, labels_name: str, labels: Tensor | None) -> None:
-    _check_tensor(name, x, DTYPES)
+    _check_tensor(name, x, checks.DTYPES)
     if x.dim() not in (2, 3):
         raise ValueError(
             f"{name} must be (N, D), one row of features each, or (N, views, D), got shape {tuple(x.shape)}"
         )
     if labels is None:
         return
-    _check_tensor(labels_name, labels, INDEX_DTYPES)
+    _check_tensor(labels_name, labels, checks.INDEX_DTYPES)
     if labels.shape != x.shape[:1]:
         unit = "a row" if x.dim() == 2 else "an example"
         raise ValueError(
             f"{labels_name} must be ({x.shape[0]},), one {unit} of {name}, got shape {tuple(labels.shape)}"
         )
     if x.device != labels.device:
-        raise ValueError(f"{labels_name} is on {labels.device}, but {name} on {x.device}")
+        checks.check_device(labels_name, labels, x, name)
 
 
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if is_dtensor(value):
-        check_local(name, value)
+    if checks.is_dtensor(value):
+        checks.check_local(name, value)
     if value.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         expected = f"{', '.join(names)} or {last}" if names else last
@@ -369,7 +339,7 @@ def _check_own(
     """Check the arguments that say which rows of the contrast set are the anchors themselves."""
     rows = contrast.shape[0]
     self_index = None if self_index is None else transforms.values(self_index)
-    if self_index is not None and may_read(self_index):
+    if self_index is not None and checks.may_read(self_index):
         bad = (self_index < -1) | (self_index >= rows)
         if bad.any():
             raise IndexError(
@@ -382,7 +352,7 @@ def _check_own(
         raise ValueError(
             f"contrast_includes_batch says that contrast begins with the {anchors} rows of features, but it has {rows}"
         )
-    if labels is not None and contrast_labels is not None and may_read(labels) and not transforms.active():
+    if labels is not None and contrast_labels is not None and checks.may_read(labels) and not transforms.active():
         bad = labels != contrast_labels[:anchors]
         if bad.any():
             row = int(bad.nonzero()[0, 0])
@@ -392,24 +362,20 @@ def _check_own(
             )
 
 
-def _check_options(temperature: object, normalize: object, positives: str, reduction: str, averaged: object) -> None:
+def _check_options(temperature: object, positives: str, reduction: str, averaged: bool) -> None:
     if not isinstance(temperature, Tensor):
-        check_number("temperature", temperature, 0, above=True)
+        checks.check_number("temperature", temperature, 0, above=True)
     elif temperature.dim() or not temperature.is_floating_point():
         got = f"{temperature.dtype} of shape {tuple(temperature.shape)}"
         raise ValueError(f"temperature must be a number or a 0-d floating point tensor, got {got}")
     else:
         temperature = transforms.values(temperature)
-        if may_read(temperature):
+        if checks.may_read(temperature):
             for number in temperature.detach().flatten().tolist():
-                check_number("temperature", number, 0, above=True)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be a bool, got {normalize!r}")
+                checks.check_number("temperature", number, 0, above=True)
     if positives not in POSITIVES or reduction not in REDUCTIONS:
-        check_choice("positives", positives, POSITIVES)
-        check_choice("reduction", reduction, REDUCTIONS)
-    if not isinstance(averaged, bool):
-        raise TypeError(f"averaged must be a bool, got {averaged!r}")
+        checks.check_choice("positives", positives, POSITIVES)
+        checks.check_choice("reduction", reduction, REDUCTIONS)
     if averaged and reduction == "none":
         raise ValueError("averaged=True is for a loss that all ranks share, but reduction is 'none'")
 
@@ -425,7 +391,7 @@ def _prepared(name: str, features: Tensor, normalize: bool, root: Tensor) -> Ten
     if transforms.active():
         direction = x / largest
         return direction / (direction.norm(dim=-1, keepdim=True) * root)
-    if may_read(x) and not largest.all():
+    if checks.may_read(x) and not largest.all():
         row = int((largest[:, 0] == 0).nonzero()[0, 0])
         raise ValueError(f"row {row} of {name} is zero and has no direction; drop it, or pass normalize=False")
     direction, _ = _Direction.apply(x, largest, root)
@@ -488,13 +454,7 @@ def _pieces(length: int, size: int, budget: int, least: int = 1) -> list[slice]:
 
 
 def _meet(
-    features: Tensor,
-    temperature: float | Tensor,
-    normalize: bool,
-    positives: str,
-    reduction: str,
-    averaged: bool,
-    group: ProcessGroup,
+    features: Tensor, temperature: float | Tensor, options: dict[str, Any], group: ProcessGroup
 ) -> parallel.Ranks:
     """Exchange options and row counts with the other ranks, which must agree."""
     learnt = isinstance(temperature, Tensor) and temperature.requires_grad
@@ -502,10 +462,7 @@ def _meet(
         "the number of features": features.shape[1],
         "the features' dtype": features.dtype,
         "temperature": "a tensor" if isinstance(temperature, Tensor) else float(temperature),
-        "normalize": normalize,
-        "positives": positives,
-        "reduction": reduction,
-        "averaged": averaged,
+        **options,
         # The backward has collectives of its own.
         "features.requires_grad": torch.is_grad_enabled() and features.requires_grad,
         "temperature.requires_grad": torch.is_grad_enabled() and learnt,
@@ -602,7 +559,7 @@ class _SumSimilarity(torch.autograd.Function):
 
 def _label_sums(x: Tensor, slot: Tensor, at: Tensor, slots: int) -> Tensor:
     """Return the sums of the rows of x by slot, at the slots `at`."""
-    if may_read(x, stall=True):
+    if checks.may_read(x, stall=True):
         # index_add_ takes six times as long on a CPU and, on a GPU, adds in another order each time.
         ordered, rows = slot.sort()
         begin = torch.searchsorted(ordered, torch.arange(slots, device=slot.device))
@@ -675,7 +632,7 @@ def _of_positives(pairs: _Pairs, rows: slice, lse: bool) -> Tensor:
 def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off on the device of x, if it has any."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if checks.has_autocast(device) else nullcontext()
 
 
 def _definition(pairs: _Pairs, positives: str, reduction: str) -> Tensor:
@@ -696,11 +653,7 @@ def _definition(pairs: _Pairs, positives: str, reduction: str) -> Tensor:
     loss = torch.where(compared, lse - positive_term, 0)
     if reduction == "none":
         return loss
-    divisors: dict[str, Tensor | int] = {
-        "mean": compared.sum().clamp(min=1),
-        "mean_all": max(1, compared.shape[0]),
-        "sum": 1,
-    }
+    divisors: dict[str, Any] = {"mean": compared.sum().clamp(min=1), "mean_all": max(1, len(compared)), "sum": 1}
     return loss.sum() / divisors[reduction]
 
 
@@ -715,16 +668,13 @@ def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: An
         bias = torch.nn.functional.pad(others.new_zeros(rows), (0, 1), value=-torch.inf)
         index = torch.where((index >= 0) & (index < rows), index, rows)
     drop = anchors.device.type == "cpu"
-    if drop and may_read(compared):  # to leave out a few would take longer than their similarities
+    if drop and checks.may_read(compared):  # to leave out a few would take longer than their similarities
         drop = 16 * int(compared.count_nonzero()) < 15 * compared.shape[0]
     form = Form(0.0, BUDGET, drop_ignored=drop, mask_target=own is not None)
-    return row_loss(
-        "supcon_loss",
-        # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
+    # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
+    projection, target = (
         Projection([anchors], [others.view_as(others)], bias, form),
-        torch.where(compared, index, IGNORED),
-        LOG_SUM_EXP,
-        reduction="none" if share is None else "sum",
-        token_weight=share,
-        impl=impl,
+        torch.where(compared, index, checks.IGNORED),
     )
+    reduction: Any = "none" if share is None else "sum"
+    return row_loss("supcon_loss", projection, target, LOG_SUM_EXP, reduction=reduction, token_weight=share, impl=impl)

@@ -7,20 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..checks import (
-    check_choice,
-    check_dtype,
-    check_index_dtype,
-    check_input,
-    check_local,
-    check_logits,
-    check_names,
-    check_temperature,
-    check_token_weight,
-    may_read,
-    raise_index_error,
-)
+from .. import checks, transforms
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
 from ..definition.statistics import RowStats, Statistics
@@ -117,7 +104,7 @@ def topk_distillation_loss(
     >>> log_prob, index = teacher.log_softmax(-1).topk(16)
     >>> fl.topk_distillation_loss(student, index, log_prob, divergence="jsd").backward()
     """
-    check_names("topk_distillation_loss", options, DistillationOptions)
+    checks.check_names("topk_distillation_loss", options, DistillationOptions)
     return _loss(input, index, log_prob, rest, divergence, beta, {**options, "return_stats": return_stats})
 
 
@@ -167,7 +154,7 @@ def linear_topk_distillation_loss(
     >>> hidden, weight = torch.randn(8, 64, requires_grad=True), torch.randn(1000, 64, requires_grad=True)
     >>> fl.linear_topk_distillation_loss(hidden, weight, index, log_prob).backward()
     """
-    check_names("linear_topk_distillation_loss", options, LinearDistillationOptions)
+    checks.check_names("linear_topk_distillation_loss", options, LinearDistillationOptions)
     projection, others = projected(input, linear_weight, return_stats, options)
     return _loss(projection, index, log_prob, rest, divergence, beta, others)
 
@@ -182,14 +169,14 @@ def _loss(
     options: dict[str, Any],
 ) -> Any:
     of_outcomes, params = chosen(divergence, beta)
-    check_choice("rest", rest, RESTS)
+    checks.check_choice("rest", rest, RESTS)
     target, hard_weight, scaled = of_teacher(options)
     temperature = options.get("temperature", 1.0)
     _check_teacher(input, index, log_prob)
-    check_temperature(temperature, input)
+    checks.check_temperature(temperature, input)
     if target is not None:
         target = local_rows(target)
-        check_logits(input, target)
+        checks.check_logits(input, target)
         target = target.to(torch.int64)
     index = index.to(torch.int64)  # a comparison converts a number to the tensor's dtype, where it may wrap around
     shards = shards_of(options.get("group"), input)
@@ -270,41 +257,40 @@ def _left_out(index: Tensor, target: Tensor | None, options: dict[str, Any]) -> 
     left_out = None if target is None else target == options.get("ignore_index", -100)
     token_weight = options.get("token_weight")
     if token_weight is not None:
-        check_token_weight(token_weight, index[..., 0])
+        checks.check_token_weight(token_weight, index[..., 0])
         if not token_weight.requires_grad:
             left_out = (token_weight == 0) if left_out is None else left_out | (token_weight == 0)
     return left_out
 
 
 def _check_teacher(input: Source, index: Tensor, log_prob: Tensor) -> None:
-    check_input(input)
+    checks.check_input(input)
     for name, x in (("index", index), ("log_prob", log_prob)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        check_local(name, x)
-    check_index_dtype("index", index)
-    check_dtype("log_prob", log_prob)
+        checks.check_local(name, x)
+    checks.check_index_dtype("index", index)
+    checks.check_dtype("log_prob", log_prob)
     rows = tuple(input.shape[:-1])
     if index.dim() != len(rows) + 1 or index.shape[:-1] != rows or index.shape[-1] < 1:
         raise ValueError(f"index must be {(*rows, 'k')} with k >= 1 classes of each row, got {tuple(index.shape)}")
     if log_prob.shape != index.shape:
         raise ValueError(f"log_prob must be of the index's shape {tuple(index.shape)}, got {tuple(log_prob.shape)}")
-    for name, x in (("index", index), ("log_prob", log_prob)):
-        if x.device != input.device:
-            raise ValueError(f"{name} is on {x.device}, but input on {input.device}")
+    checks.check_device("index", index, input)
+    checks.check_device("log_prob", log_prob, input)
     if log_prob.requires_grad:
         raise ValueError("log_prob requires grad, but gets no gradient here; pass log_prob.detach()")
 
 
 def _check_values(index: Tensor, log_prob: Tensor, classes: int) -> None:
     """Check that classes are in range and distinct in a row, and that log_prob is at most 0, where reading is free."""
-    if not may_read(index) or transforms.traced():
+    if not checks.may_read(index) or transforms.traced():
         return
     wrapped = transforms.is_wrapped(index) or transforms.is_wrapped(log_prob)
     index, log_prob = transforms.values(index), transforms.values(log_prob)
     outside = (index < 0) | (index >= classes)
     if bool(outside.any()):
-        raise_index_error("index", int(index[outside][0]), classes)
+        checks.raise_index_error("index", int(index[outside][0]), classes)
     wrong = ~(log_prob <= 0)
     if bool(wrong.any()):
         raise ValueError(

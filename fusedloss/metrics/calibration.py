@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_index_dtype, check_int, check_local
+from ..checks import check_choice, check_device, check_index_dtype, check_int, check_local
 from ..definition.statistics import RowStats
 from ..losses.cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -291,6 +291,5 @@ def _check(stats: object, target: object, bins: object) -> None:
             raise ValueError(
                 f"target must have the shape of stats.{name}, {tuple(column.shape)}, got {tuple(target.shape)}"
             )
-        if column.device != target.device:
-            raise ValueError(f"target is on {target.device}, but stats.{name} on {column.device}")
+        check_device("target", target, column, f"stats.{name}")
     check_int("bins", bins, 1)

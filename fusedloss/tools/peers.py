@@ -158,10 +158,8 @@ def _pytorch_metric_learning(features: Tensor, *, labels: Tensor) -> Tensor:
 
 def similarity_products(features: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """The floor: the product that makes the similarities and the two of their gradient, into memory that is there."""
-    similarity, by_rows, by_columns = (
-        features.new_empty(len(features), len(features)),
-        *features.new_empty(2, *features.shape),
-    )
+    similarity = features.new_empty(len(features), len(features))
+    by_rows, by_columns = features.new_empty(2, *features.shape)
 
     def run() -> tuple[Tensor, ...]:
         torch.mm(features, features.t(), out=similarity)

@@ -1,8 +1,9 @@
-"""Every loss on every implementation that is ready, against the reference in float64, on this machine."""
+"""Every loss, in both forms, on every implementation that is ready, against the reference in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,13 +26,10 @@ QUICK_SHAPES = (
     (32, 1000),
     (2, 4099),  # few rows, which may be split between threads; odd
 )
-SHAPES = (
-    *QUICK_SHAPES,
-    (512, 9),
-    (33, 2049),
-    (16, 32000),
-    (1, 131072),
-)
+SHAPES = (*QUICK_SHAPES, (512, 9), (33, 2049), (16, 32000), (1, 131072))
+
+#: Rows of a chunk of a linear form, and the most rows and columns of an identity that one of its factors is.
+CHUNK_ROWS, MOST_OF_IDENTITY = 24, 1000
 
 
 class Error(NamedTuple):
@@ -52,7 +50,7 @@ class Error(NamedTuple):
 class Result(NamedTuple):
     """A loss on an implementation; the errors are those of the shape where they are worst."""
 
-    example: Example
+    name: str
     impl: str
     dtype: torch.dtype
     loss: Error
@@ -86,9 +84,9 @@ def left_out() -> Iterator[tuple[str, str]]:
         if reason is not None:
             yield impl, reason
     for impl in backends.PRODUCT_IMPLS:
-        reason = unchecked(impl) or "this command checks row forms"
+        reason = unchecked(impl) or "this command checks the implementations of row forms"
         yield f"{impl}, the fused linear form on a GPU", reason
-    yield "linear forms, supcon_loss and losses against a teacher on this machine", "`make test` does"
+    yield "supcon_loss and losses against a teacher on this machine", "`make test` does"
 
 
 def _device(impl: str) -> torch.device:
@@ -97,22 +95,28 @@ def _device(impl: str) -> torch.device:
 
 def count() -> int:
     """How many results `check` gives."""
-    return len(EXAMPLES) * len(DTYPES) * len(ready())
+    return len(_forms()) * len(DTYPES) * len(ready())
+
+
+def _forms() -> list[tuple[Example, bool]]:
+    """Return the examples, each with whether the linear form is meant."""
+    return [(example, linear) for example in EXAMPLES for linear in (False, True)[: 1 + (example.linear is not None)]]
 
 
 def check(quick: bool = False) -> Iterator[Result]:
     """The rule: at most twice the error of the formula in PyTorch on the same logits, plus a few ulps.
 
     For bfloat16 and float16 logits the formula computes in float32 as the losses do, and its gradient is rounded.
+    A linear form computes the same logits, as the product of an identity and the logits, and has the same rule.
     """
     problems = [_problem(*shape) for shape in (QUICK_SHAPES if quick else SHAPES)]
-    for example in EXAMPLES:
+    for example, linear in _forms():
         for dtype in DTYPES:
-            errors = [_errors(example, p._replace(logits=p.logits.to(dtype))) for p in problems]
+            errors = [_errors(example, p._replace(logits=p.logits.to(dtype)), linear) for p in problems]
             for impl in ready():
                 loss, gradient = zip(*(e for by_impl in errors for e in by_impl[impl]), strict=True)
                 worst = [max(column, key=lambda error: error.severity) for column in (loss, gradient)]
-                yield Result(example, impl, dtype, *worst)
+                yield Result(f"{'linear_' * linear}{example}", impl, dtype, *worst)
 
 
 def _problem(rows: int, classes: int) -> _Problem:
@@ -129,7 +133,7 @@ def _problem(rows: int, classes: int) -> _Problem:
     return _Problem(logits, target, torch.randn(rows, generator=generator, dtype=torch.float64))
 
 
-def _errors(example: Example, problem: _Problem) -> dict[str, list[tuple[Error, Error]]]:
+def _errors(example: Example, problem: _Problem, linear: bool = False) -> dict[str, list[tuple[Error, Error]]]:
     """By implementation, of (loss, gradient), once for each way to run it."""
     logits, target, upstream = problem
     formula = partial(_formula, example=example, target=target)
@@ -139,18 +143,45 @@ def _errors(example: Example, problem: _Problem) -> dict[str, list[tuple[Error, 
     ulps = ULPS * torch.finfo(compute_dtype(logits.dtype)).eps
     errors: dict[str, list[tuple[Error, Error]]] = {}
     for impl in ready():
-        ways: list[dict[str, Any]] = [{}]
-        if example.works_in_place(impl, _device(impl)):
-            ways.append({"inplace_backward": True})
-        for options in ways:
-            fused = partial(_fused, example=example, target=target, impl=impl, **options)
-            if impl == "reference" and logits.dtype == torch.float64:
-                loss, gradient = (Error(error, REFERENCE_ALLOWED) for error in plain)
-            else:
-                found = _distances(_run(fused, logits, upstream), expected)
-                loss, gradient = (Error(e, 2 * p + ulps) for e, p in zip(found, plain, strict=True))
+        if impl == "reference" and logits.dtype == torch.float64 and not linear:
+            loss, gradient = (Error(error, REFERENCE_ALLOWED) for error in plain)
+            errors[impl] = [(loss, gradient)]
+            continue
+        for result in (_linear_results if linear else _row_results)(example, problem, impl):
+            found = _distances(result, expected)
+            loss, gradient = (Error(e, 2 * p + ulps) for e, p in zip(found, plain, strict=True))
             errors.setdefault(impl, []).append((loss, gradient))
     return errors
+
+
+def _row_results(example: Example, problem: _Problem, impl: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Loss and gradient of logits by each way to run it."""
+    logits, target, upstream = problem
+    fused = partial(_fused, example=example, target=target, impl=impl)
+    yield _run(fused, logits, upstream)
+    if example.works_in_place(impl, _device(impl)):
+        yield _run(partial(fused, inplace_backward=True), logits, upstream)
+
+
+def _linear_results(example: Example, problem: _Problem, impl: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same where the logits are the weight, or the hidden states; gradients after the losses and with their sum."""
+    logits, target, upstream = problem
+    rows, classes = logits.shape
+    linear, budget = example.linear, CHUNK_ROWS * classes * logits.element_size()
+    assert linear is not None
+
+    def of_weight(z: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return linear(torch.eye(rows).to(z), z.t(), target, **options)
+
+    def of_hidden(z: Tensor, target: Tensor, **options: Any) -> Tensor:
+        return linear(z, torch.eye(classes).to(z), target, **options)
+
+    for form in (of_weight, of_hidden) if classes <= MOST_OF_IDENTITY else (of_weight,):
+        fused = partial(_fused, example=replace(example, loss=form), target=target, impl=impl, budget=budget)
+        loss, gradient = _run(fused, logits, upstream)
+        yield loss, gradient
+        total = partial(fused, reduction="sum", token_weight=upstream.to(_device(impl)))
+        yield loss, _run(total, logits, torch.ones(1))[1]
 
 
 def _formula(logits: Tensor, example: Example, target: Tensor) -> Tensor:
@@ -163,11 +194,9 @@ def _formula(logits: Tensor, example: Example, target: Tensor) -> Tensor:
 
 
 def _fused(logits: Tensor, example: Example, target: Tensor, **options: Any) -> Tensor:
-    reduction = "mean" if example.over_rows else "none"
+    shared = {"ignore_index": IGNORED, "reduction": "mean" if example.over_rows else "none"}
     device = _device(options["impl"])
-    loss: Tensor = example.loss(
-        logits.to(device), target.to(device), **example.arguments, ignore_index=IGNORED, reduction=reduction, **options
-    )
+    loss: Tensor = example.loss(logits.to(device), target.to(device), **example.arguments, **(shared | options))
     return loss.to(logits.device)
 
 
