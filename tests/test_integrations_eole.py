@@ -158,17 +158,13 @@ class _Mixed(nn.Module):
         return rows[target != PAD].sum()
 
 
-@pytest.mark.parametrize("schedule", ["of the module", "of Eole's step"])
-def test_a_schedule_counts_updates_and_validation_stays_cross_entropy(schedule: str) -> None:
+def test_a_schedule_counts_updates_and_validation_stays_cross_entropy() -> None:
     reference = _trainer("smoothed")
     reference.train_loss.criterion = _Mixed([fl.alpha_schedule(i, UPDATES) for i in range(UPDATES)], 0.2)
     own = _trained(reference, "smoothed")
     trainer = _trainer("smoothed")
-    alpha: Any = fl.nn.AlphaSchedule(UPDATES)
-    if schedule == "of the module":
-        trainer.optim._optimizer.register_step_post_hook(lambda *_: alpha.step())
-    else:
-        alpha = lambda: fl.alpha_schedule(trainer.optim.training_step - 1, UPDATES)  # noqa: E731
+    alpha = fl.nn.AlphaSchedule(UPDATES)
+    trainer.optim._optimizer.register_step_post_hook(lambda *_: alpha.step())
     fuse(trainer.train_loss, "mixed_cross_entropy", alpha=alpha)
     _assert_same(_trained(trainer, "smoothed"), own)
     plain = _trained(_trainer("smoothed"), "smoothed")

@@ -8,7 +8,8 @@ import pytest
 
 shape = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tools" / "shape.py")))
 
-PYTHON = '"""A docstring\nof two lines."""\nimport os  # a comment\n\n\ndef a_loss(a, /, b, *c, word, **e):\n    return b\n'
+PYTHON = '"""A docstring\nof two lines."""\nimport os  # a comment\n\n\n'
+PYTHON += "def a_loss(a, /, b, *c, word=2, **e):\n    return b\n"
 CPP = '// a comment\n/* of\n   two lines */ int a = 1;\nconst char* url = "http://x"; /* behind code */\n'
 
 
