@@ -5,12 +5,14 @@ import doctest
 import filecmp
 import functools
 import gc
+import itertools
 import pickle
 import random
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -432,7 +434,6 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "function": (lambda z: torch.sigmoid(z), "'sigmoid' of the logits is not understood"),
     "assignment": (_assigned, "'assignment to elements' of the logits is not understood"),
     "comparison": (lambda z: z * (z == 0), "'==' of the logits is not understood"),
-    "mean of all": (lambda z: z - z, "unsupported operand"),
     "tensor factor": (lambda z: z * torch.ones(VOCABULARY), "'multiplication' of the logits and a tensor of shape"),
     "bias after the cap": (lambda z: torch.tanh(z) + torch.ones(VOCABULARY), "'addition' of the logits and a tensor"),
     "bias of positions": (lambda z: z + torch.ones(8, 1), "'addition' of the logits and a tensor"),
@@ -440,7 +441,6 @@ FOREIGN: dict[str, tuple[Callable[[Any], Any], str]] = {
     "factor of 0": (lambda z: z * 0, "'multiplication' of the logits and 0"),
     "two caps": (_tanh_twice, "'tanh' of soft-capped logits"),
     "negative cap": (lambda z: torch.tanh(z) * -2.0, "'multiplication' of the logits and -2.0"),
-    "part of the classes": (lambda z: F.pad(z[..., :7], (0, VOCABULARY - 7)), "of logits of shape"),
     "another axis": (lambda z: z[..., None], "of logits of shape"),
     "classes apart": (lambda z: z.view(2, -1), "of logits of shape"),
     "half precision": (lambda z: z.to(torch.float16), "to\\(torch.float16\\)"),
@@ -490,7 +490,10 @@ CRITERIA: dict[str, tuple[Callable[..., Tensor], str]] = {
         "smooths its labels by 0.1; pass label_smoothing to fuse",
     ),
     "the old sum": (lambda z, t, *_: F.cross_entropy(z, t, size_average=False), "cross_entropy with size_average"),
-    "three dimensions": (lambda z, t, *_: F.cross_entropy(z.view(1, 16, -1), t.view(1, 16)), "3 dimensions instead of"),
+    "three dimensions": (
+        lambda z, t, *_: F.cross_entropy(z.view(1, 16, VOCABULARY), t[None]),
+        "3 dimensions instead of",
+    ),
     "by itself": (lambda *_: torch.ones((), requires_grad=True), "Changed cannot be fused: Changed computed its loss"),
 }
 
@@ -501,8 +504,9 @@ def test_a_cross_entropy_of_another_kind_is_refused(kind: str, monkeypatch: pyte
     criterion, message = CRITERIA[kind]
     monkeypatch.setattr(Changed, "change", staticmethod(lambda z: z.view(-1, VOCABULARY)), raising=False)
     monkeypatch.setattr(Changed, "loss_function", staticmethod(lambda z, t, *_: criterion(z, t.flatten())))
-    with pytest.raises(ValueError, match=message):
-        fuse(_llama(Changed))
+    for loss in ("focal_loss", "cross_entropy")[: 1 + (kind == "by itself")]:
+        with pytest.raises(ValueError, match=message):
+            fuse(_llama(Changed), loss)
 
 
 def test_a_difference_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -842,7 +846,7 @@ def test_an_output_layer_that_peft_changes(kind: str, first: str, batch: dict[st
         gradients = _gradients(trained, adapted)
         with adapted.disable_adapter():
             plain = loss()
-        assert all(x.abs().max() > 0 for x in gradients) and abs(plain - trained) > 1e-4
+        assert all(x.any() for x in gradients) and plain != trained
         adapted.eval()
         return [trained, plain, loss(), *gradients]
 
@@ -887,80 +891,18 @@ def test_an_output_layer_that_is_more_than_products_is_refused(batch: dict[str, 
 
 
 def test_two_threads_may_run_one_model(batch: dict[str, Tensor]) -> None:
+    """One with labels, one without, and both within their forward pass."""
     model = fuse(_llama().train())
-    expected = model(**batch).loss
-    met, results = threading.Barrier(2, timeout=60), {}
+    expected, met = model(**batch).loss, threading.Barrier(2, timeout=60)
 
     def meet(*_: Any) -> None:
         met.wait()
 
-    def run(name: str, **inputs: Tensor) -> None:
-        results[name] = model(**inputs)
-
-    # One with labels, one without, and both within their forward pass.
     model.lm_head.register_forward_pre_hook(meet)
-    with pytest.warns(UserWarning, match="in training without labels"):
-        threads = [
-            threading.Thread(target=run, args=("labelled",), kwargs=batch),
-            threading.Thread(target=run, args=("generating",), kwargs={"input_ids": batch["input_ids"]}),
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert torch.equal(results["labelled"].loss, expected)
-    assert type(results["generating"].logits) is Tensor
-
-
-def test_autocast(batch: dict[str, Tensor]) -> None:
-    model = _marian().train()
-    exact, results = _gradients(model(**batch).loss, model), []
-    for side in (model, fuse(copy.deepcopy(model))):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = side(**batch).loss
-        results.append(_gradients(loss, side))
-    errors = [max((a - b).abs().max().item() for a, b in zip(r, exact, strict=True)) for r in results]
-    assert 0 < errors[1] <= 2 * errors[0]
-
-
-def _adapted(first: str, **options: Any) -> Any:
-    model = _llama()
-    adapted = _with_adapter(fuse(model, "focal_loss") if first == "fuse" else model, **options)
-    if first == "peft":
-        fuse(model, "focal_loss")
-    return adapted
-
-
-COMPILED: dict[str, Callable[[], Any]] = {
-    "a row loss": lambda: fuse(_llama(), "focal_loss", gamma=1.5),
-    "a cap": lambda: fuse(_gemma2(), "focal_loss", gamma=1.5),
-    "distillation": lambda: fuse(_llama(), "distillation", teacher=_wide(), divergence="reverse_kl"),
-    "a copy of the layer": lambda: _adapted("fuse", modules_to_save=["lm_head"]),
-    "LoRA, later": lambda: _adapted("fuse", targets=("lm_head",)),
-    "LoRA, before": lambda: _adapted("peft", targets=("lm_head",)),
-}
-
-
-@pytest.mark.compile
-@pytest.mark.parametrize("kind", COMPILED)
-def test_training_compiles_without_a_break(kind: str, batch: dict[str, Tensor]) -> None:
-    torch._dynamo.reset()
-    model = COMPILED[kind]().train()
-    expected = model(**batch).loss  # torch 2.11 breaks the graph of the first pass with a new output layer
-    outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch)
-    torch.testing.assert_close(outputs.loss, expected)
-    _assert_close(_gradients(outputs.loss, model), _gradients(expected, model), 1e-5)
-    assert isinstance(outputs.logits, integration.UnbuiltLogits)
-
-
-@pytest.mark.compile
-def test_compiled_models_with_breaks_are_right_too(batch: dict[str, Tensor]) -> None:
-    torch._dynamo.reset()
-    model = fuse(_bert(), "focal_loss")
-    compiled = torch.compile(model, backend="eager")
-    for training in (True, False):
-        model.train(training)
-        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+    inputs = (batch, {"input_ids": batch["input_ids"]})
+    with ThreadPoolExecutor(2) as pool, pytest.warns(UserWarning, match="in training without labels"):
+        labelled, generating = pool.map(lambda given: model(**given), inputs)
+    assert torch.equal(labelled.loss, expected) and type(generating.logits) is Tensor
 
 
 def test_gradient_checkpointing_and_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> None:
@@ -1049,26 +991,50 @@ def _shard(model: Any, unit: list[str], reshard: bool, reshard_root: bool | None
     fully_shard(model, reshard_after_forward=reshard_root)
 
 
+#: Losses, and whether a teacher is sharded again after its forward. The second makes the logits once more in the
+#: backward, and reads the weight there.
+WAYS: list[tuple[str, dict[str, Any], bool | None]] = [
+    ("cross_entropy", {}, None),
+    ("flex_loss", {"loss_fn": lambda s: s.ce}, None),
+    ("distillation", {"temperature": 2.0}, None),
+    ("distillation", {"temperature": 2.0, "eval_logits": False}, True),
+]
+
+
 def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
-    # The second makes the logits once more in the backward, and reads the weight there.
-    ways: list[tuple[str, dict[str, Any]]] = [("cross_entropy", {}), ("flex_loss", {"loss_fn": lambda s: s.ce})]
-    for name, (make, unit, reshard) in UNITS.items():
+    """And sharded teachers teach as whole ones, and stay as they were."""
+    for (name, (make, unit, reshard)), (loss, arguments, root) in itertools.product(UNITS.items(), WAYS):
         torch.manual_seed(0)
-        alone = make().double().train()
-        state = copy.deepcopy(alone.state_dict())
-        expected = _trained_alone(alone, world, rank)
-        for loss, arguments in ways:
-            model = make().double().train()
-            model.load_state_dict(state)
-            fuse(model, loss, **arguments)
-            _shard(model, unit, reshard)
-            with pytest.raises(ValueError, match=r"is sharded by fully_shard, .*; fuse it before fully_shard"):
-                fuse(model, "focal_loss")
-            # In float64, but for the logits that models cast to float32.
-            close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
-            close(_train_sharded(model, world, rank), expected, msg=lambda m, n=name, of=loss: f"{n}, {of}: {m}")
-            for (of, parameter), right in zip(model.named_parameters(), alone.parameters(), strict=True):
-                close(_whole(parameter), right, msg=lambda m, n=name, of=f"{loss}, {of}": f"{n}, {of}: {m}")
+        alone, whole = make().double().train(), make().double()
+        for parameter in whole.parameters():
+            parameter.data.mul_(5)
+        model, teacher = copy.deepcopy(alone), copy.deepcopy(whole)
+        for student, its_teacher in ((alone, whole), (model, teacher)):
+            fuse(student, loss, teacher=its_teacher if loss == "distillation" else None, **arguments)
+        _shard(model, unit, reshard)
+        _shard(teacher, unit, reshard, root)
+        # In float64, but for the logits that models cast to float32.
+        close = functools.partial(
+            torch.testing.assert_close, rtol=1e-6, atol=1e-6, msg=lambda m, of=f"{name}, {loss}": f"{of}: {m}"
+        )
+        close(_train_sharded(model, world, rank), _trained_alone(alone, world, rank))
+        for parameter, right in zip(model.parameters(), alone.parameters(), strict=True):
+            close(_whole(parameter), right)
+        if loss != "distillation":
+            continue
+        batch, head = _micro_batches(rank)[0], teacher.get_output_embeddings()
+        [lesson] = model._fusedloss.loss.teacher.lessons(model.get_output_embeddings(), batch)
+        in_root = unit in ([], ["model.norm"])  # and copied only where it is resharded
+        assert (lesson.logits.weight[0] is head.weight) == ((in_root and root is None) or not reshard)
+        with torch.no_grad():
+            close(model.eval()(**batch).loss, alone.eval()(**batch).loss)
+        teacher.reshard()
+        for parameter, right in zip(teacher.parameters(), whole.parameters(), strict=True):
+            assert parameter.grad is None and torch.equal(_whole(parameter), right)
+    with pytest.raises(ValueError, match=r"is sharded by fully_shard, .*; fuse it before fully_shard"):
+        fuse(model, "focal_loss")
+    with pytest.raises(ValueError, match=r"the teacher, a FSDP.*, is sharded by .*; fuse before fully_shard"):
+        fuse(make(), "distillation", teacher=teacher)
 
 
 def _in_mixed_precision(rank: int, world: int) -> None:
@@ -1125,38 +1091,6 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
         model(**batch)
 
 
-def _sharded_teachers_teach_as_whole_ones(rank: int, world: int) -> None:
-    for name, (make, unit, reshard) in UNITS.items():
-        for root in (None, True):  # the teacher's weights stay whole after its forward, or not
-            torch.manual_seed(0)
-            alone, whole = make().double().train(), make().double()
-            for parameter in whole.parameters():
-                parameter.data.mul_(5)
-            model, teacher = copy.deepcopy(alone), copy.deepcopy(whole)
-            for student, its_teacher in ((alone, whole), (model, teacher)):
-                fuse(student, "distillation", teacher=its_teacher, temperature=2.0, eval_logits=root is None)
-            for module, reshard_root in ((model, None), (teacher, root)):
-                _shard(module, unit, reshard, reshard_root)
-            close = functools.partial(
-                torch.testing.assert_close, rtol=1e-6, atol=1e-6, msg=lambda m, n=name, r=root: f"{n}, {r}: {m}"
-            )
-            expected = _trained_alone(alone, world, rank)
-            close(_train_sharded(model, world, rank), expected)
-            for parameter, right in zip(model.parameters(), alone.parameters(), strict=True):
-                close(_whole(parameter), right)
-            batch, head = _micro_batches(rank)[0], teacher.get_output_embeddings()
-            [lesson] = model._fusedloss.loss.teacher.lessons(model.get_output_embeddings(), batch)
-            in_root = unit in ([], ["model.norm"])  # and copied only where it is resharded
-            assert (lesson.logits.weight[0] is head.weight) == ((in_root and root is None) or not reshard)
-            with torch.no_grad():
-                close(model.eval()(**batch).loss, alone.eval()(**batch).loss)
-            teacher.reshard()
-            for parameter, right in zip(teacher.parameters(), whole.parameters(), strict=True):
-                assert parameter.grad is None and torch.equal(_whole(parameter), right)
-            with pytest.raises(ValueError, match=r"the teacher, a FSDP.*, is sharded by .*; fuse before fully_shard"):
-                fuse(make(), "distillation", teacher=teacher)
-
-
 def _a_teacher_in_mixed_precision(rank: int, world: int) -> None:
     """Which makes it one of that dtype, whose products are the student's."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1180,7 +1114,6 @@ def _a_teacher_in_mixed_precision(rank: int, world: int) -> None:
 
 test_scene = ranks.tests_of({
     _sharded_models_train_as_in_one_process: (2,),
-    _sharded_teachers_teach_as_whole_ones: (2,),
     _in_mixed_precision: (2,),
     _a_teacher_in_mixed_precision: (2,),
     _a_weight_that_others_have_freed_raises: (2,),

@@ -853,21 +853,14 @@ def test_refused(make, options, error, message):
         make(**options)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"divergence": "kl"}, ValueError, "divergence must be one of 'forward_kl', .*got 'kl'"),
-        ({"hard_weight": -1.0}, ValueError, "hard_weight must be at least 0, got -1.0"),
-        ({"temperature": nn.Parameter(torch.ones(()))}, ValueError, "temperature requires grad"),
-        ({"return_stats": True}, TypeError, "unexpected keyword argument 'return_stats'"),
-        ({"weight": torch.ones(2)}, TypeError, "unexpected keyword argument 'weight'"),
-        ({"target": torch.ones(2)}, TypeError, "unexpected keyword argument 'target'"),
-    ],
-)
 @each_teacher
-def test_distillation_refuses_at_construction(name, arguments, error, message):
-    with pytest.raises(error, match=message):
-        TEACHERS[name](*([FEATURES, CLASSES] if is_linear(name) else []), **arguments)
+def test_distillation_refuses_at_construction(name):
+    sizes = (FEATURES, CLASSES) if is_linear(name) else ()
+    with pytest.raises(ValueError, match="hard_weight must be at least 0, got -1"):
+        TEACHERS[name](*sizes, hard_weight=-1.0)
+    for argument in ("return_stats", "weight", "target"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+            TEACHERS[name](*sizes, **{argument: None})
 
 
 # --- LoRA on the output layer ---
