@@ -905,6 +905,57 @@ def test_two_threads_may_run_one_model(batch: dict[str, Tensor]) -> None:
     assert torch.equal(labelled.loss, expected) and type(generating.logits) is Tensor
 
 
+def test_autocast(batch: dict[str, Tensor]) -> None:
+    model = _marian().train()
+    exact, results = _gradients(model(**batch).loss, model), []
+    for side in (model, fuse(copy.deepcopy(model))):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = side(**batch).loss
+        results.append(_gradients(loss, side))
+    errors = [max((a - b).abs().max().item() for a, b in zip(r, exact, strict=True)) for r in results]
+    assert 0 < errors[1] <= 2 * errors[0]
+
+
+def _adapted(first: str, **options: Any) -> Any:
+    model = _llama()
+    adapted = _with_adapter(fuse(model, "focal_loss") if first == "fuse" else model, **options)
+    if first == "peft":
+        fuse(model, "focal_loss")
+    return adapted
+
+
+COMPILED: dict[str, Callable[[], Any]] = {
+    "a row loss": lambda: fuse(_llama(), "focal_loss", gamma=1.5),
+    "a cap": lambda: fuse(_gemma2(), "focal_loss", gamma=1.5),
+    "distillation": lambda: fuse(_llama(), "distillation", teacher=_wide(), divergence="reverse_kl"),
+    "a copy of the layer": lambda: _adapted("fuse", modules_to_save=["lm_head"]),
+    "LoRA, later": lambda: _adapted("fuse", targets=("lm_head",)),
+    "LoRA, before": lambda: _adapted("peft", targets=("lm_head",)),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", COMPILED)
+def test_training_compiles_without_a_break(kind: str, batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    model = COMPILED[kind]().train()
+    expected = model(**batch).loss  # torch 2.11 breaks the graph of the first pass with a new output layer
+    outputs = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch)
+    torch.testing.assert_close(outputs.loss, expected)
+    _assert_close(_gradients(outputs.loss, model), _gradients(expected, model), 1e-5)
+    assert isinstance(outputs.logits, integration.UnbuiltLogits)
+
+
+@pytest.mark.compile
+def test_compiled_models_with_breaks_are_right_too(batch: dict[str, Tensor]) -> None:
+    torch._dynamo.reset()
+    model = fuse(_bert(), "focal_loss")
+    compiled = torch.compile(model, backend="eager")
+    for training in (True, False):
+        model.train(training)
+        torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
+
+
 def test_gradient_checkpointing_and_distributed_data_parallel(batch: dict[str, Tensor], tmp_path: Path) -> None:
     model = _llama().train()
     expected = _gradients(model(**batch).loss, model)

@@ -404,7 +404,7 @@ def test_schedule_counts_when_told(batch):
 def test_schedule_goes_on_where_it_was():
     """Its warm-up, too."""
     first, second = (
-        fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10, warmup=2)) for _ in range(2)
+        fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10, warmup=5)) for _ in range(2)
     )
     for _ in range(3):
         first.alpha.step()
@@ -412,9 +412,9 @@ def test_schedule_goes_on_where_it_was():
     assert state["alpha.updates"].dtype == torch.int64 and set(state) == {"linear.weight", "alpha.updates"}
     second.load_state_dict(state)
     second.alpha.step()
-    assert float(second.alpha()) == fl.alpha_schedule(4, 10, warmup=2)
+    assert float(second.alpha()) == fl.alpha_schedule(4, 10, warmup=5) == 0
     assert second.to(torch.bfloat16).alpha.updates.dtype == torch.int64
-    assert repr(second.alpha) == "AlphaSchedule(updates=4, total_steps=10, maximum=0.5, warmup=2)"
+    assert repr(second.alpha) == "AlphaSchedule(updates=4, total_steps=10, maximum=0.5, warmup=5)"
 
 
 @pytest.mark.compile
