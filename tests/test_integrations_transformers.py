@@ -5,7 +5,6 @@ import doctest
 import filecmp
 import functools
 import gc
-import itertools
 import pickle
 import random
 import subprocess
@@ -1042,50 +1041,26 @@ def _shard(model: Any, unit: list[str], reshard: bool, reshard_root: bool | None
     fully_shard(model, reshard_after_forward=reshard_root)
 
 
-#: Losses, and whether a teacher is sharded again after its forward. The second makes the logits once more in the
-#: backward, and reads the weight there.
-WAYS: list[tuple[str, dict[str, Any], bool | None]] = [
-    ("cross_entropy", {}, None),
-    ("flex_loss", {"loss_fn": lambda s: s.ce}, None),
-    ("distillation", {"temperature": 2.0}, None),
-    ("distillation", {"temperature": 2.0, "eval_logits": False}, True),
-]
-
-
 def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
-    """And sharded teachers teach as whole ones, and stay as they were."""
-    for (name, (make, unit, reshard)), (loss, arguments, root) in itertools.product(UNITS.items(), WAYS):
+    # The second makes the logits once more in the backward, and reads the weight there.
+    ways: list[tuple[str, dict[str, Any]]] = [("cross_entropy", {}), ("flex_loss", {"loss_fn": lambda s: s.ce})]
+    for name, (make, unit, reshard) in UNITS.items():
         torch.manual_seed(0)
-        alone, whole = make().double().train(), make().double()
-        for parameter in whole.parameters():
-            parameter.data.mul_(5)
-        model, teacher = copy.deepcopy(alone), copy.deepcopy(whole)
-        for student, its_teacher in ((alone, whole), (model, teacher)):
-            fuse(student, loss, teacher=its_teacher if loss == "distillation" else None, **arguments)
-        _shard(model, unit, reshard)
-        _shard(teacher, unit, reshard, root)
-        # In float64, but for the logits that models cast to float32.
-        close = functools.partial(
-            torch.testing.assert_close, rtol=1e-6, atol=1e-6, msg=lambda m, of=f"{name}, {loss}": f"{of}: {m}"
-        )
-        close(_train_sharded(model, world, rank), _trained_alone(alone, world, rank))
-        for parameter, right in zip(model.parameters(), alone.parameters(), strict=True):
-            close(_whole(parameter), right)
-        if loss != "distillation":
-            continue
-        batch, head = _micro_batches(rank)[0], teacher.get_output_embeddings()
-        [lesson] = model._fusedloss.loss.teacher.lessons(model.get_output_embeddings(), batch)
-        in_root = unit in ([], ["model.norm"])  # and copied only where it is resharded
-        assert (lesson.logits.weight[0] is head.weight) == ((in_root and root is None) or not reshard)
-        with torch.no_grad():
-            close(model.eval()(**batch).loss, alone.eval()(**batch).loss)
-        teacher.reshard()
-        for parameter, right in zip(teacher.parameters(), whole.parameters(), strict=True):
-            assert parameter.grad is None and torch.equal(_whole(parameter), right)
-    with pytest.raises(ValueError, match=r"is sharded by fully_shard, .*; fuse it before fully_shard"):
-        fuse(model, "focal_loss")
-    with pytest.raises(ValueError, match=r"the teacher, a FSDP.*, is sharded by .*; fuse before fully_shard"):
-        fuse(make(), "distillation", teacher=teacher)
+        alone = make().double().train()
+        state = copy.deepcopy(alone.state_dict())
+        expected = _trained_alone(alone, world, rank)
+        for loss, arguments in ways:
+            model = make().double().train()
+            model.load_state_dict(state)
+            fuse(model, loss, **arguments)
+            _shard(model, unit, reshard)
+            with pytest.raises(ValueError, match=r"is sharded by fully_shard, .*; fuse it before fully_shard"):
+                fuse(model, "focal_loss")
+            # In float64, but for the logits that models cast to float32.
+            close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-6)
+            close(_train_sharded(model, world, rank), expected, msg=lambda m, n=name, of=loss: f"{n}, {of}: {m}")
+            for (of, parameter), right in zip(model.named_parameters(), alone.parameters(), strict=True):
+                close(_whole(parameter), right, msg=lambda m, n=name, of=f"{loss}, {of}": f"{n}, {of}: {m}")
 
 
 def _in_mixed_precision(rank: int, world: int) -> None:
@@ -1142,6 +1117,38 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
         model(**batch)
 
 
+def _sharded_teachers_teach_as_whole_ones(rank: int, world: int) -> None:
+    for name, (make, unit, reshard) in UNITS.items():
+        for root in (None, True):  # the teacher's weights stay whole after its forward, or not
+            torch.manual_seed(0)
+            alone, whole = make().double().train(), make().double()
+            for parameter in whole.parameters():
+                parameter.data.mul_(5)
+            model, teacher = copy.deepcopy(alone), copy.deepcopy(whole)
+            for student, its_teacher in ((alone, whole), (model, teacher)):
+                fuse(student, "distillation", teacher=its_teacher, temperature=2.0, eval_logits=root is None)
+            for module, reshard_root in ((model, None), (teacher, root)):
+                _shard(module, unit, reshard, reshard_root)
+            close = functools.partial(
+                torch.testing.assert_close, rtol=1e-6, atol=1e-6, msg=lambda m, n=name, r=root: f"{n}, {r}: {m}"
+            )
+            expected = _trained_alone(alone, world, rank)
+            close(_train_sharded(model, world, rank), expected)
+            for parameter, right in zip(model.parameters(), alone.parameters(), strict=True):
+                close(_whole(parameter), right)
+            batch, head = _micro_batches(rank)[0], teacher.get_output_embeddings()
+            [lesson] = model._fusedloss.loss.teacher.lessons(model.get_output_embeddings(), batch)
+            in_root = unit in ([], ["model.norm"])  # and copied only where it is resharded
+            assert (lesson.logits.weight[0] is head.weight) == ((in_root and root is None) or not reshard)
+            with torch.no_grad():
+                close(model.eval()(**batch).loss, alone.eval()(**batch).loss)
+            teacher.reshard()
+            for parameter, right in zip(teacher.parameters(), whole.parameters(), strict=True):
+                assert parameter.grad is None and torch.equal(_whole(parameter), right)
+            with pytest.raises(ValueError, match=r"the teacher, a FSDP.*, is sharded by .*; fuse before fully_shard"):
+                fuse(make(), "distillation", teacher=teacher)
+
+
 def _a_teacher_in_mixed_precision(rank: int, world: int) -> None:
     """Which makes it one of that dtype, whose products are the student's."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1165,6 +1172,7 @@ def _a_teacher_in_mixed_precision(rank: int, world: int) -> None:
 
 test_scene = ranks.tests_of({
     _sharded_models_train_as_in_one_process: (2,),
+    _sharded_teachers_teach_as_whole_ones: (2,),
     _in_mixed_precision: (2,),
     _a_teacher_in_mixed_precision: (2,),
     _a_weight_that_others_have_freed_raises: (2,),
