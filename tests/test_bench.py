@@ -1,4 +1,4 @@
-"""The benchmarks' own parts: turns and medians, the refusal of wrong results, the memory mark, the report."""
+"""The benchmarks' own parts: turns and medians, the refusal of wrong results, the report."""
 
 import json
 import os
@@ -17,8 +17,6 @@ from fusedloss.losses._registry import EXAMPLES
 from fusedloss.tools import timing
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
-import linear_suite
-import memory
 import report as reporter
 
 ROOT = Path(__file__).parents[1]
@@ -80,26 +78,6 @@ def test_gradients_of_float16_are_scaled_and_have_digits() -> None:
         timing.require(name, contest.result(name), right)
 
 
-@pytest.mark.parametrize("example", linear_suite.BESIDE, ids=str)
-def test_what_is_timed_beside_cross_entropy(example: Any) -> None:
-    """It computes its own formula, and the report has a column for the yardstick."""
-    hidden, weight, target = linear_suite.data(linear_suite.Case(8, 4, 50, torch.float32, rounds=1, seconds=1))
-    ways = linear_suite.candidates(example, target)
-    assert linear_suite.YARDSTICK in ways and {*ways} - {"fused"} <= {*reporter.LINEAR.peers}
-    expected = linear_suite.expected(example, hidden, weight, target)
-    for name in ("fused", "eager"):
-        timing.require(name, linear_suite.step(ways[name], hidden, weight), expected)
-
-
-def test_peak_memory_sees_what_was_freed() -> None:
-    size = 96 * 2**20
-    peak = memory.peak_memory(lambda: torch.ones(size // 4).sum())
-    if peak is None:
-        pytest.skip("this kernel does not tell the peak of the memory")
-    assert size * 0.95 < peak < size * 1.5
-    assert memory.peak_memory(lambda: None) < size * 0.1
-
-
 def test_reports_and_pages_are_what_their_figures_make() -> None:
     read = {path: json.loads(path.read_text(encoding="utf-8")) for path in BENCH.glob("results/*.json")}
     reports = {path.stem: (path, data) for path, data in read.items() if "runs" in data}  # others are of a GPU
@@ -118,39 +96,6 @@ def test_reports_and_pages_are_what_their_figures_make() -> None:
         assert text == reporter.markdown(data, stem)
         pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", text, re.M))
         assert pictures == {picture.name for picture in path.parent.glob(f"{stem}*.png")}
-
-
-def test_what_a_peer_does_better_is_told() -> None:
-    def run(loss: str, seconds: dict[str, float], memory: dict[str, float], **sizes: int) -> dict[str, Any]:
-        return {"loss": loss, "dtype": "float32", "floor": 1.0, "seconds": seconds, "memory": memory, **sizes}
-
-    focal = run(
-        "focal_loss(gamma=2.0)",
-        {"fused": 1.0, "eager": 8.0, "compiled": 4.0, "F.cross_entropy": 0.5},
-        {"fused": 0.0, "eager": 2.0, "compiled": 1.0},
-        rows=1024,
-        classes=32768,
-    )
-    linear = run(
-        "linear_cross_entropy()",
-        {"fused": 3.0, "eager": 6.0, "compiled": 4.5, "torch chunked": 2.0},
-        {"fused": 2e8, "eager": 8e8, "torch chunked": 1e8},
-        rows=2048,
-        features=512,
-        classes=32000,
-    )
-    report = {"machine": "M, 2 threads", "measured": "2026-01-01 (x)", "compared": None, "runs": [focal, linear]}
-    text = " ".join(reporter.first_screen(report, "m").split())
-    assert "is 8 × as fast as eager PyTorch and 4 × as fast as `torch.compile`. It needs 128 MiB beyond" in text
-    assert "it is 2 × as fast as eager PyTorch and 1.5 × as fast as `torch.compile`" in text
-    assert reporter.losses_of(report) == [
-        "`linear_cross_entropy()` (2,048 rows, 512 features, 32,000 classes, float32) is 0.67 × as fast as "
-        "`F.linear_cross_entropy` in chunks.",
-        "`F.linear_cross_entropy` in chunks needs less memory than `linear_cross_entropy()` (95 MiB, not "
-        "191), and 0.67 × its time.",
-    ]
-    linear["seconds"]["torch chunked"], linear["memory"]["torch chunked"] = 9.0, 9e8
-    assert reporter.losses_of(report) == ["Nowhere that was measured."]
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Calibration errors: hand-made rows, torchmetrics, and what the statistics of every form of a loss give."""
 
 import builtins
-import math
 
 import matplotlib
 import pytest
@@ -9,7 +8,6 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import fusedloss as fl
-from fusedloss.metrics.calibration import _zero
 
 matplotlib.use("agg")
 
@@ -160,19 +158,6 @@ def test_temperature_without_an_optimum():
     assert right.temperature < 0.05 and right.error_after < 1e-6
     assert wrong.temperature == 2.0**10 and wrong.error_after == pytest.approx(0.5, abs=1e-3)
     assert fl.fit_temperature(torch.zeros(2, 2), torch.tensor([0, 1])).temperature == 1
-
-
-@pytest.mark.parametrize("side", [1, -1])
-def test_few_passes_find_the_zero_of_a_bent_slope(side):
-    """From either side, where false position alone would move one end only."""
-    passes = []
-
-    def slope(x):
-        passes.append(x)
-        return side * math.expm1(side * 9 * x - 2.7)
-
-    assert _zero(slope, slope(0.0), 7.0) == pytest.approx(side * 0.3, abs=1e-6)
-    assert len(passes) <= 20
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,6 @@ def test_compiles_whole() -> None:
 
 
 X = torch.tensor([0, 1])
-
-
 OTHER, TWO = X.float(), [X, X]
 
 

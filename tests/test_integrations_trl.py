@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from products import inside
+from products import Products
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedloss as fl
 
@@ -198,14 +197,6 @@ def test_outputs_and_gradients_are_those_of_trl(
     torch.testing.assert_close(ours, own, **tolerance, check_dtype=True)
 
 
-@pytest.mark.parametrize("outputs", [(), ("entropy",), ("is_top1",), ("mean_logits", "log_sum_sq_probs")])
-def test_outputs_that_are_not_asked_for_are_none(outputs: tuple[str, ...]) -> None:
-    fuse_trainers()
-    made = _apply(outputs=outputs)
-    given = [name for name, value in zip(OUTPUTS, made, strict=True) if value is not None]
-    assert sorted(given) == sorted({"log_probs", *outputs})
-
-
 def _apply(rows: int = 4, classes: int = 11, weight: Tensor | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
     hidden = torch.randn(rows, 8, requires_grad=True)
@@ -214,8 +205,11 @@ def _apply(rows: int = 4, classes: int = 11, weight: Tensor | None = None, **opt
     return utils._ChunkedLogProbFunction.apply(hidden, weight, **keywords)
 
 
-def test_a_batch_without_a_target_stays_connected() -> None:
+def test_outputs_that_are_not_asked_for_are_none_and_a_batch_without_a_target_stays_connected() -> None:
     fuse_trainers()
+    for outputs in ((), ("entropy",), ("is_top1",), ("mean_logits", "log_sum_sq_probs")):
+        given = [name for name, value in zip(OUTPUTS, _apply(outputs=outputs), strict=True) if value is not None]
+        assert {*given} == {"log_probs", *outputs}
     weight = torch.randn(11, 8, requires_grad=True)
     log_probs, *_ = _apply(rows=0, weight=weight)
     assert log_probs.shape == (0,)
@@ -232,29 +226,15 @@ def test_float64_stays_float64() -> None:
     torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), rtol=1e-12, atol=1e-12)
 
 
-class _Largest(TorchDispatchMode):
-    """The most rows of logits that are made at a time."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), kwargs: Any = None) -> Any:
-        result = inside(self, function, arguments)
-        if result is None:
-            result = function(*arguments, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(x, Tensor) and x.dim() and x.shape[-1] == VOCABULARY and x.is_contiguous():
-                self.rows = max(self.rows, x.numel() // VOCABULARY)
-        return result
-
-
-def test_logits_are_made_a_chunk_of_the_budget_at_a_time() -> None:
-    model = _model()
+def test_the_budget_decides_how_many_rows_of_logits_are_made_at_a_time() -> None:
+    model, made = _model(), []
     utils.add_fused_lm_head(model, outputs=OUTPUTS)
-    for rows in (8, 2):
+    for rows in (16, 4):  # of 16
         fuse_trainers(budget=rows * VOCABULARY * 4)
-        with _Largest() as largest:
-            _outputs(model)
-        assert largest.rows == rows
+        with Products(VOCABULARY) as products:
+            model(input_ids=torch.ones(1, 17).long(), labels=torch.ones(1, 17).long(), fused_lm_head=True)
+        made.append(products)
+    assert made[0].logit_rows == made[1].logit_rows and made[0].calls.total() == made[1].calls.total() - 3
 
 
 @pytest.mark.compile
@@ -349,11 +329,9 @@ class _OfModel(trl.SFTTrainer):
 
 
 def test_sft_trains_on_the_loss_that_the_model_is_fused_with(tmp_path: Path) -> None:
-    model = fuse(_model(), "focal_loss", gamma=2.0)
-    logs, moved = _trained(_trainer("dft", tmp_path, model, _OfModel, loss_type="nll"))
-    rows = _trainer("dft", tmp_path, _model(), loss_type="nll")
-    batch = next(iter(rows.get_train_dataloader()))
-    plain = _model()
+    trainer = _trainer("dft", tmp_path, fuse(_model(), "focal_loss", gamma=2.0), _OfModel, loss_type="nll")
+    batch, plain = next(iter(trainer.get_train_dataloader())), _model()
+    logs, moved = _trained(trainer)
     logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     loss = fl.focal_loss(logits[:, :-1], batch["labels"][:, 1:], gamma=2.0)
     assert logs[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)

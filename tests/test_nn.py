@@ -21,6 +21,7 @@ from row_losses import shared_options
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.testing import assert_close
 
 import fusedloss as fl
 from fusedloss.losses import _registry
@@ -42,13 +43,12 @@ def arguments(function: Callable[..., Any], *without: str) -> dict[str, Any]:
     return named | dict.fromkeys(shared_options(function))
 
 
-_ALL = {name: cls for name, cls in vars(fl.nn).items() if inspect.isclass(cls) and hasattr(cls, "_function")}
+ALL = {name: cls for name, cls in vars(fl.nn).items() if inspect.isclass(cls) and hasattr(cls, "_function")}
 #: Losses against a teacher, which take other tensors.
-TEACHERS = {name: cls for name, cls in _ALL.items() if cls._function in _registry.OF_TEACHERS}
-MODULES = {name: cls for name, cls in _ALL.items() if name not in TEACHERS}
-LINEAR = [name for name in MODULES if name.startswith("Linear")]
+TEACHERS = {name: cls for name, cls in ALL.items() if cls._function in _registry.OF_TEACHERS}
+MODULES = {name: cls for name, cls in ALL.items() if name not in TEACHERS}
 each_module = pytest.mark.parametrize("name", MODULES)
-each_linear = pytest.mark.parametrize("name", LINEAR)
+each_teacher = pytest.mark.parametrize("name", TEACHERS)
 
 #: Arguments that are not the defaults, by the row form's name; positional ones first.
 OWN: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -61,16 +61,20 @@ OWN: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 }
 
 
+def is_linear(name: str) -> bool:
+    return name.startswith("Linear")
+
+
 def own(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return OWN.get(MODULES[name]._function.__name__.removeprefix("linear_"), ((), {}))
 
 
-def make(name: str, **options: Any) -> Any:
+def make(name: str, kind: Any = None, *first: Any, **options: Any) -> Any:
+    """The module of that name, or a kind of it, with arguments of its own; a linear one in float64."""
     positional, keywords = own(name)
-    sizes = (FEATURES, CLASSES) if name in LINEAR else ()
-    if sizes:
-        options = {"dtype": torch.float64, **options}
-    return MODULES[name](*sizes, *positional, **{**keywords, **options})
+    sizes = (FEATURES, CLASSES) if is_linear(name) else ()
+    dtype = {"dtype": torch.float64} if sizes else {}
+    return (kind or MODULES[name])(*first, *sizes, *positional, **{**dtype, **keywords, **options})
 
 
 @pytest.fixture
@@ -83,7 +87,23 @@ def batch(generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def input_for(name: str, hidden: Tensor) -> Tensor:
-    return hidden if name in LINEAR else torch.cat([hidden, hidden[:, : CLASSES - FEATURES]], 1)
+    return hidden if is_linear(name) else torch.cat([hidden, hidden[:, : CLASSES - FEATURES]], 1)
+
+
+def same(got: Tensor, expected: Tensor, sources: list[Any], **tolerance: float) -> None:
+    """Values and gradients."""
+    assert_close(got, expected, **tolerance)
+    upstream = torch.rand_like(expected)
+    gradients = (torch.autograd.grad(x, sources, upstream) for x in (got, expected))
+    for mine, right in zip(*gradients, strict=True):
+        assert_close(mine, right, **tolerance)
+
+
+def assert_compiles(function: Callable[..., Tensor], sources: list[Any], *arguments: Any, **options: Any) -> None:
+    """Without a break in the graph, to the same values and gradients."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    same(compiled(*arguments, **options), function(*arguments, **options), sources)
 
 
 # --- all of them ---
@@ -100,38 +120,38 @@ def test_equals_the_function(name, batch, generator):
     hidden, target, token_weight = batch
     class_weight = torch.rand(CLASSES, generator=generator, dtype=torch.float64) + 0.5
     options: dict[str, Any] = {"weight": class_weight, "ignore_index": IGNORED, "z_loss": 0.01}
-    module = make(name, **options, **({"bias": True, "softcap": 2.0} if name in LINEAR else {}))
-    leaves = [hidden, *module.parameters()]
-    got, stats = module(input_for(name, hidden), target, token_weight=token_weight, normalizer=7.0, return_stats=True)
+    of_layer: dict[str, Any] = {"softcap": 2.0} if is_linear(name) else {}
+    module = make(name, **options, **of_layer, **({"bias": True} if is_linear(name) else {}))
+    call: dict[str, Any] = {"token_weight": token_weight, "normalizer": 7.0, "return_stats": True}
+    got, stats = module(input_for(name, hidden), target, **call)
+    if is_linear(name):
+        of_layer |= {"linear_weight": module.linear.weight, "linear_bias": module.linear.bias}
     positional, keywords = own(name)
-    expected, expected_stats = module._function(
-        input_for(name, hidden), *([module.linear.weight] if name in LINEAR else []), target, *positional,
-        token_weight=token_weight, normalizer=7.0, return_stats=True, **keywords, **options,
-        **({"linear_bias": module.linear.bias, "softcap": 2.0} if name in LINEAR else {}),
-    )  # fmt: skip
-    assert len(leaves) == (3 if name in LINEAR else 1)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    torch.testing.assert_close(stats, expected_stats, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), rtol=0, atol=0)
+    if positional:
+        of_layer["loss_fn"] = poly1
+    given = {"target": target, **call, **keywords, **options, **of_layer}
+    expected, expected_stats = module._function(input_for(name, hidden), **given)
+    assert_close(stats, expected_stats, rtol=0, atol=0, equal_nan=True)
+    same(got, expected, [hidden, *module.parameters()], rtol=0, atol=0)
     assert "weight" in module.state_dict()
 
 
-@each_module
+@pytest.mark.parametrize("name", ALL)
 def test_signatures_are_the_functions(name):
     """Each argument is in the constructor, in forward, or where a value may be in both."""
-    cls = MODULES[name]
+    cls = ALL[name]
     of_function = arguments(cls._function)
     constructor, forward = arguments(cls), arguments(cls.forward, "self")
-    assert list(forward)[:2] == ["input", "target"]
-    layer = {"in_features", "num_classes", "bias", "device", "dtype"} if name in LINEAR else set()
+    layer = {"in_features", "num_classes", "bias", "device", "dtype"} if is_linear(name) else set()
     assert {*constructor, *forward} == {*of_function} - {"linear_weight", "linear_bias"} | layer
-    assert {"token_weight", "normalizer", "group"} <= {*forward} and not {"token_weight", "group"} & {*constructor}
+    assert {"input", "target", "token_weight", "normalizer", "group", "return_stats"} <= {*forward}
     parameters = inspect.signature(cls._function).parameters.items()
-    values = {name for name, parameter in parameters if str(parameter.annotation).startswith("float | Tensor")}
-    assert {*forward} & {*constructor} == {"normalizer", "return_stats"} | values
+    both = {name for name, parameter in parameters if str(parameter.annotation).startswith("float | Tensor")}
+    both |= {"normalizer", "return_stats"} if name in MODULES else {"normalizer"}
+    assert {*forward} & {*constructor} == both
     own = inspect.signature(cls).parameters.keys() & of_function.keys()
     assert {k: constructor[k] for k in own} == {k: of_function[k] for k in own}
-    assert "weight" in constructor and "weight" not in forward
+    assert "weight" not in forward and ("weight" in constructor) == (name in MODULES)
     assert cls.__module__ == "fusedloss.nn" and cls.__qualname__ == name
 
 
@@ -147,7 +167,7 @@ def test_return_stats_of_the_constructor_goes(batch):
 OTHERS = ["AlphaSchedule", "SupConLoss", "CrossEntropySupConLoss"]
 
 
-@pytest.mark.parametrize("name", [*MODULES, *TEACHERS, *OTHERS])
+@pytest.mark.parametrize("name", [*ALL, *OTHERS])
 def test_docstring_and_its_examples(name):
     cls = getattr(fl.nn, name)
     test = doctest.DocTestParser().get_doctest(cls.__doc__, {}, name, None, None)
@@ -155,15 +175,14 @@ def test_docstring_and_its_examples(name):
     out: list[str] = []
     assert not doctest.DocTestRunner().run(test, out=out.append).failed, "".join(out)
     assert max(map(len, cls.__doc__.split("The function,")[0].splitlines())) <= 120
-    if name in MODULES:
-        assert not [
-            k for k in arguments(cls) if not re.search(rf"^ *([a-z_, ]*, )?{k}(, [a-z_, ]*)?: \S", cls.__doc__, re.M)
-        ]
+    for argument in arguments(cls) if name in MODULES else ():
+        assert re.search(rf"^ *([a-z_, ]*, )?{argument}(, [a-z_, ]*)?: \S", cls.__doc__, re.M), argument
 
 
 #: With a buffer, a child and a layer; of the row form and of the linear one.
-FEW = ["FocalLoss", "MixedCrossEntropyLoss", "LinearFlexLoss", "LinearMixedCrossEntropyLoss"]
-each_of_few = pytest.mark.parametrize("name", FEW)
+each_of_few = pytest.mark.parametrize(
+    "name", ["FocalLoss", "MixedCrossEntropyLoss", "LinearFlexLoss", "LinearMixedCrossEntropyLoss"]
+)
 
 
 def saved_and_loaded(module):
@@ -214,12 +233,9 @@ def test_subclass(name, batch):
         def forward(self, *arguments, **options):
             return self.factor * super().forward(*arguments, **options)
 
-    positional, keywords = own(name)
-    sizes = (FEATURES, CLASSES) if name in LINEAR else ()
-    module = Doubled(2.0, *sizes, *positional, **keywords, ignore_index=IGNORED)
-    plain = MODULES[name](*sizes, *positional, **keywords, ignore_index=IGNORED)
+    module, plain = make(name, Doubled, 2.0, ignore_index=IGNORED), make(name, ignore_index=IGNORED)
     plain.load_state_dict(module.state_dict())
-    z = input_for(name, hidden.float())
+    z = input_for(name, hidden)
     assert torch.equal(module(z, target), 2 * plain(z, target))
     assert next(iter(inspect.signature(Doubled).parameters)) == "factor" and Doubled.__doc__ == "Mine."
 
@@ -227,28 +243,20 @@ def test_subclass(name, batch):
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["FocalLoss", "LinearMixedCrossEntropyLoss"])
 def test_compiles(name, batch):
-    torch._dynamo.reset()
     hidden, target, token_weight = batch
     module = make(name, weight=torch.ones(CLASSES), ignore_index=IGNORED)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    leaves = [hidden, *module.parameters()]
     z = input_for(name, hidden)
-    got, expected = compiled(z, target, token_weight=token_weight), module(z, target, token_weight=token_weight)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+    assert_compiles(module, [hidden, *module.parameters()], z, target, token_weight=token_weight)
 
 
 def test_cross_entropy_takes_soft_targets(batch, generator):
     """As torch does; where classes are indices alone, the error of the function comes through."""
-    hidden, _, token_weight = batch
+    hidden, _, _ = batch
     weight = torch.rand(FEATURES, generator=generator, dtype=torch.float64)
     y = torch.rand(hidden.shape, generator=generator, dtype=torch.float64)
     module = fl.nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1, reduction="sum")
     expected = nn.functional.cross_entropy(hidden, y, weight=weight, label_smoothing=0.1, reduction="sum")
-    torch.testing.assert_close(module(hidden, y), expected)
-    rows = nn.functional.cross_entropy(hidden, y, reduction="none")
-    got = fl.nn.CrossEntropyLoss()(hidden, y, token_weight=token_weight)
-    torch.testing.assert_close(got, (rows * token_weight).mean())
+    assert_close(module(hidden, y), expected)
     with pytest.raises(ValueError, match="the linear form takes class indices"):
         fl.nn.LinearCrossEntropyLoss(FEATURES, FEATURES, dtype=torch.float64)(hidden, y)
 
@@ -274,92 +282,41 @@ OF_TEACHER: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@each_teacher
 def test_distillation_equals_the_function(name, batch, teacher):
     """With a target and without, whose rows and whose weight of 0 are left out."""
     hidden, target, token_weight = batch
     call = {"token_weight": token_weight.clone(), "normalizer": 7.0, "return_stats": True}
     call["token_weight"][1] = 0
     own: dict[str, Any] = {"rest": "renormalize"} if "Topk" in name else {}
-    tensors = teacher if name.startswith("Linear") else {"teacher": teachers_logits(teacher)}
+    tensors = teacher if is_linear(name) else {"teacher": teachers_logits(teacher)}
     if "Topk" in name:
         log_prob, index = teachers_logits(teacher).log_softmax(-1).topk(3)
         tensors = {"index": index, "log_prob": log_prob}
-    if name.startswith("Linear"):
+    if is_linear(name):
         own |= {"softcap": 2.0, "drop_ignored": False, "budget": 2**12}
         own |= {} if "Topk" in name else {"teacher_softcap": 1.5}
         module = TEACHERS[name](FEATURES, CLASSES, bias=True, dtype=torch.float64, **OF_TEACHER, **own)
         own |= {"linear_weight": module.linear.weight, "linear_bias": module.linear.bias}
     else:
         module = TEACHERS[name](**OF_TEACHER, **own)
-    z = hidden if name.startswith("Linear") else input_for(name, hidden)
-    leaves = [hidden, *module.parameters()]
+    z = input_for(name, hidden)
     got, stats = module(z, **tensors, target=target, **call)
     expected, expected_stats = module._function(z, **tensors, target=target, **call, **own, **OF_TEACHER)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-    torch.testing.assert_close(stats, expected_stats, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), rtol=0, atol=0)
+    assert_close(stats, expected_stats, rtol=0, atol=0, equal_nan=True)
+    same(got, expected, [hidden, *module.parameters()], rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"hard_weight .* target is None, got 0.5"):
         module(z, **tensors)
     module.hard_weight, others = 0.0, {k: v for k, v in OF_TEACHER.items() if k != "hard_weight"}
     assert torch.equal(module(z, **tensors), module._function(z, **tensors, **own, **others))
 
 
-@pytest.mark.parametrize("name", TEACHERS)
-def test_signatures_of_distillation_are_the_functions(name):
-    cls = TEACHERS[name]
-    constructor, forward = arguments(cls), arguments(cls.forward, "self")
-    linear = name.startswith("Linear")
-    layer = {"in_features", "num_classes", "bias", "device", "dtype"} if linear else set()
-    of_layer = {"linear_weight", "linear_bias"} if linear else set()
-    assert {*constructor, *forward} == {*arguments(cls._function)} - of_layer | layer
-    assert {*forward} & {*constructor} == {"normalizer"}
-    assert {"target", "token_weight", "normalizer", "group", "stats", "return_stats"} <= {*forward}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"divergence": "kl"}, ValueError, "divergence must be one of 'forward_kl', .*got 'kl'"),
-        ({"divergence": "jsd", "beta": 1.0}, ValueError, "'reverse_kl' by 1"),
-        ({"hard_weight": -1.0}, ValueError, "hard_weight must be at least 0, got -1.0"),
-        ({"temperature": nn.Parameter(torch.ones(()))}, ValueError, "temperature requires grad"),
-        ({"return_stats": True}, TypeError, "unexpected keyword argument 'return_stats'"),
-        ({"weight": torch.ones(2)}, TypeError, "unexpected keyword argument 'weight'"),
-        ({"target": torch.ones(2)}, TypeError, "unexpected keyword argument 'target'"),
-    ],
-)
-@pytest.mark.parametrize("name", TEACHERS)
-def test_distillation_refuses_at_construction(name, arguments, error, message):
-    with pytest.raises(error, match=message):
-        TEACHERS[name](*([FEATURES, CLASSES] if name.startswith("Linear") else []), **arguments)
-
-
-def test_distillation_with_lora_on_a_tied_layer(batch, teacher):
-    """The student's output layer is that of the other modules, and its temperature a buffer."""
-    hidden, target, _ = batch
-    model, _ = with_lora(nn.Linear(FEATURES, CLASSES, dtype=torch.float64))
-    options = OF_TEACHER | {"temperature": torch.tensor(2.0)}
-    loss = fl.nn.LinearDistillationLoss.tied(model["head"], **options)
-    assert list(loss.state_dict()) == ["temperature"]
-    z = model["head"](hidden)
-    right = fl.distillation_loss(z, teachers_logits(teacher, 1e9), target=target, impl="reference", **OF_TEACHER)
-    got = loss(hidden, **teacher, target=target)
-    sources = [hidden, *(x for x in model.parameters() if x.requires_grad)]
-    torch.testing.assert_close(got, right)
-    torch.testing.assert_close(torch.autograd.grad(got, sources), torch.autograd.grad(right, sources))
-
-
 @pytest.mark.compile
 def test_distillation_compiles(batch, teacher):
-    torch._dynamo.reset()
     hidden, target, token_weight = batch
     module = fl.nn.LinearDistillationLoss(FEATURES, CLASSES, dtype=torch.float64, **OF_TEACHER)
-    leaves = [hidden, *module.parameters()]
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    got, expected = (f(hidden, **teacher, target=target, token_weight=token_weight) for f in (compiled, module))
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+    call = {**teacher, "target": target, "token_weight": token_weight}
+    assert_compiles(module, [hidden, *module.parameters()], hidden, **call)
 
 
 # --- values ---
@@ -387,17 +344,18 @@ def test_values_that_are_tensors(batch):
     learnt(z, target).backward()
     assert learnt.gamma.grad is not None and learnt.gamma.grad != 0
     assert list(held.state_dict()) == ["gamma"] and repr(held) == "FocalLoss(gamma=1.5)"
-    torch.testing.assert_close(held(z, target), learnt(z, target))
+    assert_close(held(z, target), learnt(z, target))
 
 
 def test_flex_module_of_a_module(batch):
     """A loss function with parameters of its own is a child, and is not called before there is a batch."""
 
     class Poly(nn.Module):
+        calls = 0
+
         def __init__(self):
             super().__init__()
             self.epsilon = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
-            self.calls = 0
 
         def forward(self, s):
             self.calls += 1
@@ -408,16 +366,26 @@ def test_flex_module_of_a_module(batch):
     module = fl.nn.FlexLoss(function, ignore_index=IGNORED)
     assert function.calls == 0 and [name for name, _ in module.named_parameters()] == ["loss_fn.epsilon"]
     loss = module(hidden, target.clamp(max=4))
-    torch.testing.assert_close(loss, fl.flex_loss(hidden, target.clamp(max=4), poly1, ignore_index=IGNORED))
+    assert_close(loss, fl.flex_loss(hidden, target.clamp(max=4), poly1, ignore_index=IGNORED))
     loss.backward()
     assert function.epsilon.grad is not None and function.epsilon.grad != 0
+
+
+@pytest.mark.parametrize("name", ["FlexLoss", "LinearFlexLoss"])
+def test_row_tensors_of_a_batch(name, batch):
+    hidden, target, own = batch
+    sizes = (FEATURES, CLASSES) if is_linear(name) else ()
+    module = MODULES[name](*sizes, lambda s, own: own * s.ce, per_chunk=True, ignore_index=IGNORED).double()
+    logits = module.linear(hidden) if sizes else input_for(name, hidden)
+    right = fl.cross_entropy(logits, target, token_weight=own, ignore_index=IGNORED)
+    assert_close(module(input_for(name, hidden), target, row_tensors=(own,)), right)
 
 
 # --- the schedule ---
 
 
 def test_schedule_counts_when_told(batch):
-    """It goes on where it was after a load, and modules share it."""
+    """Modules share it, and copies of them one of their own."""
     hidden, target, _ = batch
     target, schedule = target.clamp(max=4), AlphaSchedule(4, maximum=0.6)
     modules = nn.ModuleList(fl.nn.MixedCrossEntropyLoss(alpha=schedule, top_k=k, ignore_index=IGNORED) for k in (1, 2))
@@ -434,15 +402,19 @@ def test_schedule_counts_when_told(batch):
 
 
 def test_schedule_goes_on_where_it_was():
-    first, second = (fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10)) for _ in range(2))
+    """Its warm-up, too."""
+    first, second = (
+        fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=AlphaSchedule(10, warmup=5)) for _ in range(2)
+    )
     for _ in range(3):
         first.alpha.step()
     state = first.state_dict()
     assert state["alpha.updates"].dtype == torch.int64 and set(state) == {"linear.weight", "alpha.updates"}
     second.load_state_dict(state)
     second.alpha.step()
-    assert float(second.alpha()) == fl.alpha_schedule(4, 10)
+    assert float(second.alpha()) == fl.alpha_schedule(4, 10, warmup=5) == 0
     assert second.to(torch.bfloat16).alpha.updates.dtype == torch.int64
+    assert repr(second.alpha) == "AlphaSchedule(updates=4, total_steps=10, maximum=0.5, warmup=5)"
 
 
 @pytest.mark.compile
@@ -454,19 +426,9 @@ def test_schedule_does_not_compile_anew(batch):
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     target = target.clamp(max=4)
     for _ in range(5):
-        torch.testing.assert_close(compiled(hidden, target), module(hidden, target))
+        assert_close(compiled(hidden, target), module(hidden, target))
         module.alpha.step()
     assert counter.frame_count == 1
-
-
-def test_schedule_has_a_warm_up():
-    schedule = AlphaSchedule(4, warmup=2)
-    alphas = []
-    for _ in range(6):
-        alphas.append(float(schedule()))
-        schedule.step()
-    assert alphas == [0, 0, 0.25, 0.375, 0.5, 0.5]
-    assert repr(schedule) == "AlphaSchedule(updates=6, total_steps=4, maximum=0.5, warmup=2)"
 
 
 @pytest.mark.parametrize("name", ["nobody steps", "gradients are accumulated", "eval", "over"])
@@ -484,44 +446,22 @@ def test_schedule_that_nobody_steps_warns_once(name, monkeypatch):
             assert len(found) == (name == "nobody steps" and call >= 8)
             if name == "gradients are accumulated" and call == 7:
                 schedule.step()
-    if found:
-        assert found[0].category is UserWarning
-        assert "asked for 8 times, but AlphaSchedule.step() was never called" in str(found[0].message)
+    message = "alpha was asked for 8 times, but AlphaSchedule.step() was never called"
+    assert all(x.category is UserWarning and message in str(x.message) for x in found)
 
 
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("alpha", [0.5, "schedule"])
-def test_no_mixture_in_eval(alpha, linear, batch):
+@pytest.mark.parametrize("name", ["MixedCrossEntropyLoss", "LinearMixedCrossEntropyLoss"])
+def test_no_mixture_in_eval(name, batch):
     hidden, target, _ = batch
-    hidden, target = hidden.detach().float(), target.clamp(max=4)
-    if alpha == "schedule":
-        alpha = AlphaSchedule(4)
-        for _ in range(4):
-            alpha.step()
-    if linear:
-        module = fl.nn.LinearMixedCrossEntropyLoss(FEATURES, CLASSES, alpha=alpha, ignore_index=IGNORED)
-        logits = module.linear(hidden)
-    else:
-        module, logits = fl.nn.MixedCrossEntropyLoss(alpha=alpha, ignore_index=IGNORED), hidden
+    module = make(name, top_k=1, alpha=0.5, ignore_index=IGNORED)
+    z = input_for(name, hidden)
+    logits = module.linear(z) if is_linear(name) else z
     plain, mixed = (fl.mixed_cross_entropy(logits, target, alpha=a, ignore_index=IGNORED) for a in (0, 0.5))
     assert plain != mixed
-    torch.testing.assert_close(module(hidden, target), mixed)
-    module.eval()
-    torch.testing.assert_close(module(hidden, target), plain)
-    torch.testing.assert_close(module(hidden, target, alpha=0.5), mixed)
-    torch.testing.assert_close(module.train()(hidden, target), mixed)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((0,), ValueError, "total_steps must be greater than 0, got 0"),
-        (("ten",), TypeError, "total_steps must be a number, got 'ten'"),
-    ],
-)
-def test_schedule_refuses(arguments, error, message):
-    with pytest.raises(error, match=message):
-        AlphaSchedule(*arguments)
+    assert_close(module(z, target), mixed)
+    assert_close(module.eval()(z, target), plain)
+    assert_close(module(z, target, alpha=0.5), mixed)
+    assert_close(module.train()(z, target), mixed)
 
 
 # --- the output layer ---
@@ -537,13 +477,13 @@ def test_layer_is_that_of_nn_linear():
     module = make("LinearFocalLoss", softcap=1.5)
     assert list(module.state_dict()) == ["linear.weight"]
     hidden = torch.randn(2, 3, FEATURES, dtype=torch.float64)
-    torch.testing.assert_close(module.logits(hidden), (hidden @ module.linear.weight.t() / 1.5).tanh() * 1.5)
+    assert_close(module.logits(hidden), (hidden @ module.linear.weight.t() / 1.5).tanh() * 1.5)
 
 
 class Tagger(nn.Module):
     """An embedding that is the output layer too."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str = "LinearFocalLoss"):
         super().__init__()
         positional, keywords = own(name)
         self.embedding = nn.Embedding(CLASSES, FEATURES, dtype=torch.float64)
@@ -551,6 +491,14 @@ class Tagger(nn.Module):
 
     def forward(self, tokens: Tensor, target: Tensor) -> Tensor:
         return self.loss(self.embedding(tokens), target)
+
+
+class TiedFirst(Tagger):
+    """The loss is copied, saved and loaded before its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self._modules["embedding"] = self._modules.pop("embedding")
 
 
 @pytest.mark.parametrize("name", ["LinearFocalLoss", "LinearFlexLoss"])
@@ -565,25 +513,16 @@ def test_tied_gradient_is_the_sum_of_both_uses(name, generator):
     loss = model.loss._function(hidden, weights[1], target, *positional, **keywords, ignore_index=IGNORED)
     parts = torch.autograd.grad(loss, weights)
     assert all(part.any() for part in parts)
-    torch.testing.assert_close(model.embedding.weight.grad, parts[0] + parts[1])
+    assert_close(model.embedding.weight.grad, parts[0] + parts[1])
     assert [key for key, _ in model.named_parameters()] == list(model.state_dict()) == ["embedding.weight"]
     assert list(model.loss.parameters()) == [] and list(model.loss.children()) == []
     assert list(safetensors.torch.load(safetensors.torch.save(model.state_dict()))) == ["embedding.weight"]
     assert repr(model.loss).endswith(f"tied to Embedding({CLASSES}, {FEATURES}))")
 
 
-class TiedFirst(Tagger):
-    """The loss is copied, saved and loaded before its layer."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self._modules["embedding"] = self._modules.pop("embedding")
-
-
 @pytest.mark.parametrize("kind", [Tagger, TiedFirst])
 def test_tie_stays(kind):
-    model = kind("LinearFocalLoss")
-    empty = kind("LinearFocalLoss").to("meta").to_empty(device="cpu")
+    model, empty = kind(), kind().to("meta").to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
     copied = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved_and_loaded(model), empty)
     tokens, target = torch.arange(2 * CLASSES).reshape(2, CLASSES) % CLASSES
@@ -601,29 +540,25 @@ def test_tie_stays(kind):
 def test_tied_follows_a_new_weight(batch):
     """One that was set, resized or parametrized, or stands in for a functional call."""
     hidden, target, _ = batch
-    embedding = nn.Embedding(CLASSES, FEATURES, dtype=torch.float64)
-    model = nn.ModuleDict({"embedding": embedding, "loss": fl.nn.LinearCrossEntropyLoss.tied(embedding)})
-    loss = model["loss"]
+    model, target = Tagger(), target.clamp(0)
+    embedding = model.embedding
 
-    def check(weight):
-        expected = nn.functional.cross_entropy(hidden @ weight.t(), target, ignore_index=-100)
-        torch.testing.assert_close(loss(hidden, target), expected)
+    def check(weight, got=None):
+        expected = fl.linear_focal_loss(hidden, weight, target, gamma=1.5)
+        assert_close(model.loss(hidden, target) if got is None else got, expected)
 
-    target = target.clamp(0)
     other = torch.randn(CLASSES + 2, FEATURES, dtype=torch.float64)
     embedding.weight = nn.Parameter(other)
     check(other)
     embedding.weight.data = other[:CLASSES] + 1
     check(other[:CLASSES] + 1)
-
-    model.forward = lambda: loss(hidden, target)
-    got = torch.func.functional_call(model, {"embedding.weight": other})
-    torch.testing.assert_close(got, nn.functional.cross_entropy(hidden @ other.t(), target))
+    model.forward = lambda: model.loss(hidden, target)
+    check(other, torch.func.functional_call(model, {"embedding.weight": other}))
     nn.utils.parametrizations.weight_norm(embedding)
     with torch.no_grad():
         embedding.parametrizations.weight.original0.mul_(3)
     check((other[:CLASSES] + 1) * 3)
-    loss(hidden, target).backward()
+    model.loss(hidden, target).backward()
     assert all(p.grad is not None and p.grad.any() for p in embedding.parameters())
 
 
@@ -633,7 +568,7 @@ def test_tied_loads_an_old_state_dict(dtype):
     weight = torch.randn(CLASSES, FEATURES, dtype=torch.float64)
     old = {"embedding.weight": weight, "loss.linear.weight": weight.clone()}
     for assign in (False, True):
-        model = Tagger("LinearFocalLoss").to(dtype)
+        model = Tagger().to(dtype)
         model.load_state_dict(old, assign=assign)
         assert torch.equal(model.embedding.weight, weight if assign else weight.to(dtype))
     assert len(old) == 2
@@ -645,13 +580,13 @@ def test_tied_loads_an_old_state_dict(dtype):
     with pytest.raises(RuntimeError, match=r'(?s)Unexpected key.*"loss\.linear\.bias".*loss\.linear\.weight is not'):
         model.load_state_dict(old)
     with torch.device("meta"), pytest.warns(UserWarning, match="meta parameter"):
-        Tagger("LinearFocalLoss").load_state_dict(dict.fromkeys(("embedding.weight", "loss.linear.weight"), weight))
+        Tagger().load_state_dict(dict.fromkeys(("embedding.weight", "loss.linear.weight"), weight))
 
 
 def test_tied_to_a_layer_that_is_gone(batch):
     """A copy of the loss alone has lost its layer too: nobody would train it."""
     hidden, target, _ = batch
-    model = Tagger("LinearFocalLoss")
+    model = Tagger()
     for lost in (
         fl.nn.LinearFocalLoss.tied(nn.Linear(FEATURES, CLASSES)),
         copy.deepcopy(model.loss),
@@ -668,33 +603,22 @@ def test_tied_to_a_layer_that_is_gone(batch):
 
 
 @pytest.mark.compile
-def test_tied_compiles(batch):
-    torch._dynamo.reset()
+def test_tied_compiles():
     tokens, target = torch.arange(2 * CLASSES).reshape(2, CLASSES) % CLASSES
-    model = Tagger("LinearFocalLoss")
+    torch._dynamo.reset()
+    model = Tagger()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for _ in range(2):
-        got, expected = compiled(tokens, target), model(tokens, target)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(*(torch.autograd.grad(x, model.embedding.weight) for x in (got, expected)))
+        same(compiled(tokens, target), model(tokens, target), [model.embedding.weight])
         model.embedding.weight = nn.Parameter(model.embedding.weight.detach() * 2)
     exported = torch.export.export(model, (tokens, target))
     assert list(exported.state_dict) == ["embedding.weight"]
 
 
-def test_tied_to_a_linear_layer_with_a_bias():
-    layer = nn.Linear(FEATURES, CLASSES)
-    loss = fl.nn.LinearCrossEntropyLoss.tied(layer, softcap=3.0, budget=4096, drop_ignored=False)
-    hidden, target = torch.randn(ROWS, FEATURES), torch.arange(ROWS) % CLASSES
-    expected = fl.linear_cross_entropy(hidden, layer.weight, target, linear_bias=layer.bias, softcap=3.0)
-    torch.testing.assert_close(loss(hidden, target), expected)
-    assert (loss.softcap, loss.budget, loss.drop_ignored) == (3.0, 4096, False)
-
-
 # --- a layer that is more than its weight and bias ---
 
 
-class Doubled(nn.Linear):
+class Doubling(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, 2 * self.weight, self.bias)
 
@@ -704,29 +628,29 @@ class Adapter(nn.Module):
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
-        self.base_layer, self.adapter = layer, nn.Linear(FEATURES, CLASSES, bias=False)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
+        self.base_layer, self.weight = layer, layer.weight
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.base_layer(input) + self.adapter(input)
-
-
-class ScaledEmbedding(nn.Embedding):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 10
+        return self.base_layer(input) + 1
 
 
 class Holder(nn.Module):
-    def __init__(self, weight: Tensor):
+    """A weight without a forward."""
+
+    def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(torch.randn(CLASSES, FEATURES, dtype=torch.float64))
 
 
-def changed(change: Callable[[nn.Module], Any], layer: nn.Module | None = None) -> nn.Module:
-    layer = layer or nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+def linear(kind: type[nn.Linear] = nn.Linear, bias: bool = True) -> Any:
+    return kind(FEATURES, CLASSES, bias=bias, dtype=torch.float64)
+
+
+def embedding() -> Any:
+    return nn.Embedding(CLASSES, FEATURES, dtype=torch.float64)
+
+
+def changed(layer: Any, change: Callable[[Any], Any]) -> Any:
     change(layer)
     return layer
 
@@ -740,28 +664,26 @@ def prune(layer: nn.Module):
 
 
 MORE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "forward": (lambda: Doubled(FEATURES, CLASSES), "Doubled has a forward of its own"),
-    "adapter": (lambda: Adapter(nn.Linear(FEATURES, CLASSES)), "Adapter has a forward of its own"),
+    "forward": (lambda: linear(Doubling), "Doubling has a forward of its own"),
+    "adapter": (lambda: Adapter(linear()), "Adapter has a forward of its own"),
     "replaced": (
-        lambda: changed(lambda x: setattr(x, "forward", partial(Doubled.forward, x))),
+        lambda: changed(linear(), lambda x: setattr(x, "forward", partial(Doubling.forward, x))),
         "linear.Linear has a forward that was put on",
     ),
-    "post": (lambda: changed(lambda x: x.register_forward_hook(look)), "has the hook <function look"),
-    "backward_pre": (lambda: changed(lambda x: x.register_full_backward_pre_hook(look)), "the hook <function look"),
-    "pruned": (lambda: changed(prune), "has the hook <torch.nn.utils.prune"),
-    "pruned embedding": (lambda: changed(prune, nn.Embedding(CLASSES, FEATURES)), "Embedding has the hook <torch.nn"),
-}  # fmt: skip
+    "post": (lambda: changed(linear(), lambda x: x.register_forward_hook(look)), "has the hook <function look"),
+    "pruned": (lambda: changed(linear(), prune), "has the hook <torch.nn.utils.prune"),
+    "pruned embedding": (lambda: changed(embedding(), prune), "Embedding has the hook <torch.nn"),
+}
 
 
 @pytest.mark.parametrize("what", MORE)
 def test_a_layer_that_is_more_than_its_weight_raises(what, batch):
     hidden, target, _ = batch
     make_layer, message = MORE[what]
-    layer = make_layer()
-    owner = fl.nn.LinearFocalLoss(FEATURES, CLASSES)
-    owner.linear = layer
-    wrapped = fl.nn.LinearFocalLoss.tied(plain := nn.Linear(FEATURES, CLASSES))
-    plain.register_forward_hook(look)  # later than the tie
+    owner, later = make("LinearFocalLoss"), linear()
+    owner.linear = layer = make_layer()
+    wrapped = fl.nn.LinearFocalLoss.tied(later)
+    later.register_forward_hook(look)
     for expected, use in (
         (message, lambda: owner(hidden, target)),
         (message, lambda: owner.logits(hidden)),
@@ -777,7 +699,7 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.head = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+        self.head = linear()
         self.loss = fl.nn.LinearFocalLoss.tied(self.head, ignore_index=IGNORED)
 
     def forward(self, hidden, target):
@@ -811,7 +733,7 @@ def test_a_copy_of_a_tied_layer_that_peft_trains_raises(batch):
 def test_what_may_hold_a_tied_layer(batch):
     """A container, a module that computes the same, and a layer that is registered late."""
     hidden, target, _ = batch
-    layer = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+    layer = linear()
     loss = fl.nn.LinearFocalLoss.tied(layer, ignore_index=IGNORED)
     expected = loss(hidden, target)
     for hold in (nn.Sequential, lambda x: nn.ModuleDict({"head": x}), torch.compile, checkpoint_wrapper):
@@ -831,7 +753,7 @@ def test_a_compiled_model_does_not_depend_on_the_tied_losses_of_others():
 
     torch._dynamo.reset()
     counter, layer, x = CompileCounter(), nn.Linear(2, 2), torch.ones(1, 2)
-    other = nn.Linear(FEATURES, CLASSES)
+    other = linear()
     loss = fl.nn.LinearFocalLoss.tied(other)
     compiled = torch.compile(Model(), backend=counter, fullgraph=True)
     compiled(x), compiled(x)
@@ -843,126 +765,109 @@ def test_a_compiled_model_does_not_depend_on_the_tied_losses_of_others():
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("what", ["post"])
-def test_a_layer_that_is_more_raises_while_compiling(what, batch):
+def test_a_layer_that_is_more_raises_while_compiling(batch):
     torch._dynamo.reset()
     hidden, target, _ = batch
-    owner = fl.nn.LinearFocalLoss(FEATURES, CLASSES)
-    owner.linear = MORE[what][0]()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="LinearFocalLoss reads the weight and bias"):
-        torch.compile(owner, backend="eager", fullgraph=True)(hidden, target)
-    with pytest.raises(ValueError, match="LinearFocalLoss reads the weight and bias"):
-        torch.compile(owner, backend="eager")(hidden, target)
-
-
-def embedding(**options: Any) -> nn.Embedding:
-    return nn.Embedding(CLASSES, FEATURES, dtype=torch.float64, **options)
+    owner = make("LinearFocalLoss")
+    owner.linear.register_forward_hook(look)
+    for fullgraph, error in ((True, torch._dynamo.exc.Unsupported), (False, ValueError)):
+        with pytest.raises(error, match="LinearFocalLoss reads the weight and bias"):
+            torch.compile(owner, backend="eager", fullgraph=fullgraph)(hidden, target)
 
 
 #: Layers whose weight is all there is to them.
-ALL: dict[str, Callable[[], nn.Module]] = {
-    "subclass": lambda: type("Named", (nn.Linear,), {})(FEATURES, CLASSES, dtype=torch.float64),
-    "weight_norm": lambda: changed(nn.utils.parametrizations.weight_norm),
-    "pruned": lambda: changed(lambda x: (prune(x), nn.utils.prune.remove(x, "weight"))),
-    "holder": lambda: Holder(torch.randn(CLASSES, FEATURES, dtype=torch.float64)),
+PLAIN: dict[str, Callable[[], nn.Module]] = {
+    "subclass": lambda: linear(type("Named", (nn.Linear,), {})),
+    "weight_norm": lambda: changed(linear(), nn.utils.parametrizations.weight_norm),
+    "pruned": lambda: changed(linear(), lambda x: (prune(x), nn.utils.prune.remove(x, "weight"))),
+    "holder": Holder,
     # as accelerate leaves a layer from which it has removed its hook
-    "own forward put back": lambda: changed(lambda x: setattr(x, "forward", x.forward)),
-    "scaled": lambda: ScaledEmbedding(CLASSES, FEATURES, dtype=torch.float64),
-    "normed": lambda: changed(nn.utils.parametrizations.weight_norm, embedding()),
+    "own forward put back": lambda: changed(linear(), lambda x: setattr(x, "forward", x.forward)),
+    "normed": lambda: changed(embedding(), nn.utils.parametrizations.weight_norm),
     # as transformers does for checkpointing: what it does to the inputs is none of the output layer's business
-    "post": lambda: changed(lambda x: x.register_forward_hook(lambda _, __, y: y.requires_grad_()), embedding()),
-    "pre": lambda: changed(lambda x: x.register_forward_pre_hook(look), embedding()),
+    "post": lambda: changed(embedding(), lambda x: x.register_forward_hook(lambda _, __, y: y.requires_grad_())),
+    "pre": lambda: changed(embedding(), lambda x: x.register_forward_pre_hook(look)),
 }
 
 
-@pytest.mark.parametrize("make_layer", ALL.values(), ids=ALL.keys())
-def test_a_layer_whose_weight_is_all(make_layer, batch):
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_layer_whose_weight_is_all(kind, batch):
     hidden, target, _ = batch
-    layer = make_layer()
-    losses = [fl.nn.LinearCrossEntropyLoss.tied(layer, ignore_index=IGNORED)]
-    losses.append(fl.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, ignore_index=IGNORED))
-    losses[1].linear = layer
-    leaves = [p for p in layer.parameters() if p.requires_grad]
-    for loss in losses:
+    layer = PLAIN[kind]()
+    tied = fl.nn.LinearCrossEntropyLoss.tied(layer, ignore_index=IGNORED)
+    owner = fl.nn.LinearCrossEntropyLoss(FEATURES, CLASSES, ignore_index=IGNORED)
+    owner.linear = layer
+    for loss in (tied, owner):
         logits = nn.functional.linear(hidden, layer.weight, getattr(layer, "bias", None))
         expected = nn.functional.cross_entropy(logits, target, ignore_index=IGNORED)
-        got = loss(hidden, target)
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
-        torch.testing.assert_close(loss.logits(hidden), logits)
+        same(loss(hidden, target), expected, [p for p in layer.parameters() if p.requires_grad])
+        assert_close(loss.logits(hidden), logits)
 
 
 # --- refused ---
 
 
+def tied(*arguments: Any, **options: Any) -> Any:
+    return fl.nn.LinearCrossEntropyLoss.tied(*arguments, **options)
+
+
+def of_layer(**options: Any) -> Any:
+    return fl.nn.LinearCrossEntropyLoss(**({"in_features": FEATURES, "num_classes": CLASSES} | options))
+
+
+def called(**options: Any) -> Any:
+    return fl.nn.FocalLoss()(torch.zeros(2, 3), **({"target": torch.tensor([0, 2])} | options))
+
+
 @pytest.mark.parametrize(
-    ("name", "arguments", "error", "message"),
+    ("make", "options", "error", "message"),
     [
-        ("FocalLoss", {"gamma": -1.0}, ValueError, "gamma must be at least 0, got -1.0"),
-        ("FocalLoss", {"gama": 1.0}, TypeError, r"^FocalLoss.__init__\(\) got an unexpected keyword argument 'gama'$"),
-        ("FocalLoss", {"token_weight": torch.ones(3)}, TypeError, "'token_weight'"),
-        ("FocalLoss", {"normalizer": 2.0, "reduction": "sum"}, ValueError, "reduction='sum'"),
-        ("CrossEntropyLoss", {"reduction": "average"}, ValueError, "'average'"),
-        ("CrossEntropyLoss", {"weight": [1.0, 2.0]}, TypeError, "weight must be a floating point tensor, got list"),
-        ("CrossEntropyLoss", {"impl": "fast"}, ValueError, "'fast'"),
-        ("MixedCrossEntropyLoss", {}, TypeError, r"MixedCrossEntropyLoss.__init__\(\) missing .*'alpha'"),
-        ("MixedCrossEntropyLoss", {"alpha": AlphaSchedule(10), "top_k": 3}, ValueError, "top_k must be 1 or 2, got 3"),
-        ("MixedCrossEntropyLoss", {"alpha": nn.Linear(1, 1)}, TypeError, "argument"),
-        ("FlexLoss", {"loss_fn": "ce"}, TypeError, "loss_fn must be callable, got 'ce'"),
+        (fl.nn.FocalLoss, {"gamma": -1.0}, ValueError, "gamma must be at least 0, got -1.0"),
+        (fl.nn.FocalLoss, {"gama": 1}, TypeError, r"^FocalLoss.__init__\(\) got an unexpected .* 'gama'$"),
+        (fl.nn.FocalLoss, {"token_weight": torch.ones(3)}, TypeError, "'token_weight'"),
+        (fl.nn.FocalLoss, {"normalizer": 2.0, "reduction": "sum"}, ValueError, "reduction='sum'"),
+        (fl.nn.CrossEntropyLoss, {"weight": [1.0]}, TypeError, "weight must be a floating point tensor, got list"),
+        (fl.nn.CrossEntropyLoss, {"impl": "fast"}, ValueError, "'fast'"),
+        (fl.nn.MixedCrossEntropyLoss, {}, TypeError, r"MixedCrossEntropyLoss.__init__\(\) missing .*'alpha'"),
+        (fl.nn.MixedCrossEntropyLoss, {"alpha": AlphaSchedule(9), "top_k": 3}, ValueError, "top_k must be .* got 3"),
+        (fl.nn.MixedCrossEntropyLoss, {"alpha": nn.Linear(1, 1)}, TypeError, "argument"),
+        (fl.nn.FlexLoss, {"loss_fn": "ce"}, TypeError, "loss_fn must be callable, got 'ce'"),
+        (AlphaSchedule, {"total_steps": 0}, ValueError, "total_steps must be greater than 0, got 0"),
+        (of_layer, {"in_features": 2.5}, TypeError, "in_features must be an int, got 2.5"),
+        (of_layer, {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        (of_layer, {"budget": 10}, ValueError, "budget of 10 bytes is too small"),
+        (of_layer, {"weight": torch.ones(CLASSES - 1)}, ValueError, rf"weight must be \({CLASSES},\)"),
+        (of_layer, {"inplace_backward": True}, TypeError, "'inplace_backward'"),
+        (tied, {"layer": torch.ones(CLASSES, FEATURES)}, TypeError, "layer must be a module"),
+        (tied, {"layer": nn.ReLU()}, ValueError, r"that of ReLU\(\) is None"),
+        (tied, {"layer": nn.Conv1d(2, 3, 1)}, ValueError, r"is \(3, 2, 1\)"),
+        (tied, {"layer": nn.Linear(2, 3), "bias": True}, TypeError, "bias=True, which the layer has"),
+        (tied, {"layer": nn.Linear(2, 3), "weight": torch.ones(2)}, ValueError, r"weight must be \(3,\)"),
+        (called, {"reduction": "sum"}, TypeError, r"FocalLoss\.forward\(\) got an unexpected .* 'reduction'"),
+        (called, {"gamma": -1.0}, ValueError, "gamma must be at least 0"),
+        (called, {"target": torch.tensor([1, 3])}, IndexError, "target 3 is out of range"),
     ],
 )  # fmt: skip
-def test_refused_at_construction(name, arguments, error, message):
+def test_refused(make, options, error, message):
     with pytest.raises(error, match=message):
-        MODULES[name](**arguments)
+        make(**options)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"in_features": 2.5}, TypeError, "in_features must be an int, got 2.5"),
-        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
-        ({"budget": 10}, ValueError, "budget of 10 bytes is too small"),
-        ({"weight": torch.ones(CLASSES - 1)}, ValueError, rf"weight must be \({CLASSES},\)"),
-        ({"inplace_backward": True}, TypeError, "'inplace_backward'"),
-    ],
-)
-def test_refused_by_linear_losses(arguments, error, message):
-    with pytest.raises(error, match=message):
-        fl.nn.LinearCrossEntropyLoss(**({"in_features": FEATURES, "num_classes": CLASSES} | arguments))
-
-
-@pytest.mark.parametrize(
-    ("layer", "options", "error", "message"),
-    [
-        (torch.ones(CLASSES, FEATURES), {}, TypeError, "layer must be a module"),
-        (nn.ReLU(), {}, ValueError, r"that of ReLU\(\) is None"),
-        (nn.Conv1d(2, 3, 1), {}, ValueError, r"is \(3, 2, 1\)"),
-        (nn.Linear(2, 3), {"bias": True}, TypeError, "bias=True, which the layer has"),
-        (nn.Linear(2, 3), {"weight": torch.ones(2)}, ValueError, r"weight must be \(3,\)"),
-    ],
-    ids=repr,
-)  # fmt: skip
-def test_refused_by_tied(layer, options, error, message):
-    with pytest.raises(error, match=message):
-        fl.nn.LinearCrossEntropyLoss.tied(layer, **options)
-
-
-def test_refused_in_the_call():
-    module = fl.nn.FocalLoss()
-    z, target = torch.zeros(2, 3), torch.tensor([0, 2])
-    with pytest.raises(TypeError, match=r"FocalLoss\.forward\(\) got an unexpected keyword argument 'reduction'"):
-        module(z, target, reduction="sum")
-    with pytest.raises(ValueError, match="gamma must be at least 0"):
-        module(z, target, gamma=-1.0)
-    with pytest.raises(IndexError, match="target 3 is out of range"):
-        module(z, target + 1)
+@each_teacher
+def test_distillation_refuses_at_construction(name):
+    sizes = (FEATURES, CLASSES) if is_linear(name) else ()
+    with pytest.raises(ValueError, match="hard_weight must be at least 0, got -1"):
+        TEACHERS[name](*sizes, hard_weight=-1.0)
+    for argument in ("return_stats", "weight", "target"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+            TEACHERS[name](*sizes, **{argument: None})
 
 
 # --- LoRA on the output layer ---
 
 
-def with_lora(layer: nn.Linear, *, more: bool = False, **options: Any) -> tuple[nn.Module, Any]:
-    """A model whose layer ``head`` has an adapter, perhaps two; and PEFT's model around it."""
+def with_lora(layer: nn.Linear, *, more: bool = False, **options: Any) -> tuple[Any, Any]:
+    """PEFT's layer, with an adapter or two, and its model around it."""
     peft = pytest.importorskip("peft")
     model = nn.ModuleDict({"head": layer})
     config = peft.LoraConfig(r=2, target_modules=["head"], init_lora_weights=False, **options)
@@ -971,7 +876,11 @@ def with_lora(layer: nn.Linear, *, more: bool = False, **options: Any) -> tuple[
     if more:
         adapted.add_adapter("more", peft.LoraConfig(r=3, target_modules=["head"], init_lora_weights=False))
         adapted.base_model.set_adapter(["default", "more"])
-    return model, adapted
+    return model["head"], adapted
+
+
+def trained(hidden: Tensor, head: nn.Module) -> list[Tensor]:
+    return [hidden, *(x for x in head.parameters() if x.requires_grad)]
 
 
 #: Options of the adapter; whether the layer has a bias, and whether it is trained as well.
@@ -996,67 +905,59 @@ LORA_LOSSES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize("kind", LORA)
 def test_lora_is_what_pefts_layer_computes(kind: str, first: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, target, token_weight = batch
-    options, bias, trained = LORA[kind]
-    layer = nn.Linear(FEATURES, CLASSES, bias=bias, dtype=torch.float64)
-    losses: list[Any] = []
+    options, bias, is_trained = LORA[kind]
+    layer = linear(bias=bias)
 
-    def tie(layer: nn.Module) -> None:
-        for name, values, own in LORA_LOSSES:
-            budget = 3 * CLASSES * 8 * (1 + ("softcap" in own))  # three rows at a time
-            losses.append(MODULES[name].tied(layer, *values, ignore_index=IGNORED, budget=budget, **own))
+    def tie(layer: nn.Module) -> list[Any]:
+        budget = 6 * CLASSES * 8  # a few rows at a time
+        common = {"ignore_index": IGNORED, "budget": budget}
+        return [MODULES[name].tied(layer, *values, **common, **own) for name, values, own in LORA_LOSSES]
 
-    if first == "tie":
-        tie(layer)
-    model, _ = with_lora(layer, **options)
-    head = model["head"]
-    assert type(head).__module__.startswith("peft.")
-    if first == "peft":
-        tie(head)
-    if trained:
-        layer.requires_grad_(True)
-    sources = [hidden, *(x for x in head.parameters() if x.requires_grad)]
-    adapters = 1 + (kind == "two")
-    assert len(sources) == 1 + adapters * (2 + bool(options.get("lora_bias"))) + trained * (1 + bias)
-    for loss, (name, values, own) in zip(losses, LORA_LOSSES, strict=True):
-        form = dict(own)
+    losses = tie(layer) if first == "tie" else []
+    head, _ = with_lora(layer, **options)
+    losses = losses or tie(head)
+    layer.requires_grad_(is_trained)
+    for loss, (_, values, own) in zip(losses, LORA_LOSSES, strict=True):
+        torch.manual_seed(4)  # of the dropout
+        z, form = head(hidden), dict(own)
         softcap = form.pop("softcap", None)
-        torch.manual_seed(4)
-        z = head(hidden)
         z = z if softcap is None else softcap * (z / softcap).tanh()
         row = getattr(fl, loss._function.__name__.removeprefix("linear_"))
         expected = row(z, target, *values, ignore_index=IGNORED, token_weight=token_weight, impl="reference", **form)
         torch.manual_seed(4)
-        got = loss(hidden, target, token_weight=token_weight)
-        torch.testing.assert_close(got, expected)
-        upstream = torch.rand_like(expected)
-        for mine, theirs in zip(
-            torch.autograd.grad(got, sources, upstream), torch.autograd.grad(expected, sources, upstream), strict=True
-        ):
-            torch.testing.assert_close(mine, theirs, msg=lambda m, name=name: f"{name}: {m}")
+        same(loss(hidden, target, token_weight=token_weight), expected, trained(hidden, head))
         torch.manual_seed(4)
-        torch.testing.assert_close(loss.logits(hidden), z)
+        assert_close(loss.logits(hidden), z)
+
+
+def test_distillation_with_lora_on_a_tied_layer(batch, teacher):
+    """The student's output layer is that of the other modules, and its temperature a buffer."""
+    hidden, target, _ = batch
+    head, _ = with_lora(linear())
+    options = OF_TEACHER | {"temperature": torch.tensor(2.0)}
+    loss = fl.nn.LinearDistillationLoss.tied(head, **options)
+    assert list(loss.state_dict()) == ["temperature"]
+    teachers = teachers_logits(teacher, 1e9)
+    right = fl.distillation_loss(head(hidden), teachers, target=target, impl="reference", **OF_TEACHER)
+    same(loss(hidden, **teacher, target=target), right, trained(hidden, head))
 
 
 @pytest.mark.parametrize("wider", [False, True], ids=["", "float32 adapters"])
 def test_lora_in_half_precision(wider: bool, generator: torch.Generator) -> None:
     """PEFT keeps adapters of bfloat16 models in float32; their products are in the layer's dtype, as in autocast."""
     rows, features, classes = 64, 16, 50
-    layer = nn.Linear(features, classes, bias=False, dtype=torch.bfloat16)
-    model, _ = with_lora(layer)
-    head = model["head"]
+    head, _ = with_lora(nn.Linear(features, classes, bias=False, dtype=torch.bfloat16))
     if not wider:
         head.to(torch.bfloat16)
     assert head.lora_A["default"].weight.dtype == (torch.float32 if wider else torch.bfloat16)
     loss = fl.nn.LinearCrossEntropyLoss.tied(head, budget=9 * classes * 2)
-    hidden = torch.randn(rows, features, generator=generator).bfloat16().requires_grad_()
-    target = torch.randint(classes, (rows,), generator=generator)
-    exact = copy.deepcopy(model).double()["head"]
+    hidden = torch.randn(rows, features, generator=generator).bfloat16()
+    target, exact = torch.randint(classes, (rows,), generator=generator), copy.deepcopy(head).double()
     results = []
-    for module, function in ((head, loss), (head, None), (exact, None)):
-        own = hidden.detach().to(torch.float64 if module is exact else hidden.dtype).requires_grad_()
-        value = fl.cross_entropy(module(own), target, impl="reference") if function is None else function(own, target)
-        sources = [own, *(x for x in module.parameters() if x.requires_grad)]
-        results.append([value, *torch.autograd.grad(value, sources)])
+    for layer, function in ((head, loss), (head, None), (exact, None)):
+        own = hidden.to(torch.float64 if layer is exact else hidden.dtype).requires_grad_()
+        value = fl.cross_entropy(layer(own), target, impl="reference") if function is None else function(own, target)
+        results.append([value, *torch.autograd.grad(value, trained(own, layer))])
     assert [x.dtype for x in results[0]] == [x.dtype for x in results[1]]
     for mine, theirs, truth in zip(*results, strict=True):
         errors = [(x.double() - truth).abs().max().item() for x in (mine, theirs)]
@@ -1066,10 +967,8 @@ def test_lora_in_half_precision(wider: bool, generator: torch.Generator) -> None
 def test_lora_that_adds_nothing_and_that_comes_and_goes(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, target, _ = batch
     model = Model()
-    plain = model(hidden, target)
-    wrapped, adapted = with_lora(model.head)
-    adapters, layer = wrapped["head"], model.head
-    model.head = adapters
+    plain, layer = model(hidden, target), model.head
+    model.head, adapted = with_lora(layer)
     loss, copied = model(hidden, target), copy.deepcopy(model)
     assert abs(loss - plain) > 1e-3 and copied(hidden, target) == loss
     with torch.no_grad():
@@ -1078,44 +977,41 @@ def test_lora_that_adds_nothing_and_that_comes_and_goes(batch: tuple[Tensor, Ten
     with adapted.disable_adapter():
         assert model(hidden, target) == plain
     adapted.merge_adapter()
-    torch.testing.assert_close(model(hidden, target), loss)
+    assert_close(model(hidden, target), loss)
     with adapted.disable_adapter():  # for which PEFT unmerges them
-        torch.testing.assert_close(model(hidden, target), plain)
-    assert not adapters.merged
-    adapters.set_adapter([])
-    torch.testing.assert_close(model(hidden, target), plain)
+        assert_close(model(hidden, target), plain)
+    assert not model.head.merged
+    model.head.set_adapter([])
+    assert_close(model(hidden, target), plain)
     model.head = layer
-    torch.testing.assert_close(model(hidden, target), plain)
+    assert_close(model(hidden, target), plain)
 
 
 def test_a_frozen_layer_under_lora_costs_no_product(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, target, _ = batch
-    model, _ = with_lora(nn.Linear(FEATURES, CLASSES, bias=False, dtype=torch.float64))
-    loss = fl.nn.LinearFocalLoss.tied(model["head"], ignore_index=IGNORED)
-    for trained, expected in ((False, 6), (True, 7)):  # lora_A; two make the logits; two by hidden states; lora_B
-        model["head"].base_layer.weight.requires_grad_(trained)
+    head, _ = with_lora(linear(bias=False))
+    loss = fl.nn.LinearFocalLoss.tied(head, ignore_index=IGNORED)
+    for is_trained, expected in ((False, 6), (True, 7)):  # lora_A; two make the logits; two by hidden states; lora_B
+        head.base_layer.weight.requires_grad_(is_trained)
         with Products(CLASSES) as products:
             loss(hidden, target)
         assert products.calls.total() == expected
 
 
-def test_what_a_loss_with_lora_returns(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Statistics, and second derivatives."""
+def test_statistics_and_second_derivatives_with_lora(batch: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, target, _ = batch
-    model, _ = with_lora(nn.Linear(FEATURES, CLASSES, dtype=torch.float64))
-    head = model["head"]
+    head, _ = with_lora(linear())
     loss = fl.nn.LinearFocalLoss.tied(head, ignore_index=IGNORED)
-    value, stats = loss(hidden, target, return_stats=True)
-    expected, theirs = fl.focal_loss(head(hidden), target, ignore_index=IGNORED, return_stats=True)
-    for mine, other in zip((value, *stats), (expected, *theirs), strict=True):
-        torch.testing.assert_close(mine, other, equal_nan=True)
-    sources = [hidden, *(x for x in head.parameters() if x.requires_grad)]
-    second = []
-    for x in (value, expected):
-        first = torch.autograd.grad(x, sources, create_graph=True)
-        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), sources))
-    for mine, other in zip(*second, strict=True):
-        torch.testing.assert_close(mine, other)
+    results = []
+    for value, stats in (
+        loss(hidden, target, return_stats=True),
+        fl.focal_loss(head(hidden), target, ignore_index=IGNORED, return_stats=True),
+    ):
+        first = torch.autograd.grad(value, trained(hidden, head), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), trained(hidden, head))
+        results.append([value, *stats, *second])
+    for mine, right in zip(*results, strict=True):
+        assert_close(mine, right, equal_nan=True)
 
 
 class Quantized(nn.Linear):
@@ -1127,43 +1023,30 @@ class Quantized(nn.Linear):
 
 LORA_REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dora": (
-        lambda: with_lora(embedding_like(), use_dora=True)[0]["head"],
+        lambda: with_lora(linear(bias=False), use_dora=True)[0],
         "'default', which is no plain LoRA but a Dora",
     ),
-    "quantized": (
-        lambda: with_lora(Quantized(FEATURES, CLASSES))[0]["head"],
-        "Quantized as its base_layer, which has a f",
-    ),
+    "quantized": (lambda: with_lora(linear(Quantized))[0], "Quantized as its base_layer, which has a f"),
     "hook": (
-        lambda: changed(
-            lambda x: x.lora_B["default"].register_forward_hook(look), with_lora(embedding_like())[0]["head"]
-        ),
+        lambda: changed(with_lora(linear())[0], lambda x: x.lora_B["default"].register_forward_hook(look)),
         r"Linear as its lora_B\['default'\], which has the hook <function look",
     ),
 }
 
 
-def embedding_like() -> nn.Linear:
-    return nn.Linear(FEATURES, CLASSES, bias=False, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("kind", LORA_REFUSED)
 def test_lora_that_is_more_than_products_is_refused(kind: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    make, message = LORA_REFUSED[kind]
-    head = make()
-    with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*lora.*{message}"):
-        fl.nn.LinearFocalLoss.tied(head)
-    owner = fl.nn.LinearFocalLoss(FEATURES, CLASSES)
-    owner.linear = head
-    with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*lora.*{message}"):
-        owner(batch[0], batch[1])
+    make_layer, message = LORA_REFUSED[kind]
+    owner = make("LinearFocalLoss")
+    owner.linear = head = make_layer()
+    for use in (lambda: fl.nn.LinearFocalLoss.tied(head), lambda: owner(*batch[:2])):
+        with pytest.raises(ValueError, match=f"LinearFocalLoss reads .*lora.*{message}"):
+            use()
 
 
-def test_products_on_the_chip_are_refused_with_lora(
-    batch: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = with_lora(embedding_like())
-    loss = fl.nn.LinearFocalLoss.tied(model["head"], ignore_index=IGNORED)
+def test_products_on_the_chip_are_refused_with_lora(batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, _ = with_lora(linear())
+    loss = fl.nn.LinearFocalLoss.tied(head, ignore_index=IGNORED)
     monkeypatch.setattr(fl.backends, "resolve", lambda *_: "triton_fused")
     with pytest.raises(ValueError, match="impl='triton_fused' multiplies one weight on the chip, but LoRA makes 2"):
         loss(*batch[:2])
@@ -1172,29 +1055,9 @@ def test_products_on_the_chip_are_refused_with_lora(
 @pytest.mark.compile
 @pytest.mark.parametrize("first", ["tie", "peft"])
 def test_lora_compiles_without_a_break(first: str, batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    torch._dynamo.reset()
     hidden, target, _ = batch
-    layer = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+    layer = linear()
     loss = fl.nn.LinearFocalLoss.tied(layer, ignore_index=IGNORED) if first == "tie" else None
-    model, _ = with_lora(layer, more=True)
-    loss = loss or fl.nn.LinearFocalLoss.tied(model["head"], ignore_index=IGNORED)
-    sources = [hidden, *(x for x in model.parameters() if x.requires_grad)]
-    results = []
-    for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
-        value = function(hidden, target)
-        results.append([value, *torch.autograd.grad(value, sources)])
-    for mine, other in zip(*results, strict=True):
-        torch.testing.assert_close(mine, other)
-
-
-def test_row_tensors_of_a_batch(batch):
-    hidden, target, _ = batch
-    own, target = torch.rand(target.shape), target.clamp(max=4)
-    for name in ("FlexLoss", "LinearFlexLoss"):
-        sizes = (FEATURES, CLASSES) if name in LINEAR else ()
-        module = getattr(fl.nn, name)(*sizes, lambda s, own: own * s.ce, per_chunk=True, ignore_index=IGNORED)
-        assert module.per_chunk
-        module = module.to(hidden.dtype)
-        logits = module.linear(hidden) if name in LINEAR else hidden
-        right = fl.cross_entropy(logits, target, token_weight=own, ignore_index=IGNORED)
-        torch.testing.assert_close(module(hidden, target, row_tensors=(own,)), right)
+    head, _ = with_lora(layer, more=True)
+    loss = loss or fl.nn.LinearFocalLoss.tied(head, ignore_index=IGNORED)
+    assert_compiles(loss, trained(hidden, head), hidden, target)

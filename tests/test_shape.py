@@ -1,4 +1,4 @@
-"""tools/shape.py: that each counter counts right, so that a bar that holds says something."""
+"""tools/shape.py: each bar has a figure, and one over its bar is told."""
 
 import runpy
 from pathlib import Path
@@ -8,54 +8,9 @@ import pytest
 
 shape = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tools" / "shape.py")))
 
-PYTHON = '''\
-"""A docstring
-of two lines."""
-
-import os  # a comment behind code
-
-
-def a_loss(a, /, b, *c, d=2, **e):
-    """Another."""
-    # a comment
-    text = """a string
-
-    of three lines"""
-    return text * (
-        a
-        + b
-    )
-
-
-class Row:
-    def _to(self, word, Word):
-        return lambda a_word, *, b: 0
-'''
-CPP = r"""// a comment
-/* of
-   two lines */ int a = 1;
-const char* url = "http://x"; /* behind code */
-char quote = '"', escaped = '\'';  // "
-"""
-
-
-def test_lines_words_and_parameters(tmp_path: Path) -> None:
-    """A link counts once; of public losses the options do not count as parameters."""
-    (tmp_path / "losses").mkdir()
-    (tmp_path / "linked").symlink_to("losses")
-    python, cpp = tmp_path / "losses" / "a.py", tmp_path / "a.cu"
-    python.write_text(PYTHON)
-    cpp.write_text(CPP)
-    assert shape.sources(tmp_path) == [cpp, python] and shape.sources(tmp_path, ".cu") == [cpp]
-    assert (shape.lines_of(python), shape.lines_of(cpp)) == (12, 3)
-    assert shape.times_written("word", python) == 3
-    assert shape.longest_parameter_list(tmp_path) == (0, "")  # nothing but the public loss, and what is no function
-    python.rename(tmp_path / "a.py")
-    assert shape.longest_parameter_list(tmp_path) == (5, "a.py:7 a_loss")
-
 
 def test_figures_over_their_bars_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here of the package itself: each bar has a figure, and `--assert` fails as the report says."""
+    """Here of the package itself; `--assert` fails as the report says."""
     found = shape.figures()
     assert list(found) == list(shape.BARS) and min(count for count, _ in found.values()) > 0
     for bars, code in ((dict.fromkeys(found, 10**6), 0), ({**shape.BARS, "operators": 0}, 1)):

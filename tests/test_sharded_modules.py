@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -171,22 +172,26 @@ def _gradients_are_those_of_one_process(rank: int, world: int) -> None:
 
 
 def _training_goes_on_as_in_one_process(rank: int, world: int) -> None:
-    for way in (_ddp, _each_part_sharded, _layer_sharded):
-        alone, model = _Model("focal", False), _Model("focal", False)
+    """Over updates of two batches, both of whose losses there are before the first backward."""
+    # One loss reads the weight in the backward, one does not.
+    for kind, way in itertools.product(("flex", "focal"), (_each_part_sharded, _layer_sharded)):
+        alone, model = _Model(kind, False), _Model(kind, False)
         wrapped = way(model)
+        tokens, target = _batch(rank)
+        n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
         optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (alone, model)]
         for _ in range(3):
-            for m, batch, across in (
-                (alone, _batch(None), {}),
-                (wrapped, _batch(rank), {"group": dist.group.WORLD, "averaged": True}),
-            ):
-                m(*batch, normalizer=fl.normalizer(batch[1], **across)).backward()
+            whole = _batch(None)
+            alone(*whole, normalizer=fl.normalizer(whole[1])).backward()
+            losses = [wrapped(tokens[part], target[part], normalizer=n) for part in (slice(3), slice(3, None))]
+            for last, loss in enumerate(losses):
+                wrapped.set_requires_gradient_sync(bool(last))
+                loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
         for p, right in zip(model.parameters(), alone.parameters(), strict=True):
-            value = p.full_tensor() if isinstance(p, DTensor) else p
-            torch.testing.assert_close(value, right, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(p.full_tensor(), right, rtol=1e-9, atol=1e-10)
 
 
 def _in_mixed_precision(rank: int, world: int) -> None:
@@ -206,20 +211,6 @@ def _in_mixed_precision(rank: int, world: int) -> None:
         assert n.dtype == torch.float64 and seen == [hidden]
         assert all(p.grad.dtype == torch.float32 for p in model.parameters())
         _equals(model, alone, rtol=0.03, atol=0.003)
-
-
-def _gradients_accumulate(rank: int, world: int) -> None:
-    """Over two batches, both of whose losses there are before the first backward."""
-    for kind in ("flex", "focal"):  # one reads the weight in the backward, one does not
-        alone, model = _alone(kind, False), _Model(kind, False)
-        wrapped = _layer_sharded(model)
-        tokens, target = _batch(rank)
-        n = fl.normalizer(target, group=dist.group.WORLD, averaged=True)
-        losses = [wrapped(tokens[part], target[part], normalizer=n) for part in (slice(3), slice(3, None))]
-        for last, loss in enumerate(losses):
-            wrapped.set_requires_gradient_sync(bool(last))
-            loss.backward()
-        _equals(model, alone)
 
 
 def _logits_of_a_sharded_layer(rank: int, world: int) -> None:
@@ -366,7 +357,6 @@ test_scene = ranks.tests_of({
     _gradients_are_those_of_one_process: (2,),
     _training_goes_on_as_in_one_process: (2,),
     _in_mixed_precision: (2,),
-    _gradients_accumulate: (2,),
     _logits_of_a_sharded_layer: (2,),
     _a_layer_sharded_on_the_classes: (2,),
     _an_old_state_dict_of_a_tied_loss: (2,),
