@@ -75,7 +75,7 @@ def check_number(
         number = math.inf  # a rational number beyond all floats, whatever its sign
     if not (low < number if above else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
-    if math.isinf(number):
+    if abs(number) == math.inf:
         raise ValueError(f"{name} must be finite, got {value!r}")
 
 
@@ -118,7 +118,7 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
-        if math.isinf(smallest) or math.isinf(largest):
+        if math.inf in (-smallest, largest):
             raise ValueError(f"{name} must be finite, got values from {smallest} to {largest}")
 
 
