@@ -212,6 +212,14 @@ def job_of(
     return batch, Spec(impl, epilogue, top_k, mean=smoothing != 0, form=Form(tempered=True)), row_weight
 
 
+def sure_and_ignored(rows, classes, generator, dtype):
+    """Logits and targets, with a row that is sure and wrong and one that is ignored."""
+    z, target = logits_and_targets(rows, classes, generator, dtype)
+    z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]
+    target[rows // 2] = -100
+    return z, target
+
+
 class MomentSuite:
     """The largest logits, parts of the classes, entropy, power and a temperature, in the passes of any engine."""
 
@@ -262,9 +270,7 @@ class MomentSuite:
     def test_parts_of_the_classes(self, parts_of, loss, dtype, impl, generator):
         """Of logits that are some of the classes the passes make the sums and the gradient of these."""
         count, classes = parts_of
-        z, target = logits_and_targets(count, classes, generator, dtype)
-        z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
-        target[count // 2] = -100
+        z, target = sure_and_ignored(count, classes, generator, dtype)
         compute = compute_dtype(dtype)
         alpha, row_weight = torch.rand(2, count, generator=generator).to(compute).unbind()
         one = torch.ones((), dtype=compute)
@@ -598,9 +604,7 @@ class KernelSuite(MomentSuite):
     def test_class_sums(self, summed, loss, dtype, impl, generator):
         """Against the engine's."""
         rows, classes = summed
-        z, target = logits_and_targets(rows, classes, generator, dtype)
-        z[1] += 12 * torch.eye(classes, dtype=dtype)[(target[1] + 1) % classes]  # sure, and wrong
-        target[rows // 2] = -100
+        z, target = sure_and_ignored(rows, classes, generator, dtype)
         alpha = torch.rand(rows, generator=generator).to(compute_dtype(dtype))
         one = torch.ones((), dtype=alpha.dtype)
         params = [alpha, *[one] * (OVERLAPS[loss] - 1)]

@@ -72,6 +72,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction, logits: Tensor) -> Tensor:
         row_weight, step = reduction.upstream(rows), _step(rows.classes)
+        if row_weight is not None:
+            row_weight = row_weight.expand(rows.target.shape)
         gradient, parts = new_buffer(logits, logits.shape), []
         for begin in range(0, max(1, len(rows.target)), step):
             part = slice(begin, begin + step)
@@ -81,9 +83,7 @@ class _Total(torch.autograd.Function):
                 some = rows._replace(hidden=[z], target=rows.target[part], params=params)
                 loss = reference.losses_over_classes(some, epilogue, spec)
             check_sources(loss, [z])
-            upstream = torch.ones_like(loss)
-            if row_weight is not None:
-                upstream = upstream * (row_weight[part] if row_weight.dim() else row_weight)
+            upstream = torch.ones_like(loss) if row_weight is None else row_weight[part]
             if loss.requires_grad:
                 (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)
             else:
