@@ -13,7 +13,7 @@ import fusedloss as fl
 from fusedloss import backends
 from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Rows, Spec
-from fusedloss.engine import chunks
+from fusedloss.engine import chunks, operators
 
 if backends.unavailable("cpu") is not None:
     pytest.skip(str(backends.unavailable("cpu")), allow_module_level=True)
@@ -81,6 +81,42 @@ def test_sums_of_products(dtype, needed, chunk, softcap, reduction, drop_ignored
         scale = true.abs().max().expand_as(true)
         worst = (theirs.double() - true).abs().max().expand_as(true)
         assert_as_accurate_as(mine, true.to(theirs.dtype) + worst.to(theirs.dtype), true, 4, scale)
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["with the loss", "by a backward"])
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@pytest.mark.parametrize("chunk", [4, ROWS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_hidden_states_with_themselves(dtype, chunk, drop_ignored, made):
+    """The gradient is that of either factor, of one product where all rows are at hand."""
+    h = make_sources((1, 0, 0, 0, 0), dtype)[0]
+    target = TARGET.clamp(max=ROWS - 1)
+    form = Form(budget=chunk * ROWS * dtype.itemsize, drop_ignored=drop_ignored, symmetric=True)
+    row_weight = torch.linspace(0.5, 1.5, ROWS, dtype=compute_dtype(dtype))
+    spec = Spec("cpu", "cross_entropy", form=form, needed=(True, False) if made else ())
+    rows = Rows([h.detach()], [h.detach()], None, [], target, None, None, [], None)
+    with Products(ROWS) as products:
+        _, *saved, gradients = operators.forward(*rows, row_weight if made else None, spec.encode())
+        if not made:
+            spec = spec._replace(needed=(True, False))
+            gradients = operators.backward(*rows, *saved, row_weight, spec.encode())
+    if chunk == ROWS and not drop_ignored and dtype != torch.float16:
+        assert products.calls.total() == (2 if made else 3)
+
+    def by_formula(x):
+        losses = F.cross_entropy((x @ x.t()).to(row_weight.dtype), target, ignore_index=-100, reduction="none")
+        return torch.autograd.grad(losses @ row_weight, x)[0]
+
+    truth, eager = by_formula(h.detach().double().requires_grad_()), by_formula(h)
+    scale = truth.abs().max().expand_as(truth)
+    assert_as_accurate_as(gradients[0].to(dtype), eager, truth, 4, scale)
+
+
+def test_only_a_square_of_hidden_states_is_symmetric():
+    h, w = torch.randn(5, 3), torch.randn(4, 3)
+    rows = Rows([h], [w], None, [], torch.arange(4).repeat(2)[:5], None, None, [], None)
+    with pytest.raises(ValueError, match=r"one weight of hidden's shape \(5, 3\).*of shape \(4, 3\)"):
+        operators.forward(*rows, None, Spec("cpu", "cross_entropy", form=Form(symmetric=True)).encode())
 
 
 @pytest.mark.parametrize("chunk", [4, ROWS])

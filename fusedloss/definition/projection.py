@@ -19,6 +19,8 @@ class Form(NamedTuple):
     """Leave ignored rows out of the products. Counting them is a host read."""
     mask_target: bool = False
     """Take the target's logit for -inf: a row is compared with all but itself."""
+    symmetric: bool = False
+    """The weight is the hidden states themselves, whose gradient is that of both. It knows no temperature."""
     tempered: bool = False
     """Whether the logits, of a row form too, are multiplied by the last of ``Rows.scalars``."""
     teacher_softcap: float = 0.0
@@ -52,7 +54,7 @@ def dense_logits(
     hidden: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None, form: Form, target: Tensor | None
 ) -> Tensor:
     """The logits of hidden states, by their definition."""
-    logits = torch.nn.functional.linear(hidden[0], weight[0], bias)
+    logits = torch.nn.functional.linear(hidden[0], hidden[0] if form.symmetric else weight[0], bias)
     for h, w in zip(hidden[1:], weight[1:], strict=True):
         logits = logits + torch.nn.functional.linear(h, w)
     if form.softcap != 0:

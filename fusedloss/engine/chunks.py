@@ -26,6 +26,9 @@ WEIGHT_BLOCK = 4096
 #: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
 PRODUCT_BLOCK = 1024
 
+#: Rows and columns of a block of a matrix that is added to itself, transposed.
+SQUARE = 512
+
 _Losses = Callable[[Job, Tensor | None], None]
 
 
@@ -245,11 +248,16 @@ class _Gradients:
         for x in rows.hidden:
             new = _by_columns if self._hidden and not chunks.spec.form.group else new_buffer
             self._hidden.append(new(x, x.shape, self._dtype) if next(needed) else None)
+        # Of all pairs at once the two parts of a symmetric product's gradient are one product, see add.
+        symmetric = chunks.spec.form.symmetric and self._hidden[0] is not None
+        in_order = chunks.valid == rows.target.shape[0]
+        self._at_once = symmetric and chunks.count == 1 and in_order and storage != torch.float16
+        self._in_parts = symmetric and not self._at_once
         of_weight = self._dtype if chunks.count <= budgets.most_rounded(rows.hidden[0].device) else dtype
         self._weight: list[Tensor | None] = []
         for x in rows.weight:
             new = _by_columns if self._weight else new_buffer
-            self._weight.append(new(x, x.shape, of_weight) if next(needed) else None)
+            self._weight.append(new(x, x.shape, of_weight) if next(needed) or self._in_parts else None)
         bias = rows.bias
         self._bias = bias.new_zeros(bias.shape[0], dtype=dtype) if bias is not None and next(needed) else None
         self._scaled: _ScaledSums | None = None
@@ -265,6 +273,8 @@ class _Gradients:
                 chunks.backend.forward(job)
             unit, with_loss = scaled.units(job, hidden), False  # between the passes: it comes from the coefficients
         gradient = chunks.gradient(job, with_loss)
+        if self._at_once:
+            _add_transposed_(gradient)
         arriving: list[Any] = []
         for total, weight in zip(self._hidden, chunks.rows.weight, strict=True):
             if total is None:
@@ -309,10 +319,15 @@ class _Gradients:
             self._scaled.finish()
         for work in self._pending:
             work.wait()
+        by_weight = None
+        if self._in_parts:
+            (by_weight,), self._weight = self._weight, []
         result = []
         for x in self._hidden:
             if x is not None:
                 result.append(x.contiguous() if order is None else x.new_empty(x.shape).index_copy_(0, order, x))
+        if by_weight is not None:
+            result[0].add_(by_weight)
         for x in (*self._weight, self._bias):
             if x is not None:
                 result.append(x.to(self._dtype).contiguous())
@@ -322,6 +337,17 @@ class _Gradients:
         """With the last rows, while the weight's product goes on."""
         if part.stop == total.shape[0]:
             self._pending.append(sequence.sum_in_place(total, self._chunks.spec.form.group))
+
+
+def _add_transposed_(x: Tensor) -> None:
+    """Add to a square matrix what it is transposed, a few blocks at a time."""
+    for i in range(0, x.shape[0], SQUARE):
+        for j in range(i, x.shape[0], SQUARE):
+            here, there = x[i : i + SQUARE, j : j + SQUARE], x[j : j + SQUARE, i : i + SQUARE]
+            turned = there.t().contiguous()  # which PyTorch does faster than it adds what is turned
+            if i != j:
+                there += here.t().contiguous()
+            here += turned
 
 
 def _by_columns(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -245,6 +245,11 @@ def _check(
             features = x.shape[-1] if x.dim() else 0
             sizes.append((f"hidden[{i}]", x, storage, (count, features), False))
             sizes.append((f"weight[{i}]", w, storage, (classes, features), False))
+        if spec.form.symmetric and (len(weight) > 1 or weight[0].shape != first.shape or spec.form.tempered):
+            raise ValueError(
+                f"{operator}: a symmetric form needs one weight of hidden's shape {tuple(first.shape)} and no "
+                f"temperature, got {len(weight)} weight, the first of shape {tuple(weight[0].shape)}"
+            )
         if backend.makes_logits and len(weight) > 1:
             raise ValueError(f"{operator}: impl={spec.impl!r} takes one pair of hidden and weight, got {len(weight)}")
         count = count * spec.form.row_parts

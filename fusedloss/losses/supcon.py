@@ -495,78 +495,93 @@ def _label_similarity(pairs: _Pairs, ordered: Tensor) -> Tensor:
     """An anchor's similarity to the sum of its positives, which are summed by labels, without a look at the pairs."""
     anchors, others, labels, other_labels, _, own = pairs
     assert labels is not None and other_labels is not None
-    slot = torch.searchsorted(ordered, labels).clamp(max=others.shape[0] - 1)
+    slots = others.shape[0]
+    grouped = _Groups.of(torch.searchsorted(ordered, labels).clamp(max=slots - 1), slots)
     if others is anchors:
-        return _SumSimilarity.apply(anchors, None, slot, None, own)
-    other_slot = torch.searchsorted(ordered, other_labels)
+        return _SumSimilarity.apply(own, anchors, None, *grouped)
+    grouped_others = _Groups.of(torch.searchsorted(ordered, other_labels), slots)
     if not isinstance(own, Tensor):
-        return _SumSimilarity.apply(anchors, others, slot, other_slot, own)
-    total = _SumSimilarity.apply(anchors, others, slot, other_slot, None)
+        return _SumSimilarity.apply(own, anchors, others, *grouped, *grouped_others)
+    total = _SumSimilarity.apply(None, anchors, others, *grouped, *grouped_others)
     at, counted = pairs.own_positive(own)
     return total - torch.where(counted, (anchors * others.index_select(0, at)).sum(-1), 0)
 
 
+class _Groups(NamedTuple):
+    """Rows by their labels, which are slots in [0, M)."""
+
+    slot: Tensor  # (N,)
+    rows: Tensor  # (N,), those of slot 0 first
+    begin: Tensor  # (M,), where those of each slot begin
+
+    @staticmethod
+    def of(slot: Tensor, slots: int) -> _Groups:
+        ordered, rows = slot.sort()
+        return _Groups(slot, rows, torch.searchsorted(ordered, torch.arange(slots, device=slot.device)))
+
+    def sums(self, x: Tensor, at: Tensor) -> Tensor:
+        """Return the sums of the rows of x by slot, at the slots `at`."""
+        if checks.may_read(x, stall=True):
+            # index_add_ takes six times as long on a CPU and, on a GPU, adds in another order each time.
+            sums = torch.nn.functional.embedding_bag(self.rows, x, self.begin, mode="sum")
+        else:  # a graph that was traced without gradients could have none
+            sums = x.new_zeros((self.begin.shape[0], x.shape[1])).index_add_(0, self.slot, x)
+        return sums.index_select(0, at)
+
+
 class _SumSimilarity(torch.autograd.Function):
-    """An anchor's similarity to the sum of the others of its label, itself left out; labels are slots in [0, M).
+    """An anchor's similarity to the sum of the others of its label, itself left out.
 
     Others of None are the anchors themselves. The gradients are sums over labels, too; autograd alone would keep every
     step between.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, anchors: Tensor, others: Tensor | None, slot: Tensor, other_slot: Tensor | None, first: int | None
-    ) -> Tensor:
-        ctx.save_for_backward(anchors, others, slot, other_slot)
+    def forward(ctx: Any, first: int | None, anchors: Tensor, others: Tensor | None, *groups: Tensor) -> Tensor:
+        ctx.save_for_backward(anchors, others, *groups)
         ctx.first = first
-        if others is None or other_slot is None:
-            others, other_slot = anchors, slot
+        of_anchors, of_others = _Groups(*groups[:3]), _Groups(*groups[-3:])
+        others = anchors if others is None else others
         similarity = anchors.new_zeros(anchors.shape[0])
         for c in _columns(anchors):
-            sums = _label_sums(others[:, c], other_slot, slot, others.shape[0])
+            sums = of_others.sums(others[:, c], of_anchors.slot)
             if first is not None:
                 sums -= others[first : first + anchors.shape[0], c]
-            similarity = similarity + (anchors[:, c] * sums).sum(-1)  # in place, torch 2.11 would lose the gradient
+            similarity = similarity + sums.mul_(anchors[:, c]).sum(-1)  # in place, torch 2.11 would lose the gradient
         return similarity
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, others, slot, other_slot = ctx.saved_tensors
-        first = ctx.first
+        anchors, others, *groups = ctx.saved_tensors
+        first, nothing = ctx.first, (None,) * len(groups)
+        of_anchors, of_others = _Groups(*groups[:3]), _Groups(*groups[-3:])
         if transforms.active(grad):
 
             def similarity(x: Tensor, y: Tensor | None) -> list[Tensor]:
-                others, labels = (x, slot) if y is None or other_slot is None else (y, other_slot)
-                return [_of_positives(_Pairs(x, others, slot, labels, None, first), slice(None), lse=False)]
+                pairs = _Pairs(x, x if y is None else y, of_anchors.slot, of_others.slot, None, first)
+                return [_of_positives(pairs, slice(None), lse=False)]
 
-            return *differentiable((anchors, others), ctx.needs_input_grad[:2], similarity, [grad]), None, None, None
+            return None, *differentiable((anchors, others), ctx.needs_input_grad[1:3], similarity, [grad]), *nothing
         grad = grad[:, None]
         if same := others is None:
-            others, other_slot = anchors, slot
-        by_anchors = torch.zeros_like(anchors)
-        by_others = by_anchors if same else torch.zeros_like(others) if ctx.needs_input_grad[1] else None
+            others = anchors
+        by_anchors = torch.empty_like(anchors)
+        by_others = torch.empty_like(others) if ctx.needs_input_grad[2] else None
         for c in _columns(anchors):
-            weighted = grad * anchors[:, c]
-            by_anchors[:, c] += grad * _label_sums(others[:, c], other_slot, slot, others.shape[0])
+            of_anchor = of_others.sums(others[:, c], of_anchors.slot).mul_(grad)
             if first is not None:
-                by_anchors[:, c] -= grad * others[first : first + anchors.shape[0], c]
-            if by_others is not None:
-                by_others[:, c] += _label_sums(weighted, slot, other_slot, others.shape[0])
+                of_anchor.addcmul_(grad, others[first : first + anchors.shape[0], c], value=-1)
+            if same or by_others is not None:
+                weighted = grad * anchors[:, c]
+                of_other = of_anchors.sums(weighted, of_others.slot)
                 if first is not None:
-                    by_others[first : first + anchors.shape[0], c] -= weighted
-        return by_anchors, None if same else by_others, None, None, None
-
-
-def _label_sums(x: Tensor, slot: Tensor, at: Tensor, slots: int) -> Tensor:
-    """Return the sums of the rows of x by slot, at the slots `at`."""
-    if checks.may_read(x, stall=True):
-        # index_add_ takes six times as long on a CPU and, on a GPU, adds in another order each time.
-        ordered, rows = slot.sort()
-        begin = torch.searchsorted(ordered, torch.arange(slots, device=slot.device))
-        sums = torch.nn.functional.embedding_bag(rows, x, begin, mode="sum")
-    else:  # a graph that was traced without gradients could have none
-        sums = x.new_zeros((slots, x.shape[1])).index_add_(0, slot, x)
-    return sums.index_select(0, at)
+                    of_other[first : first + anchors.shape[0]] -= weighted
+                if same:
+                    of_anchor += of_other
+                elif by_others is not None:
+                    by_others[:, c] = of_other
+            by_anchors[:, c] = of_anchor
+        return None, by_anchors, by_others, *nothing
 
 
 def _over_positives(pairs: _Pairs, lse: bool) -> Tensor:
@@ -670,11 +685,10 @@ def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: An
     drop = anchors.device.type == "cpu"
     if drop and checks.may_read(compared):  # to leave out a few would take longer than their similarities
         drop = 16 * int(compared.count_nonzero()) < 15 * compared.shape[0]
-    form = Form(0.0, BUDGET, drop_ignored=drop, mask_target=own is not None)
+    symmetric = others is anchors
+    form = Form(0.0, BUDGET, drop_ignored=drop, mask_target=own is not None, symmetric=symmetric)
     # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
-    projection, target = (
-        Projection([anchors], [others.view_as(others)], bias, form),
-        torch.where(compared, index, checks.IGNORED),
-    )
+    weight = others.detach() if symmetric else others.view_as(others)
+    projection, target = Projection([anchors], [weight], bias, form), torch.where(compared, index, checks.IGNORED)
     reduction: Any = "none" if share is None else "sum"
     return row_loss("supcon_loss", projection, target, LOG_SUM_EXP, reduction=reduction, token_weight=share, impl=impl)
