@@ -21,6 +21,8 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURES = (1e-30, 1e30)
 """The least and the largest temperature, whose inverse is a number in float32 too."""
+LARGEST = torch.finfo(torch.float32).max
+"""The largest number, since rows are computed in float32."""
 IGNORED = -100
 """The target of an ignored row behind the public functions, whatever the caller's own number is."""
 _NOT_IGNORED = 1 - 2**63
@@ -75,8 +77,8 @@ def check_number(
         number = math.inf  # a rational number beyond all floats, whatever its sign
     if not (low < number if above else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
-    if abs(number) == math.inf:
-        raise ValueError(f"{name} must be finite, got {value!r}")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{name} must be finite in float32, got {value!r}")
 
 
 def check_bool(**flags: object) -> None:
@@ -118,8 +120,8 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
-        if math.inf in (-smallest, largest):
-            raise ValueError(f"{name} must be finite, got values from {smallest} to {largest}")
+        if max(-smallest, largest) > LARGEST:
+            raise ValueError(f"{name} must be finite in float32, got values from {smallest} to {largest}")
 
 
 def _range(low: float, high: float, above: bool = False) -> str:
