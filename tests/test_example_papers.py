@@ -68,7 +68,8 @@ WAYS = {
     "dice": (f"dice {BILSTM} --tagged {{tagged}} --questions {{texts}}", "dice.png table.md", 8, {}),
     "dice of an encoder": (
         "dice --encoder --folder {encoder} --tagged {tagged} --seeds 1 --sizes 50 --epochs 20 --question-epochs 2"
-        " --lrs 0.01 --head-rate 3 --frozen 0 --test 40 --validation 40 --threads 1 --dtype fp32 --losses CE DSC",
+        " --lrs 0.01 --question-lrs 0.01 --head-rate 3 --frozen 0 --test 40 --validation 40 --threads 1 --dtype fp32"
+        " --losses CE DSC",
         "dice-encoder.png table.md", 10, {},
     ),
     "contrastive": (

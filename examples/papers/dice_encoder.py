@@ -42,7 +42,8 @@ LOSSES: dict[str, tuple[tuple[Any, ...], Callable[[Any, Tensor], Callable[[Tenso
 FORMS = {"tags": Tags, "questions": Questions}
 COLUMNS = ("F1", "precision", "recall")
 QUICK = {
-    "seeds": 1, "sizes": [50], "epochs": [4], "question_epochs": [1], "lrs": [1e-3], "test": 50, "validation": 30,
+    "seeds": 1, "sizes": [50], "epochs": [4], "question_epochs": [1], "lrs": [1e-3], "question_lrs": [1e-3],
+    "test": 50, "validation": 30,
     "out": Path("runs/papers/dice-encoder-quick"),
 }  # fmt: skip
 TUNING_SEED = 0
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--test", type=count(1), default=2000, help="sentences at least")
     add("--validation", type=count(1), default=1000, help="sentences at least, to choose the settings by")
     add("--lrs", type=positive, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from")
+    add("--question-lrs", type=positive, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the same for questions")
     add = parser.add_argument_group("training, with --encoder").add_argument
     add("--epochs", type=count(1), nargs="+", help="one number, or one for each size; else 180 / sqrt(size)")
     add("--question-epochs", type=count(1), nargs="+", help="the same for questions; else 60 / sqrt(size)")
@@ -79,6 +81,7 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         "tags": epochs_of(parser, "--epochs", options.epochs, sizes, 180),
         "questions": epochs_of(parser, "--question-epochs", options.question_epochs, sizes, 60),
     }
+    options.lrs = {"tags": options.lrs, "questions": options.question_lrs}
     options.dtype = settled_dtype(options.dtype)
 
 
@@ -166,7 +169,7 @@ def compare(options: argparse.Namespace) -> None:
         plan = [
             experiment.settings(name, options.sizes[0], loss, own, lr, "validation", TUNING_SEED)
             for loss in options.losses
-            for own, lr in itertools.product(LOSSES[loss][0], options.lrs)
+            for own, lr in itertools.product(LOSSES[loss][0], options.lrs[name])
         ]
         tuning = made(plan)
         best = {
