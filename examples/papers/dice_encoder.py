@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--test", type=count(1), default=2000, help="sentences at least")
     add("--validation", type=count(1), default=1000, help="sentences at least, to choose the settings by")
     add("--lrs", type=positive, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from")
-    add("--question-lrs", type=positive, nargs="+", default=[3e-5, 1e-4, 3e-4], help="the same for questions")
+    add("--question-lrs", type=positive, nargs="+", default=[1e-4, 3e-4, 1e-3], help="the same for questions")
     add = parser.add_argument_group("training, with --encoder").add_argument
     add("--epochs", type=count(1), nargs="+", help="one number, or one for each size; else 180 / sqrt(size)")
     add("--question-epochs", type=count(1), nargs="+", help="the same for questions; else 60 / sqrt(size)")
