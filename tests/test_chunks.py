@@ -112,6 +112,18 @@ def test_products_of_hidden_states_with_themselves(dtype, chunk, drop_ignored, m
     assert_as_accurate_as(gradients[0].to(dtype), eager, truth, 4, scale)
 
 
+@pytest.mark.parametrize("square", [1, 5, 11, 512])
+def test_a_matrix_and_itself_transposed(square, monkeypatch):
+    """In blocks, of which the last may be a single row."""
+    monkeypatch.setattr(chunks, "SQUARE", square)
+    for count in (0, 1, 2, 11, 513):
+        if count < 513 or square == 512:
+            x = torch.randn(count, count)
+            expected = x + x.t()
+            chunks._add_transposed_(x)
+            torch.testing.assert_close(x, expected, rtol=0, atol=0)
+
+
 def test_only_a_square_of_hidden_states_is_symmetric():
     h, w = torch.randn(5, 3), torch.randn(4, 3)
     rows = Rows([h], [w], None, [], torch.arange(4).repeat(2)[:5], None, None, [], None)

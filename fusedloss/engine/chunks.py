@@ -344,9 +344,10 @@ def _add_transposed_(x: Tensor) -> None:
     for i in range(0, x.shape[0], SQUARE):
         for j in range(i, x.shape[0], SQUARE):
             here, there = x[i : i + SQUARE, j : j + SQUARE], x[j : j + SQUARE, i : i + SQUARE]
-            turned = there.t().contiguous()  # which PyTorch does faster than it adds what is turned
+            # PyTorch copies what is turned faster than it adds it. A single row, turned, would be itself and no copy.
+            turned = there.t().clone(memory_format=torch.contiguous_format)
             if i != j:
-                there += here.t().contiguous()
+                there += here.t().clone(memory_format=torch.contiguous_format)
             here += turned
 
 
