@@ -21,8 +21,8 @@ INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
 TEMPERATURES = (1e-30, 1e30)
 """The least and the largest temperature, whose inverse is a number in float32 too."""
-LARGEST = torch.finfo(torch.float32).max
-"""The largest number, since rows are computed in float32."""
+BEYOND = 2.0**128 - 2.0**103
+"""From here on a number is infinite in float32. It is refused of float64 logits too."""
 IGNORED = -100
 """The target of an ignored row behind the public functions, whatever the caller's own number is."""
 _NOT_IGNORED = 1 - 2**63
@@ -77,7 +77,7 @@ def check_number(
         number = math.inf  # a rational number beyond all floats, whatever its sign
     if not (low < number if above else low <= number) or not number <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
-    if abs(number) > LARGEST:
+    if abs(number) >= BEYOND:
         raise ValueError(f"{name} must be finite in float32, got {value!r}")
 
 
@@ -120,7 +120,7 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
         smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
-        if max(-smallest, largest) > LARGEST:
+        if max(-smallest, largest) >= BEYOND:
             raise ValueError(f"{name} must be finite in float32, got values from {smallest} to {largest}")
 
 

@@ -332,3 +332,9 @@ def test_what_is_infinite_in_float32_is_refused(name, loss, value):
         (TypeError, ValueError), match=f"{name} must be (a )?{refused}, got (values from )?(inf|1000|1e\\+39|tensor)"
     ):
         loss(value)
+
+
+def test_the_largest_number_of_float32_is_taken_as_it_is_written():
+    checks.check_number("x", 3.4028235e38)
+    with pytest.raises(ValueError, match="x must be finite in float32"):
+        checks.check_number("x", 3.4028236e38)

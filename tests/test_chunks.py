@@ -129,6 +129,9 @@ def test_only_a_square_of_hidden_states_is_symmetric():
     rows = Rows([h], [w], None, [], torch.arange(4).repeat(2)[:5], None, None, [], None)
     with pytest.raises(ValueError, match=r"one weight of hidden's shape \(5, 3\).*of shape \(4, 3\)"):
         operators.forward(*rows, None, Spec("cpu", "cross_entropy", form=Form(symmetric=True)).encode())
+    both = Spec("cpu", "cross_entropy", needed=(True, True), form=Form(symmetric=True))
+    with pytest.raises(ValueError, match="without a gradient"):
+        operators.forward(*rows._replace(weight=[h], target=torch.arange(5)), None, both.encode())
 
 
 @pytest.mark.parametrize("chunk", [4, ROWS])

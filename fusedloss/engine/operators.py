@@ -245,10 +245,18 @@ def _check(
             features = x.shape[-1] if x.dim() else 0
             sizes.append((f"hidden[{i}]", x, storage, (count, features), False))
             sizes.append((f"weight[{i}]", w, storage, (classes, features), False))
-        if spec.form.symmetric and (len(weight) > 1 or weight[0].shape != first.shape or spec.form.tempered):
+        form = spec.form
+        if form.symmetric and (
+            len(weight) > 1
+            or weight[0].shape != first.shape
+            or form.tempered
+            or form.row_parts > 1
+            or any(spec.needed[1:])
+        ):
             raise ValueError(
-                f"{operator}: a symmetric form needs one weight of hidden's shape {tuple(first.shape)} and no "
-                f"temperature, got {len(weight)} weight, the first of shape {tuple(weight[0].shape)}"
+                f"{operator}: a symmetric form needs one weight of hidden's shape {tuple(first.shape)} without "
+                f"a gradient, all rows and no temperature, got {len(weight)} weight, the first of shape "
+                f"{tuple(weight[0].shape)}"
             )
         if backend.makes_logits and len(weight) > 1:
             raise ValueError(f"{operator}: impl={spec.impl!r} takes one pair of hidden and weight, got {len(weight)}")
