@@ -77,9 +77,9 @@ does not vary.
 """
 
 TABLE_NOTES = """\
-*floor*: 1.5 × a `copy_()` of the logits (row losses; 3 × where they read a second row), or the matrix products alone (linear
-forms, contrastive loss). *in place*: the gradient over the logits, / floor. *×*: how many times faster the fused loss is.
-*MiB*: the most that a step of it, and of the eager one, holds beyond its inputs, gradients included."""
+*floor*: 1.5 × a `copy_()` of the logits (row losses; 3 × where they read a second row), or the matrix products alone
+(linear forms, contrastive loss). *in place*: the gradient over the logits, / floor. *×*: how many times faster the
+fused loss is. *MiB*: the most that a step of it, and of the eager one, holds beyond its inputs, gradients included."""
 
 
 #: What README begins with, in float32: a loss of logits and one of an output layer's input, by whoever offers the same.

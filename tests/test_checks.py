@@ -313,7 +313,9 @@ def test_there_are_no_values_to_check_of_fake_tensors(loss):
 
 
 @pytest.mark.parametrize(
-    "value", [math.inf, 10**400, 1e39, torch.tensor(1e39, dtype=torch.float64)], ids=["inf", "huge", "large", "tensor"]
+    "value",
+    [math.inf, 10**400, 1e39, torch.tensor(math.inf), torch.tensor(1e39, dtype=torch.float64)],
+    ids=["inf", "huge", "large", "tensor", "large tensor"],
 )
 @pytest.mark.parametrize("name, loss", [
     ("gamma", lambda x: fl.focal_loss(ONES, LABELS, gamma=x)),

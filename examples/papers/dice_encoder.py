@@ -43,8 +43,7 @@ FORMS = {"tags": Tags, "questions": Questions}
 COLUMNS = ("F1", "precision", "recall")
 QUICK = {
     "seeds": 1, "sizes": [50], "epochs": [4], "question_epochs": [1], "lrs": [1e-3], "question_lrs": [1e-3],
-    "test": 50, "validation": 30,
-    "out": Path("runs/papers/dice-encoder-quick"),
+    "test": 50, "validation": 30, "out": Path("runs/papers/dice-encoder-quick"),
 }  # fmt: skip
 TUNING_SEED = 0
 

@@ -26,7 +26,7 @@ WEIGHT_BLOCK = 4096
 #: How many columns and rows of float16 matrices become float32 at a time where a CPU multiplies them.
 PRODUCT_BLOCK = 1024
 
-#: Rows and columns of a block of a matrix that is added to itself, transposed.
+#: Rows and columns of the blocks in which a matrix gets its transpose added.
 SQUARE = 512
 
 _Losses = Callable[[Job, Tensor | None], None]
@@ -248,7 +248,7 @@ class _Gradients:
         for x in rows.hidden:
             new = _by_columns if self._hidden and not chunks.spec.form.group else new_buffer
             self._hidden.append(new(x, x.shape, self._dtype) if next(needed) else None)
-        # Of all pairs at once the two parts of a symmetric product's gradient are one product, see add.
+        # In a single chunk, in order, both parts of a symmetric form's gradient are one product, (G + G^T) H.
         symmetric = chunks.spec.form.symmetric and self._hidden[0] is not None
         in_order = chunks.valid == rows.target.shape[0]
         self._at_once = symmetric and chunks.count == 1 and in_order and storage != torch.float16
@@ -319,14 +319,11 @@ class _Gradients:
             self._scaled.finish()
         for work in self._pending:
             work.wait()
-        by_weight = None
-        if self._in_parts:
-            (by_weight,), self._weight = self._weight, []
         result = []
         for x in self._hidden:
             if x is not None:
                 result.append(x.contiguous() if order is None else x.new_empty(x.shape).index_copy_(0, order, x))
-        if by_weight is not None:
+        if self._in_parts and (by_weight := self._weight.pop()) is not None:
             result[0].add_(by_weight)
         for x in (*self._weight, self._bias):
             if x is not None:
@@ -340,11 +337,11 @@ class _Gradients:
 
 
 def _add_transposed_(x: Tensor) -> None:
-    """Add to a square matrix what it is transposed, a few blocks at a time."""
+    """Add its transpose to a square matrix in place, one pair of blocks at a time."""
     for i in range(0, x.shape[0], SQUARE):
         for j in range(i, x.shape[0], SQUARE):
             here, there = x[i : i + SQUARE, j : j + SQUARE], x[j : j + SQUARE, i : i + SQUARE]
-            # PyTorch copies what is turned faster than it adds it. A single row, turned, would be itself and no copy.
+            # To copy a transposed block first is faster than to add it. contiguous() would not copy a block of one row.
             turned = there.t().clone(memory_format=torch.contiguous_format)
             if i != j:
                 there += here.t().clone(memory_format=torch.contiguous_format)
