@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
-TEMPERATURES = (1e-30, 1e30)
-"""The least and the largest temperature, whose inverse is a number in float32 too."""
+DIVISORS = (1e-30, 1e30)
+"""The least and the largest number to divide by, whose inverse is a number in float32 too."""
 BEYOND = 2.0**128 - 2.0**103
 """From here on a number is infinite in float32. It is refused of float64 logits too."""
 IGNORED = -100
@@ -313,7 +313,7 @@ def check_token_weight(token_weight: object, target: Tensor) -> None:
 
 def check_temperature(temperature: object, input: Tensor | Projection) -> None:
     if not isinstance(temperature, Tensor):
-        check_number("temperature", temperature, *TEMPERATURES)
+        check_number("temperature", temperature, *DIVISORS)
         return
     if not temperature.is_floating_point():
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
@@ -324,7 +324,7 @@ def check_temperature(temperature: object, input: Tensor | Projection) -> None:
     value = transforms.values(temperature)
     if may_read(value):
         for number in value.detach().flatten().tolist():  # under vmap there are several
-            check_number("temperature", number, *TEMPERATURES)
+            check_number("temperature", number, *DIVISORS)
     softcap = 0 if isinstance(input, Tensor) else input.form.softcap
     if temperature.requires_grad and softcap:
         raise ValueError(
@@ -359,6 +359,7 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
         normalizer = transforms.values(normalizer)
         if may_read(normalizer):
             for number in normalizer.flatten().tolist():
-                check_number("normalizer", number, 0)  # 0: a count of no targets
+                if number != 0:  # a count of no targets
+                    check_number("normalizer", number, *DIVISORS)
     else:
-        check_number("normalizer", normalizer, 0, above=True)
+        check_number("normalizer", normalizer, *DIVISORS)

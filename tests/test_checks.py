@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -320,8 +321,6 @@ def test_there_are_no_values_to_check_of_fake_tensors(loss):
 @pytest.mark.parametrize("name, loss", [
     ("gamma", lambda x: fl.focal_loss(ONES, LABELS, gamma=x)),
     ("alpha", lambda x: fl.dsc_loss(ONES, LABELS, alpha=x)),
-    ("normalizer", lambda x: fl.cross_entropy(ONES, LABELS, normalizer=x)),
-    ("temperature", lambda x: fl.supcon_loss(ONES, LABELS, temperature=x)),
     ("smooth", lambda x: fl.dice_loss(ONES, LABELS, smooth=x)),
     ("z_loss", lambda x: fl.cross_entropy(ONES, LABELS, z_loss=x)),
     ("hard_weight", lambda x: fl.distillation_loss(ONES, ONES, target=LABELS, hard_weight=x)),
@@ -334,6 +333,38 @@ def test_what_is_infinite_in_float32_is_refused(name, loss, value):
         (TypeError, ValueError), match=f"{name} must be (a )?{refused}, got (values from )?(inf|1000|1e\\+39|tensor)"
     ):
         loss(value)
+
+
+@pytest.mark.parametrize("name, loss", [
+    ("normalizer", lambda x: fl.cross_entropy(ONES, LABELS, normalizer=x)),
+    ("normalizer", lambda x: fl.linear_cross_entropy(ONES, ONES, LABELS, normalizer=x)),
+    ("temperature", lambda x: fl.cross_entropy(ONES, LABELS, temperature=x)),
+    ("temperature", lambda x: fl.distillation_loss(ONES, ONES, temperature=x)),
+    ("temperature", lambda x: fl.supcon_loss(ONES, LABELS, temperature=x)),
+])  # fmt: skip
+def test_the_loss_is_divided_by_numbers_whose_inverse_is_in_float32(name, loss):
+    for value in (1e-31, -1.0, 10**31, 10**400, math.inf, *torch.tensor([1e-31, -1.0, 1e31, math.inf])):
+        with pytest.raises(ValueError, match=rf"{name} must be between 1e-30 and 1e\+30, got (-1|1|9.99|inf)"):
+            loss(value)
+    for value in (10**30, 1e-30, torch.tensor(1e-30)):
+        assert loss(value).isfinite()
+
+
+@pytest.mark.parametrize("loss", [
+    lambda x: fl.cross_entropy(ONES, LABELS, normalizer=x),
+    lambda x: fl.linear_cross_entropy(ONES, ONES, LABELS, normalizer=x),
+    lambda x: fl.cross_entropy(ONES, LABELS, temperature=x),
+    lambda x: fl.cross_entropy(ONES, LABELS, z_loss=x),
+    lambda x: fl.focal_loss(ONES, LABELS, gamma=x),
+    lambda x: fl.dsc_loss(ONES, LABELS, smooth=x),
+    lambda x: fl.dsc_loss(ONES, LABELS, smooth=x, form="one_vs_rest", level="class"),
+    lambda x: fl.supcon_loss(ONES, LABELS, temperature=x),
+    lambda x: fl.linear_cross_entropy(ONES, ONES, LABELS, softcap=x),
+], ids=["divisor", "linear", "temperature", "z", "gamma", "smooth", "class smooth", "supcon", "cap"])  # fmt: skip
+def test_any_real_number_is_taken(loss):
+    """PyTorch itself takes no fraction and no int of more than 64 bits."""
+    assert torch.equal(loss(Fraction(1, 2)), loss(0.5))
+    assert torch.equal(loss(10**20), loss(1e20))
 
 
 def test_the_largest_number_of_float32_is_taken_as_it_is_written():

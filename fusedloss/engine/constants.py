@@ -18,7 +18,7 @@ def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -
     if torch.compiler.is_compiling():
         # A factor stays a variable of the graph; a fill value would compile anew for each number.
         return torch.ones((), dtype=dtype, device=device) * value
-    return torch.full((), value, dtype=dtype, device=device)
+    return torch.full((), float(value), dtype=dtype, device=device)  # PyTorch takes no large int
 
 
 def parameters(

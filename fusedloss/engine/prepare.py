@@ -234,8 +234,10 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
         normalizer = normalizer.to(
             checks.compute_dtype(rows.hidden[0].dtype)
         )  # a float64 count is no reason for a float64 loss
+        return _not_zero(normalizer), normalizer
     if normalizer is not None:
-        return _not_zero(normalizer) if isinstance(normalizer, Tensor) else normalizer, normalizer
+        # PyTorch takes no large int; a symbolic number would become a constant.
+        return normalizer if isinstance(normalizer, torch.SymFloat) else float(normalizer), normalizer
     weight = rows.class_weight if mean_over_weights else None
     if weight is None:
         # Arithmetic with a number costs a small call less than with a tensor. A trace and a transform keep the tensor.
@@ -251,7 +253,7 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
 
 def _inverse(temperature: Tensor) -> Tensor:
     """NaN of one that is out of range, which on a GPU nobody looks at."""
-    low, high = checks.TEMPERATURES
+    low, high = checks.DIVISORS
     valid = (temperature >= low) & (temperature <= high)
     return torch.where(valid, 1 / torch.where(valid, temperature, 1), math.nan)
 

@@ -73,7 +73,7 @@ def supcon_loss(
         features: (N, D) of float64, float32, bfloat16 or float16; computed in float32 (float64). Views of each example
             are (N, views, D): every view is an anchor and is compared with all views but itself.
         labels: (N,) of integers.
-        temperature: above 0; a 0-d tensor is learnable if it requires grad.
+        temperature: from 1e-30 to 1e30; a 0-d tensor is learnable if it requires grad.
         normalize: divide each feature vector, also of `contrast`, by its norm. With False they are used unchanged.
         positives: "out" or "in", as above.
         contrast, contrast_labels: (M, D) or (M, views, D), and (M,): another contrast set instead of the anchors
@@ -127,7 +127,7 @@ def supcon_loss(
         features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
         contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask, group=group,
     )  # fmt: skip
-    _check_options(temperature, positives, reduction, averaged)
+    _check_options(features, temperature, positives, reduction, averaged)
     shape = features.shape[:-1]
     mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
     features, labels = _by_rows(features, labels)
@@ -136,6 +136,11 @@ def supcon_loss(
         if self_index is not None:
             self_index = self_index.reshape(-1).to(torch.int64)
         _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
+
+    if torch.compiler.is_exporting():
+        # The pass over all pairs has no gradient in an exported program, and the positives' alone would be wrong.
+        features, contrast = features.detach(), None if contrast is None else contrast.detach()
+        temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
 
     # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -362,17 +367,8 @@ def _check_own(
             )
 
 
-def _check_options(temperature: object, positives: str, reduction: str, averaged: bool) -> None:
-    if not isinstance(temperature, Tensor):
-        checks.check_number("temperature", temperature, 0, above=True)
-    elif temperature.dim() or not temperature.is_floating_point():
-        got = f"{temperature.dtype} of shape {tuple(temperature.shape)}"
-        raise ValueError(f"temperature must be a number or a 0-d floating point tensor, got {got}")
-    else:
-        temperature = transforms.values(temperature)
-        if checks.may_read(temperature):
-            for number in temperature.detach().flatten().tolist():
-                checks.check_number("temperature", number, 0, above=True)
+def _check_options(features: Tensor, temperature: object, positives: str, reduction: str, averaged: bool) -> None:
+    checks.check_temperature(temperature, features)
     if positives not in POSITIVES or reduction not in REDUCTIONS:
         checks.check_choice("positives", positives, POSITIVES)
         checks.check_choice("reduction", reduction, REDUCTIONS)
@@ -521,8 +517,9 @@ class _Groups(NamedTuple):
 
     def sums(self, x: Tensor, at: Tensor) -> Tensor:
         """Return the sums of the rows of x by slot, at the slots `at`."""
-        if checks.may_read(x, stall=True):
-            # index_add_ takes six times as long on a CPU and, on a GPU, adds in another order each time.
+        if checks.may_read(x, stall=True) and not (torch.is_grad_enabled() and x.requires_grad):
+            # It has no second derivative. index_add_ takes six times as long on a CPU and, on a GPU, adds in another
+            # order each time.
             sums = torch.nn.functional.embedding_bag(self.rows, x, self.begin, mode="sum")
         else:  # a graph that was traced without gradients could have none
             sums = x.new_zeros((self.begin.shape[0], x.shape[1])).index_add_(0, self.slot, x)
