@@ -291,56 +291,31 @@ def _output(command: list[str]) -> str:
 
 
 def quick() -> Iterator[tuple[Any, ...]]:
-    """What `launches` takes, for the tests: what is held to a bound, one way through each pass, and of each family that
-    has spilled its worst kernel, by a family being a pass, its kind of tile, its bytes of an element and its
-    architecture. With the oldest Triton, what is held to a bound, and the worst."""
+    """What `launches` takes, for the tests: what is held to a bound and, unless with the oldest Triton, one way through
+    each pass, and some of each target and dtype. `make compile-report` takes every kernel."""
     halves, full, wide = torch.bfloat16, torch.float32, torch.float64
     yield from (("sm_90", "cross_entropy, plain", dtype, CLASSES) for dtype in (halves, full))
     yield from (("sm_90", "mixed_cross_entropy, plain", dtype, CLASSES, "statistics_pass") for dtype in (halves, full))
     yield "sm_90", "dsc_one_vs_rest", halves, CLASSES
-    yield "sm_90", "cross_entropy", halves, CLASSES, "statistics_pass"
-    yield "sm_90", "statistics, weighted", halves, CLASSES, "statistics_pass"
-    yield "sm_90", "focal, few rows", halves, CLASSES, "statistics_pass, merge"
+    yield "sm_90", "forward_kl", halves, CLASSES, "pair"
+    yield "sm_90", "mixture_kl", halves, CLASSES, "pair"
+    if triton.__version__ == tritons.OLDEST:
+        return
+    yield from (("sm_90", "focal, few rows", halves, CLASSES, f"statistics_pass, {role}") for role in ("split", "merge"))
+    yield "sm_90", "cross_entropy, in one", halves, CLASSES
+    yield "sm_90", "cross_entropy, in one", halves, CLASSES, "scale_pass"
+    yield "sm_90", "cross_entropy", torch.float16, CLASSES, "units_pass"
+    yield "sm_90", "dsc_one_vs_rest, product", halves, CLASSES
+    yield "sm_90", "dsc_over_rows", halves, ODD_CLASSES, "class_sums_pass"
+    yield "sm_90", "dsc_over_rows", halves, 64, "top_rest_pass"
+    yield "sm_90", "dsc_over_rows", wide, 16, "class_terms_pass"
+    yield "sm_90", "statistics, moments", halves, ODD_CLASSES, "statistics_pass"
+    yield "sm_90", "statistics, moments", halves, CLASSES, "gradient_pass"
     for target in ("sm_80", "sm_100", "gfx942"):
         yield target, "cross_entropy, whole product", halves, CLASSES, "statistics_pass, split"
         yield target, "focal", halves, CLASSES, "statistics_pass"
-    yield "sm_80", "dsc_one_vs_rest", full, 256, "statistics_pass"
-    yield "sm_90", "dsc_over_rows", full, ODD_CLASSES, "class_terms_pass"
-    yield "sm_90", "dsc_over_rows", halves, ODD_CLASSES, "class_sums_pass"
-    yield "sm_90", "dsc_over_rows", halves, 64, "top_rest_pass"
     yield "sm_80", "dsc_over_rows", halves, CLASSES, "class_terms_pass"
-    yield from (("sm_90", "statistics, moments", halves, classes, "statistics_pass") for classes in (16, ODD_CLASSES))
-    yield "sm_90", "statistics, moments", halves, CLASSES, "gradient_pass"
-    yield "sm_90", "cross_entropy", torch.float16, CLASSES, "units_pass"
-    yield "sm_90", "cross_entropy, in one", halves, CLASSES, "scale_pass"
-    yield "sm_90", "forward_kl", halves, CLASSES, "pair"
-    yield "sm_90", "mixture_kl", halves, CLASSES, "pair"
-    yield "sm_90", "reverse_kl", full, CLASSES, "pair_terms_pass"
-    yield from (
-        ("sm_100", "dsc_one_vs_rest, whole product", halves, CLASSES, kernel)
-        for kernel in ("class_terms_pass, split", "gradient_pass")
-    )
-    if triton.__version__ == tritons.OLDEST:
-        return
-    yield "sm_90", "focal, few rows", halves, CLASSES, "statistics_pass, split"
-    yield "sm_90", "cross_entropy, in one", halves, CLASSES
-    yield "sm_90", "dsc_one_vs_rest, product", halves, CLASSES
     yield "gfx942", "focal", halves, CLASSES, "gradient_pass"
-    yield "sm_90", "dsc_one_vs_rest", halves, ODD_CLASSES, "statistics_pass"
-    yield "sm_80", "statistics, weighted", full, CLASSES, "statistics_pass"
-    yield "sm_100", "dsc_over_rows", full, CLASSES, "class_terms_pass"
-    yield "sm_90", "dsc_over_rows", wide, 16, "class_terms_pass"
-    yield "sm_90", "mixture_kl", wide, CLASSES, "pair_terms_pass"
-    yield "sm_80", "dsc_one_vs_rest", wide, ODD_CLASSES, "statistics_pass"
-    yield "sm_90", "cross_entropy, in one", wide, CLASSES
-    yield "sm_90", "dsc_one_vs_rest, product", full, CLASSES, "statistics_pass, split"
-    yield "sm_80", "cross_entropy, whole product", full, CLASSES, "gradient_pass"
-    yield "sm_80", "dsc_one_vs_rest, whole product", halves, CLASSES, "class_terms_pass, split"
-    yield "sm_80", "cross_entropy", halves, ODD_CLASSES, "statistics_pass"
-    yield "sm_80", "cross_entropy", torch.float16, CLASSES, "statistics_pass"
-    yield "sm_100", "cross_entropy", full, 16, "statistics_pass"
-    yield "sm_100", "dsc_one_vs_rest", halves, CLASSES, "class_terms_pass"
-    yield "gfx942", "dsc_over_rows", halves, CLASSES, "class_sums_pass"
 
 
 def counted() -> Iterator[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""A user's file, for `test_typing.py`: a type checker must refuse each line that ends in a comment "error: CODE"."""
+"""A user's file, for mypy: each line that tells it to ignore an error must be one, by that name, or mypy complains."""
 
 import torch
 from torch import Tensor
@@ -36,42 +36,42 @@ assert_type(stats.argmax, Tensor)
 
 # A misspelt option, and one that the loss does not take.
 
-fl.focal_loss(z, t, gama=1.0)  # error: call-overload
-fl.focal_loss(z, t, gama=1.0, return_stats=True)  # error: call-overload
-fl.cross_entropy(z, t, ignore_idx=0)  # error: call-overload
-fl.dsc_loss(z, t, label_smoothing=0.1)  # error: call-overload
-fl.mixed_cross_entropy(z, t)  # error: call-overload
-fl.linear_focal_loss(hidden, layer, t, soft_cap=3.0)  # error: call-overload
-fl.linear_cross_entropy(hidden, layer, t, inplace_backward=True)  # error: call-overload
-fl.supcon_loss(hidden, t, temprature=0.1)  # error: call-arg
-fl.nn.FocalLoss(gama=1.0)  # error: call-arg
-fl.nn.FocalLoss(token_weight=torch.ones(2))  # error: call-arg
-fl.nn.DiceLoss(label_smoothing=0.1)  # error: call-arg
-fl.nn.MixedCrossEntropyLoss()  # error: call-arg
-fl.nn.DistillationLoss(label_smoothing=0.1)  # error: call-arg
-fl.nn.LinearDistillationLoss(4, 3, teacher_cap=3.0)  # error: call-arg
-fl.nn.LinearFocalLoss(4, 3, soft_cap=3.0)  # error: call-arg
-fl.nn.LinearDSCLoss(4, 3, inplace_backward=True)  # error: call-arg
-fl.nn.SupConLoss(temprature=0.1)  # error: call-arg
-fl.nn.CrossEntropySupConLoss(label_smothing=0.1)  # error: call-arg
-fl.nn.FocalLoss().forward(z, t, gama=1.0)  # error: call-arg
+fl.focal_loss(z, t, gama=1.0)  # type: ignore[call-overload]
+fl.focal_loss(z, t, gama=1.0, return_stats=True)  # type: ignore[call-overload]
+fl.cross_entropy(z, t, ignore_idx=0)  # type: ignore[call-overload]
+fl.dsc_loss(z, t, label_smoothing=0.1)  # type: ignore[call-overload]
+fl.mixed_cross_entropy(z, t)  # type: ignore[call-overload]
+fl.linear_focal_loss(hidden, layer, t, soft_cap=3.0)  # type: ignore[call-overload]
+fl.linear_cross_entropy(hidden, layer, t, inplace_backward=True)  # type: ignore[call-overload]
+fl.supcon_loss(hidden, t, temprature=0.1)  # type: ignore[call-arg]
+fl.nn.FocalLoss(gama=1.0)  # type: ignore[call-arg]
+fl.nn.FocalLoss(token_weight=torch.ones(2))  # type: ignore[call-arg]
+fl.nn.DiceLoss(label_smoothing=0.1)  # type: ignore[call-arg]
+fl.nn.MixedCrossEntropyLoss()  # type: ignore[call-arg]
+fl.nn.DistillationLoss(label_smoothing=0.1)  # type: ignore[call-arg]
+fl.nn.LinearDistillationLoss(4, 3, teacher_cap=3.0)  # type: ignore[call-arg]
+fl.nn.LinearFocalLoss(4, 3, soft_cap=3.0)  # type: ignore[call-arg]
+fl.nn.LinearDSCLoss(4, 3, inplace_backward=True)  # type: ignore[call-arg]
+fl.nn.SupConLoss(temprature=0.1)  # type: ignore[call-arg]
+fl.nn.CrossEntropySupConLoss(label_smothing=0.1)  # type: ignore[call-arg]
+fl.nn.FocalLoss().forward(z, t, gama=1.0)  # type: ignore[call-arg]
 
 # A choice that there is not.
 
-fl.cross_entropy(z, t, reduction="avg")  # error: call-overload
-fl.cross_entropy(z, t, smoothing_over="rest")  # error: call-overload
-fl.dsc_loss(z, t, form="target_only")  # error: call-overload
-fl.dice_loss(z, t, level="batch")  # error: call-overload
-fl.flex_loss(z, t, poly1, over="sets")  # error: call-overload
-fl.focal_loss(z, t, impl="triton_fused")  # error: call-overload
-fl.linear_cross_entropy(hidden, layer, t, reduction="avg")  # error: call-overload
-fl.linear_cross_entropy(hidden, layer, t, impl="gpu")  # error: call-overload
-fl.supcon_loss(hidden, t, positives="both")  # error: arg-type
-fl.nn.DSCLoss(level="batch")  # error: arg-type
-fl.nn.DistillationLoss(divergence="kl")  # error: arg-type
-fl.nn.CrossEntropyLoss(reduction="avg")  # error: arg-type
-fl.nn.LinearCrossEntropyLoss(4, 3, reduction="avg")  # error: arg-type
-fl.nn.SupConLoss(reduction="avg")  # error: arg-type
+fl.cross_entropy(z, t, reduction="avg")  # type: ignore[call-overload]
+fl.cross_entropy(z, t, smoothing_over="rest")  # type: ignore[call-overload]
+fl.dsc_loss(z, t, form="target_only")  # type: ignore[call-overload]
+fl.dice_loss(z, t, level="batch")  # type: ignore[call-overload]
+fl.flex_loss(z, t, poly1, over="sets")  # type: ignore[call-overload]
+fl.focal_loss(z, t, impl="triton_fused")  # type: ignore[call-overload]
+fl.linear_cross_entropy(hidden, layer, t, reduction="avg")  # type: ignore[call-overload]
+fl.linear_cross_entropy(hidden, layer, t, impl="gpu")  # type: ignore[call-overload]
+fl.supcon_loss(hidden, t, positives="both")  # type: ignore[arg-type]
+fl.nn.DSCLoss(level="batch")  # type: ignore[arg-type]
+fl.nn.DistillationLoss(divergence="kl")  # type: ignore[arg-type]
+fl.nn.CrossEntropyLoss(reduction="avg")  # type: ignore[arg-type]
+fl.nn.LinearCrossEntropyLoss(4, 3, reduction="avg")  # type: ignore[arg-type]
+fl.nn.SupConLoss(reduction="avg")  # type: ignore[arg-type]
 
 # What is right for modules.
 
