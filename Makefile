@@ -14,7 +14,7 @@ CXX_SOURCES := $(shell find csrc tests/cuda tools -name '*.cpp' -o -name '*.h' -
 SANITIZED := build/sanitize
 VERSIONS := build/versions
 VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile autograd operators transforms flex supcon distillation linear nn triton)) \
-    -k "not (TestRowLoss or TestKernels or gradcheck or accurate or small_factors or every_size or peak_memory or not_stored)"
+    -k "not (TestRowLoss or TestKernels or TestSecondRow or gradcheck or accurate or small_factors or every_size or peak_memory or not_stored)"
 # ON builds the CUDA kernels or fails, OFF leaves them out; AUTO builds them where there are an NVIDIA GPU and nvcc.
 CUDA ?= AUTO
 export SKBUILD_CMAKE_DEFINE = FUSEDLOSS_CUDA=$(CUDA)

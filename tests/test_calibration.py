@@ -5,7 +5,6 @@ import builtins
 import matplotlib
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 import fusedloss as fl
 
@@ -47,6 +46,8 @@ def logits_and_targets(rows, classes, generator):
 @pytest.mark.parametrize("ignore_index", [-100, 0])
 @pytest.mark.parametrize(("rows", "classes", "bins"), [(2, 2, 15), (300, 7, 15), (200, 40, 4), (9, 5, 100)])
 def test_against_torchmetrics(impl, rows, classes, bins, ignore_index, norm, generator):
+    from torchmetrics.functional.classification import multiclass_calibration_error  # takes long to import
+
     z, target = logits_and_targets(rows, classes, generator)
     target[1::5], target[0] = ignore_index, 1
     kept = target != ignore_index

@@ -73,7 +73,8 @@ class TestSecondRow:
         for classes in self.WIDTHS:
             z, t = problem(generator, classes, dtype=dtype)
             target = torch.tensor([0, classes - 1, -100, classes // 2, 0])
-            for temperature, hard in ((1.0, 0.0), (1.0, 0.5), (2.5, 0.5)):
+            ways = ((1.0, 0.0), (1.0, 0.5), (2.5, 0.5))
+            for temperature, hard in ways if classes == self.WIDTHS[-1] else ways[2:]:
                 own = {"divergence": divergence, "beta": BETAS[divergence], "temperature": temperature}
                 more = {"target": target, "hard_weight": hard, "scale_by_temperature_squared": True}
                 more |= {"token_weight": weight.to(wide(z).dtype), "reduction": reduction, "impl": impl}
@@ -169,7 +170,7 @@ class TestSecondRow:
         limits = {"forward_kl": math.log(3), "tv": 2 / 3}
         assert got == pytest.approx(limits.get(divergence, got), rel=1e-6)
         exact = {**own, "impl": "reference"}
-        for classes in (5, 300):
+        for classes in (5, min(300, self.WIDTHS[-1])):
             z, t = problem(generator, classes, dtype=torch.float32)
             apart = [(x + 1e4, y) for x, y in ((z, t), (t, z), (z, z), (z - 2e4, z))]
             # The largest logits are of different classes, and the square of the log-sum-exp is infinite.
@@ -305,7 +306,7 @@ class TestSecondRow:
         module = fl.nn.CrossEntropyLoss(impl=impl)
         torch.testing.assert_close(module(z[1:], y[1:]), F.cross_entropy(z[1:], y[1:]))
         loss = partial(fl.cross_entropy, target=y[1:], z_loss=0.1, label_smoothing=0.1, impl=impl)
-        assert torch.autograd.gradcheck(loss, z[1:].clone().requires_grad_())
+        assert torch.autograd.gradcheck(loss, z[1:].clone().requires_grad_(), fast_mode=True)
         if impl == "reference":
             return
         loss = partial(fl.cross_entropy, target=y, z_loss=0.1, impl=impl)
@@ -323,7 +324,7 @@ def test_derivatives(divergence, compiled_impl, generator):
         return fl.distillation_loss(z, t, **own, reduction=reduction)
 
     z.requires_grad_()
-    assert torch.autograd.gradcheck(row, z) and torch.autograd.gradgradcheck(row, z)
+    assert torch.autograd.gradcheck(row, z) and torch.autograd.gradgradcheck(row, z, fast_mode=True)
     shapes = (3, 4), (7, 4), (7,), (3, 5), (7, 5), (7,)
     made = [torch.randn(shape, generator=generator).double() for shape in shapes]
     leaves, (teacher_input, teacher_weight, teacher_bias) = [x.requires_grad_() for x in made[:3]], made[3:]

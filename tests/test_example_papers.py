@@ -65,9 +65,9 @@ WAYS = {
         " --held-out 0.2 --lr 0.01 --threads 1",
         "calibration.png table.md", 8, {},
     ),
-    "dice": (f"dice {BILSTM} --tagged {{tagged}} --questions {{texts}}", "dice.png table.md", 8, {}),
+    "dice": (f"dice {BILSTM} --epochs 3 --tagged {{tagged}} --questions {{texts}}", "dice.png table.md", 8, {}),
     "dice of an encoder": (
-        "dice --encoder --folder {encoder} --tagged {tagged} --seeds 1 --sizes 50 --epochs 20 --question-epochs 2"
+        "dice --encoder --folder {encoder} --tagged {tagged} --seeds 1 --sizes 50 --epochs 4 --question-epochs 1"
         " --lrs 0.01 --question-lrs 0.01 --head-rate 3 --frozen 0 --test 40 --validation 40 --threads 1 --dtype fp32"
         " --losses CE DSC",
         "dice-encoder.png table.md", 10, {},

@@ -35,7 +35,7 @@ def fails(part):
     part.failed("a case", "wrong")
     part.row(case="after a failure", ms=5.0)
 
-limits = {{"fine": 60, "raises": 60, "hangs": 6, "dies": 60, "fails": 60, "also fine": 60}}
+limits = {{"fine": 60, "raises": 60, "hangs": 3, "dies": 60, "fails": 60, "also fine": 60}}
 parts = [gpu_report.Entry(name, seconds, "__main__:" + name.split()[-1]) for name, seconds in limits.items()]
 if "--run-part" in sys.argv:
     sys.exit(gpu_report.main(parts=parts, script=__file__))
@@ -57,7 +57,7 @@ def test_a_part_that_raises_hangs_or_dies_takes_no_other_along(tmp_path):
     verdicts = {
         "fine": "ok",
         "raises": "FAILED: exit status 1: RuntimeError: CUDA error: an illegal memory access was encountered",
-        "hangs": "FAILED: it was stopped after 6 s",
+        "hangs": "FAILED: it was stopped after 3 s",
         "dies": "FAILED: it died of SIGSEGV",
         "fails": "FAILED: 1 case",
         "also fine": "ok",

@@ -1044,12 +1044,12 @@ def _shard(model: Any, unit: list[str], reshard: bool, reshard_root: bool | None
 def _sharded_models_train_as_in_one_process(rank: int, world: int) -> None:
     # The second makes the logits once more in the backward, and reads the weight there.
     ways: list[tuple[str, dict[str, Any]]] = [("cross_entropy", {}), ("flex_loss", {"loss_fn": lambda s: s.ce})]
-    for name, (make, unit, reshard) in UNITS.items():
+    for i, (name, (make, unit, reshard)) in enumerate(UNITS.items()):
         torch.manual_seed(0)
         alone = make().double().train()
         state = copy.deepcopy(alone.state_dict())
         expected = _trained_alone(alone, world, rank)
-        for loss, arguments in ways:
+        for loss, arguments in ways if unit == ["lm_head"] else ways[i % 2 :][:1]:
             model = make().double().train()
             model.load_state_dict(state)
             fuse(model, loss, **arguments)
@@ -1118,8 +1118,9 @@ def _a_weight_that_others_have_freed_raises(rank: int, world: int) -> None:
 
 
 def _sharded_teachers_teach_as_whole_ones(rank: int, world: int) -> None:
-    for name, (make, unit, reshard) in UNITS.items():
-        for root in (None, True):  # the teacher's weights stay whole after its forward, or not
+    for i, (name, (make, unit, reshard)) in enumerate(UNITS.items()):
+        # The teacher's weights stay whole after its forward, or not.
+        for root in (None, True) if "model.norm" in unit else ((None, True)[i % 2],):
             torch.manual_seed(0)
             alone, whole = make().double().train(), make().double()
             for parameter in whole.parameters():
