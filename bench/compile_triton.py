@@ -301,7 +301,8 @@ def quick() -> Iterator[tuple[Any, ...]]:
     yield "sm_90", "mixture_kl", halves, CLASSES, "pair"
     if triton.__version__ == tritons.OLDEST:
         return
-    yield from (("sm_90", "focal, few rows", halves, CLASSES, f"statistics_pass, {role}") for role in ("split", "merge"))
+    for role in ("split", "merge"):
+        yield "sm_90", "focal, few rows", halves, CLASSES, f"statistics_pass, {role}"
     yield "sm_90", "cross_entropy, in one", halves, CLASSES
     yield "sm_90", "cross_entropy, in one", halves, CLASSES, "scale_pass"
     yield "sm_90", "cross_entropy", torch.float16, CLASSES, "units_pass"
