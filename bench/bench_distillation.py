@@ -75,6 +75,7 @@ def test_others(benchmark, both_case, formula):
 
 def test_soft_targets(benchmark, variant_case):
     measure(benchmark, variant_case, Example(fl.cross_entropy, soft), second=probabilities)
+    benchmark.extra_info["loss"] = "cross_entropy(soft targets)"  # which is not that of classes
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -94,6 +94,7 @@ def test_reports_and_pages_are_what_their_figures_make() -> None:
     for stem, (path, data) in reports.items():
         text = path.with_suffix(".md").read_text(encoding="utf-8")
         assert text == reporter.markdown(data, stem)
+        assert len(reporter.by_case(data)) == len(data["runs"])  # no two of a name
         pictures = set(re.findall(r"^!\[.*\]\((.*)\)$", text, re.M))
         assert pictures == {picture.name for picture in path.parent.glob(f"{stem}*.png")}
 
