@@ -45,7 +45,7 @@ def assert_same_gradients(*losses, fullgraph=True, dynamic=None):
     for function in (every, torch.compile(every, backend="aot_eager", fullgraph=fullgraph, dynamic=dynamic)):
         leaves = [torch.atleast_1d(x).clone().requires_grad_() for own in inputs for x in own]
         values = function(*leaves)
-        upstream = torch.linspace(-1, 2, len(values), dtype=torch.float64).unbind()
+        upstream = torch.linspace(-0.7, 2, len(values), dtype=torch.float64).unbind()
         results.append([*(x.detach() for x in values), *torch.autograd.grad(values, leaves, upstream)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
     assert all(gradient.any() for gradient in results[0][len(losses) :])
@@ -57,8 +57,7 @@ def test_every_loss(kind):
 
 
 def test_any_number_of_rows_of_a_teacher():
-    names = ("teacher, each its own", "teacher, linear", "teacher of some classes")
-    assert_same_gradients(*(SCENES[name] for name in names), dynamic=True)
+    assert_same_gradients(SCENES["teacher, linear"], SCENES["teacher of some classes"], dynamic=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,6 @@ def test_losses_of_shards(group):
     over_rows = {"alpha": 0.6, "level": "class", "group": shards}
     assert_same_gradients(
         lambda t, logits, number: fl.focal_loss(logits, t, gamma=number, group=shards),
-        lambda t, logits: fl.dsc_loss(logits, t, alpha=0.6, group=shards),
         lambda t, logits, of_rows: fl.dsc_loss(logits, t, token_weight=of_rows, **over_rows),
         lambda t, hidden, weight: fl.linear_mixed_cross_entropy(hidden, weight, t, alpha=0.25, group=shards),
         lambda t, hidden, weight: fl.linear_dsc_loss(hidden, weight, t, group=shards),

@@ -489,10 +489,10 @@ def _configure(folder: Path, mode: str, path: str = "", **variables: str) -> sub
 
 def test_a_build_without_nvcc_fails_only_where_it_must(tmp_path):
     for mode, message in (("ON", "CMake found no nvcc"), ("maybe", "must be AUTO, ON or OFF, and is maybe")):
-        done = _configure(tmp_path / mode, mode)
+        done = _configure(tmp_path / "build", mode)
         assert done.returncode != 0
         assert message in " ".join(done.stderr.split())
-    done = _configure(tmp_path / "off", "OFF")
+    done = _configure(tmp_path / "build", "OFF")
     assert "CUDA kernels: not built, because FUSEDLOSS_CUDA is OFF" in done.stdout, done.stderr
 
 
@@ -502,11 +502,11 @@ def test_kernels_are_built_where_a_gpu_is_seen(tmp_path):
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     tool.chmod(0o755)
     nvcc = {"CUDACXX": shutil.which("nvcc")} if shutil.which("nvcc") else {}
-    done = _configure(tmp_path / "gpu", "AUTO", str(tmp_path), **nvcc)
+    done = _configure(tmp_path / "build", "AUTO", str(tmp_path), **nvcc)
     message = "CUDA kernels: built with " if nvcc else "CUDA kernels: not built, because CMake found no nvcc"
     assert done.returncode == 0 and message in done.stdout, done.stderr
     if any(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("there is a GPU here")
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
-    done = _configure(tmp_path / "none", "AUTO", str(tmp_path), **nvcc)
+    done = _configure(tmp_path / "build", "AUTO", str(tmp_path), **nvcc)
     assert "CUDA kernels: not built, because there is no NVIDIA GPU here; FUSEDLOSS_CUDA=ON builds" in done.stdout

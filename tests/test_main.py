@@ -32,19 +32,21 @@ def test_formulas_are_the_losses(example: Example) -> None:
     torch.testing.assert_close(expected, rows)
 
 
-def test_info_and_check(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_and_check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.run([sys.executable, "-m", "fusedloss", "info"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert fl.__version__ in done.stdout and torch.__version__ in done.stdout
     assert all(f"impl {impl}" in done.stdout for impl in backends.IMPLS)
     (built,) = (line for line in done.stdout.splitlines() if line.startswith("cuda kernels "))
     assert built.endswith(f" {cuda.TARGETS or 'none'}")
+    some = EXAMPLES[::3]  # CI checks all of them, where it installs the package
+    monkeypatch.setattr(selfcheck, "EXAMPLES", some)
     assert command.main(["check", "--quick"]) == 0
     out = capsys.readouterr().out
-    assert all(str(example) in out for example in EXAMPLES)
-    linear = [f"linear_{example}" for example in EXAMPLES if example.linear is not None]
-    assert out.count("PASS") == (len(EXAMPLES) + len(linear)) * 4 * len(selfcheck.ready())
-    assert all(name in out for name in linear) and len(linear) > 4
+    assert all(str(example) in out for example in some)
+    linear = [f"linear_{example}" for example in some if example.linear is not None]
+    assert out.count("PASS") == (len(some) + len(linear)) * 4 * len(selfcheck.ready())
+    assert all(name in out for name in linear) and len(linear) > 1
     left_out = [line for line in out.splitlines() if line.startswith("not checked: ")]
     for impl in set(backends.LINEAR_IMPLS) - set(selfcheck.ready()):
         assert any(f": {impl}" in line and selfcheck.unchecked(impl) in line for line in left_out)

@@ -404,12 +404,15 @@ def test_exports_for_any_number_of_rows(generator):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("normalize", [True, False])
-def test_an_exported_program_has_no_gradient_rather_than_a_part_of_it(normalize, generator):
-    x, y, _ = problem(generator, {}, rows=11)
-    loss, batch = fl.nn.SupConLoss(torch.nn.Parameter(torch.tensor(0.3)), normalize=normalize), (x.detach(), y)
-    program = torch.export.export(loss, (*batch,), {"contrast": batch[0], "contrast_labels": y}).module()
-    assert not program(x, y, contrast=x, contrast_labels=y).requires_grad
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_an_exported_program_has_no_gradient_rather_than_a_part_of_it(gradients, strict, generator):
+    (x, y, _), loss = problem(generator, {}, rows=11), fl.nn.SupConLoss(torch.tensor(0.3), normalize=False)
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(
+            loss, (x.detach(), y), {"contrast": x.detach(), "contrast_labels": y, "self_index": y % 11}, strict=strict
+        ).module()
+    assert not program(x, y, contrast=x, contrast_labels=y, self_index=y % 11).requires_grad
 
 
 _MEMORY = """

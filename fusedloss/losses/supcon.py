@@ -137,7 +137,8 @@ def supcon_loss(
             self_index = self_index.reshape(-1).to(torch.int64)
         _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
 
-    if torch.compiler.is_exporting():
+    # Under Dynamo torch 2.11 says that it exports whatever it does, and an export with gradients on has none anyway.
+    if not torch.is_grad_enabled() if torch.compiler.is_dynamo_compiling() else torch.compiler.is_exporting():
         # The pass over all pairs has no gradient in an exported program, and the positives' alone would be wrong.
         features, contrast = features.detach(), None if contrast is None else contrast.detach()
         temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
