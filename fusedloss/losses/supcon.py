@@ -137,11 +137,8 @@ def supcon_loss(
             self_index = self_index.reshape(-1).to(torch.int64)
         _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
 
-    # Under Dynamo torch 2.11 says that it exports whatever it does, and an export with gradients on has none anyway.
-    if not torch.is_grad_enabled() if torch.compiler.is_dynamo_compiling() else torch.compiler.is_exporting():
-        # The pass over all pairs has no gradient in an exported program, and the positives' alone would be wrong.
-        features, contrast = features.detach(), None if contrast is None else contrast.detach()
-        temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    if torch.compiler.is_compiling():
+        features, contrast, temperature = map(_as_traced, (features, contrast, temperature))
 
     # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
@@ -243,6 +240,18 @@ class _Pairs(NamedTuple):
         """Return slices of anchors whose similarities and intermediate results fit the budget."""
         rows, columns = self.anchors.shape[0], self.others.shape[0]
         return _pieces(rows, 4 * columns * self.anchors.element_size(), BUDGET)
+
+
+def _as_traced(x: Any) -> Any:
+    """Detach a tensor that has no gradient in the graph that is traced.
+
+    An exported program is a graph for good, in which the pass over all pairs has no gradient, and the positives' alone
+    would be wrong. Traced by Dynamo with gradients it has none at all; whether it exports, torch 2.11 does not tell.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return x if torch.is_grad_enabled() and x.requires_grad and not exported else x.detach()
 
 
 def _by_rows(features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -497,11 +506,9 @@ def _label_similarity(pairs: _Pairs, ordered: Tensor) -> Tensor:
     if others is anchors:
         return _SumSimilarity.apply(own, anchors, None, *grouped)
     grouped_others = _Groups.of(torch.searchsorted(ordered, other_labels), slots)
-    if not isinstance(own, Tensor):
-        return _SumSimilarity.apply(own, anchors, others, *grouped, *grouped_others)
-    total = _SumSimilarity.apply(None, anchors, others, *grouped, *grouped_others)
-    at, counted = pairs.own_positive(own)
-    return total - torch.where(counted, (anchors * others.index_select(0, at)).sum(-1), 0)
+    if isinstance(own, Tensor):
+        own = torch.where(pairs.own_positive(own)[1], own, -1)
+    return _SumSimilarity.apply(own, anchors, others, *grouped, *grouped_others)
 
 
 class _Groups(NamedTuple):
@@ -527,6 +534,13 @@ class _Groups(NamedTuple):
         return sums.index_select(0, at)
 
 
+def _own_rows(own: int | Tensor, x: Tensor, anchors: int) -> Tensor:
+    """Return the rows of the others that are the anchors: from a row on, or by index, 0 where that is -1."""
+    if isinstance(own, int):
+        return x[own : own + anchors]
+    return x.index_select(0, own.clamp(min=0)).masked_fill_(own[:, None] < 0, 0)
+
+
 class _SumSimilarity(torch.autograd.Function):
     """An anchor's similarity to the sum of the others of its label, itself left out.
 
@@ -535,28 +549,28 @@ class _SumSimilarity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, first: int | None, anchors: Tensor, others: Tensor | None, *groups: Tensor) -> Tensor:
-        ctx.save_for_backward(anchors, others, *groups)
-        ctx.first = first
+    def forward(ctx: Any, own: int | Tensor | None, anchors: Tensor, others: Tensor | None, *groups: Tensor) -> Tensor:
+        ctx.save_for_backward(anchors, others, own if isinstance(own, Tensor) else None, *groups)
+        ctx.first = None if isinstance(own, Tensor) else own
         of_anchors, of_others = _Groups(*groups[:3]), _Groups(*groups[-3:])
         others = anchors if others is None else others
         similarity = anchors.new_zeros(anchors.shape[0])
         for c in _columns(anchors):
             sums = of_others.sums(others[:, c], of_anchors.slot)
-            if first is not None:
-                sums -= others[first : first + anchors.shape[0], c]
+            if own is not None:
+                sums -= _own_rows(own, others[:, c], anchors.shape[0])
             similarity = similarity + sums.mul_(anchors[:, c]).sum(-1)  # in place, torch 2.11 would lose the gradient
         return similarity
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        anchors, others, *groups = ctx.saved_tensors
-        first, nothing = ctx.first, (None,) * len(groups)
+        anchors, others, own, *groups = ctx.saved_tensors
+        own, nothing = ctx.first if own is None else own, (None,) * len(groups)
         of_anchors, of_others = _Groups(*groups[:3]), _Groups(*groups[-3:])
         if transforms.active(grad):
 
             def similarity(x: Tensor, y: Tensor | None) -> list[Tensor]:
-                pairs = _Pairs(x, x if y is None else y, of_anchors.slot, of_others.slot, None, first)
+                pairs = _Pairs(x, x if y is None else y, of_anchors.slot, of_others.slot, None, own)
                 return [_of_positives(pairs, slice(None), lse=False)]
 
             return None, *differentiable((anchors, others), ctx.needs_input_grad[1:3], similarity, [grad]), *nothing
@@ -567,13 +581,15 @@ class _SumSimilarity(torch.autograd.Function):
         by_others = torch.empty_like(others) if ctx.needs_input_grad[2] else None
         for c in _columns(anchors):
             of_anchor = of_others.sums(others[:, c], of_anchors.slot).mul_(grad)
-            if first is not None:
-                of_anchor.addcmul_(grad, others[first : first + anchors.shape[0], c], value=-1)
+            if own is not None:
+                of_anchor.addcmul_(grad, _own_rows(own, others[:, c], anchors.shape[0]), value=-1)
             if same or by_others is not None:
                 weighted = grad * anchors[:, c]
                 of_other = of_anchors.sums(weighted, of_others.slot)
-                if first is not None:
-                    of_other[first : first + anchors.shape[0]] -= weighted
+                if isinstance(own, Tensor):
+                    of_other.index_add_(0, own.clamp(min=0), weighted.masked_fill(own[:, None] < 0, 0), alpha=-1)
+                elif own is not None:
+                    of_other[own : own + anchors.shape[0]] -= weighted
                 if same:
                     of_anchor += of_other
                 elif by_others is not None:
