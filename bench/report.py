@@ -413,9 +413,10 @@ def first_screen(report: Report, name: str) -> str:
         )
 
     bold = (
-        f"**Focal loss over {rows['classes']:,} classes, forward and backward, is {gain(rows, 'eager')} and "
-        f"{gain(rows, 'compiled')}. It {memory(rows)}. Cross-entropy made straight from hidden states never stores the "
-        f"logits: it is {gain(linear, 'eager')} and {gain(linear, 'compiled')}, and {memory(linear)}.**"
+        f"**Focal loss of {rows['rows']:,} rows and {rows['classes']:,} classes, forward and backward, is "
+        f"{gain(rows, 'eager')} and {gain(rows, 'compiled')}. It {memory(rows)}. Cross-entropy made straight from "
+        f"{linear['rows']:,} hidden states of {linear['features']:,} features, over {linear['classes']:,} classes, "
+        f"never stores the logits: it is {gain(linear, 'eager')} and {gain(linear, 'compiled')}, and {memory(linear)}.**"
     )
     where = f"[{report['machine']}](bench/results/{name}.md), {report['measured'].partition(' (')[0]}"
     lines = [
