@@ -416,7 +416,8 @@ def first_screen(report: Report, name: str) -> str:
         f"**Focal loss of {rows['rows']:,} rows and {rows['classes']:,} classes, forward and backward, is "
         f"{gain(rows, 'eager')} and {gain(rows, 'compiled')}. It {memory(rows)}. Cross-entropy made straight from "
         f"{linear['rows']:,} hidden states of {linear['features']:,} features, over {linear['classes']:,} classes, "
-        f"never stores the logits: it is {gain(linear, 'eager')} and {gain(linear, 'compiled')}, and {memory(linear)}.**"
+        f"never stores the logits: it is {gain(linear, 'eager')} and {gain(linear, 'compiled')}, "
+        f"and {memory(linear)}.**"
     )
     where = f"[{report['machine']}](bench/results/{name}.md), {report['measured'].partition(' (')[0]}"
     lines = [
