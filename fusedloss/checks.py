@@ -23,6 +23,8 @@ DIVISORS = (1e-30, 1e30)
 """The least and the largest number to divide by, whose inverse is a number in float32 too."""
 BEYOND = 2.0**128 - 2.0**103
 """From here on a number is infinite in float32. It is refused of float64 logits too."""
+PLAIN: tuple[type, ...] = (int, float)
+"""The numbers that are left as they are: torch.compile takes one of NumPy's for an array."""
 IGNORED = -100
 """The target of an ignored row behind the public functions, whatever the caller's own number is."""
 _NOT_IGNORED = 1 - 2**63
@@ -63,12 +65,13 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {expected}, got {value!r}")
 
 
-def check_number(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf, *, above: bool = False
-) -> None:
-    """`value` must be a finite real number with low <= value <= high (low < value with `above`)."""
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Any:
+    """`value` must be a finite real number with low <= value <= high (low < value with `above`).
+
+    Returns it as a float, in which NumPy's numbers and fractions are computed from here on, or as the int that it is.
+    """
     if isinstance(value, torch.SymFloat):
-        return
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     try:
@@ -79,6 +82,7 @@ def check_number(
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value!r}")
     if abs(number) >= BEYOND:
         raise ValueError(f"{name} must be finite in float32, got {value!r}")
+    return value if type(value) in PLAIN else number
 
 
 def check_bool(**flags: object) -> None:
@@ -103,11 +107,10 @@ def check_int(name: str, value: object, low: float = -math.inf) -> int:
     return number
 
 
-def check_parameter(name: str, value: object, target: Tensor, low: float, high: float = math.inf) -> None:
-    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]."""
+def check_parameter(name: str, value: Any, target: Tensor, low: float, high: float = math.inf) -> Any:
+    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]. Returns it."""
     if not isinstance(value, Tensor):
-        check_number(name, value, low, high)
-        return
+        return check_number(name, value, low, high)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
     if value.dim() and value.shape != target.shape:
@@ -115,13 +118,14 @@ def check_parameter(name: str, value: object, target: Tensor, low: float, high: 
             f"{name} must be a number, a 0-d tensor or of the target's shape {tuple(target.shape)}, "
             f"got shape {tuple(value.shape)}"
         )
-    value = transforms.values(value)
-    if may_read(value) and value.numel():
-        smallest, largest = (float(x) for x in torch.aminmax(value.detach()))
+    values = transforms.values(value)
+    if may_read(values) and values.numel():
+        smallest, largest = (float(x) for x in torch.aminmax(values.detach()))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
         if max(-smallest, largest) >= BEYOND:
             raise ValueError(f"{name} must be finite in float32, got values from {smallest} to {largest}")
+    return value
 
 
 def _range(low: float, high: float, above: bool = False) -> str:
@@ -311,10 +315,9 @@ def check_token_weight(token_weight: object, target: Tensor) -> None:
         check_like("token_weight", token_weight, target, "target")
 
 
-def check_temperature(temperature: object, input: Tensor | Projection) -> None:
+def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
     if not isinstance(temperature, Tensor):
-        check_number("temperature", temperature, *DIVISORS)
-        return
+        return check_number("temperature", temperature, *DIVISORS)
     if not temperature.is_floating_point():
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
     if temperature.dim():
@@ -331,6 +334,7 @@ def check_temperature(temperature: object, input: Tensor | Projection) -> None:
             f"a temperature that requires grad takes its gradient from that of the hidden states, which softcap="
             f"{softcap} stands before; compute the logits and use the row form"
         )
+    return temperature
 
 
 def check_stats(stats: object, return_stats: bool) -> None:

@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from . import backends
-from .checks import check_choice, check_int, check_number, is_dtensor
+from .checks import DIVISORS, PLAIN, check_choice, check_int, check_number, is_dtensor
 from .distributed import fsdp
 from .distributed.dtensor import local_projection
 from .engine.options import (
@@ -213,8 +213,8 @@ class _Loss(nn.Module):
                 stacklevel=4,
             )
         for name, value in {**own, **self._defaults, **options}.items():
-            if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-                value = int(value)  # torch.compile takes a NumPy integer for an array
+            if isinstance(value, numbers.Real) and not isinstance(value, bool) and type(value) not in PLAIN:
+                value = int(value) if isinstance(value, numbers.Integral) else float(value)
             if (value is None and name == "weight") or (isinstance(value, Tensor) and not isinstance(value, Parameter)):
                 self.register_buffer(name, value)
             else:
@@ -777,7 +777,8 @@ class SupConLoss(nn.Module):
         if isinstance(temperature, Tensor) and not isinstance(temperature, Parameter):
             self.register_buffer("temperature", temperature)
         else:
-            self.temperature = temperature
+            is_learnt = isinstance(temperature, Parameter)
+            self.temperature = temperature if is_learnt else check_number("temperature", temperature, *DIVISORS)
         self.normalize, self.positives, self.reduction, self.impl = normalize, positives, reduction, impl
         if impl is not None:
             check_choice("impl", impl, backends.LINEAR_IMPLS)
@@ -851,7 +852,7 @@ class CrossEntropySupConLoss(nn.Module):
         **cross_entropy: Unpack[CrossEntropyOptions],
     ) -> None:
         super().__init__()
-        check_number("lam", lam, 0, 1)
+        lam = check_number("lam", lam, 0, 1)
         check_choice("reduction", reduction, ("mean", "sum"))
         self.lam = lam
         self.supcon = SupConLoss(temperature, normalize=normalize, positives=positives, reduction=reduction, impl=impl)

@@ -221,6 +221,24 @@ def test_a_learnt_temperature_of_a_linear_loss(reduction, frozen, impl, generato
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), leaves) for x in (ours, theirs)), **EXACT)
 
 
+@pytest.mark.parametrize("loss", [
+    lambda z, t, x: fl.focal_loss(z, t, temperature=x),
+    lambda z, t, x: fl.dsc_loss(z, t, temperature=x, level="class"),
+    lambda z, t, x: fl.flex_loss(z, t, lambda s: s.ce + s.q, temperature=x),
+    lambda z, t, x: fl.linear_cross_entropy(z, torch.eye(7).double(), t, temperature=x),
+], ids=["row", "class", "flex", "linear"])  # fmt: skip
+def test_higher_derivatives_by_a_temperature_beside_frozen_logits(loss, generator):
+    z, t = torch.randn(5, 7, generator=generator).double(), torch.tensor([0, 3, -100, 6, 2])
+    tau = torch.tensor(1.3).double().requires_grad_()
+
+    def of_tau(x: Tensor) -> Tensor:
+        return loss(z, t, x)
+
+    assert torch.autograd.gradgradcheck(of_tau, tau)
+    again = torch.autograd.functional.jacobian(of_tau, tau.detach(), vectorize=True)
+    torch.testing.assert_close(again, torch.autograd.grad(of_tau(tau), tau)[0])
+
+
 def test_a_module_learns_its_temperature(impl, generator):
     z, target = problem(generator)
     module = fl.nn.CrossEntropyLoss(temperature=nn.Parameter(torch.tensor(2.0)), ignore_index=IGNORED, impl=impl)

@@ -9,9 +9,11 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -851,6 +853,19 @@ def called(**options: Any) -> Any:
 def test_refused(make, options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int32, Fraction])
+def test_numbers_that_are_not_pythons_compile(kind):
+    z, target = torch.randn(3, 5), torch.tensor([0, 0, 1])
+    for loss in (
+        fl.nn.FocalLoss(gamma=kind(2)),
+        fl.nn.CrossEntropyLoss(temperature=kind(2)),
+        fl.nn.SupConLoss(kind(2)),
+    ):
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)(z, target)
+        torch.testing.assert_close(compiled, loss(z, target))
 
 
 @each_teacher

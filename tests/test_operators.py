@@ -492,3 +492,32 @@ def test_operators_are_not_dispatched_where_nobody_looks(generator, monkeypatch)
     z = torch.randn(6, 90, generator=generator).requires_grad_()
     fl.focal_loss(z, torch.arange(6)).backward()
     assert not calls
+
+
+def negative(x: Tensor) -> Tensor:
+    """The same values, of which a bit of the tensor says that those in memory are to be negated."""
+    view = torch._neg_view(-x)
+    assert view.is_neg() and torch.equal(view, x)
+    return view
+
+
+@pytest.mark.parametrize("loss", [
+    lambda of: fl.cross_entropy(of(torch.linspace(-1, 2, 12).view(3, 4)), torch.arange(3)),
+    lambda of: fl.cross_entropy(torch.linspace(-1, 2, 12).view(3, 4), torch.arange(3), weight=of(torch.arange(1.0, 5))),
+    lambda of: fl.focal_loss(torch.linspace(-1, 2, 12).view(3, 4), torch.arange(3), gamma=of(torch.tensor(2.0))),
+    lambda of: fl.distillation_loss(torch.eye(3), of(torch.linspace(-1, 2, 9).view(3, 3))),
+], ids=["logits", "class weight", "parameter", "teacher"])  # fmt: skip
+def test_a_negative_view_has_the_values_that_it_shows(loss):
+    assert torch.equal(loss(negative), loss(lambda x: x))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_upstream_gradient_that_is_a_negative_view(reduction):
+    z = torch.linspace(-1, 2, 12).view(3, 4).requires_grad_()
+    for loss in (
+        fl.cross_entropy(z, torch.arange(3), reduction=reduction),
+        fl.linear_cross_entropy(z, torch.eye(4), torch.arange(3), reduction=reduction),
+    ):
+        upstream = torch.arange(1.0, 4) if reduction == "none" else torch.tensor(2.0)
+        found, right = (torch.autograd.grad(loss, z, g, retain_graph=True)[0] for g in (negative(upstream), upstream))
+        assert torch.equal(found, right)

@@ -2,8 +2,10 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import ranks
@@ -355,6 +357,13 @@ BAD = {
     "ignore_index": (_call(ignore_index=1.5), TypeError, "ignore_index must be an int, got 1.5"),
     "weight": (_call(weight=torch.ones(5)), TypeError, "unexpected keyword argument 'weight'"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [np.int8(12), np.float16(300), torch.tensor(300.0).half()], ids=repr)
+def test_a_temperature_is_not_squared_in_its_own_dtype(temperature, generator):
+    z, (log_prob, index) = torch.randn(5, 7, generator=generator), torch.randn(5, 7).log_softmax(-1).topk(3)
+    loss = partial(fl.topk_distillation_loss, z, index, log_prob, scale_by_temperature_squared=True)
+    assert_close(loss(temperature=temperature), loss(temperature=float(temperature)))
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD.keys())

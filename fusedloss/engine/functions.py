@@ -246,6 +246,9 @@ def differentiable(
     with torch.enable_grad():
         # An input that was made of another must not pass its gradient on to that.
         own = [x.view_as(x) if need else x for x, need in zip(inputs, needed, strict=True)]
+        for x, need in zip(own, needed, strict=True):
+            if need and not x.requires_grad:  # of a learnt temperature, whose gradient is made of that of the logits
+                x.requires_grad_()
         outputs = outputs_of(*own)
     pairs = [(x, g) for x, g in zip(outputs, grad_outputs, strict=True) if x.requires_grad and g is not None]
     wanted = [x for x, need in zip(own, needed, strict=True) if need]

@@ -45,11 +45,11 @@ def call(operator: Any, rows: Rows, spec: Spec, *more: Tensor | None) -> Any:
     """Run an operator on what the public functions have prepared.
 
     The dispatcher, the checks and the string take a fifth of a small call. They are for those who look at operators: a
-    compiler, a mode, a trace, a profiler, and tensors of a class of its own.
+    compiler, a mode, a trace, a profiler, tensors of a class of its own, and those whose sign is a bit of the tensor.
     """
     if seen(
         *rows.hidden, *rows.weight, *rows.teacher, *rows.params,
-        rows.bias, rows.target, rows.class_weight, rows.candidates, rows.scalars,
+        rows.bias, rows.target, rows.class_weight, rows.candidates, rows.scalars, *more,
     ):  # fmt: skip
         return operator(*rows, *more, spec.encode())
     return _KERNELS[operator](rows, spec, BACKENDS[spec.impl], *more)
@@ -57,12 +57,13 @@ def call(operator: Any, rows: Rows, spec: Spec, *more: Tensor | None) -> Any:
 
 def seen(*tensors: Tensor | None) -> bool:
     """Tell whether something looks at the operators that these tensors go through."""
+    if torch.compiler.is_compiling():
+        return True
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_meta):
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg()):
             return True
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     )

@@ -167,7 +167,7 @@ def _check(input: Source, target: Tensor, classes: int, o: CallOptions) -> None:
     if type(o["ignore_index"]) is not int:
         o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
     if o["temperature"] is not DEFAULTS["temperature"]:
-        checks.check_temperature(o["temperature"], input)
+        o["temperature"] = checks.check_temperature(o["temperature"], input)
     if o["stats"]:
         checks.check_stats(o["stats"], o["return_stats"])
     if o["weight"] is not None:

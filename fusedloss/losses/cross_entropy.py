@@ -79,7 +79,7 @@ def _of_soft_targets(input: Any, target: Tensor, options: dict[str, Any]) -> Any
         if (given := options.get(name, default)) != default:
             raise ValueError(f"{name} is for class indices, and targets for all the classes have none, got {given!r}")
     smoothing = options.pop("label_smoothing", 0.0)
-    check_number("label_smoothing", smoothing, 0, 1)
+    smoothing = check_number("label_smoothing", smoothing, 0, 1)
     shards = shards_of(options.get("group"), input)
     classes = input.shape[-1] if shards is None else shards.classes
     index = torch.zeros(input.shape[:-1], dtype=torch.int64, device=input.device)

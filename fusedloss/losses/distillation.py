@@ -49,7 +49,7 @@ def chosen(divergence: str, beta: float | None) -> tuple[Epilogue, tuple[float, 
         return _ALONE[divergence], ()
     default, ends = _BETA[divergence]
     beta = default if beta is None else beta
-    check_number("beta", beta, 0, 1)
+    beta = check_number("beta", beta, 0, 1)
     if not 0 < beta < 1:
         raise ValueError(f"beta must be between 0 and 1, both excluded, got {beta!r} ({ends})")
     # The teacher's share of the mixture, and the weights of KL(y | m) and KL(p | m).
@@ -212,7 +212,7 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     """Remove and return the options of a loss against a teacher: target, hard_weight and whether it is scaled."""
     target, hard_weight = options.pop("target", None), options.pop("hard_weight", 0.0)
     scaled = options.pop("scale_by_temperature_squared", False)
-    check_number("hard_weight", hard_weight, 0)
+    hard_weight = check_number("hard_weight", hard_weight, 0)
     if hard_weight and target is None:
         raise ValueError(f"hard_weight is of the cross-entropy with a target, but target is None, got {hard_weight!r}")
     check_bool(scale_by_temperature_squared=scaled)

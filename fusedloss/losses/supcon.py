@@ -243,15 +243,18 @@ class _Pairs(NamedTuple):
 
 
 def _as_traced(x: Any) -> Any:
-    """Detach a tensor that has no gradient in the graph that is traced.
+    """Cut a tensor off its gradient in a graph that is exported.
 
-    An exported program is a graph for good, in which the pass over all pairs has no gradient, and the positives' alone
-    would be wrong. Traced by Dynamo with gradients it has none at all; whether it exports, torch 2.11 does not tell.
+    In an exported program the pass over all pairs has no gradient, and the positives' alone would be wrong.
     """
-    if not isinstance(x, Tensor):
+    # torch.compiler.is_exporting() reads it too, but on torch 2.11 says True in every graph that is compiled.
+    if not isinstance(x, Tensor) or not getattr(torch.compiler, "_is_exporting_flag", False):
         return x
-    exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    return x if torch.is_grad_enabled() and x.requires_grad and not exported else x.detach()
+    # Integers have no gradient; a detach would be lost where the program is decomposed.
+    return x.view(_BITS[x.dtype.itemsize]).view(x.dtype)
+
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 def _by_rows(features: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:

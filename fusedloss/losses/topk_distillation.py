@@ -173,7 +173,7 @@ def _loss(
     target, hard_weight, scaled = of_teacher(options)
     temperature = options.get("temperature", 1.0)
     _check_teacher(input, index, log_prob)
-    checks.check_temperature(temperature, input)
+    temperature = checks.check_temperature(temperature, input)
     if target is not None:
         target = local_rows(target)
         checks.check_logits(input, target)
@@ -195,7 +195,9 @@ def _loss(
         rest = "ignore"  # there are no others
     in_one_pass = not isinstance(temperature, Tensor) and temperature == 1
     hard = hard_weight if in_one_pass else 0.0
-    factor = temperature * temperature if scaled else 1.0
+    # Not in the temperature's own dtype, in which its square may be infinite.
+    exact = temperature.to(checks.compute_dtype(input.dtype)) if isinstance(temperature, Tensor) else temperature
+    factor = exact * exact if scaled else 1.0
     # A class that is out of range must not be taken for a row that is left out.
     slot = index[..., 0].clamp(min=-1) if target is None else target
     result = row_loss(

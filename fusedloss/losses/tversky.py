@@ -105,7 +105,7 @@ def tversky_loss(
     """
     check_logits(input, target)
     if beta is None:
-        check_parameter("alpha", alpha, target, 0, 1)
+        alpha = check_parameter("alpha", alpha, target, 0, 1)
         beta = 1 - alpha
     else:
         check_parameter("alpha", alpha, target, 0)
