@@ -187,7 +187,7 @@ row_counts = st.integers(1, 4)
 # less than a vector; about a block; about a chunk
 class_counts = st.one_of(st.integers(2, 70), st.integers(2000, 2100), st.integers(8100, 8300))
 properties = settings(
-    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=9, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
