@@ -1,5 +1,6 @@
 """Losses of one's own: those of the package written by hand, published ones that it has not, and what they may ask."""
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -224,6 +225,16 @@ def test_a_statistic_that_was_not_asked_for(field, advice, options, impl, genera
     z, target = logits_and_targets(6, 19, generator)
     with pytest.raises(AttributeError, match=advice):
         fl.flex_loss(z, target, lambda s: getattr(s, field), impl=impl, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool])
+def test_a_loss_of_another_dtype(dtype, impl):
+    z, target = torch.full((3, 4), 50.0), torch.tensor([0, -100, 2])
+    loss = fl.flex_loss(z, target, lambda s: (40000 * s.ce).to(dtype), reduction="sum", impl=impl)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(2 if dtype == torch.bool else 2 * 40000 * math.log(4), rel=1e-3)
+    with pytest.raises(TypeError, match=r"must give real losses, got torch\.complex64"):
+        fl.flex_loss(z, target, lambda s: s.ce * 1j, impl=impl)
 
 
 @pytest.mark.parametrize(

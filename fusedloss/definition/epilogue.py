@@ -61,7 +61,10 @@ class Epilogue:
 
     def _checked(self, loss: object, like: Tensor, each: str) -> Tensor:
         if isinstance(loss, Tensor) and loss.shape == like.shape:
-            return loss
+            if loss.is_complex():
+                raise TypeError(f"the loss function must give real losses, got {loss.dtype}")
+            # Integers have no NaN for a bad target, and sums in half precision would overflow.
+            return loss.to(torch.promote_types(loss.dtype, like.dtype))
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss function must give losses of the {each}, of shape {tuple(like.shape)}, got {got}")
 
