@@ -68,7 +68,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Any:
     """`value` must be a finite real number with low <= value <= high (low < value with `above`).
 
-    Returns it as a float, in which NumPy's numbers and fractions are computed from here on, or as the int that it is.
+    Returns an int or a float unchanged and any other number as a float, so that none is computed in a dtype of NumPy's.
     """
     if isinstance(value, torch.SymFloat):
         return value

@@ -538,7 +538,7 @@ class _Groups(NamedTuple):
 
 
 def _own_rows(own: int | Tensor, x: Tensor, anchors: int) -> Tensor:
-    """Return the rows of the others that are the anchors: from a row on, or by index, 0 where that is -1."""
+    """Return the rows of x that are the anchors: those from row `own` on, or by index, with zeros where it is -1."""
     if isinstance(own, int):
         return x[own : own + anchors]
     return x.index_select(0, own.clamp(min=0)).masked_fill_(own[:, None] < 0, 0)
