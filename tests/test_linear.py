@@ -430,7 +430,8 @@ def test_three_products_for_mean_and_four_for_none(dtype, generator, products):
 def test_ignored_rows_take_no_product(generator, products):
     data = Data.make(generator)
     assert (data.target != IGNORED).sum() == 29
-    for form, rows in (({"drop_ignored": False}, ROWS), ({"budget": budget_for(1, data.sources)}, 29)):
+    chunks = [({}, 29), *[({"budget": budget_for(rows, data.sources)}, 29) for rows in (1, 4, 30)]]
+    for form, rows in (({"drop_ignored": False}, ROWS), *chunks):
         products.logit_rows = 0
         run_linear(fl.linear_cross_entropy, data.sources, data.target, ignore_index=IGNORED, **form)
         assert products.logit_rows == rows

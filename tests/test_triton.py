@@ -195,7 +195,8 @@ def test_products_equal_the_row_form(name, softcap, reduction, generator, kernel
     found, right = (torch.autograd.grad(loss, data.sources, upstream) for loss in (got, expected))
     torch.testing.assert_close(found, right)
     assert {impl for _, impl in kernel_calls} == {"triton_fused"}
-    assert sum(kernel_calls[name, "triton_fused"] for name in ("with_gradient", "backward")) == 3
+    chunks = -(-int((data.target != test_linear.IGNORED).sum()) // 4)
+    assert sum(kernel_calls[name, "triton_fused"] for name in ("with_gradient", "backward")) == chunks
 
 
 @pytest.mark.covering(1)

@@ -32,6 +32,10 @@ SQUARE = 512
 _Losses = Callable[[Job, Tensor | None], None]
 
 
+class GradientsLaterError(Exception):
+    """The gradients of a loss function cannot be made with the loss."""
+
+
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of gradients from linear forms: before the loss scale is known float16 has not the range."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -61,10 +65,20 @@ def put_top_q(job: Job, backend: Backend) -> None:
 # An exported graph calls operators with gradients on: autograd must not look inside.
 @torch.no_grad()
 def forward(
-    rows: Rows, row_weight: Tensor | None, spec: Spec, backend: Backend, losses: _Losses | None = None
+    rows: Rows,
+    row_weight: Tensor | None,
+    spec: Spec,
+    backend: Backend,
+    losses: _Losses | None = None,
+    per_chunk: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Run the operator ``forward``; `losses` stands for an epilogue, with the upstream gradient in its coefficients."""
-    order, chunks = _chunks(rows, spec, backend)
+    """Run the operator ``forward``; `losses` stands for an epilogue, with the upstream gradient in its coefficients.
+
+    It is called with all rows in their order where they fit one chunk, and must be where it is not for each chunk.
+    """
+    order, chunks = _chunks(rows, spec, backend, several=per_chunk)
+    if losses is not None and chunks.count == 1:
+        return _forward_at_once(rows, row_weight, order, chunks, losses)
     if row_weight is not None and order is not None:
         row_weight = row_weight[order]
     gradients = _Gradients(chunks) if any(spec.needed) else None
@@ -88,16 +102,39 @@ def forward(
             put_top_q(job, backend)
         jobs.append((job.statistics, job.index, job.loss, job.coefficients))
         del job  # whose logits are the chunk's memory
-    results: list[Any] = []
-    for column in zip(*jobs, strict=True):
-        whole = column[0] if len(column) == 1 or column[0] is None else torch.cat(column, -1)
-        if order is not None and whole is not None:
-            whole = torch.empty_like(whole).index_copy_(whole.dim() - 1, order, whole)
-        results.append(whole)
-    statistics, index, loss, coefficients = results
+    statistics, index, loss, coefficients = [_in_order(order, *column) for column in zip(*jobs, strict=True)]
     if loss is None:
         loss, coefficients = statistics.new_empty(0), statistics.new_empty((0, 0))
     return loss, statistics, index, coefficients, [] if gradients is None else gradients.finish(order)
+
+
+def _forward_at_once(
+    rows: Rows, row_weight: Tensor | None, order: Tensor | None, chunks: _Chunks, losses: _Losses
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """The same where the logits are of a single chunk, so that they are still there when all rows have their losses."""
+    parts = [(part, Job.new(chunks.rows_of(part), chunks.spec)) for part in chunks]
+    for _, job in parts:
+        chunks.backend.forward(job)
+    columns = zip(*[(job.statistics, job.index) for _, job in parts], strict=True)
+    whole = Job(rows, chunks.spec, *[_in_order(order, *column) for column in columns])
+    losses(whole, row_weight)
+    (coefficients,), gradients = _take(order, whole.coefficients), _Gradients(chunks)
+    for part, job in parts:
+        if part.start >= chunks.valid:
+            gradients.add_nothing(part)
+        else:
+            job.coefficients = coefficients[:, part].contiguous()
+            gradients.add(part, job)
+    assert whole.loss is not None and whole.coefficients is not None
+    return whole.loss, whole.statistics, whole.index, whole.coefficients, gradients.finish(order)
+
+
+def _in_order(order: Tensor | None, *parts: Any) -> Any:
+    """What chunks have given, each None or with a number for each row in its last dimension, in the rows' own order."""
+    whole = parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, -1)
+    if order is None or whole is None:
+        return whole
+    return torch.empty_like(whole).index_copy_(whole.dim() - 1, order, whole)
 
 
 @torch.no_grad()
@@ -134,8 +171,7 @@ def sums(rows: Rows, statistics: Tensor, index: Tensor, spec: Spec, backend: Bac
     for part in chunks:
         saved = [x[:, part].contiguous() for x in (statistics, index)]
         parts.append(backend.sums(Job(chunks.rows_of(part), spec, saved[0], saved[1])))
-    whole = torch.cat(parts, 1)
-    return whole if order is None else torch.empty_like(whole).index_copy_(1, order, whole)
+    return _in_order(order, *parts)
 
 
 class _Chunks:
@@ -144,7 +180,7 @@ class _Chunks:
     def __init__(self, rows: Rows, spec: Spec, backend: Backend, valid: int) -> None:
         self.rows, self.spec, self.backend, self.valid = rows, spec, backend, valid
         first, form, gradient = rows.hidden[0], spec.form, any(spec.needed)
-        count, classes = rows.target.shape[0], rows.weight[0].shape[0]
+        classes = rows.weight[0].shape[0]
         # The logits and, where the softcap's derivative is needed, its tanh.
         copies = 2 if gradient and form.softcap else 1
         if backend.makes_logits:
@@ -160,12 +196,12 @@ class _Chunks:
         budget = form.budget or budgets.DEFAULT_BUDGET
         if not form.budget and first.device.type != "cpu":
             features = sum([w.shape[1] for w, need in zip(rows.weight, of_weights, strict=False) if need])
-            budget = budgets.default_budget(first.device, first.dtype, count * row, most * features, features > 0)
-        self.count, self.size = budgets.chunk_rows(count, row, budget) if row else (1, count)
+            budget = budgets.default_budget(first.device, first.dtype, valid * row, most * features, features > 0)
+        self.count, self.size = budgets.chunk_rows(valid, row, budget) if row else (1, valid)
         # With a teacher, its logits are the last.
         self.buffers: list[Tensor] = []
         for _ in range(copies + len(rows.teacher[:1])):
-            self.buffers.append(new_buffer(first, (self.size, classes)))
+            self.buffers.append(new_buffer(first, (max(self.size, 1), classes)))
         self._slopes = slice(1, copies)
         self._fetched: slice | None = None
         self._parts: list[Tensor] = []
@@ -173,9 +209,12 @@ class _Chunks:
             self._parts = [h.new_empty((self.size, h.shape[1])) for h in rows.hidden]
 
     def __iter__(self) -> Iterator[slice]:
+        """Yield the chunks of valid rows and then the ignored rows, all at once."""
         rows = self.rows.target.shape[0]
-        for begin in range(0, max(rows, 1), max(self.size, 1)):
-            yield slice(begin, min(begin + self.size, rows))
+        for begin in range(0, self.valid, max(self.size, 1)):
+            yield slice(begin, min(begin + self.size, self.valid))
+        if self.valid < max(rows, 1):
+            yield slice(self.valid, rows)
 
     def hidden(self, part: slice) -> list[Tensor]:
         if not self._parts:
@@ -195,7 +234,7 @@ class _Chunks:
 
     def _with_logits(self, rows: Rows, make: bool) -> Rows:
         (first, *others), (weight, *other_weights), softcap = rows.hidden, rows.weight, self.spec.form.softcap
-        logits = self.buffers[0][: first.shape[0]]
+        logits = self._memory(self.buffers[0], first.shape[0], make)
         if make:
             if rows.bias is None:
                 torch.mm(first, weight.t(), out=logits)
@@ -212,9 +251,15 @@ class _Chunks:
         teacher = [self._teachers_logits(rows, make)] if rows.teacher else []
         return rows._replace(hidden=[logits], weight=[], bias=None, teacher=teacher)
 
+    @staticmethod
+    def _memory(buffer: Tensor, rows: int, make: bool) -> Tensor:
+        """Return what logits are made in. A pass does not read those of ignored rows, which may lie on one another."""
+        return buffer[:rows] if make else buffer[:1].expand(rows, -1)
+
     def _teachers_logits(self, rows: Rows, make: bool) -> Tensor:
         hidden, weight, *bias = rows.teacher
-        logits, softcap = self.buffers[-1][: hidden.shape[0]], self.spec.form.teacher_softcap
+        logits = self._memory(self.buffers[-1], hidden.shape[0], make)
+        softcap = self.spec.form.teacher_softcap
         if make:
             if bias:
                 torch.addmm(bias[0], hidden, weight.t(), out=logits)
@@ -456,17 +501,20 @@ def _blocked_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
             out[some].addmm_(a[some, block].float(), b[block].float())
 
 
-def _chunks(rows: Rows, spec: Spec, backend: Backend) -> tuple[Tensor | None, _Chunks]:
+def _chunks(rows: Rows, spec: Spec, backend: Backend, several: bool = True) -> tuple[Tensor | None, _Chunks]:
     """An order of the rows with the ignored ones last, None for that in hand, and the chunks of rows in that order."""
-    target, order, valid = rows.target, None, rows.target.shape[0]
+    count, order, ignored = rows.target.shape[0], None, None
+    valid = count
     if spec.form.drop_ignored:
-        ignored = target == IGNORED
+        ignored = rows.target == IGNORED
         valid -= int(ignored.sum())
-        if valid != target.shape[0]:
-            order = ignored.to(torch.int8).argsort(stable=True)
-            first, *others = rows.hidden
-            rows = _part(rows, order, [first[order], *(x[order] for x in others)] if others else [first[order]])
-    return order, _Chunks(rows, spec, backend, valid)
+    chunks = _Chunks(rows, spec, backend, valid)
+    if not several and chunks.count > 1:
+        raise GradientsLaterError
+    if ignored is not None and valid != count:
+        order = ignored.to(torch.int8).argsort(stable=True)
+        chunks.rows = _part(chunks.rows, order, [h[order] for h in chunks.rows.hidden])
+    return order, chunks
 
 
 def _part(rows: Rows, which: slice | Tensor, hidden: list[Tensor]) -> Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ..backends import new_buffer
 from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Spec
-from .functions import OwnGradientsError, Reduction, check_sources, differentiable, scaled_once
+from .chunks import GradientsLaterError
+from .functions import Reduction, check_sources, differentiable, scaled_once
 
 #: Bytes of probabilities that are held at a time.
 DENSE_BYTES = 2 * 2**20
@@ -44,10 +46,8 @@ def total(rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction) -> T
         and not torch.compiler.is_compiling()
         and not transforms.traced()
     ):
-        try:
+        with suppress(GradientsLaterError):
             return _Total.apply(rows, spec, epilogue, reduction, rows.logits)
-        except OwnGradientsError:
-            pass
     return reduction.of(losses(rows, spec, epilogue))
 
 
@@ -82,7 +82,7 @@ class _Total(torch.autograd.Function):
                 params = [x[part] if x.dim() else x for x in rows.params]
                 some = rows._replace(hidden=[z], target=rows.target[part], params=params)
                 loss = reference.losses_over_classes(some, epilogue, spec)
-            check_sources(loss, [z])
+            check_sources(loss, [z], epilogue.function)
             upstream = torch.ones_like(loss) if row_weight is None else row_weight[part]
             if loss.requires_grad:
                 (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)

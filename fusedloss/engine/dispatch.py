@@ -27,7 +27,8 @@ from ..definition.statistics import (
     assemble,
 )
 from . import dense, functions, over_classes, temperature
-from .functions import OwnGradientsError, Reduction
+from .chunks import GradientsLaterError
+from .functions import Reduction
 from .options import CallOptions
 from .prepare import Call, divisor_of, prepare, with_second_row, without_zero_weights
 
@@ -178,9 +179,9 @@ def _dispatch(
         else:
             loss = dense.total(rows, spec, epilogue, reduction)
         return loss, top_stats(call) if return_stats else None
-    if one_factor and _takes_chunks(call, epilogue):
-        with suppress(OwnGradientsError):
-            return _per_chunk(call, epilogue, reduction)
+    if one_factor and _function_in_forward(call, epilogue):
+        with suppress(GradientsLaterError):
+            return _with_gradients(call, epilogue, reduction)
     losses, s = _in_pytorch(call, epilogue)
     return reduced(losses), dense_row_stats(s, call) if return_stats else None
 
@@ -258,22 +259,22 @@ def _picks_between(call: Call, epilogue: Epilogue) -> Picks:
     return picks._replace(top_k=top_k, mean=picks.mean or call.spec.smooths, moments=moments)
 
 
-def _takes_chunks(call: Call, epilogue: Epilogue) -> bool:
-    """Whether a loss in PyTorch is called once a chunk, and gradients are made with it."""
+def _function_in_forward(call: Call, epilogue: Epilogue) -> bool:
+    """Whether a loss in PyTorch is called between the passes of a chunk, so that gradients are made with it."""
     rows = call.rows
     return (
-        epilogue.per_chunk
-        and rows.is_linear
+        rows.is_linear
         and call.spec.impl != "reference"
         and call.shards is None
         and True not in [x.requires_grad for x in rows.params]
         # No operator can call the function, and what traces sees operators alone.
         and checks.may_read(rows.target, stall=True)
         and bool(_made_with_the_loss(call))
+        and (epilogue.per_chunk or not functions.has_other_sources(epilogue.function))
     )
 
 
-def _per_chunk(call: Call, epilogue: Epilogue, reduction: Reduction) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+def _with_gradients(call: Call, epilogue: Epilogue, reduction: Reduction) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     picks = _picks_between(call, epilogue)
     spec = call.spec.of_picks(picks, needed=_made_with_the_loss(call))
     loss, *found = functions.loss(call.rows, spec, epilogue, False, reduction, call.options["return_stats"])

@@ -6,7 +6,9 @@ They take the rows' tensors flat, after what is static about the call. A backwar
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -97,7 +99,7 @@ def loss(
     """Row losses (N,) by a compiled epilogue or, with a reduction, one number; detached statistics and pick indices.
 
     With a reduction, gradients that `spec.needed` names are made with the loss. Without the name of an epilogue the
-    loss is a function that is called once a chunk, and OwnGradientsError says that it cannot be.
+    loss is a function that is called between the passes, and GradientsLaterError says that it cannot be.
     """
     counts, flat = rows.flatten()
     settings = Settings(counts, spec, epilogue, inplace, reduction is not None, stats)
@@ -118,7 +120,7 @@ class _Loss(torch.autograd.Function):
         if spec.epilogue:
             loss, statistics, index, coefficients, gradients = operators.call(operators.forward, rows, spec, row_weight)
         else:
-            loss, statistics, index, coefficients, gradients = _per_chunk(rows, row_weight, spec, settings.epilogue)
+            loss, statistics, index, coefficients, gradients = _with_function(rows, row_weight, spec, settings.epilogue)
         is_tensor = isinstance(divisor, Tensor)
         ctx.save_for_backward(
             token_weight,
@@ -378,12 +380,17 @@ def _columns(statistics: Tensor, index: Tensor, target: Tensor, picks: Picks) ->
     )
 
 
-class OwnGradientsError(Exception):
-    """The loss function uses a tensor that requires grad and is none of its arguments."""
+#: The code, which functions may share, of those that use a tensor which requires grad and is none of their arguments.
+_WITH_OTHER_SOURCES: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def check_sources(value: Tensor, only: Sequence[Tensor]) -> None:
-    """Raise OwnGradientsError where the graph of `value` has another leaf."""
+def has_other_sources(function: Any) -> bool:
+    """Tell whether check_sources has raised for this loss function before, so that it need not be called in vain."""
+    return getattr(function, "__code__", None) in _WITH_OTHER_SOURCES
+
+
+def check_sources(value: Tensor, only: Sequence[Tensor], function: Any) -> None:
+    """Raise GradientsLaterError where the graph of a loss function's `value` has another leaf."""
     leaves = {id(x) for x in only}
     nodes, seen = [value.grad_fn], set()
     while nodes:
@@ -392,11 +399,13 @@ def check_sources(value: Tensor, only: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if id(getattr(node, "variable", only[0])) not in leaves:
-            raise OwnGradientsError
+            with suppress(AttributeError):  # a module has none
+                _WITH_OTHER_SOURCES.add(function.__code__)
+            raise chunks.GradientsLaterError
         nodes += [source for source, _ in node.next_functions]
 
 
-def _per_chunk(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epilogue) -> tuple[Any, ...]:
+def _with_function(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epilogue) -> tuple[Any, ...]:
     """What the operator ``forward`` returns, of a loss function that is called between the passes of each chunk."""
 
     def losses(job: Job, upstream: Tensor | None) -> None:
@@ -406,7 +415,7 @@ def _per_chunk(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epil
         leaves = Columns(*[x.requires_grad_() for x in columns])
         with torch.enable_grad():
             loss, _ = reference.losses_between(leaves, job.index, spec.picks, part, epilogue, spec, rows.classes)
-        check_sources(loss, leaves)
+        check_sources(loss, leaves, epilogue.function)
         slopes: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
         if loss.requires_grad:
             slopes = torch.autograd.grad(
@@ -415,7 +424,7 @@ def _per_chunk(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epil
         job.loss = loss.detach()
         job.coefficients = _coefficients(job.statistics, part, job.index, Columns(*slopes), rows.classes)
 
-    return chunks.forward(rows, row_weight, spec, BACKENDS[spec.impl], losses)
+    return chunks.forward(rows, row_weight, spec, BACKENDS[spec.impl], losses, epilogue.per_chunk)
 
 
 def _target_at(counts: tuple[int, int, int, int]) -> int:

@@ -61,9 +61,9 @@ _LINEAR_DOC = """{summary}
 
 This is the linear form of :func:`~fusedloss.{row}`.
 The logits ``input @ linear_weight.T + linear_bias`` are computed one chunk at a time and never stored. "mean" and "sum"
-compute the gradients together with the loss (three matrix products in all). "none", flex losses without `per_chunk` and
-parameters that require grad recompute the logits for the gradients (four). The weight's gradient is accumulated at
-least in float32. Gradients are computed only for tensors that require them.
+compute the gradients together with the loss (three matrix products in all). "none", parameters that require grad, and
+flex losses of several chunks without `per_chunk` recompute the logits for the gradients (four). The weight's gradient
+is accumulated at least in float32. Gradients are computed only for tensors that require them.
 
 Args:
     input: hidden states (*, D) of float64, float32, bfloat16 or float16. Under autocast it, the weight and the bias
@@ -74,8 +74,8 @@ Args:
     softcap: cap c > 0 of the logits, z = c tanh(z / c); None for none.
     budget: bytes that a chunk of logits may take (with softcap, including its slope). None takes
         FUSEDLOSS_LINEAR_BUDGET or else 128 MiB, and for the gradient of a weight (V, D) on NVIDIA GPUs up to 4 V D.
-    drop_ignored: leave ignored rows out of the products. The host reads their number, so that None does it on a CPU
-        only.
+    drop_ignored: leave ignored rows out of the chunks and products. The host reads their number, so that None does it
+        on a CPU only.
     sequence_parallel: with a group: each rank has an equal part of the hidden states, (S / R, *, D), in the order of
         the ranks along the first dimension; the target is that of all ranks, (S, *). The parts are gathered chunk by
         chunk, and their gradient is scattered likewise. No rank ever holds all of them, except where a loss over the
