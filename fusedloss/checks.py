@@ -111,6 +111,7 @@ def check_parameter(name: str, value: Any, target: Tensor, low: float, high: flo
     """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]. Returns it."""
     if not isinstance(value, Tensor):
         return check_number(name, value, low, high)
+    check_local(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
     if value.dim() and value.shape != target.shape:
@@ -234,6 +235,7 @@ def check_classes(classes: int, input: Tensor | Projection) -> None:
 def check_weight(weight: Any, input: Tensor | Projection, classes: int) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         check_floating("weight", weight)
+    check_local("weight", weight)
     if weight.shape != (classes,):
         raise ValueError(f"weight must be ({classes},), one a class, got shape {tuple(weight.shape)}")
     if weight.device != input.device:
@@ -270,6 +272,7 @@ def check_candidates(candidates: object, target: Tensor) -> None:
     """Candidate classes: (*) or (*, k) beside a target (*)."""
     if not isinstance(candidates, Tensor):
         raise TypeError(f"candidates must be a tensor of class indices, got {type(candidates).__name__}")
+    check_local("candidates", candidates)
     check_index_dtype("candidates", candidates)
     if candidates.shape != target.shape and (
         candidates.dim() != target.dim() + 1 or candidates.shape[:-1] != target.shape or candidates.shape[-1] < 1
@@ -311,13 +314,17 @@ def raise_index_error(name: str, value: int, classes: int) -> None:
 def check_token_weight(token_weight: object, target: Tensor) -> None:
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
         check_floating("token_weight", token_weight)
-    elif token_weight.shape != target.shape or token_weight.device != target.device:
+        return
+    if type(token_weight) is not Tensor:
+        check_local("token_weight", token_weight)
+    if token_weight.shape != target.shape or token_weight.device != target.device:
         check_like("token_weight", token_weight, target, "target")
 
 
 def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
     if not isinstance(temperature, Tensor):
         return check_number("temperature", temperature, *DIVISORS)
+    check_local("temperature", temperature)
     if not temperature.is_floating_point():
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
     if temperature.dim():
@@ -358,6 +365,7 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
             raise ValueError("normalizer='token_weight' needs a token_weight")
         return
     if isinstance(normalizer, Tensor):
+        check_local("normalizer", normalizer)
         if normalizer.dim():
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
         normalizer = transforms.values(normalizer)

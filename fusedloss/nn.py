@@ -397,12 +397,17 @@ class _LinearLoss(_Loss):
         return fsdp.as_forward(layer, function, input) if fsdp.is_unit(layer) else function(input)
 
     def logits(self, input: Tensor) -> Tensor:
-        """Compute all the logits (*, V) of hidden states (*, D), for evaluation or generation."""
+        """Compute all the logits (*, V) of hidden states (*, D), for evaluation or generation.
+
+        Those of DTensors are a DTensor, as from torch.nn.functional.linear.
+        """
         return self._with_layer(self._logits, input)
 
     def _logits(self, input: Tensor) -> Tensor:
         form: Any = (self.softcap, self.budget, self.drop_ignored)
-        return project(*local_projection(*products(self._layer(), input), None, False)[:3], *form).logits()
+        made_of = products(self._layer(), input)
+        local_projection(*made_of, None, False)  # which checks what DTensors there are
+        return project(*made_of, *form).logits()
 
     def _given(self, input: Tensor) -> dict[str, Any]:
         hidden, weight, bias = products(self._layer(), input)
@@ -827,6 +832,7 @@ class CrossEntropySupConLoss(nn.Module):
     forward(logits, features, labels, *, contrast=None, contrast_labels=None, self_index=None,
     contrast_includes_batch=False, group=None): logits (N, V) and features (N, D) or (N, views, D) of the same N
     examples with labels (N,). What comes between labels and group is for the contrastive part, such as a memory bank.
+    An example of the ignored label has no positives but its own views, and others are contrasted with it.
     With `group`, whose ranks' features are one batch, gradients are taken to be averaged over them, as
     DistributedDataParallel does: cross-entropy stays the mean over this rank's examples, and the contrastive part is
     computed with averaged=True.
@@ -856,6 +862,8 @@ class CrossEntropySupConLoss(nn.Module):
         check_choice("reduction", reduction, ("mean", "sum"))
         self.lam = lam
         self.supcon = SupConLoss(temperature, normalize=normalize, positives=positives, reduction=reduction, impl=impl)
+        if "return_stats" in cross_entropy:
+            raise TypeError("CrossEntropySupConLoss takes no return_stats; its child cross_entropy does")
         self.cross_entropy = CrossEntropyLoss(impl=impl, **cross_entropy)
 
     def forward(
@@ -870,15 +878,26 @@ class CrossEntropySupConLoss(nn.Module):
         contrast_includes_batch: bool = False,
         group: ProcessGroup | None = None,
     ) -> Tensor:
+        ignored: Any = self.cross_entropy.ignore_index
         contrastive: Tensor = self.supcon(
-            features, labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
-            contrast_includes_batch=contrast_includes_batch, group=group, averaged=group is not None,
+            features, _of_their_own(labels, ignored, group), contrast=contrast, contrast_labels=contrast_labels,
+            self_index=self_index, contrast_includes_batch=contrast_includes_batch, group=group,
+            averaged=group is not None,
         )  # fmt: skip
         classified: Tensor = self.cross_entropy(logits, labels)
         return (1 - self.lam) * classified + self.lam * contrastive
 
     def extra_repr(self) -> str:
         return f"lam={self.lam}"
+
+
+def _of_their_own(labels: Tensor, ignored: int, group: ProcessGroup | None) -> Tensor:
+    """Return labels in which each example of the ignored one has a label that no other example of any rank has."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        return labels  # which the loss refuses
+    first = min(ignored, 0) - 1 - (0 if group is None else group.rank() << 32)
+    alone = first - torch.arange(len(labels), device=labels.device)
+    return torch.where(labels == ignored, alone, labels)
 
 
 class AlphaSchedule(nn.Module):

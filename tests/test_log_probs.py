@@ -301,6 +301,11 @@ def test_statistics_of_batches(generator):
     )
     torch.testing.assert_close(fl.RowStats.cat(parts), whole, rtol=0, atol=0)
     assert fl.RowStats.cat([parts[0], parts[1]._replace(entropy=None)]).entropy is None
+    texts = [fl.RowStats._make([x[:n].reshape(2, -1) for x in whole]) for n in (4, 6)]  # of lengths that differ
+    expected = fl.RowStats._make([torch.cat([x[:4], x]) for x in whole])
+    torch.testing.assert_close(fl.RowStats.cat(texts), expected, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        fl.RowStats.cat([])
 
 
 def test_no_entropy_costs_no_sums(kernel_calls, generator):

@@ -118,6 +118,7 @@ def test_schedule():
     steps, right = (0, 39, 40, 70, 100, 101), [0, 0, 0.2, 0.35, 0.5, 0.5]
     assert [fl.alpha_schedule(step, 100, warmup=40) for step in steps] == right
     assert fl.alpha_schedule(torch.tensor(steps), 100, warmup=40).tolist() == pytest.approx(right)
+    assert fl.alpha_schedule(torch.tensor(-1), 100) == 0  # whose value nobody waits for
     for warmup, message in ((101, "at most total_steps, 100, got 101"), (-1, "at least 0, got -1")):
         with pytest.raises(ValueError, match=message):
             fl.alpha_schedule(0, 100, warmup=warmup)

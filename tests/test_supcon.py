@@ -460,6 +460,23 @@ def test_joint_objective(reduction, name, generator):
     assert_same_gradients(got, expected, (logits, x))
 
 
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_examples_without_a_label_are_no_positives(ignored, generator):
+    """Of each other, in the joint objective, nor of those in a bank; in int8 their own labels have no room."""
+    x, bank = (torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in (7, 4))
+    y, bank_y = torch.tensor([0, ignored, 1, 1, ignored, 0, ignored]), torch.tensor([1, ignored, 0, ignored])
+    logits = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    joint = fl.nn.CrossEntropySupConLoss(0.9, 0.3, ignore_index=ignored)
+    classified = 0.1 * torch.nn.functional.cross_entropy(logits, y, ignore_index=ignored)
+    for contrast, labels in ((None, y), (bank, bank_y)):
+        options = {} if contrast is None else {"contrast": contrast}
+        mask = (y[:, None] == labels) & (y != ignored)[:, None]
+        expected = classified + 0.9 * fl.supcon_loss(x, temperature=0.3, positive_mask=mask, **options)
+        options |= {} if contrast is None else {"contrast_labels": labels.to(torch.int8)}
+        got = joint(logits, x, y.to(torch.int8), **options)
+        assert_same_gradients(got, expected, (logits, x, *([] if contrast is None else [contrast])))
+
+
 def test_modules_keep_their_state_and_show_it():
     loss = fl.nn.CrossEntropySupConLoss(temperature=torch.tensor(0.2), label_smoothing=0.1, weight=torch.ones(3))
     assert set(loss.state_dict()) == {"supcon.temperature", "cross_entropy.weight"}

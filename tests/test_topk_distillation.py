@@ -182,7 +182,7 @@ def test_a_sure_student_keeps_its_digits(impl):
         assert_close(loss[:5].double(), right[:5], rtol=2e-5, atol=1e-12)
         assert_close(gradients[0][:5].double(), gradients[1][:5], rtol=2e-5, atol=1e-12)
         assert loss.isfinite().all() and gradients[0].isfinite().all()
-    log_prob = torch.tensor([[0.0, -1.0, -2.0]])  # rounded: a sum above 1
+    log_prob = torch.tensor([[0.0, -4.0, -5.0]])  # rounded: a sum above 1
     loss = fl.topk_distillation_loss(x[:1], index[:1], log_prob, divergence="reverse_kl", impl=impl)
     assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
 
@@ -342,6 +342,12 @@ BAD = {
         _call(log_prob=torch.zeros(2, 2, requires_grad=True)), ValueError, r"requires grad, .* log_prob.detach\(\)"
     ),
     "log_prob above 0": (_call(log_prob=torch.full((2, 2), 0.25)), ValueError, "at most 0, got 0.25; take log_softmax"),
+    "probabilities above 1": (
+        _call(log_prob=torch.tensor([[-0.5, -0.7]]).repeat(2, 1)), ValueError, "sum to at most 1 in a row, got 1.10"
+    ),
+    "nothing to renormalize": (
+        _call(log_prob=torch.full((2, 2), -math.inf), rest="renormalize"), ValueError, "a row of -inf alone"
+    ),
     "log_prob is NaN": (_call(log_prob=torch.full((2, 2), math.nan)), ValueError, "at most 0, got nan"),
     "rest": (_call(rest="drop"), ValueError, "rest must be one of 'renormalize', 'ignore', 'bucket', got 'drop'"),
     "divergence": (_call(divergence="kl"), ValueError, "divergence must be one of 'forward_kl', .* got 'kl'"),

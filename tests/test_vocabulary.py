@@ -17,7 +17,7 @@ from row_losses import LEVELED, computed, is_over_classes, takes
 from row_losses import LOSSES as ROW_LOSSES
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
 
 import fusedloss as fl
@@ -528,6 +528,19 @@ def _sequence_parallel(rank: int, world: int) -> None:
             fl.linear_cross_entropy(x, weight[d.part], target, group=group, sequence_parallel=True)
 
 
+def _check_placed(loss: Any, plain: tuple[Tensor, ...], *placed: list[Tensor]) -> None:
+    """Of DTensors a loss and its gradients are those of plain tensors, which are placed as the DTensors are."""
+    inputs = [x.clone().requires_grad_() for x in plain]
+    expected = loss(*inputs)
+    gradients = torch.autograd.grad(expected, inputs)
+    for mine in placed:
+        got = loss(*mine)
+        assert_close(got, expected)
+        for x, own, true in zip(mine, torch.autograd.grad(got, mine), gradients, strict=True):
+            assert own.placements == x.placements
+            assert_close(own.full_tensor(), true)
+
+
 def _distributed_tensors(rank: int, world: int) -> None:
     """Sharded on the classes, they say what group would; replicated, they are as they are."""
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
@@ -540,15 +553,7 @@ def _distributed_tensors(rank: int, world: int) -> None:
         return distribute_tensor(x, over, placements, src_data_rank=None).requires_grad_()
 
     def check(loss: Any, plain: tuple[Tensor, ...], labels: Tensor, *placed: list[Tensor]) -> None:
-        inputs = [x.clone().requires_grad_() for x in plain]
-        expected = loss(*inputs, labels)
-        gradients = torch.autograd.grad(expected, inputs)
-        for mine in placed:
-            got = loss(*mine, labels)
-            assert_close(got, expected)
-            for x, own, true in zip(mine, torch.autograd.grad(got, mine), gradients, strict=True):
-                assert own.placements == x.placements
-                assert_close(own.full_tensor(), true)
+        _check_placed(lambda *x: loss(*x, labels), plain, *placed)
 
     rows = [given(z, Shard(1)), given(z, Replicate()), given(z, Replicate(), Shard(1), over=other)]
     check(fl.focal_loss, (z,), target, *([x] for x in rows))
@@ -571,6 +576,54 @@ def _distributed_tensors(rank: int, world: int) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             loss(*arguments, **options)
+
+
+def _distributed_second_rows(rank: int, world: int) -> None:
+    """A second row is placed as the first one, or whole on every rank. Other tensors are no DTensors."""
+    mesh = init_device_mesh("cpu", (world,))
+    d = Division(rank, world, [3] * (world - 1) + [2])
+    z, hidden, weight = d.z, d.normal(5, FEATURES), d.normal(d.classes, FEATURES)
+    teachers = d.normal(5, 3), d.normal(d.classes, 3)
+
+    def given(x: Tensor, placement: Placement) -> Tensor:
+        return distribute_tensor(x, mesh, [placement], src_data_rank=None)
+
+    rows = [given(z, placement).requires_grad_() for placement in (Shard(1), Replicate())]
+    for loss, second in ((fl.distillation_loss, d.normal(*z.shape)), (fl.cross_entropy, d.uniform(*z.shape))):
+        for alike in (False, True):
+
+            def of(x: Any, loss: Any = loss, second: Tensor = second, alike: bool = alike) -> Tensor:
+                placed = alike and isinstance(x, DTensor)
+                return loss(x, given(second, x.placements[0]) if placed else second)
+
+            _check_placed(of, (z,), *([x] for x in rows))
+        assert_close(loss(z, given(second, Replicate())), loss(z, second))
+        for x, message in ((rows[1], "input has placements"), (z, "input is a tensor of this rank")):
+            with pytest.raises(ValueError, match=f"is a DTensor with placements .*, but {message}"):
+                loss(x, given(second, Shard(1)))
+
+    def linear(h: Tensor, w: Any) -> Tensor:
+        own = zip(teachers, (Replicate(), *w.placements), strict=True) if isinstance(w, DTensor) else ()
+        return fl.linear_distillation_loss(h, w, *([given(x, p) for x, p in own] or teachers))
+
+    sharded, whole = (
+        [given(hidden, Replicate()).requires_grad_(), given(weight, placement).requires_grad_()]
+        for placement in (Shard(0), Replicate())
+    )
+    _check_placed(linear, (hidden, weight), sharded, whole)
+    with pytest.raises(ValueError, match="teacher_weight placed as linear_weight is, got placements"):
+        fl.linear_distillation_loss(*sharded, *(given(x, Replicate()) for x in teachers))
+    with pytest.raises(ValueError, match="teacher_input, teacher_weight and teacher_bias must all be DTensors"):
+        fl.linear_distillation_loss(*sharded, teachers[0], given(teachers[1], Shard(0)))
+    split = given(d.normal(world, FEATURES), Shard(0))
+    with pytest.raises(ValueError, match="gather the rows"):
+        fl.linear_topk_log_probs(split, sharded[1], 2)
+    module = fl.nn.LinearCrossEntropyLoss(FEATURES, d.classes, bias=False, dtype=torch.float64)
+    module.linear.weight = torch.nn.Parameter(sharded[1].detach())
+    assert_close(module.logits(sharded[0]).full_tensor(), hidden @ weight.T)
+    for name, value in (("weight", d.uniform(d.classes)), ("token_weight", d.uniform(*d.target.shape))):
+        with pytest.raises(ValueError, match=f"^{name} is a DTensor"):
+            fl.focal_loss(z, d.target, ignore_index=IGNORED, **{name: given(value, Replicate())})
 
 
 def _shards_that_outlive_their_group(rank: int, world: int) -> None:
@@ -608,5 +661,6 @@ test_scene = ranks.tests_of({
     _by_the_passes: (2,),
     _sequence_parallel: (2, 3),
     _distributed_tensors: (2, 4),
+    _distributed_second_rows: (3,),
     _shards_that_outlive_their_group: (1,),
 })  # fmt: skip

@@ -6,7 +6,7 @@ their gradient, and give way to the next one's. Nothing here knows a loss or a d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def forward(
     if row_weight is not None and order is not None:
         row_weight = row_weight[order]
     gradients = _Gradients(chunks) if any(spec.needed) else None
-    jobs = []
+    jobs: list[Sequence[Any]] = []
     for part in chunks:
         job = Job.new(chunks.rows_of(part), spec)
         upstream = None if row_weight is None else row_weight[part]
@@ -102,7 +102,7 @@ def forward(
             put_top_q(job, backend)
         jobs.append((job.statistics, job.index, job.loss, job.coefficients))
         del job  # whose logits are the chunk's memory
-    statistics, index, loss, coefficients = [_in_order(order, *column) for column in zip(*jobs, strict=True)]
+    statistics, index, loss, coefficients = jobs[0] if len(jobs) == 1 else _in_order(order, *jobs)
     if loss is None:
         loss, coefficients = statistics.new_empty(0), statistics.new_empty((0, 0))
     return loss, statistics, index, coefficients, [] if gradients is None else gradients.finish(order)
@@ -115,8 +115,7 @@ def _forward_at_once(
     parts = [(part, Job.new(chunks.rows_of(part), chunks.spec)) for part in chunks]
     for _, job in parts:
         chunks.backend.forward(job)
-    columns = zip(*[(job.statistics, job.index) for _, job in parts], strict=True)
-    whole = Job(rows, chunks.spec, *[_in_order(order, *column) for column in columns])
+    whole = Job(rows, chunks.spec, *_in_order(order, *[(job.statistics, job.index) for _, job in parts]))
     losses(whole, row_weight)
     (coefficients,), gradients = _take(order, whole.coefficients), _Gradients(chunks)
     for part, job in parts:
@@ -129,12 +128,15 @@ def _forward_at_once(
     return whole.loss, whole.statistics, whole.index, whole.coefficients, gradients.finish(order)
 
 
-def _in_order(order: Tensor | None, *parts: Any) -> Any:
-    """What chunks have given, each None or with a number for each row in its last dimension, in the rows' own order."""
-    whole = parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, -1)
-    if order is None or whole is None:
-        return whole
-    return torch.empty_like(whole).index_copy_(whole.dim() - 1, order, whole)
+def _in_order(order: Tensor | None, *chunks: Sequence[Any]) -> list[Any]:
+    """What each chunk has given, None or with a number for each row in its last dimension, in the rows' own order."""
+    results: list[Any] = []
+    for parts in zip(*chunks, strict=True):
+        whole = None if parts[0] is None else torch.cat(parts, -1)
+        if whole is not None and order is not None:
+            whole = torch.empty_like(whole).index_copy_(whole.dim() - 1, order, whole)
+        results.append(whole)
+    return results
 
 
 @torch.no_grad()
@@ -170,8 +172,8 @@ def sums(rows: Rows, statistics: Tensor, index: Tensor, spec: Spec, backend: Bac
     parts = []
     for part in chunks:
         saved = [x[:, part].contiguous() for x in (statistics, index)]
-        parts.append(backend.sums(Job(chunks.rows_of(part), spec, saved[0], saved[1])))
-    return _in_order(order, *parts)
+        parts.append((backend.sums(Job(chunks.rows_of(part), spec, saved[0], saved[1])),))
+    return _in_order(order, *parts)[0]
 
 
 class _Chunks:
@@ -234,7 +236,8 @@ class _Chunks:
 
     def _with_logits(self, rows: Rows, make: bool) -> Rows:
         (first, *others), (weight, *other_weights), softcap = rows.hidden, rows.weight, self.spec.form.softcap
-        logits = self._memory(self.buffers[0], first.shape[0], make)
+        # A pass does not read those of ignored rows, which may lie on one another.
+        logits = self.buffers[0][: first.shape[0]] if make else self.buffers[0][:1].expand(first.shape[0], -1)
         if make:
             if rows.bias is None:
                 torch.mm(first, weight.t(), out=logits)
@@ -251,15 +254,10 @@ class _Chunks:
         teacher = [self._teachers_logits(rows, make)] if rows.teacher else []
         return rows._replace(hidden=[logits], weight=[], bias=None, teacher=teacher)
 
-    @staticmethod
-    def _memory(buffer: Tensor, rows: int, make: bool) -> Tensor:
-        """Return what logits are made in. A pass does not read those of ignored rows, which may lie on one another."""
-        return buffer[:rows] if make else buffer[:1].expand(rows, -1)
-
     def _teachers_logits(self, rows: Rows, make: bool) -> Tensor:
         hidden, weight, *bias = rows.teacher
-        logits = self._memory(self.buffers[-1], hidden.shape[0], make)
-        softcap = self.spec.form.teacher_softcap
+        logits, softcap = self.buffers[-1], self.spec.form.teacher_softcap
+        logits = logits[: hidden.shape[0]] if make else logits[:1].expand(hidden.shape[0], -1)
         if make:
             if bias:
                 torch.addmm(bias[0], hidden, weight.t(), out=logits)
@@ -513,7 +511,10 @@ def _chunks(rows: Rows, spec: Spec, backend: Backend, several: bool = True) -> t
         raise GradientsLaterError
     if ignored is not None and valid != count:
         order = ignored.to(torch.int8).argsort(stable=True)
-        chunks.rows = _part(chunks.rows, order, [h[order] for h in chunks.rows.hidden])
+        first, *others = chunks.rows.hidden
+        chunks.rows = _part(
+            chunks.rows, order, [first[order], *(h[order] for h in others)] if others else [first[order]]
+        )
     return order, chunks
 
 

@@ -53,9 +53,7 @@ def prepare(
     given, transformed = input, transforms.active()
     # Beneath a transform there may be one, too.
     if not linear and (type(input) is not Tensor or transformed) and checks.is_dtensor(input):
-        if o["group"] is not None:
-            raise ValueError(f"group is for tensors of this rank, and a DTensor names its own, got {o['group']!r}")
-        input, o["group"] = dtensor.local_part("input", input, -1)
+        input, o["group"] = dtensor.local_logits(input, o["group"])
     if type(target) is not Tensor or transformed:
         target = dtensor.local_rows(target)
     shards = None if o["group"] is None else vocabulary.shards_of(o["group"], input)

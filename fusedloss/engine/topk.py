@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def topk_log_probs(projection: Projection, k: int, **options: Unpack[CallOptions]) -> tuple[Tensor, Tensor]:
     """Index and log-probability (*, k) of the largest logits, in their order."""
+    if projection.form.row_parts > 1:
+        raise ValueError("the most likely classes are of hidden states that every rank has whole; gather the rows")
     shape = projection.shape[:-1]
     target = torch.zeros(shape, dtype=torch.int64, device=projection.device)
     call = prepare("topk_log_probs", projection, target, (), (), None, options)

@@ -12,6 +12,7 @@ from ..definition.divergences import SOFT_TARGETS
 from ..definition.epilogue import Epilogue
 from ..definition.projection import Projection
 from ..definition.statistics import RowStats
+from ..distributed.dtensor import local_second_row
 from ..distributed.vocabulary import shards_of
 from ..engine.dispatch import row_loss, second_row_loss, without_target
 from ..engine.options import LinearOptions, RowOptions
@@ -75,6 +76,7 @@ def _of_soft_targets(input: Any, target: Tensor, options: dict[str, Any]) -> Any
             f"logits and use the row form, or take distillation_loss of a teacher's hidden states, got {target.dtype}"
         )
     check_second_row("target", target, input)
+    target, input = local_second_row("target", target, input, options)
     for name, default in (("ignore_index", -100), ("smoothing_over", "all")):
         if (given := options.get(name, default)) != default:
             raise ValueError(f"{name} is for class indices, and targets for all the classes have none, got {given!r}")

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_bool, check_choice, check_int, check_names, check_number, check_second_row
+from ..checks import check_bool, check_choice, check_int, check_names, check_number, check_second_row, is_dtensor
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
 from ..definition.statistics import RowStats
+from ..distributed.dtensor import local_projection, local_second_row
 from ..engine.budgets import checked_budget
 from ..engine.dispatch import second_row_loss, without_target
 from ..engine.options import DISTILLATION_LACKS, DistillationOptions, LinearDistillationOptions
@@ -185,9 +186,15 @@ def linear_distillation_loss(
     """
     check_names("linear_distillation_loss", options, LinearDistillationOptions)
     projection, rest = projected(input, linear_weight, return_stats, options)
-    teacher = project(
-        [teacher_input], [teacher_weight], teacher_bias, teacher_softcap, None, False, names=TEACHER_NAMES
-    )
+    teachers = [teacher_input], [teacher_weight], teacher_bias
+    hidden, weight, bias, group, by_rows = local_projection(*teachers, None, False, TEACHER_NAMES[:3])
+    if is_dtensor(teacher_weight) and (group != rest.get("group") or by_rows):
+        placements = [tuple(x.placements) for x in (teacher_input, teacher_weight)]  # type: ignore[attr-defined]
+        raise ValueError(
+            "of DTensors, teacher_input must be replicated and teacher_weight placed as linear_weight is, got "
+            f"placements {placements[0]} and {placements[1]}"
+        )
+    teacher = project(hidden, weight, bias, teacher_softcap, None, False, names=TEACHER_NAMES)
     copies = 2 if projection.form.softcap == 0 else 3  # a chunk has the logits of both
     checked_budget(options.get("budget"), copies * projection.shape[-1] * projection.dtype.itemsize)
     return _loss(projection, teacher, divergence, beta, rest)
@@ -196,6 +203,7 @@ def linear_distillation_loss(
 def _loss(input: Source, teacher: Source, divergence: str, beta: float | None, options: dict[str, Any]) -> Any:
     epilogue, params = chosen(divergence, beta)
     check_second_row("teacher", teacher, input)
+    teacher, input = local_second_row("teacher", teacher, input, options)
     if teacher.dtype != input.dtype:
         raise TypeError(f"teacher must be {input.dtype} as input is, got {teacher.dtype}")
     target, hard_weight, scaled = of_teacher(options)
@@ -219,8 +227,7 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
     temperature = options.get("temperature", 1.0)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
-    check_int("ignore_index", options.get("ignore_index", -100))
     if target is None:
         # A class stands for the target, and may be that number.
-        options.pop("ignore_index", None)
+        check_int("ignore_index", options.pop("ignore_index", -100))
     return target, hard_weight, scaled

@@ -144,7 +144,7 @@ def alpha_schedule(step: int | Tensor, total_steps: int, maximum: float = 0.5, w
     if check_int("warmup", warmup, 0) > total_steps:
         raise ValueError(f"warmup must be at most total_steps, {total_steps!r}, got {warmup!r}")
     if isinstance(step, Tensor):
-        alpha = maximum * (step.to(torch.float64) / total_steps).clamp(max=1)
+        alpha = maximum * (step.to(torch.float64) / total_steps).clamp(0, 1)
         return torch.where(step < warmup, 0.0, alpha) if warmup else alpha
     check_number("step", step, 0)
     return maximum * min(step / total_steps, 1.0) if step >= warmup else 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 
 import torch
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 Rest: TypeAlias = Literal["renormalize", "ignore", "bucket"]
 
 RESTS = get_args(Rest)
+
+#: What the probabilities of a row's classes may sum to, whose logarithms may have been stored in half precision.
+MOST_PROBABILITY = 1.05
 
 
 @overload
@@ -189,8 +193,8 @@ def _loss(
     left_out = _left_out(index, target, options)
     if left_out is not None:
         index = torch.where(left_out[..., None], torch.arange(k, device=index.device), index)
-        log_prob = log_prob.masked_fill(left_out[..., None], 0)
-    _check_values(index, log_prob, classes)
+        log_prob = log_prob.masked_fill(left_out[..., None], -math.log(k))
+    _check_values(index, log_prob, classes, rest)
     if rest == "bucket" and k == classes:
         rest = "ignore"  # there are no others
     in_one_pass = not isinstance(temperature, Tensor) and temperature == 1
@@ -284,8 +288,8 @@ def _check_teacher(input: Source, index: Tensor, log_prob: Tensor) -> None:
         raise ValueError("log_prob requires grad, but gets no gradient here; pass log_prob.detach()")
 
 
-def _check_values(index: Tensor, log_prob: Tensor, classes: int) -> None:
-    """Check that classes are in range and distinct in a row, and that log_prob is at most 0, where reading is free."""
+def _check_values(index: Tensor, log_prob: Tensor, classes: int, rest: str) -> None:
+    """Check that a row's classes are in range and distinct, and log_prob of probabilities, where reading is free."""
     if not checks.may_read(index) or transforms.traced():
         return
     wrapped = transforms.is_wrapped(index) or transforms.is_wrapped(log_prob)
@@ -306,3 +310,12 @@ def _check_values(index: Tensor, log_prob: Tensor, classes: int) -> None:
     if bool(twice.any()):
         first = int(in_order[..., 1:][twice][0])
         raise ValueError(f"index must hold different classes in each row, got class {first} twice in one")
+    total = log_prob.to(torch.float32).exp().sum(-1)
+    if rest == "renormalize":
+        if bool((total == 0).any()):
+            raise ValueError("log_prob must leave each row a class to renormalize, got a row of -inf alone")
+    elif total.numel() and (most := float(total.max())) > MOST_PROBABILITY:
+        raise ValueError(
+            f"log_prob must hold the logarithms of probabilities that sum to at most 1 in a row, got {most:g}; "
+            "take log_softmax of logits, over all classes"
+        )

@@ -174,6 +174,8 @@ def fit_temperature(
     targets = [target] if isinstance(target, Tensor) else list(target)
     if len(inputs) != len(targets):
         raise ValueError(f"input and target must be as many batches, got {len(inputs)} and {len(targets)}")
+    for t in targets:
+        check_index_dtype("target", t)
     check_int("bins", bins, 1)
     options: dict[str, Any] = {"ignore_index": ignore_index, "impl": impl, "stats": ("entropy",)}
     if linear_weight is not None:
