@@ -1,5 +1,7 @@
 """The Triton passes, importable as ``fusedloss.triton_kernels`` and under no other name.
 
+``passes.py`` says what is in which file.
+
 A package of the Triton project is called ``triton_kernels`` too, and other libraries import it by that name.
 Where the repository is on ``sys.path`` (in its root, or through an editable install), this folder must not
 pass for it.

@@ -35,22 +35,9 @@ def _power_of_two(x):
 
 @triton.jit(do_not_specialize=["upstream_stride", "N"])
 def units_pass(
-    coefficients,
-    q,
-    upstream,
-    upstream_stride: tl.int64,
-    largest_weight,
-    common,
-    norms,
-    scales,
-    changes,
-    found,
-    N: tl.int32,
-    SUMMED: tl.constexpr,
-    OVER_CLASSES: tl.constexpr,
-    SUMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    coefficients, q, upstream, upstream_stride: tl.int64, largest_weight, common, norms, scales, changes, found,
+    N: tl.int32, SUMMED: tl.constexpr, OVER_CLASSES: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Backend.units_ has the formula; `found` (2 + SUMS, N): units, upstream gradients over them, units over scales."""
     class_weight = 1.0 if largest_weight is None else tl.load(largest_weight)
     main = 1.0 if common is None else tl.load(common)

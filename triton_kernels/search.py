@@ -61,17 +61,9 @@ def search(found, columns, real, z, target_logit, TOP_K: tl.constexpr, BELOW: tl
 
 @triton.jit
 def lane_columns(
-    begin,
-    highest,
-    highest_at,
-    below,
-    below_at,
-    TOP_K: tl.constexpr,
-    BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANE: tl.constexpr,
-):
+    begin, highest, highest_at, below, below_at,
+    TOP_K: tl.constexpr, BELOW: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
+):  # fmt: skip
     """The columns (ROWS, K) of a span among which its largest logits are, negative for none.
 
     A lane is LANE columns side by side in each of the blocks. What is known of each is the largest logit and the

@@ -106,7 +106,7 @@ def _work(arch: int, tiny: bool, share: int, workers: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    assert not backend._modules()[1].INTERPRETED
+    assert not backend._kernels().launch.INTERPRETED
     target = GPUTarget("cuda", arch, 32)
     answers = {"get_current_target": lambda: target, "get_current_device": lambda: 0, "get_current_stream": lambda _: 0}
     driver.set_active(SimpleNamespace(**answers))  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ def launched(loss: Callable[[], object], table: str = "", tile: Shape | None = N
     """
     found: list[Launch] = []
     asked = [""]
-    launch, run = backend._modules()[1], backend._run
+    launch, run = backend._kernels().launch, backend._run
 
     def chosen(choose: Any, default: Any) -> Callable[..., Any]:
         def call(classes: int, itemsize: int, tiles: Any = default) -> Any:
@@ -106,7 +106,7 @@ def launched(loss: Callable[[], object], table: str = "", tile: Shape | None = N
 
 def entry(tile: Shape, case: Rows) -> Shape:
     """What the table must hold for it: of wider elements a tile has fewer columns than is written there."""
-    launch, (rows, block, warps) = backend._modules()[1], tile
+    launch, (rows, block, warps) = backend._kernels().launch, tile
     written = [(rows, block * wider, warps) for wider in (1, 2, 4)]
     gives = (launch.tile(case.classes, case.dtype.itemsize, {2**31: launch.Tile(*x)})[:3] for x in written)
     return next((x for x, given in zip(written, gives, strict=True) if tuple(given) == tile), tile)

@@ -1197,12 +1197,12 @@ class Engine {
             job_.epilogue,
             [&](auto* functor) {
                 using Term = std::remove_pointer_t<decltype(functor)>;
-                constexpr bool as_stored = !std::is_same_v<std::decay_t<Row>, T>;
+                constexpr bool stored = !std::is_same_v<std::decay_t<Row>, T>;
                 if constexpr (std::is_same_v<Term, MixtureKl>) {
                     if (params && EvenMixtureKl::takes(params)) return visit(EvenMixtureKl{});
                 }
                 if constexpr (!std::is_void_v<Term>) {
-                    if constexpr (Term::of_logits || !as_stored) visit(Term{});
+                    if constexpr (Term::of_logits || !stored) visit(Term{});
                 }
             },
             PairTerms{});

@@ -19,15 +19,16 @@ from .base import Backend, Epilogues, is_over_classes
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _modules() -> tuple[Any, Any, Any]:
-    from ..triton_kernels import epilogues, launch, passes
+def _kernels() -> Any:
+    """The files that have the passes and what they are launched with."""
+    from ..triton_kernels import passes
 
-    return epilogues, launch, passes
+    return passes
 
 
 @cache
 def _epilogues(makes_logits: bool) -> Epilogues:
-    tables = _modules()[0]
+    tables = _kernels().epilogues
     # A teacher's logits are made by no pass.
     kinds = (tables.ROW_EPILOGUES, tables.CLASS_TERMS, {} if makes_logits else tables.PAIR_TERMS)
     rows, classes, pairs = ({name: x.params for name, x in kind.items()} for kind in kinds)
@@ -58,12 +59,12 @@ class _Source(NamedTuple):
     def spans(self) -> int:
         """Over how many programs to split each row."""
         multiprocessors = _multiprocessors(self.where[0].device)
-        return _modules()[1].spans(self.rows, self.classes, self.tile, multiprocessors)
+        return _kernels().launch.spans(self.rows, self.classes, self.tile, multiprocessors)
 
 
 def _source(job: Job, table: str) -> _Source:
     """With the tile from a table of launch.py."""
-    launch, rows, form = _modules()[1], job.rows, job.spec.form
+    launch, rows, form = _kernels().launch, job.rows, job.spec.form
     tiles = getattr(launch, table)
     first, factor = rows.hidden[0], _factor(job)
     if not rows.is_linear:
@@ -100,7 +101,7 @@ def _run(
         constants["num_stages"] = tile.stages
     searches, means = constants.get("TOP_K", 0) > 0, constants.get("MEAN", False)
     name = kernel.__name__ + ", moments" * constants.get("MOMENTS", False)
-    registers = _modules()[1].registers(name, searches, means, where[0].element_size(), tile)
+    registers = _kernels().launch.registers(name, searches, means, where[0].element_size(), tile)
     if registers is not None:
         constants["maxnreg"] = registers
     _launch(kernel, grid, where[0].device, where, *arguments, **constants)
@@ -137,7 +138,7 @@ def _parts(like: Tensor, spans: int, rows: int, *dtypes: torch.dtype) -> list[Te
 
 def _term(name: str | None) -> dict[str, Any]:
     """The constants of a pass that say which class term it is for."""
-    term = _modules()[0].CLASS_TERMS.get(name or "")
+    term = _kernels().epilogues.CLASS_TERMS.get(name or "")
     return {"TERM": None, "EXPONENT": None} if term is None else {"TERM": term.term, "EXPONENT": term.exponent}
 
 
@@ -165,7 +166,7 @@ class Triton(Backend):
         if device is None and not INTERPRETED and not torch.cuda.is_available():
             return "there is no GPU that torch can use"
         try:
-            _modules()
+            _kernels()
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and error.name == "triton":
                 return "triton is not installed"
@@ -179,15 +180,14 @@ class Triton(Backend):
         return of(self.makes_logits)
 
     def forward(self, job: Job) -> None:
-        tables, _, kernels = _modules()
-        rows, spec = job.rows, job.spec
+        kernels, rows, spec = _kernels(), job.rows, job.spec
         heavy = rows.is_linear and (spec.top_k > 0 or spec.below or spec.moments > 0)
         tiles = "MOMENT_TILES" if spec.moments and not rows.is_linear else "CLASS_TILES" if heavy else "TILES"
         source = _source(job, "IN_ONE_TILES" if job.grad is not None else tiles)
         if rows.target.device.type == "cpu":
             check_indices(rows.target, rows.candidates, source.classes)
         spans = 1 if job.grad is not None else source.spans
-        row_epilogue = tables.ROW_EPILOGUES.get(spec.epilogue)
+        row_epilogue = kernels.epilogues.ROW_EPILOGUES.get(spec.epilogue)
         params = rows.params if row_epilogue else []
         picks, moments = len(job.index), None
         if spec.moments:
@@ -198,7 +198,7 @@ class Triton(Backend):
         outputs = (job.loss, job.statistics, job.index, job.coefficients, *parts, *_strided(job.grad))
         sizes = (source.rows, source.classes, rows.scalars)
         _run_split(
-            kernels.statistics_pass,
+            kernels.statistics.statistics_pass,
             spans,
             source,
             *of_rows,
@@ -215,13 +215,13 @@ class Triton(Backend):
             PICKS=picks,
             PICK_BLOCK=1 << max(0, picks - 1).bit_length(),
         )
-        if spec.epilogue in tables.PAIR_TERMS:
+        if spec.epilogue in kernels.epilogues.PAIR_TERMS:
             self._pair_losses(job)
         elif spec.epilogue and row_epilogue is None:
             _class_terms_pass(job)
 
     def _pair_losses(self, job: Job) -> None:
-        rows, of_logits = job.rows, _modules()[0].PAIR_TERMS[job.spec.epilogue].of_logits
+        rows, of_logits = job.rows, _kernels().epilogues.PAIR_TERMS[job.spec.epilogue].of_logits
 
         def statistics(logits: Tensor, target: Tensor, form: Form) -> Tensor:
             other = Job.new(Rows.of(logits, target, scalars=rows.scalars), Spec(self.name, form=form))
@@ -239,7 +239,7 @@ class Triton(Backend):
 
     def with_gradient(self, job: Job) -> None:
         """Of one read where programs have whole rows."""
-        in_hand = not self.makes_logits and job.spec.epilogue in _modules()[0].ROW_EPILOGUES
+        in_hand = not self.makes_logits and job.spec.epilogue in _kernels().epilogues.ROW_EPILOGUES
         if in_hand and not job.spec.moments and _source(job, "TILES").spans == 1:
             self.forward(job)
         else:
@@ -247,15 +247,15 @@ class Triton(Backend):
 
     def backward(self, job: Job) -> None:
         assert job.grad is not None
-        if job.spec.epilogue in _modules()[0].PAIR_TERMS:
+        if job.spec.epilogue in _kernels().epilogues.PAIR_TERMS:
             return _pair_gradient_pass(job)
-        rows, kernels, term = job.rows, _modules()[2], _term(job.spec.epilogue)
+        rows, term = job.rows, _term(job.spec.epilogue)
         source = _source(job, "GRADIENT_TILES" if term["TERM"] is None else "CLASS_TILES")
         params = [] if term["TERM"] is None else rows.params  # those of a row epilogue are in the coefficients
         of_rows = (rows.target, rows.class_weight, job.statistics, job.index, job.coefficients)
         of_gradient = (*_strided(job.upstream), *_params(params), *_strided(job.grad))
         _run(
-            kernels.gradient_pass,
+            _kernels().gradient.gradient_pass,
             source.blocks,
             source.tile,
             source.where,
@@ -280,10 +280,9 @@ class Triton(Backend):
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """The kernel reads the factor, and leaves the gradient alone where that is 1."""
-        from ..triton_kernels import scale
-
         if not gradient.is_contiguous():
             raise ValueError(f"the gradient must be contiguous, got strides {gradient.stride()}")
+        scale = _kernels().scale
         programs = min(scale.PROGRAMS, -(-gradient.numel() // scale.BLOCK))
         if programs:
             arguments = (gradient, factor, gradient.numel())
@@ -294,10 +293,8 @@ class Triton(Backend):
         self, job: Job, largest_weight: Tensor | None, norms: Tensor, scales: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In one launch of one program: a chunk's rows are few beside its logits."""
-        from ..triton_kernels import scale
-
         assert job.coefficients is not None
-        over_classes, count = is_over_classes(self, job.spec), job.statistics.shape[1]
+        scale, over_classes, count = _kernels().scale, is_over_classes(self, job.spec), job.statistics.shape[1]
         found = job.statistics.new_empty((2 + len(norms), count))
         changes = torch.empty_like(scales)
         of_rows = (job.coefficients, job.statistics[Q], *_strided(job.upstream), largest_weight, job.rows.scalars)
@@ -323,21 +320,23 @@ class Triton(Backend):
 
 
 def _class_terms_pass(job: Job) -> Tensor:
-    return _terms_pass(job, _modules()[2].class_terms_pass, "CLASS_TILES", job.index, **_term(job.spec.epilogue))
+    kernel = _kernels().class_terms.class_terms_pass
+    return _terms_pass(job, kernel, "CLASS_TILES", job.index, **_term(job.spec.epilogue))
 
 
 def _pair_terms_pass(job: Job, second_statistics: Tensor | None, plain_statistics: Tensor | None) -> Tensor:
     statistics = (second_statistics, plain_statistics, job.statistics[-SECONDS:])
-    term = _modules()[0].PAIR_TERMS[job.spec.epilogue]
+    term = _kernels().epilogues.PAIR_TERMS[job.spec.epilogue]
     constants = _pair_term(job) | {"CURVATURE": term.curvature, "PICKS": len(job.index)}
-    return _terms_pass(job, _modules()[2].pair_terms_pass, "PAIR_TILES", _second(job), *statistics, **constants)
+    kernel = _kernels().pair_terms.pair_terms_pass
+    return _terms_pass(job, kernel, "PAIR_TILES", _second(job), *statistics, **constants)
 
 
 def _terms_pass(job: Job, kernel: Any, table: str, *own: Any, **constants: Any) -> Tensor:
     """Writes losses and coefficients; without them gives the sums of the rows' spans (S, 3, N)."""
     rows, source = job.rows, _source(job, table)
     merge = job.loss is not None
-    spans = source.spans if merge else _modules()[1].all_spans(source.classes, source.tile)
+    spans = source.spans if merge else _kernels().launch.all_spans(source.classes, source.tile)
     shape = (spans if spans > 1 or not merge else 0, 3, source.rows)
     parts = job.statistics.new_empty(shape, dtype=torch.float64)
     of_rows = (rows.target, rows.class_weight, *_params(rows.params), job.statistics, *own)
@@ -354,13 +353,13 @@ def _pair_gradient_pass(job: Job) -> None:
     saved = (job.statistics, job.statistics[-SECONDS:], job.coefficients)
     outputs = (*_strided(job.upstream), *_strided(job.grad), source.rows, source.classes, rows.scalars)
     constants = _pair_term(job) | {"PARAMS": len(rows.params)}
-    kernel = _modules()[2].pair_gradient_pass
+    kernel = _kernels().pair_terms.pair_gradient_pass
     _run(kernel, source.blocks, source.tile, source.where, *of_rows, *saved, *outputs, **constants)
 
 
 def _pair_term(job: Job) -> dict[str, Any]:
     """The constants of a pass that say which pair term it is for."""
-    term = _modules()[0].PAIR_TERMS[job.spec.epilogue]
+    term = _kernels().epilogues.PAIR_TERMS[job.spec.epilogue]
     return {"TERM": term.term, "OF_LOGITS": term.of_logits}
 
 
@@ -372,10 +371,10 @@ def _second(job: Job) -> tuple[Any, ...]:
 
 
 def _class_sums(job: Job) -> Tensor:
-    tables, launch, kernels = _modules()
+    kernels, launch = _kernels().class_sums, _kernels().launch
     logits, target, top_q = job.rows.logits, job.rows.target, job.top_q
     rows, classes = logits.shape
-    term = tables.CLASS_TERMS[job.spec.epilogue]
+    term = _kernels().epilogues.CLASS_TERMS[job.spec.epilogue]
     where = (logits, logits.stride(0), *_factor(job))
     if top_q is None:
         tile = launch.tile(classes, logits.element_size(), launch.CLASS_TILES)
