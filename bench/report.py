@@ -422,7 +422,7 @@ def first_screen(report: Report, name: str) -> str:
     where = f"[{report['machine']}](bench/results/{name}.md), {report['measured'].partition(' (')[0]}"
     lines = [
         *textwrap.wrap(bold, 118, break_long_words=False),
-        f"({where}: float32.) Where it does not win:",
+        f"({where}: float32.) Where it does not win, the worst of each kind:",
         "",
         *(f"- {text}" for text in losses_of(report)),
         "",

@@ -106,7 +106,7 @@ def dsc_loss(
         level: what numerators and denominators are summed over before the division, with form "one_vs_rest".
             "example": nothing; each class of each row has its own DSC.
             "class": the rows that are not ignored, each times its token weight. Each class has one DSC, times its
-            weight; "mean" is over the V classes, and "none" returns (V,).
+            weight; "mean" is over the V classes, and "none" returns (V,), with a group those of this rank.
             "set": rows and classes. The loss is a single number, without class weights or another reduction.
             "class" and "set" take no z_loss and no normalizer, and have no linear form.
         detach_weight: treat the factor (1 - p)^alpha as a constant.
