@@ -29,6 +29,7 @@ import fusedloss as fl
 transformers = pytest.importorskip("transformers", reason="the integration needs the extra [transformers]")
 from fusedloss.integrations import transformers as integration  # noqa: E402
 from fusedloss.integrations.transformers import fuse, trainer_loss, unfuse  # noqa: E402
+from fusedloss.integrations.transformers import _stand_ins as stand_ins  # noqa: E402
 
 VOCABULARY = 1031
 BATCH, LENGTH = 2, 12
@@ -514,12 +515,12 @@ def test_a_difference_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = _granite()
     with monkeypatch.context() as patch:
-        patch.setattr(integration._Logits, "__truediv__", lambda logits, divisor: logits)
+        patch.setattr(stand_ins.Logits, "__truediv__", lambda logits, divisor: logits)
         with pytest.raises(ValueError, match=r"Granite.* cannot be fused: the loss differs by [0-9.e-]+ from that"):
             fuse(model, "focal_loss")
     assert "forward" not in model.__dict__
-    wrong = integration._Loss(fl.cross_entropy, frozen, {})
-    monkeypatch.setattr(integration._Loss, "of", lambda *_: wrong)
+    wrong = integration.Loss(fl.cross_entropy, frozen, {})
+    monkeypatch.setattr(integration.Loss, "of", lambda *_: wrong)
     with pytest.raises(ValueError, match=r"the gradient of output layer.weight differs by"):
         fuse(model)
 
@@ -727,7 +728,7 @@ def test_the_teachers_hidden_states_go_with_the_loss(batch: dict[str, Tensor]) -
     gc.disable()
     try:
         model(**batch).loss.backward()
-        assert not [x for x in gc.get_objects() if type(x) is integration._Logits]
+        assert not [x for x in gc.get_objects() if type(x) is stand_ins.Logits]
     finally:
         gc.enable()
 
