@@ -7,8 +7,7 @@ model's own business. Imports go down this list, never up:
 
 - here: the public functions
 - `_probe`: the comparison of the fused model with the model as it was
-- `_fusion`: what a model is fused with, and its forward since then
-- `_loss`: the loss in its two forms, and the forward pass that computes it
+- `_fusion`: what a model is fused with: a loss, the forward pass that computes it, and the model's forward since then
 - `_teacher`: the model whose predictions another one learns
 - `_model`: what models and output layers must be, and how their forwards are replaced
 - `_stand_ins`: those for hidden states and logits
@@ -17,7 +16,6 @@ model's own business. Imports go down this list, never up:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -33,15 +31,14 @@ except ImportError as error:
 
 from ...checks import check_bool
 from .._losses import OF_THE_LAYER, check_arguments, current
-from ._fusion import Fusion
-from ._loss import Loss
+from ._fusion import Fusion, Loss
 from ._model import ATTRIBUTE, check_model, output_layer, restore_forwards
-from ._probe import check_teacher, compare, probe_inputs, untouched
-from ._stand_ins import UnbuiltLogits
+from ._probe import compare, probe_inputs, untouched
+from ._stand_ins import UnbuiltLogits as UnbuiltLogits
 from ._teacher import Teacher
 from ._trainer import smoothing_of_trainer
 
-__all__ = ["UnbuiltLogits", "fuse", "trainer_loss", "unfuse"]
+__all__ = ["fuse", "trainer_loss", "unfuse"]
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
@@ -159,20 +156,16 @@ def fuse(
     name = type(model).__name__
     chosen = Loss.of(loss, arguments, eval_logits, None if teacher is None else Teacher(teacher, model))
     head = output_layer(model, name)
-    if "labels" not in inspect.signature(type(model).forward).parameters:
-        raise ValueError(f"the forward of {name} takes no labels")
     on_meta = next((parameter for parameter, value in model.named_parameters() if value.is_meta), None)
     if on_meta is not None:
         raise ValueError(f"{on_meta!r} of {name} is on the meta device; load the weights of the model, then fuse it")
     if probe is None:
         probe = probe_inputs(model, head)
-    fusion = model.__dict__.get(ATTRIBUTE)
+    fusion: Any = model.__dict__.get(ATTRIBUTE)
     before = None if fusion is None else fusion.loss
     try:
         fusion = fusion or Fusion(model, head)
         fusion.loss = chosen.as_probe
-        if chosen.teacher is not None:
-            check_teacher(chosen.teacher, head, probe)
         compare(model, head, fusion, probe)
         fusion.loss = chosen
         if chosen.teacher is not None:  # whose arguments the probe was not of

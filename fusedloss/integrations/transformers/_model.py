@@ -1,12 +1,10 @@
 """A model and its output layer: what they must be, and the forwards that take the place of theirs."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...distributed import fsdp
@@ -33,17 +31,6 @@ def output_layer(model: PreTrainedModel, who: str) -> Any:
     if fsdp.has_units(model):
         raise ValueError(f"{who} is sharded by fully_shard, so that no probe can run; fuse before fully_shard")
     return head
-
-
-def loss_of(model: PreTrainedModel, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the loss among the outputs of a model."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
-    if loss is None:
-        raise ValueError(
-            f"{type(model).__name__} computes no loss from {' and '.join(inputs)} alone; it needs further inputs, and "
-            "fuse needs them as probe=..."
-        )
-    return loss
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -1,7 +1,5 @@
 """The comparison of a model that is being fused with the model as it was, on a short batch."""
 
-from __future__ import annotations
-
 import functools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ._fusion import Fusion
-from ._model import loss_of
-from ._teacher import Teacher
+from ._fusion import Fusion, loss_of
 
 #: Largest difference of a probe's loss and gradients, relative to the largest element. Models cast to float32.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -33,41 +29,35 @@ def probe_inputs(model: PreTrainedModel, head: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": labels}
 
 
-def check_teacher(teacher: Teacher, head: nn.Module, probe: Mapping[str, Any]) -> None:
-    """Raise where the logits that a model with this output layer learns from are not the teacher's."""
-    name, dtype = type(teacher.model).__name__, teacher.model.dtype
-    try:
-        lessons, exact = (teacher.lessons(head, probe, way) for way in ("linear", "row"))
-    except (AttributeError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{name} cannot be a teacher: {error}") from error
-    for lesson, right in zip(lessons, exact, strict=True):
-        logits = right.built(torch.float32)
-        difference = (lesson.built(dtype) - logits).abs().max().item()
-        if not difference <= _TOLERANCE.get(dtype, 5e-2) * logits.abs().max().item():
-            raise ValueError(f"{name} cannot be a teacher: its logits differ by {difference:.3g} from what it makes")
-
-
 def compare(model: PreTrainedModel, head: nn.Module, fusion: Fusion, probe: Mapping[str, Any]) -> None:
-    """Raise where the fused loss and its gradients are not those of the model as it was."""
-    name, results = type(model).__name__, []
+    """Raise where the fused loss and its gradients are not those of the model as it was, or where the logits of a
+    teacher are not what it makes.
+    """
+    teacher, results = fusion.loss.teacher, []
     fused, exact = (functools.partial(fusion.run, way, model) for way in ("linear", "row"))
     as_it_was = functools.partial(type(model).forward, model) if fusion.loss.is_the_models else exact
     try:
+        if teacher is not None:
+            lessons, right = (teacher.lessons(head, probe, way) for way in ("linear", "row"))
+            for given, made in zip(lessons, right, strict=True):
+                logits = given.built(teacher.model.dtype)
+                _check_close("a logit of the teacher", logits, made.built(torch.float32), _TOLERANCE[logits.dtype])
         for forward in (as_it_was, fused):
             with untouched(model):
                 results.append(_loss_and_gradients(model, head, forward, probe))
+        expected, got = results
+        tolerance = max(_TOLERANCE[value.dtype] for value in expected.values())
+        for what, value in expected.items():
+            _check_close(what, got[what], value, tolerance)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be fused: {error}") from error
-    expected, got = results
-    tolerance = max(_TOLERANCE[value.dtype] for value in expected.values())
-    for what, value in expected.items():
-        largest = value.abs().max().item()
-        difference = (got[what] - value).abs().max().item()
-        if not difference <= tolerance * largest:
-            raise ValueError(
-                f"{name} cannot be fused: {what} differs by {difference:.3g} from that of the model, "
-                f"whose largest element is {largest:.3g}"
-            )
+        with_teacher = "" if teacher is None else f" with a {type(teacher.model).__name__} as its teacher"
+        raise ValueError(f"{type(model).__name__} cannot be fused{with_teacher}: {error}") from error
+
+
+def _check_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+    largest, difference = expected.abs().max().item(), (got - expected).abs().max().item()
+    if not difference <= tolerance * largest:
+        raise ValueError(f"{what} differs by {difference:.3g} from that without fusing, which is at most {largest:.3g}")
 
 
 def _loss_and_gradients(
@@ -91,10 +81,8 @@ def _loss_and_gradients(
     finally:
         handle.remove()
     loss = loss_of(model, outputs, probe)
-    first = next((x for x in model.named_parameters() if x[1].requires_grad), None)
-    sources.update(head.named_parameters(prefix="output layer"))
-    sources.update([first] if first else [])
-    sources = {name: source for name, source in sources.items() if source.requires_grad}
+    first = [x for x in model.named_parameters() if x[1].requires_grad][:1]
+    sources.update([x for x in head.named_parameters(prefix="output layer") if x[1].requires_grad] + first)
     gradients = torch.autograd.grad(loss, list(sources.values()), allow_unused=True, materialize_grads=True)
     named = {f"the gradient of {name}": gradient for name, gradient in zip(sources, gradients, strict=True)}
     return {"the loss": loss.detach(), **named}
@@ -103,11 +91,8 @@ def _loss_and_gradients(
 @contextmanager
 def untouched(model: PreTrainedModel) -> Iterator[None]:
     """Put a model in training with gradients; buffers, flags and random numbers are afterwards what they were."""
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    # A reentrant checkpoint gives no gradients of chosen tensors.
-    checkpointed = [module for module in modules if getattr(module, "gradient_checkpointing", False)]
-    buffers = [(module, dict(module._buffers)) for module in modules]
+    flags = ("training", "gradient_checkpointing")
+    kept = [(x, {k: v for k, v in x.__dict__.items() if k in flags}, dict(x._buffers)) for x in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     accelerators = {x.device for x in model.parameters() if x.device.type != "cpu"}
     kind = next((device.type for device in accelerators), "cuda")
@@ -115,17 +100,15 @@ def untouched(model: PreTrainedModel) -> Iterator[None]:
     try:
         with torch.random.fork_rng(sorted({x.index for x in accelerators}), device_type=kind), torch.enable_grad():
             model.train()
-            for module in checkpointed:
-                module.gradient_checkpointing = False  # type: ignore[assignment]
+            for module, its_flags, _ in kept:
+                if its_flags.get("gradient_checkpointing"):  # a reentrant one gives no gradients of chosen tensors
+                    module.gradient_checkpointing = False  # type: ignore[assignment]
             yield
     finally:
         random.setstate(numbers)
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        for module in checkpointed:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-        for module, before in buffers:
-            module._buffers.update(before)
+        for module, its_flags, buffers in kept:
+            module.__dict__.update(its_flags)
+            module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):

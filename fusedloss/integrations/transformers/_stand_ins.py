@@ -21,7 +21,7 @@ from ...engine.output_layer import described
 
 @dataclass(eq=False)
 class Pass:
-    """A forward pass with labels.
+    """A forward pass with labels, whose cross-entropies are computed by a method of the subclass.
 
     The `head`, its output layer, gives stand-ins if the `way` is "linear", and logits if it is "row".
     """
@@ -41,10 +41,6 @@ class Pass:
         """Take the place of torch.nn.functional.linear."""
         return Logits([input.hidden], [weight], len(weight), bias)
 
-    def cross_entropy(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take the place of torch.nn.functional.cross_entropy, which passes all but logits and target by name."""
-        raise NotImplementedError
-
 
 class _Thread(threading.local):
     """The passes under way in this thread, the innermost last: two threads may run one model at a time."""
@@ -57,7 +53,8 @@ class _Thread(threading.local):
 _THREAD = _Thread()
 
 
-def under_way() -> Pass | None:
+def under_way() -> Any:
+    """Return the innermost pass of this thread, or None."""
     return _THREAD.passes[-1] if _THREAD.passes else None
 
 
@@ -70,9 +67,7 @@ class _NoTensor:
         raise NotImplementedError
 
     @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise cls.refusal(getattr(function, "__name__", repr(function)))
 
     def __getattr__(self, name: str) -> Any:
@@ -87,8 +82,6 @@ class _NoTensor:
     def __eq__(self, other: object) -> bool:
         raise self.refusal("==")
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __bool__(self) -> bool:
         raise self.refusal("bool")
 
@@ -101,21 +94,16 @@ class Hidden(_NoTensor):
 
     @classmethod
     def refusal(cls, what: str) -> AttributeError:
-        current = under_way()
-        layer = "the layer" if current is None else f"a {described(current.head)}"
         return AttributeError(
-            f"{what!r} of the output layer's input is not understood by the fused loss, for which {layer} must be one "
-            "linear(input, weight, bias), or plain LoRA on one; merge an adapter of the layer, or leave the layer out "
-            "of target_modules"
+            f"{what!r} of the output layer's input is not understood by the fused loss, for which a "
+            f"{described(under_way().head)} must be one linear(input, weight, bias), or plain LoRA on one; merge an "
+            "adapter of the layer, or leave the layer out of target_modules"
         )
 
     @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        current = under_way()
-        if function is F.linear and current is not None:
-            return current.product(*args, **(kwargs or {}))
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            return under_way().product(*args, **(kwargs or {}))
         return super().__torch_function__(function, types, args, kwargs)
 
 
@@ -164,10 +152,6 @@ class Logits(_NoTensor):
 
     def dim(self) -> int:
         return self.hidden[0].dim()
-
-    @property
-    def ndim(self) -> int:
-        return self.dim()
 
     @property
     def device(self) -> torch.device:
@@ -239,9 +223,7 @@ class Logits(_NoTensor):
         return self._but(softcap=1.0)
 
     @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         current = under_way()
         if function is F.cross_entropy and isinstance(args[0], Logits) and current is not None:
             return current.cross_entropy(*args, **(kwargs or {}))
@@ -270,9 +252,7 @@ class RowLogits(Tensor):
     """Logits in evaluation: those of the model in every respect, but that their cross-entropy is the fused loss's."""
 
     @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         current = under_way()  # None for logits that a hook has kept
         if function is F.cross_entropy and isinstance(args[0], RowLogits) and current is not None:
             return current.cross_entropy(*args, **(kwargs or {}))

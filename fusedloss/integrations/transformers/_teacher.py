@@ -1,7 +1,5 @@
 """A teacher, which runs beside the model that learns its predictions and gives what it would make logits of."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,20 +17,18 @@ from ._stand_ins import Hidden, Logits, Pass
 
 #: Inputs of a model that a teacher cannot share, and those that it does without.
 _NOT_SHARED = ("inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "past_key_values")
-_NOT_FOR_TEACHERS = frozenset(
-    ("num_items_in_batch", "use_cache", "return_dict", "output_attentions", "output_hidden_states")
-)
+_NOT_FOR_TEACHERS = {"num_items_in_batch", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 
 
 class Lesson(NamedTuple):
     """What a teacher would have computed a cross-entropy of."""
 
-    logits: Logits | Tensor
+    logits: Any
+    """Logits, or a tensor of them."""
     target: Tensor
 
     def arguments(self, dtype: torch.dtype) -> dict[str, Any]:
         """Return those of a distillation whose products are of this dtype."""
-        assert isinstance(self.logits, Logits)
         hidden, bias = self.logits.scaled()
         if len(hidden) > 1:
             raise ValueError("the teacher has LoRA on its output layer, whose products do not add up here; merge it")
@@ -88,14 +84,13 @@ class Teacher:
     def lessons(self, head: Any, inputs: Mapping[str, Any], way: str = "linear") -> list[Lesson]:
         """Run the teacher on the inputs of a model that has this output layer."""
         teacher, own = self.model, self.model.get_output_embeddings()
-        who, devices = f"the teacher, a {type(teacher).__name__},", (own.weight.device, head.weight.device)
-        if _classes(own) != _classes(head):
-            raise ValueError(
-                f"{who} has {_classes(own)} classes, but the model {_classes(head)}; both must have one vocabulary"
-            )
+        who = f"the teacher, a {type(teacher).__name__},"
+        classes, device = _classes(own), own.weight.device
+        if classes != _classes(head):
+            raise ValueError(f"{who} has {classes} classes, but the model {_classes(head)}; both need one vocabulary")
         # What FSDP2 has offloaded is on another device than the products.
-        if devices[0] != devices[1] and not (is_dtensor(own.weight) or is_dtensor(head.weight)):
-            raise ValueError(f"{who} is on {devices[0]}, but the model on {devices[1]}; move it there: teacher.to(...)")
+        if device != head.weight.device and not (is_dtensor(own.weight) or is_dtensor(head.weight)):
+            raise ValueError(f"{who} is on {device}, but the model on {head.weight.device}; move it: teacher.to(...)")
         fsdp.check_whole(own.weight, f"the output layer's weight of {who}", "Shard the teacher by fully_shard")
         for name in _NOT_SHARED:
             if inputs.get(name) is not None:
@@ -111,7 +106,7 @@ class Teacher:
             under_way.run(teacher, **shared, **self.options)
         if under_way.weight is own.weight:  # FSDP2 keeps it unsharded, as that of a root: the copies can go
             for lesson in under_way.lessons:
-                lesson.logits.weight[0] = under_way.weight  # type: ignore[union-attr]
+                lesson.logits.weight[0] = under_way.weight
         return under_way.lessons
 
 

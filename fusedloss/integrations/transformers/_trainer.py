@@ -1,8 +1,7 @@
 """What a Trainer of transformers does, which it does not tell its model."""
 
-from __future__ import annotations
-
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 
 def _method_of_trainer(name: str) -> Mapping[str, Any] | None:
     """Return the variables of the Trainer's method of this name that calls, if one does."""
-    module = sys.modules.get("transformers.trainer")
-    frame = None if module is None else sys._getframe(1).f_back
-    while module is not None and frame is not None:
-        if frame.f_code.co_name == name and isinstance(frame.f_locals.get("self"), module.Trainer):
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
+    for frame, _ in traceback.walk_stack(sys._getframe()):
+        if frame.f_code.co_name == name and isinstance(frame.f_locals.get("self"), trainer):
             return frame.f_locals
-        frame = frame.f_back
     return None
 
 
@@ -25,8 +22,9 @@ def _method_of_trainer(name: str) -> Mapping[str, Any] | None:
 
 @torch.compiler.assume_constant_result
 def smoothing_of_trainer(own_loss: bool = False) -> float | None:
-    """Return the label_smoothing_factor of the Trainer that calls; with `own_loss` only if it computes the loss by
-    that.
+    """Return the label_smoothing_factor of the Trainer that calls, or None if it has none.
+
+    With `own_loss`, only that of a Trainer which computes the loss by it.
     """
     variables = _method_of_trainer("compute_loss")
     trainer = None if variables is None else variables["self"]
