@@ -48,16 +48,14 @@ def gpt2() -> Any:
 
 def gemma2() -> Any:
     # a cap that the logits of untrained weights reach
-    return transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**DECODER, head_dim=8, final_logit_softcapping=0.3, initializer_range=0.3)
-    )
+    config = transformers.Gemma2Config(**DECODER, head_dim=8, final_logit_softcapping=0.3, initializer_range=0.3)
+    return transformers.Gemma2ForCausalLM(config)
 
 
 def t5() -> Any:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
-    )
+    config = transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def marian() -> Any:
@@ -152,9 +150,8 @@ def attributes_of(model: Any) -> list[Any]:
 
 def with_adapter(model: Any, targets: tuple[str, ...] = ("q_proj",), **options: Any) -> Any:
     peft = pytest.importorskip("peft", reason="needs PEFT")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules=list(targets), init_lora_weights=False, **options
-    )
+    fixed = {"task_type": "CAUSAL_LM", "r": 2, "init_lora_weights": False}
+    config = peft.LoraConfig(target_modules=list(targets), **fixed, **options)
     torch.manual_seed(5)
     return peft.get_peft_model(model, config)
 

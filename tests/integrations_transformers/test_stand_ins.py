@@ -20,13 +20,13 @@ class Changed(transformers.LlamaForCausalLM):
 FOREIGN = {
     "order": (lambda z: z * (z > 9), "'>' not supported between"),
     "method": (lambda z: z.clamp(max=5), "'clamp' of the logits is not understood"),
-    "function": (lambda z: torch.sigmoid(z), "'sigmoid' of the logits is not understood"),
     "assignment": (
         lambda z: z.__setitem__((..., 5), -1e4) or z,
         "'assignment to elements' of the logits",
     ),
     "comparison": (lambda z: z * (z == 0), "'==' of the logits is not understood"),
     "tensor factor": (lambda z: z * torch.ones(VOCABULARY), "'multiplication' of the logits and a tensor of shape"),
+    "tensor divisor": (lambda z: z / torch.ones(VOCABULARY), "'division' of the logits and a tensor of shape"),
     "bias after the cap": (lambda z: torch.tanh(z) + torch.ones(VOCABULARY), "'addition' of the logits and a tensor"),
     "bias of positions": (lambda z: z + torch.ones(8, 1), "'addition' of the logits and a tensor"),
     "chosen classes": (lambda z: F.pad(z[..., torch.arange(7)], (0, VOCABULARY - 7)), "of logits of shape"),
@@ -36,7 +36,7 @@ FOREIGN = {
     "another axis": (lambda z: z[..., None], "of logits of shape"),
     "classes apart": (lambda z: z.view(2, -1), "of logits of shape"),
     "half precision": (lambda z: z.to(torch.float16), "to\\(torch.float16\\)"),
-    "on the left": (lambda z: torch.ones(VOCABULARY) + z, "of the logits is not understood"),
+    "on the left": (lambda z: torch.ones(VOCABULARY) + z, "'add' of the logits is not understood"),
 }
 
 

@@ -127,4 +127,3 @@ def test_what_a_teacher_cannot_do_is_refused(batch: dict[str, Tensor]) -> None:
     adapted = fused_models.with_adapter(teacher, ("lm_head",)).get_base_model()
     with pytest.raises(ValueError, match=r"the teacher has LoRA on its output layer.*merge it"):
         fuse(model, "distillation", teacher=adapted)
-    unfuse(model)

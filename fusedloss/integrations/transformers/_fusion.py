@@ -99,9 +99,8 @@ class _LossPass(Pass):
         def linear() -> Tensor:
             hidden, bias = logits.scaled()
             taught = {} if lesson is None else lesson.arguments(product_dtype(hidden[0]))
-            return self.loss.linear(
-                hidden, logits.weight, linear_bias=bias, softcap=logits.softcap, **taught, **options
-            )
+            layer = {"linear_bias": bias, "softcap": logits.softcap}
+            return self.loss.linear(hidden, logits.weight, **layer, **taught, **options)
 
         return linear() if self.unit is None else fsdp.after_forward(self.unit, linear)
 
