@@ -2,17 +2,18 @@
 
 A model is fused on the instance: its forward, and that of its output layer, are replaced. In a pass with labels the
 output layer computes with a stand-in for the hidden states, which answers the projection with a stand-in for the
-logits. That one turns torch.nn.functional.cross_entropy into the linear form. Shifts and num_items_in_batch stay the
-model's own business. Imports go down this list, never up:
-
-- here: the public functions
-- `_probe`: the comparison of the fused model with the model as it was
-- `_fusion`: what a model is fused with: a loss, the forward pass that computes it, and the model's forward since then
-- `_teacher`: the model whose predictions another one learns
-- `_model`: what models and output layers must be, and how their forwards are replaced
-- `_stand_ins`: those for hidden states and logits
-- `_trainer`: what a Trainer does, which it does not tell its model
+logits. That one follows what models do to logits before the loss (casts, shapes, shifts, a scale, a bias,
+soft-capping), refuses whatever else, and turns torch.nn.functional.cross_entropy into the linear form. Shifts and
+num_items_in_batch stay the model's own business.
 """
+
+# The public functions are here. Imports go down this list, never up:
+# _probe      compares the fused model with the model as it was
+# _fusion     has what a model is fused with: the loss, the pass that computes it, and the model's forward since then
+# _teacher    runs the model whose predictions another one learns
+# _model      says what models and output layers must be, and replaces their forwards
+# _stand_ins  has those for hidden states and logits, and the passes under way
+# _trainer    finds what a Trainer does and does not tell its model
 
 from __future__ import annotations
 

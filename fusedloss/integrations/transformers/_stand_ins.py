@@ -1,7 +1,7 @@
 """Stand-ins for hidden states and logits in a forward pass with labels, and the passes under way.
 
-They follow what models do to logits before the loss (casts, shapes, shifts, a scale, a bias, soft-capping), and refuse
-whatever else by name. torch.nn.functional.cross_entropy of them is that of the pass.
+A stand-in refuses by name whatever it does not know. The pass computes what torch.nn.functional.linear and
+torch.nn.functional.cross_entropy of stand-ins are.
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ class Logits(_NoTensor):
         return hidden, bias
 
     def _but(self, **changed: Any) -> Logits:
-        return Logits(**self.__dict__ | changed)
+        names = ("hidden", "weight", "classes", "bias", "scale", "softcap", "dtype")
+        return Logits(**{name: getattr(self, name) for name in names} | changed)
 
     # What is asked of them
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class _TeachersPass(Pass):
     """A forward pass of a teacher, which keeps its logits and computes no loss."""
 
     sharded: bool
-    lessons: list[Lesson] = field(default_factory=list)
+    lessons: list[Lesson]
     weight: Tensor | None = None
     """Of a sharded teacher's output layer, as it was within the forward."""
 
@@ -101,7 +101,7 @@ class Teacher:
             replace_head(own)
         if teacher.training:
             teacher.eval()
-        under_way = _TeachersPass(own, way, fsdp.has_units(teacher))
+        under_way = _TeachersPass(own, way, fsdp.has_units(teacher), [])
         with torch.no_grad():
             under_way.run(teacher, **shared, **self.options)
         if under_way.weight is own.weight:  # FSDP2 keeps it unsharded, as that of a root: the copies can go
