@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...engine.output_layer import described
+from ...engine.project import autocast
 
 
 @dataclass(eq=False)
@@ -62,9 +63,9 @@ class _NoTensor:
     """Stands where a tensor is expected, and refuses by name whatever its class does not define."""
 
     @classmethod
-    def refusal(cls, what: str) -> AttributeError:
+    def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
         """Return an AttributeError, since a name that is not there may be asked for to know that."""
-        raise NotImplementedError
+        return AttributeError(f"{what!r} of {of} is not understood by the fused loss")
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,11 +94,10 @@ class Hidden(_NoTensor):
         self.hidden = hidden
 
     @classmethod
-    def refusal(cls, what: str) -> AttributeError:
+    def refusal(cls, what: str, of: str = "the output layer's input") -> AttributeError:
         return AttributeError(
-            f"{what!r} of the output layer's input is not understood by the fused loss, for which a "
-            f"{described(under_way().head)} must be one linear(input, weight, bias), or plain LoRA on one; merge an "
-            "adapter of the layer, or leave the layer out of target_modules"
+            f"{super().refusal(what, of)}, for which a {described(under_way().head)} must be one linear(input, weight, "
+            "bias), or plain LoRA on one; merge an adapter of the layer, or leave the layer out of target_modules"
         )
 
     @classmethod
@@ -126,10 +126,6 @@ class Logits(_NoTensor):
         self.hidden, self.weight, self.classes, self.bias = hidden, weight, classes, bias
         self.scale, self.softcap = scale, softcap
         self.dtype = dtype or product_dtype(hidden[0])
-
-    @classmethod
-    def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
-        return AttributeError(f"{what!r} of {of} is not understood by the fused loss")
 
     def scaled(self) -> tuple[list[Tensor], Tensor | None]:
         """Return hidden states and bias with the scale in them."""
@@ -235,10 +231,7 @@ class Logits(_NoTensor):
 
 def product_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype of a product of these hidden states."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    return autocast(hidden.new_empty(0))[0].dtype
 
 
 def _is_number(value: Any) -> bool:
@@ -270,10 +263,10 @@ class UnbuiltLogits(_NoTensor):
         return f"UnbuiltLogits(shape={tuple(self.shape)})"
 
     @classmethod
-    def refusal(cls, what: str) -> AttributeError:
+    def refusal(cls, what: str, of: str = "the logits") -> AttributeError:
         return AttributeError(
-            f"{what}: the logits of a fused model in training were never built, only their loss; call it without "
-            "labels, or in evaluation with eval_logits=True, or unfuse it"
+            f"{what}: {of} of a fused model in training were never built, only their loss; call it without labels, or "
+            "in evaluation with eval_logits=True, or unfuse it"
         )
 
 
