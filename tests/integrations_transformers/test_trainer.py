@@ -7,7 +7,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from fused_models import LENGTH, VOCABULARY, llama, marian, t5, transformers
+from fused_models import LENGTH, VOCABULARY, llama, marian, mixtral, t5, transformers
 from torch import Tensor
 
 import fusedloss as fl
@@ -152,6 +152,15 @@ def test_trainer_loss(shift: bool, items: Any) -> None:
         torch.testing.assert_close(loss, expected)
         gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (loss, expected)]
         torch.testing.assert_close(*gradients)
+
+
+def test_trainer_loss_warns_of_a_router() -> None:
+    model = mixtral()
+    compute = trainer_loss(fl.cross_entropy, shift=True)
+    batch = {"input_ids": torch.randint(2, VOCABULARY, (2, LENGTH))}
+    with pytest.warns(UserWarning, match="the loss of a router, which is left out here; fuse keeps it"):
+        compute(model(**batch, output_router_logits=True), batch["input_ids"])
+    compute(model(**batch, output_router_logits=False), batch["input_ids"])
 
 
 def test_trainer_loss_refuses_what_it_cannot_do(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ num_items_in_batch stay the model's own business.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -49,7 +50,12 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
 
     The logits are the model's; :func:`fuse` does without them. With ``num_items_in_batch``, the targets that count
     in all batches of an update, the loss is its sum over them divided by that number, so that accumulated gradients
-    are those of the whole batch; without it, the mean of the batch in hand.
+    are those of the whole batch; without it, the mean of the batch in hand. With class weights the number stays that of
+    the targets, where a mean divides by their weights.
+
+    The Trainer keeps the labels from the model. An encoder-decoder model then needs ``decoder_input_ids`` in the batch,
+    as from transformers' DataCollatorForSeq2Seq with ``model=``. The loss of a mixture model's router is not in it,
+    which a warning says: :func:`fuse` keeps it.
 
     Args:
         loss: :func:`fusedloss.focal_loss` or any other row loss.
@@ -78,6 +84,8 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
                 f"label_smoothing_factor={smoothing} does not reach the compute_loss_func of a Trainer; set it to 0 "
                 f"and pass label_smoothing={smoothing} to trainer_loss"
             )
+        if getattr(outputs, "aux_loss", None) is not None:
+            warnings.warn("the outputs have the loss of a router, which is left out here; fuse keeps it", stacklevel=2)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         labels = labels.to(logits.device)
         if shift:
