@@ -107,12 +107,11 @@ struct Job {
     }
 };
 
-// Calls visit with a null pointer to the functor of that number, to void for -1.
+// Calls visit(Functor{}) of the functor of that number in the list.
 template <typename Visit, typename... Functors>
-void with_functor(int number, const Visit& visit, FunctorList<Functors...>) {
+void with_functor(int number, FunctorList<Functors...>, const Visit& visit) {
     int k = 0;
-    if (number < 0) return visit(static_cast<void*>(nullptr));
-    (void)((k++ == number && (visit(static_cast<Functors*>(nullptr)), true)) || ...);
+    (void)((k++ == number && (visit(Functors{}), true)) || ...);
 }
 
 // The passes of the CPU engine, once for each instruction set.

@@ -193,7 +193,8 @@ class ClassTermPass : public Rows<S> {
     }
 
     template <typename Term>
-    void finish(int64_t row, int threads, const RowStatistics<T>& s, const Scratch<T>& scratch) const {
+    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s,
+                                   const Scratch<T>& scratch) const {
         T* const loss = this->losses() + row;
         const T z_slope = this->add_z_loss(s, weight_of(s.target), loss);
         const ClassRow<T> terms = class_row<Term>(row);

@@ -42,7 +42,7 @@ class ForwardPass : public Rows<S> {
             s.p = s.sum_exp == T(0) ? T(0) : std::exp(statistic(kTargetLogit)[row] - s.max) / s.sum_exp;
             s.target = job_.target[row];
             s.picks = 1;
-            finish<Term>(row, threads, s, scratch);
+            ClassTermPass<S>(job_).template finish<Term>(row, threads, s, scratch);
         });
     }
 
@@ -61,8 +61,10 @@ class ForwardPass : public Rows<S> {
         const RowStatistics<T> s = StatisticsPass<S>(job_).statistics(row, threads, scratch);
         if constexpr (std::is_same_v<Functor, AnyPair>) {
             PairTermPass<S>(job_).finish(row, threads, s, scratch.kept.empty() ? nullptr : scratch.kept.data());
+        } else if constexpr (kIsClassTerm<Functor>) {
+            ClassTermPass<S>(job_).template finish<Functor>(row, threads, s, scratch);
         } else if constexpr (!std::is_void_v<Functor>) {
-            finish<Functor>(row, threads, s, scratch);
+            finish<Functor>(row, s, scratch.b);
         }
     }
 
@@ -85,24 +87,20 @@ class ForwardPass : public Rows<S> {
     }
 
     template <typename Functor>
-    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch) const {
-        if constexpr (kIsClassTerm<Functor>) {
-            ClassTermPass<S>(job_).template finish<Functor>(row, threads, s, scratch);
-        } else {
-            T params[kMaxParams];
-            this->params_of(row, params);
-            RowGradient<T> g;
-            g.b = scratch.b.data();
-            std::fill(scratch.b.begin(), scratch.b.end(), T(0));
-            Functor::run(s, params, g);
-            const T weight = this->weight_of(s.target), smooth = this->common(kSmooth);
-            apply_shared(s, this->shared(), weight, job_.classes, g);
-            losses()[row] = g.loss;
-            coefficient(kA)[row] = g.a;
-            coefficient(kU)[row] = smooth;
-            coefficient(kTargetGradient)[row] = g.d - g.a * s.q - smooth * weight;
-            for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = g.b[k];
-        }
+    FUSEDLOSS_ONE_COPY void finish(int64_t row, const RowStatistics<T>& s, std::vector<T>& b) const {
+        T params[kMaxParams];
+        this->params_of(row, params);
+        RowGradient<T> g;
+        g.b = b.data();
+        std::fill(b.begin(), b.end(), T(0));
+        Functor::run(s, params, g);
+        const T weight = this->weight_of(s.target), smooth = this->common(kSmooth);
+        apply_shared(s, this->shared(), weight, job_.classes, g);
+        losses()[row] = g.loss;
+        coefficient(kA)[row] = g.a;
+        coefficient(kU)[row] = smooth;
+        coefficient(kTargetGradient)[row] = g.d - g.a * s.q - smooth * weight;
+        for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = g.b[k];
     }
 };
 

@@ -41,10 +41,7 @@ class GradientPass : public Rows<S> {
     FUSEDLOSS_ONE_COPY void write_row(int64_t row, int threads, Scratch<T>& scratch) const {
         const S* z = this->logits(row);
         S* grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
-        if (this->ignored(row)) {
-            std::fill(grad, grad + job_.classes, S{});
-            return;
-        }
+        if (this->ignored(row)) return std::fill(grad, grad + job_.classes, S{});
         const T upstream = this->upstream_of(row);
         // Read before the logits are overwritten, written after.
         Exception<T>* const exceptions = scratch.exceptions.data();
@@ -84,18 +81,17 @@ class GradientPass : public Rows<S> {
                 }
                 at->value -= b;
             }
-            over_chunks(threads, [&](int64_t begin, int64_t end) {
-                if (job_.moments) {
-                    class_weight() ? moment_gradient<true>(z, grad, begin, end, max, slopes, u)
-                                   : moment_gradient<false>(z, grad, begin, end, max, slopes, u);
-                } else if (u == T(0)) {
-                    row_gradient<0>(z, grad, begin, end, max, a, u);
-                } else if (!class_weight()) {
-                    row_gradient<1>(z, grad, begin, end, max, a, u);
-                } else {
-                    row_gradient<2>(z, grad, begin, end, max, a, u);
-                }
-            });
+            const auto smoothed = [&](auto of) {
+                constexpr int smooth = decltype(of)::value;
+                over_chunks(threads, [&](int64_t begin, int64_t end) {
+                    !job_.moments       ? row_gradient<smooth, kNoMoments>(z, grad, begin, end, max, slopes, u)
+                    : by_excess == T(0) ? row_gradient<smooth, kPowerAlone>(z, grad, begin, end, max, slopes, u)
+                                        : row_gradient<smooth, kAllMoments>(z, grad, begin, end, max, slopes, u);
+                });
+            };
+            u == T(0)         ? smoothed(std::integral_constant<int, 0>{})
+            : !class_weight() ? smoothed(std::integral_constant<int, 1>{})
+                              : smoothed(std::integral_constant<int, 2>{});
         }
         for (const Exception<T>* x = exceptions; x != last; ++x) {
             if (x->column >= 0) write(grad + x->column, x->value);
@@ -103,41 +99,28 @@ class GradientPass : public Rows<S> {
     }
 
    private:
-    // a exp(z - max) - u w; Smooth: 0 without u, 1 with u, 2 with class weights too
-    template <int Smooth>
-    FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max, T a, T u) const {
-        if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0) {
-            if (job_.classes > kNarrow && RoundedExp::takes(a)) {
-                const RoundedExp exp(a);
+    // The slopes' gradient less u w. Smooth: 0 without u, 1 with u, 2 with class weights too
+    template <int Smooth, Moments moments>
+    FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max,
+                                         const Slopes<T>& slopes, T u) const {
+        if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0 && moments == kNoMoments) {
+            if (job_.classes > kNarrow && RoundedExp::takes(slopes.a)) {
+                const RoundedExp exp(slopes.a);
                 transform(kAnyOrder, z, grad, begin, end, [&](V x, int64_t, int) { return exp(x - max); });
                 return;
             }
         }
         transform(std::bool_constant<Smooth == 2>{}, z, grad, begin, end, [&](V x, int64_t column, int size) {
-            const V p = exp_bounded<T>(x - max) * a;
-            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
-        });
-    }
-
-    // The same with slopes of moments.
-    template <bool Weighted>
-    FUSEDLOSS_ONE_COPY void moment_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max,
-                                            const Slopes<T>& slopes, T u) const {
-        constexpr std::bool_constant<Weighted> order;
-        const auto smoothing = [&](int64_t column, int size) {
-            return Weighted ? load_weight(column, size) * u : splat(u);
-        };
-        if (slopes.by_excess == T(0)) {
-            transform(order, z, grad, begin, end, [&](V x, int64_t column, int size) {
+            V p;
+            if constexpr (moments == kAllMoments) {
+                // A compiler may round the product with the factor in one place and not in another.
+                const V lag = x == max ? V{} : x - max;
+                p = slopes.gradient(exp_bounded<T>(lag), bounded(lag));
+            } else {
                 const V e = exp_bounded<T>(x - max);
-                return e * (e * slopes.by_power + slopes.a) - smoothing(column, size);
-            });
-            return;
-        }
-        transform(order, z, grad, begin, end, [&](V x, int64_t column, int size) {
-            // A compiler may round the product with the factor in one place and not in another.
-            const V lag = x == max ? V{} : x - max;
-            return slopes.gradient(exp_bounded<T>(lag), bounded(lag)) - smoothing(column, size);
+                p = e * (moments == kNoMoments ? splat(slopes.a) : e * slopes.by_power + slopes.a);
+            }
+            return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
         });
     }
 };

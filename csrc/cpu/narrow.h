@@ -147,12 +147,8 @@ class NarrowPass : public ForwardPass<S> {
     }
 
     void put_statistics(const Group& rows, const Lanes& s) const {
-        put(rows, statistic(kMax), s.max);
-        put(rows, statistic(kSumExp), s.sum_exp);
-        put(rows, statistic(kQ), s.q);
-        put(rows, statistic(kCe), s.ce);
-        put(rows, statistic(kTargetLogit), s.target_logit);
-        put(rows, statistic(kMeanCe), V{});
+        const V values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, s.target_logit, V{}};
+        for (int k = 0; k < kStatistics; ++k) put(rows, statistic(k), values[k]);
         if (job_.top_k == 0) return;
         put(rows, statistic(kStatistics), s.max);
         for (int i = 0; i < rows.count; ++i) job_.index[rows.first + i] = s.top[i];

@@ -20,19 +20,13 @@ class PairTermPass : public Rows<S> {
     // rows as they are stored it is a term of logits. `params` are a row's.
     template <typename Row = T, typename Visit>
     void with_pair_term(const T* params, const Visit& visit) const {
-        with_functor(
-            job_.epilogue,
-            [&](auto* functor) {
-                using Term = std::remove_pointer_t<decltype(functor)>;
-                constexpr bool as_stored = !std::is_same_v<std::decay_t<Row>, T>;
-                if constexpr (std::is_same_v<Term, MixtureKl>) {
-                    if (params && EvenMixtureKl::takes(params)) return visit(EvenMixtureKl{});
-                }
-                if constexpr (!std::is_void_v<Term>) {
-                    if constexpr (Term::of_logits || !as_stored) visit(Term{});
-                }
-            },
-            PairTerms{});
+        with_functor(job_.epilogue, PairTerms{}, [&](auto term) {
+            using Term = decltype(term);
+            if constexpr (std::is_same_v<Term, MixtureKl>) {
+                if (params && EvenMixtureKl::takes(params)) return visit(EvenMixtureKl{});
+            }
+            if constexpr (Term::of_logits || std::is_same_v<std::decay_t<Row>, T>) visit(term);
+        });
     }
 
     // The weight of the cross-entropy beside a term, the last of its parameters.

@@ -7,7 +7,6 @@ namespace fusedloss::FUSEDLOSS_ISA {
 
 // Stands for every pair term.
 struct AnyPair {};
-using AnyPairTerm = FunctorList<AnyPair>;
 
 // What a pair term takes of a row and of the second, or of the rows in the lanes of V.
 template <typename T, typename V = T>

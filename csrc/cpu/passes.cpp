@@ -16,76 +16,53 @@
 namespace fusedloss::FUSEDLOSS_ISA {
 namespace {
 
-template <typename Visit>
-void with_storage(DType dtype, const Visit& visit) {
-    switch (dtype) {
-        case DType::float64:
-            return visit(double{});
-        case DType::float32:
-            return visit(float{});
-        case DType::bfloat16:
-            return visit(bfloat16{});
-        case DType::float16:
-            return visit(float16{});
-    }
-}
-
-// pass(S{}, functor), S the type of the logits, with a null pointer to the job's functor among those of the list, to
-// void for none.
-template <typename Pass, typename... Functors>
-void run(const Job& job, int number, FunctorList<Functors...> functors, const Pass& pass) {
-    with_storage(job.dtype,
-                 [&](auto storage) { with_functor(number, [&](auto* functor) { pass(storage, functor); }, functors); });
-}
-
-template <typename Pointer>
-using Pointed = std::remove_pointer_t<Pointer>;
-
-// pass(S{}, Term{}) of the job's class term among those of the list.
-template <typename Terms, typename Pass>
-void run_term(const Job& job, Terms terms, const Pass& pass) {
-    run(job, job.epilogue, terms, [&](auto storage, auto* functor) {
-        using Term = Pointed<decltype(functor)>;
-        if constexpr (!std::is_void_v<Term>) pass(storage, Term{});
-    });
+// pass(S{}), S the type of the logits.
+template <typename Pass>
+void with_storage(const Job& job, const Pass& pass) {
+    with_functor(static_cast<int>(job.dtype), FunctorList<double, float, bfloat16, float16>{}, pass);
 }
 
 }  // namespace
 
 void forward(const Job& job) {
-    const auto pass = [&](auto storage, auto* functor) {
-        NarrowPass<decltype(storage)>(job).template forward<Pointed<decltype(functor)>>();
-    };
-    if (job.kind == kPairTerm) return run(job, 0, AnyPairTerm{}, pass);
-    job.kind == kClassTerm ? run(job, job.epilogue, ClassTerms{}, pass) : run(job, job.epilogue, RowEpilogues{}, pass);
+    with_storage(job, [&](auto storage) {
+        const NarrowPass<decltype(storage)> pass(job);
+        const auto of = [&](auto functor) { pass.template forward<decltype(functor)>(); };
+        if (job.kind == kPairTerm) return of(AnyPair{});
+        if (job.epilogue < 0) return pass.template forward<void>();
+        job.kind == kClassTerm ? with_functor(job.epilogue, ClassTerms{}, of)
+                               : with_functor(job.epilogue, RowEpilogues{}, of);
+    });
 }
 
 void backward(const Job& job) {
-    const auto pass = [&](auto storage, auto* functor) {
-        GradientPass<decltype(storage)>(job).template backward<Pointed<decltype(functor)>>();
-    };
-    if (job.kind == kPairTerm) return run(job, 0, AnyPairTerm{}, pass);
-    run(job, job.kind == kClassTerm ? job.epilogue : -1, ClassTerms{}, pass);
+    with_storage(job, [&](auto storage) {
+        const GradientPass<decltype(storage)> pass(job);
+        const auto of = [&](auto functor) { pass.template backward<decltype(functor)>(); };
+        if (job.kind == kPairTerm) return of(AnyPair{});
+        job.kind == kClassTerm ? with_functor(job.epilogue, ClassTerms{}, of) : pass.template backward<void>();
+    });
 }
 
 void class_sums(const Job& job) {
-    run_term(job, SummedTerms{}, [&](auto storage, auto term) {
-        ClassSumsPass<decltype(storage)>(job).template class_sums<decltype(term)>();
+    with_storage(job, [&](auto storage) {
+        const ClassSumsPass<decltype(storage)> pass(job);
+        with_functor(job.epilogue, SummedTerms{}, [&](auto term) { pass.template class_sums<decltype(term)>(); });
     });
 }
 
 void class_terms(const Job& job) {
-    run_term(job, SummedTerms{}, [&](auto storage, auto term) {
-        NarrowPass<decltype(storage)>(job).template class_terms<decltype(term)>();
+    with_storage(job, [&](auto storage) {
+        const NarrowPass<decltype(storage)> pass(job);
+        with_functor(job.epilogue, SummedTerms{}, [&](auto term) { pass.template class_terms<decltype(term)>(); });
     });
 }
 
 void term_sums(const Job& job) {
-    if (job.kind == kPairTerm) {
-        return with_storage(job.dtype, [&](auto storage) { PairTermPass<decltype(storage)>(job).term_sums(); });
-    }
-    run_term(job, ClassTerms{}, [&](auto storage, auto term) {
-        ClassTermPass<decltype(storage)>(job).template term_sums<decltype(term)>();
+    with_storage(job, [&](auto storage) {
+        if (job.kind == kPairTerm) return PairTermPass<decltype(storage)>(job).term_sums();
+        const ClassTermPass<decltype(storage)> pass(job);
+        with_functor(job.epilogue, ClassTerms{}, [&](auto term) { pass.template term_sums<decltype(term)>(); });
     });
 }
 

@@ -52,7 +52,6 @@ class Rows {
     T logit(const S* z) const { return read(z) * factor_; }
     const S* logits(int64_t row) const { return static_cast<const S*>(job_.logits) + row * job_.row_stride; }
     const S* limit() const { return logits(job_.rows - 1) + job_.classes; }
-    const T* weight_limit() const { return class_weight() + job_.classes; }
     const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
     T weight_of(int64_t column) const { return class_weight() && column >= 0 ? class_weight()[column] : T(1); }
     T upstream_of(int64_t row) const {
@@ -96,15 +95,12 @@ class Rows {
     template <typename Each>
     void over_rows(const Each& each) const {
         const int threads = threads_for(job_.rows);
-        if (job_.rows < 2 * threads && chunks() > 1) {
+        const auto part = [&](int64_t begin, int64_t end, int threads_of_row) {
             Scratch<T> scratch(job_.picks());
-            for (int64_t row = 0; row < job_.rows; ++row) each(row, threads, scratch);
-        } else {
-            parallel_for(job_.rows, threads, [&](int64_t begin, int64_t end) {
-                Scratch<T> scratch(job_.picks());
-                for (int64_t row = begin; row < end; ++row) each(row, 1, scratch);
-            });
-        }
+            for (int64_t row = begin; row < end; ++row) each(row, threads_of_row, scratch);
+        };
+        if (job_.rows < 2 * threads && chunks() > 1) return part(0, job_.rows, threads);
+        parallel_for(job_.rows, threads, [&](int64_t begin, int64_t end) { part(begin, end, 1); });
     }
 
     // Folds scan(begin, end) over the chunks of a row, from left to right.
@@ -137,7 +133,7 @@ class Rows {
 
     V load_weight(int64_t column, int size) const {
         const T* const weight = class_weight() + column;
-        return size == width ? load(weight) : load_part(weight, size, T(0), weight_limit());
+        return size == width ? load(weight) : load_part(weight, size, T(0), class_weight() + job_.classes);
     }
 
     // take(first column, columns, logits) for each vector of the columns, beyond which it is -inf, until it returns

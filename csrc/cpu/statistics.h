@@ -39,12 +39,8 @@ class StatisticsPass : public Rows<S> {
             return scan(z, begin, end, target, target_logit, reference, powers);
         });
         RowStatistics<T> s = summary(part, target, target_logit);
-        if (job_.mean) {
-            const double sum_ce = this->weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
-            s.mean_ce = T(sum_ce / double(job_.classes));
-        } else {
-            s.mean_ce = T(0);
-        }
+        const double sum_ce = this->weight_sum() * (double(s.log_sum) + (double(s.max) - reference)) - part.mean;
+        s.mean_ce = job_.mean ? T(sum_ce / double(job_.classes)) : T(0);
 
         const T values[kStatistics] = {s.max, s.sum_exp, s.q, s.ce, target_logit, s.mean_ce};
         for (int i = 0; i < kStatistics; ++i) statistic(i)[row] = values[i];
@@ -93,14 +89,10 @@ class StatisticsPass : public Rows<S> {
         const T rest = T(part.rest), mine = std::exp(target_logit - s.max);
         s.sum_exp = rest + mine;
         s.log_sum = std::log(s.sum_exp);
-        s.q = rest / s.sum_exp;
-        s.p = mine / s.sum_exp;
-        s.ce = rest < mine ? std::log1p(rest / mine) : (s.max - target_logit) + s.log_sum;
-        if (s.sum_exp == T(0)) {  // no finite logit at all
-            s.q = T(1);
-            s.p = T(0);
-            s.ce = kInfinity<T>;
-        }
+        const bool none = s.sum_exp == T(0);  // no finite logit at all
+        s.q = none ? T(1) : rest / s.sum_exp;
+        s.p = none ? T(0) : mine / s.sum_exp;
+        s.ce = none ? kInfinity<T> : rest < mine ? std::log1p(rest / mine) : (s.max - target_logit) + s.log_sum;
         return s;
     }
 
@@ -232,11 +224,17 @@ class StatisticsPass : public Rows<S> {
         const Best<T>& least = job_.top_k > 1 ? part.second : part.top;
         if (job_.top_k > 0 && (least.index < 0 || max > least.value)) {
             insert(part.top, part.second, {max, from});
-            if (job_.top_k > 1)
-                insert(part.top, part.second, {max_but(z, count, static_cast<int>(find(z, count, max))), from});
+            if (job_.top_k > 1) {
+                const int hole = static_cast<int>(find(z, count, max));
+                const auto others = [&](V x, int64_t at) {
+                    return lanes<T>() == hole - static_cast<int>(at) ? splat(-kInfinity<T>) : x;
+                };
+                insert(part.top, part.second, {max_of(kInOrder, z, count, others), from});
+            }
         }
         if (job_.below) {
-            const T below = max_below(z, count, target_logit);
+            const T below =
+                max_of(kAnyOrder, z, count, [&](V x, int64_t) { return x < target_logit ? x : splat(-kInfinity<T>); });
             if (below > part.below.value) part.below = {below, from};
         }
     }
@@ -266,29 +264,16 @@ class StatisticsPass : public Rows<S> {
         return index < count ? index : -1;
     }
 
-    FUSEDLOSS_ONE_COPY T max_of(const S* z, int64_t count) const {
+    // The largest of(logits, first column) of the columns.
+    template <typename Order, typename Of>
+    FUSEDLOSS_ONE_COPY T max_of(Order order, const S* z, int64_t count, const Of& of) const {
         V max = splat(-kInfinity<T>);
-        each_vector(kAnyOrder, z, count, [&](V x, int64_t, int) { max = greater(x, max); });
+        each_vector(order, z, count, [&](V x, int64_t at, int) { max = greater(of(x, at), max); });
         return largest<T>(max);
     }
 
-    // The largest logit of the columns but one (-1: none).
-    FUSEDLOSS_ONE_COPY T max_but(const S* z, int64_t count, int hole) const {
-        V max = splat(-kInfinity<T>);
-        auto to_hole = lanes<T>() - hole;
-        each_vector(kInOrder, z, count, [&](V x, int64_t, int) {
-            max = greater(to_hole == 0 ? splat(-kInfinity<T>) : x, max);
-            to_hole += width;
-        });
-        return largest<T>(max);
-    }
-
-    // The largest logit below a bound.
-    FUSEDLOSS_ONE_COPY T max_below(const S* z, int64_t count, T bound) const {
-        V max = splat(-kInfinity<T>);
-        each_vector(kAnyOrder, z, count,
-                    [&](V x, int64_t, int) { max = greater(x < bound ? x : splat(-kInfinity<T>), max); });
-        return largest<T>(max);
+    T max_of(const S* z, int64_t count) const {
+        return max_of(kAnyOrder, z, count, [](V x, int64_t) { return x; });
     }
 };
 
