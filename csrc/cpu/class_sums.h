@@ -1,4 +1,5 @@
-// The sums over the rows, class by class, of a summed class term.
+// The sums over the rows, class by class, of a summed class term: error and agreement of each class, of which a loss by
+// class or set is made.
 #pragma once
 
 #include "class_terms.h"

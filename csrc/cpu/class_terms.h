@@ -1,5 +1,6 @@
-// A class term of a row: its sums over the columns but the target and the top class, and its gradient. Columns whose
-// probabilities are small, almost all of a large vocabulary, have it as a polynomial (SmallTerm).
+// A class term of a row: its sums over the columns but the target and the top class, which are singled out, and its
+// gradient. Columns whose probabilities are small, almost all of a large vocabulary, have it as a polynomial
+// (SmallTerm).
 #pragma once
 
 #include "rows.h"
@@ -249,7 +250,7 @@ class ClassTermPass : public Rows<S> {
         });
     }
 
-    // Of some columns of a row but the target and the top class, which are written too.
+    // Of the columns [begin, end) of a row; the target's and the top class's are overwritten later.
     template <typename Term>
     void gradient(const ClassRow<T>& row, const S* z, S* grad, int64_t begin, int64_t end, T upstream, T shift) const {
         for (int64_t from = begin; from < end; from += kBlock) {

@@ -1,4 +1,5 @@
-// The forward of rows of up to kNarrow classes: as many side by side as a vector has lanes, a row in each.
+// The forward of rows of up to kNarrow classes: as many side by side as a vector has lanes, a row in each. Rows that
+// are ignored, and those with a logit that is not finite, are left to the code of single rows.
 #pragma once
 
 #include "forward.h"
@@ -28,16 +29,15 @@ class NarrowPass : public ForwardPass<S> {
    private:
     template <typename Functor>
     bool narrow() const {
-        if (job_.classes > kNarrow || job_.top_k > 1 || job_.picks() != job_.top_k || job_.mean || job_.moments) {
-            return false;
-        }
+        if (job_.rows == 0 || job_.classes > kNarrow || job_.top_k > 1 || job_.picks() != job_.top_k) return false;
+        if (job_.mean || job_.moments) return false;
         if constexpr (std::is_same_v<Functor, AnyPair>) {
             T params[kMaxParams];
-            if (job_.rows > 0) params_of(0, params);
+            params_of(0, params);
             for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
                 if (job_.param_stride[k] != 0 && job_.rows > 1) return false;
             }
-            return job_.rows > 0 && (factor_ == T(1) || PairTermPass<S>(job_).hard_weight(params) == T(0));
+            return factor_ == T(1) || PairTermPass<S>(job_).hard_weight(params) == T(0);
         }
         return true;
     }

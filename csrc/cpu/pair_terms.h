@@ -1,4 +1,5 @@
-// A pair term of a row and the second one: its sums and its gradient, block by block of both.
+// A pair term of a row and the second one: how blocks of both are brought to the loops of pairs.h, the loss of their
+// sums, and the gradient.
 #pragma once
 
 #include "pairs.h"

@@ -1,4 +1,5 @@
-// A class in two rows, and a pair term over the columns of a block: its sums and its gradient.
+// A pair term over the columns of a block of two rows: what it takes of a class (both_of), its sums and its gradient.
+// Each term is compiled here alone.
 #pragma once
 
 #include "rows.h"

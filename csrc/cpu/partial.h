@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../job.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
 

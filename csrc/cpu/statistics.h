@@ -1,5 +1,5 @@
-// The statistics of a row: each block of columns is read once, by an online softmax without the target's term, and
-// once more where it has a largest logit whose column is asked for.
+// The statistics of a row: each block of columns is read once, by an online softmax without the target's term. A block
+// that holds a pick is read once more, for its column.
 #pragma once
 
 #include "rows.h"
@@ -161,15 +161,16 @@ class StatisticsPass : public Rows<S> {
         base = finite_max(base);
         const bool target_here = target >= from && target < from + count;
         const int hole = target_here ? static_cast<int>(target - from) : -1;
+        const auto sum = [&](auto of) {
+            constexpr bool mean = decltype(of)::value;
+            return target_here || (mean && class_weight())
+                       ? sum_columns<mean, true, Moments>(z, from, count, hole, base, reference, powers)
+                       : sum_columns<mean, false, Moments>(z, from, count, hole, base, reference, powers);
+        };
         if constexpr (Moments != kPowers) {
-            if (job_.mean) {
-                return target_here || class_weight()
-                           ? sum_columns<true, true, Moments>(z, from, count, hole, base, reference, powers)
-                           : sum_columns<true, false, Moments>(z, from, count, hole, base, reference, powers);
-            }
+            if (job_.mean) return sum(std::true_type{});
         }
-        return target_here ? sum_columns<false, true, Moments>(z, from, count, hole, base, reference, powers)
-                           : sum_columns<false, false, Moments>(z, from, count, hole, base, reference, powers);
+        return sum(std::false_type{});
     }
 
     // The hole (the target's column in the block, or -1) and class weights need the columns in order.
@@ -178,7 +179,6 @@ class StatisticsPass : public Rows<S> {
                            Powers<T>* powers) const {
         V max = splat(-kInfinity<T>), rest = splat(T(0)), mean = splat(T(0));
         V low = rest, ties = rest, excess = rest, square = rest, power[kTerms<T>] = {};
-        const T* const weight = class_weight();
         Bits to_hole = lanes<T>() - hole;
         each_vector(std::bool_constant<InOrder>{}, z + from, count, [&](V x, int64_t at, int size) {
             max = greater(x, max);
@@ -203,7 +203,7 @@ class StatisticsPass : public Rows<S> {
             }
             if (Mean) {
                 V ce = x - reference;
-                if (InOrder && weight) ce *= load_weight(from + at, size);
+                if (InOrder && class_weight()) ce *= load_weight(from + at, size);
                 mean += size == width ? ce : lanes<T>() < size ? ce : V{};
             }
         });
