@@ -22,11 +22,7 @@ namespace {
 struct InstructionSet {
     const char* name;
     bool available;
-    void (*forward)(const Job&);
-    void (*backward)(const Job&);
-    void (*class_sums)(const Job&);
-    void (*class_terms)(const Job&);
-    void (*term_sums)(const Job&);
+    Pass *forward, *backward, *class_sums, *class_terms, *term_sums;
 };
 
 #define FUSEDLOSS_PASSES(isa) isa::forward, isa::backward, isa::class_sums, isa::class_terms, isa::term_sums
@@ -111,7 +107,7 @@ PYBIND11_MODULE(_engine, module) {
     use_instruction_set("");
 
     bind_job<Job>(module, "Job");
-    const auto def = [&](const char* name, void (*InstructionSet::*pass)(const Job&)) {
+    const auto def = [&](const char* name, Pass* InstructionSet::* pass) {
         module.def(name, [pass](const Job& job) {
             py::gil_scoped_release release;
             (current->*pass)(job);

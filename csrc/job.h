@@ -115,13 +115,10 @@ void with_functor(int number, FunctorList<Functors...>, const Visit& visit) {
 }
 
 // The passes of the CPU engine, once for each instruction set.
-#define FUSEDLOSS_DECLARE_PASSES(isa) \
-    namespace isa {                   \
-    void forward(const Job&);         \
-    void backward(const Job&);        \
-    void class_sums(const Job&);      \
-    void class_terms(const Job&);     \
-    void term_sums(const Job&);       \
+using Pass = void(const Job&);
+#define FUSEDLOSS_DECLARE_PASSES(isa)                           \
+    namespace isa {                                             \
+    Pass forward, backward, class_sums, class_terms, term_sums; \
     }
 FUSEDLOSS_DECLARE_PASSES(generic)
 FUSEDLOSS_DECLARE_PASSES(avx2)

@@ -6,6 +6,7 @@
 #include "statistics.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 constexpr int64_t kRowsAtOnce = 4;    // rows of a block of columns that are added up before the next block's
 constexpr int64_t kGroupRows = 1024;  // rows of which sums over the rows may have a part of their own
@@ -89,7 +90,7 @@ class ClassSumsPass : public ClassTermPass<S> {
         }
         if (top >= from && top < to && target != top) {
             T slope;
-            error[top] += double(weight * negative_term<Term>(inverse, top_q, params, slope));
+            error[top] += double(weight * Base::template negative_term_at<Term>(inverse, top_q, params, slope));
         }
     }
 
@@ -123,4 +124,5 @@ class ClassSumsPass : public ClassTermPass<S> {
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -6,6 +6,7 @@
 #include "rows.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 constexpr int kReach = 32;  // times the mean: a probability that few of a row are above
 
@@ -135,16 +136,6 @@ FUSEDLOSS_INLINE V negative_term(const ClassRow<T>& row, V p, V& g) {
     return Term::small_negative(p, weight, V(weight / q), row.params, g);
 }
 
-// The terms of one probability.
-template <typename Term, typename T>
-T positive_term(T p, T q, T weight, const T* params, T& h) {
-    return Term::positive(p, q, ScalarPowers::pair(q, Term::exponent(params)), weight, params, h);
-}
-template <typename Term, typename T>
-T negative_term(T p, T q, const T* params, T& h) {
-    return Term::negative(p, q, Power<T>{ScalarPowers::value(q, Term::exponent(params)), T(0)}, params, h);
-}
-
 // Takes the target and the top class from the columns of a block.
 template <typename T>
 struct Holes {
@@ -193,11 +184,20 @@ class ClassTermPass : public Rows<S> {
         return terms;
     }
 
+    // The terms of one probability.
     template <typename Term>
-    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s,
-                                   const Scratch<T>& scratch) const {
-        T* const loss = this->losses() + row;
-        const T z_slope = this->add_z_loss(s, weight_of(s.target), loss);
+    static T positive_term(T p, T q, T weight, const T* params, T& h) {
+        return Term::positive(p, q, ScalarPowers::pair(q, Term::exponent(params)), weight, params, h);
+    }
+    template <typename Term>
+    static T negative_term_at(T p, T q, const T* params, T& h) {
+        return Term::negative(p, q, Power<T>{ScalarPowers::value(q, Term::exponent(params)), T(0)}, params, h);
+    }
+
+    // Adds to the loss; the slope is that of the z-loss.
+    template <typename Term>
+    void finish(int64_t row, int threads, const RowStatistics<T>& s, const Scratch<T>& scratch, T z_slope,
+                T* loss) const {
         const ClassRow<T> terms = class_row<Term>(row);
         const T inverse = terms.inverse, *const params = terms.params;
         const int64_t top = terms.top;
@@ -222,7 +222,7 @@ class ClassTermPass : public Rows<S> {
         if (s.target == top) {
             sum += positive_term<Term>(top_p, top_q, weight_of(top), params, h);
         } else {
-            sum += weight_of(top) * negative_term<Term>(top_p, top_q, params, h);
+            sum += weight_of(top) * negative_term_at<Term>(top_p, top_q, params, h);
             h *= weight_of(top);
         }
         // dL/dz_top = p (h - slope); for the others p_j (g_j - slope - p h / q), q the top's 1 - p. Where q
@@ -233,7 +233,6 @@ class ClassTermPass : public Rows<S> {
         coefficient(kShift)[row] = shift;
         coefficient(kTopGradient)[row] = top_gradient;
         coefficient(kTargetGradient)[row] = s.target == top ? top_gradient : target_p * (target_g - shift);
-        for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = T(0);
     }
 
     template <typename Term>
@@ -396,4 +395,5 @@ class ClassTermPass : public Rows<S> {
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -5,11 +5,13 @@
 #include "gradient.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 template <typename S>
 class ForwardPass : public Rows<S> {
    protected:
     using Base = Rows<S>;
+    using Base::common, Base::params_of, Base::weight_of;
     using Base::job_, Base::ignored, Base::statistic, Base::second_statistic, Base::coefficient, Base::losses;
     using typename Base::T;
 
@@ -42,7 +44,7 @@ class ForwardPass : public Rows<S> {
             s.p = s.sum_exp == T(0) ? T(0) : std::exp(statistic(kTargetLogit)[row] - s.max) / s.sum_exp;
             s.target = job_.target[row];
             s.picks = 1;
-            ClassTermPass<S>(job_).template finish<Term>(row, threads, s, scratch);
+            finish<Term>(row, threads, s, scratch);
         });
     }
 
@@ -53,7 +55,7 @@ class ForwardPass : public Rows<S> {
         if (std::is_same_v<Functor, AnyPair> && job_.grad) scratch.kept.resize(2 * (job_.classes + Base::width));
         if constexpr (kIsClassTerm<Functor>) {
             T params[kMaxParams];
-            this->params_of(row, params);
+            params_of(row, params);
             const bool powers = !job_.class_weight && !job_.moments &&
                                 SmallTerm<T>::template reach<Functor>(params, job_.classes) > T(0);
             scratch.powers.resize(powers ? (job_.classes + kBlock - 1) / kBlock : 0);
@@ -61,10 +63,8 @@ class ForwardPass : public Rows<S> {
         const RowStatistics<T> s = StatisticsPass<S>(job_).statistics(row, threads, scratch);
         if constexpr (std::is_same_v<Functor, AnyPair>) {
             PairTermPass<S>(job_).finish(row, threads, s, scratch.kept.empty() ? nullptr : scratch.kept.data());
-        } else if constexpr (kIsClassTerm<Functor>) {
-            ClassTermPass<S>(job_).template finish<Functor>(row, threads, s, scratch);
         } else if constexpr (!std::is_void_v<Functor>) {
-            finish<Functor>(row, s, scratch.b);
+            finish<Functor>(row, threads, s, scratch);
         }
     }
 
@@ -87,21 +87,30 @@ class ForwardPass : public Rows<S> {
     }
 
     template <typename Functor>
-    FUSEDLOSS_ONE_COPY void finish(int64_t row, const RowStatistics<T>& s, std::vector<T>& b) const {
-        T params[kMaxParams];
-        this->params_of(row, params);
-        RowGradient<T> g;
-        g.b = b.data();
-        std::fill(b.begin(), b.end(), T(0));
-        Functor::run(s, params, g);
-        const T weight = this->weight_of(s.target), smooth = this->common(kSmooth);
-        apply_shared(s, this->shared(), weight, job_.classes, g);
-        losses()[row] = g.loss;
-        coefficient(kA)[row] = g.a;
-        coefficient(kU)[row] = smooth;
-        coefficient(kTargetGradient)[row] = g.d - g.a * s.q - smooth * weight;
-        for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = g.b[k];
+    FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch) const {
+        T* const loss = losses() + row;
+        if constexpr (kIsClassTerm<Functor>) {
+            const T z_slope = this->add_z_loss(s, weight_of(s.target), loss);
+            ClassTermPass<S>(job_).template finish<Functor>(row, threads, s, scratch, z_slope, loss);
+            for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = T(0);
+        } else {
+            T params[kMaxParams];
+            params_of(row, params);
+            RowGradient<T> g;
+            g.b = scratch.b.data();
+            std::fill(scratch.b.begin(), scratch.b.end(), T(0));
+            Functor::run(s, params, g);
+            const T weight = weight_of(s.target);
+            apply_shared(s, this->shared(), weight, job_.classes, g);
+            *loss = g.loss;
+            coefficient(kA)[row] = g.a;
+            const T smooth = common(kSmooth);
+            coefficient(kU)[row] = smooth;
+            coefficient(kTargetGradient)[row] = g.d - g.a * s.q - smooth * weight;
+            for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = g.b[k];
+        }
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -6,6 +6,7 @@
 #include "pair_terms.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 // e (a + c lag + d e), e = exp(lag): the part of a gradient that the probability is a factor of.
 template <typename T>
@@ -100,10 +101,10 @@ class GradientPass : public Rows<S> {
 
    private:
     // The slopes' gradient less u w. Smooth: 0 without u, 1 with u, 2 with class weights too
-    template <int Smooth, Moments moments>
+    template <int Smooth, int Moments>
     FUSEDLOSS_ONE_COPY void row_gradient(const S* z, S* grad, int64_t begin, int64_t end, T max,
                                          const Slopes<T>& slopes, T u) const {
-        if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0 && moments == kNoMoments) {
+        if constexpr (std::is_same_v<S, bfloat16> && Smooth == 0 && Moments == kNoMoments) {
             if (job_.classes > kNarrow && RoundedExp::takes(slopes.a)) {
                 const RoundedExp exp(slopes.a);
                 transform(kAnyOrder, z, grad, begin, end, [&](V x, int64_t, int) { return exp(x - max); });
@@ -112,17 +113,18 @@ class GradientPass : public Rows<S> {
         }
         transform(std::bool_constant<Smooth == 2>{}, z, grad, begin, end, [&](V x, int64_t column, int size) {
             V p;
-            if constexpr (moments == kAllMoments) {
+            if constexpr (Moments == kAllMoments) {
                 // A compiler may round the product with the factor in one place and not in another.
                 const V lag = x == max ? V{} : x - max;
                 p = slopes.gradient(exp_bounded<T>(lag), bounded(lag));
             } else {
                 const V e = exp_bounded<T>(x - max);
-                p = e * (moments == kNoMoments ? splat(slopes.a) : e * slopes.by_power + slopes.a);
+                p = e * (Moments == kNoMoments ? splat(slopes.a) : e * slopes.by_power + slopes.a);
             }
             return Smooth == 0 ? p : Smooth == 1 ? p - u : p - load_weight(column, size) * u;
         });
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

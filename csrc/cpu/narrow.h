@@ -5,6 +5,7 @@
 #include "forward.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 template <typename S>
 class NarrowPass : public ForwardPass<S> {
@@ -318,4 +319,5 @@ class NarrowPass : public ForwardPass<S> {
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -6,6 +6,7 @@
 #include "statistics.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 template <typename S>
 class PairTermPass : public Rows<S> {
@@ -237,4 +238,5 @@ class PairTermPass : public Rows<S> {
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -5,6 +5,7 @@
 #include "rows.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 // Stands for every pair term.
 struct AnyPair {};
@@ -140,4 +141,5 @@ FUSEDLOSS_ONE_COPY void differentiate_pairs(const PairRow<T>& row, const S* x, c
     }
 }
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

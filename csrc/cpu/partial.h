@@ -9,6 +9,7 @@
 #include "vector_math.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -125,4 +126,5 @@ inline void merge(TermSums& x, const TermSums& y) {
     x.mass += y.mass;
 }
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -10,14 +10,15 @@
 #include "partial.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 constexpr int64_t kBlock = 2048;        // columns looked at together: 8 KB of float stay in the L1 cache
 constexpr int64_t kChunk = 4 * kBlock;  // columns of one partial statistic
 constexpr int64_t kNarrow = 64;         // columns of rows that are looked at side by side, one in each lane
 
 // Of a loop over columns: whether it takes them one after the other.
-constexpr std::true_type kInOrder;
-constexpr std::false_type kAnyOrder;
+constexpr std::true_type kInOrder{};
+constexpr std::false_type kAnyOrder{};
 
 // A column whose gradient is not the formula's.
 template <typename T>
@@ -197,4 +198,5 @@ class Rows {
     const T factor_;  // of the logits
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

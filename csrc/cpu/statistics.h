@@ -5,6 +5,7 @@
 #include "rows.h"
 
 namespace fusedloss::FUSEDLOSS_ISA {
+namespace {
 
 constexpr int64_t kProbe = 256;  // columns whose largest logit is taken for about the largest of a chunk
 
@@ -277,4 +278,5 @@ class StatisticsPass : public Rows<S> {
     }
 };
 
+}  // namespace
 }  // namespace fusedloss::FUSEDLOSS_ISA

@@ -3,8 +3,7 @@
 
 #include "rows.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // A row's statistics, as the statistics pass left them with the top class for a pick.
 template <typename S>
@@ -218,5 +217,4 @@ void sum(Launch job) {
     });
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

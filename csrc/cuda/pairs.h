@@ -9,8 +9,7 @@
 
 #include "rows.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // Sums of a pair term: of the loss, of h, and of p - y.
 struct PairPartial {
@@ -361,5 +360,4 @@ void run_any(const Launch& job) {
     job.kind == kPairTerm ? run_pairs<S>(job) : run<S>(job);
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

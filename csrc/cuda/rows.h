@@ -19,8 +19,7 @@
 #include "launch.h"
 #include "merge.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // 16 bytes of logits.
 template <typename S>
@@ -838,5 +837,4 @@ void run(Launch job) {
     }
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda
