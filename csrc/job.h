@@ -69,10 +69,8 @@ struct Job {
 
     int epilogue;  // its number among those of its kind, or of sums over the rows among SummedTerms; -1: none
     int kind;
-    const void* param[kMaxParams];     // T; null after the last
-    int64_t param_stride[kMaxParams];  // 0: one value for all rows; 1: a value a row
-    const void* common;                // T [kCommon]; null for (1, 0, 0, 1)
-    const void* second;                // of a pair term: the teacher's logits, of their dtype, or targets T
+    const void* common;  // T [kCommon]; null for (1, 0, 0, 1)
+    const void* second;  // of a pair term: the teacher's logits, of their dtype, or targets T
     int64_t second_row_stride;
 
     // The statistics pass writes these, other passes read them.
@@ -94,6 +92,9 @@ struct Job {
     const void* top_q;  // T [rows], 1 - p of the top class; null: found among the logits
 
     int threads;  // of the processor, or of a block on a GPU
+
+    const void* param[kMaxParams] = {};     // T; null after the last
+    int64_t param_stride[kMaxParams] = {};  // 0: one value for all rows; 1: a value a row
 
     FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
 

@@ -88,11 +88,12 @@ class ForwardPass : public Rows<S> {
 
     template <typename Functor>
     FUSEDLOSS_ONE_COPY void finish(int64_t row, int threads, const RowStatistics<T>& s, Scratch<T>& scratch) const {
-        T* const loss = losses() + row;
+        const int64_t n = job_.rows;
+        T *const loss = losses() + row, *const coefficient = this->coefficient(0) + row;
         if constexpr (kIsClassTerm<Functor>) {
             const T z_slope = this->add_z_loss(s, weight_of(s.target), loss);
             ClassTermPass<S>(job_).template finish<Functor>(row, threads, s, scratch, z_slope, loss);
-            for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = T(0);
+            for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = T(0);
         } else {
             T params[kMaxParams];
             params_of(row, params);
@@ -103,11 +104,11 @@ class ForwardPass : public Rows<S> {
             const T weight = weight_of(s.target);
             apply_shared(s, this->shared(), weight, job_.classes, g);
             *loss = g.loss;
-            coefficient(kA)[row] = g.a;
+            coefficient[kA * n] = g.a;
             const T smooth = common(kSmooth);
-            coefficient(kU)[row] = smooth;
-            coefficient(kTargetGradient)[row] = g.d - g.a * s.q - smooth * weight;
-            for (int k = 0; k < s.picks; ++k) coefficient(kCoefficients + k)[row] = g.b[k];
+            coefficient[kU * n] = smooth;
+            coefficient[kTargetGradient * n] = g.d - g.a * s.q - smooth * weight;
+            for (int k = 0; k < s.picks; ++k) coefficient[(kCoefficients + k) * n] = g.b[k];
         }
     }
 };

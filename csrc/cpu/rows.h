@@ -137,61 +137,67 @@ class Rows {
         return size == width ? load(weight) : load_part(weight, size, T(0), class_weight() + job_.classes);
     }
 
-    // take(first column, columns, logits) for each vector of the columns, beyond which it is -inf, until it returns
-    // false: the column where it did. Out of order, where that is faster, take(first column, columns, even logits, odd
-    // logits) of twice as many columns.
-    template <typename Order, typename Take>
-    FUSEDLOSS_INLINE int64_t take_vectors(Order, const S* z, int64_t count, const Take& take) const {
+    // body(logits, first column, columns) for each vector of the columns; beyond them it is -inf. Out of order, where
+    // that is faster, the vectors of a pair begin at the same column. Returns the column at whose vector a body that
+    // returns something, which takes them in order, returned false.
+    template <typename Order, typename Body>
+    FUSEDLOSS_INLINE int64_t each_vector(Order, const S* z, int64_t count, const Body& body) const {
+        const auto take = [&](V x, int64_t at, int size) {
+            if constexpr (std::is_void_v<decltype(body(x, at, size))>) {
+                body(x, at, size);
+                return true;
+            } else {
+                static_assert(Order::value, "of a pair one may be done");
+                return body(x, at, size);
+            }
+        };
         int64_t at = 0;
         if constexpr (!Order::value && kPairs<S>) {
             for (; at + 2 * width <= count; at += 2 * width) {
                 prefetch_after(z + at);
                 const Pair x = load_pair(z + at);
-                if (!take(at, width, x.even * factor_, x.odd * factor_)) return at;
+                take(x.even * factor_, at, width);
+                take(x.odd * factor_, at, width);
             }
         }
         for (; at + width <= count; at += width) {
             prefetch_after(z + at);
-            if (!take(at, width, load(z + at) * factor_)) return at;
+            if (!take(load(z + at) * factor_, at, width)) return at;
         }
         const int rest = static_cast<int>(count - at);
-        if (rest > 0 && !take(at, rest, load_part(z + at, rest, -kInfinity<T>, limit()) * factor_)) return at;
+        if (rest > 0 && !take(load_part(z + at, rest, -kInfinity<T>, limit()) * factor_, at, rest)) return at;
         return count;
-    }
-
-    // body(logits, first column, columns) for each vector; the two of a pair begin at the same column. Returns the
-    // column at whose vector a body that returns something, which takes them in order, returned false.
-    template <typename Order, typename Body>
-    FUSEDLOSS_INLINE int64_t each_vector(Order order, const S* z, int64_t count, const Body& body) const {
-        return take_vectors(order, z, count, [&](int64_t at, int size, const auto&... x) {
-            if constexpr (std::is_void_v<decltype(body(V{}, at, size))>) {
-                (body(x, at, size), ...);
-                return true;
-            } else {
-                static_assert(Order::value, "of a pair one may be done");
-                return (body(x, at, size) && ...);
-            }
-        });
     }
 
     // grad[column] = formula(logits, column, columns), a vector at a time; the two may be the same memory. Returns the
     // column before which nothing was written, where after a formula stop() is true.
     template <typename Order, typename Formula, typename Stop = std::false_type>
-    FUSEDLOSS_INLINE int64_t transform(Order order, const S* z, S* grad, int64_t begin, int64_t end,
-                                       const Formula& formula, const Stop& stop = {}) const {
-        z += begin, grad += begin;
-        return begin + take_vectors(order, z, end - begin, [&](int64_t at, int size, V x, const auto&... odd) {
-                   const auto first = formula(x, begin + at, size);
-                   if constexpr (sizeof...(odd) > 0) {
-                       const auto second = formula(odd..., begin + at, size);
-                       if (stop()) return false;
-                       store_pair(grad + at, first, second);
-                   } else {
-                       if (stop()) return false;
-                       size == width ? store(grad + at, first) : store_part(grad + at, size, first);
-                   }
-                   return true;
-               });
+    FUSEDLOSS_INLINE int64_t transform(Order, const S* z, S* grad, int64_t begin, int64_t end, const Formula& formula,
+                                       const Stop& stop = {}) const {
+        int64_t column = begin;
+        if constexpr (!Order::value && kPairs<S>) {
+            for (; column + 2 * width <= end; column += 2 * width) {
+                prefetch_after(z + column);
+                const Pair x = load_pair(z + column);
+                const auto even = formula(x.even * factor_, column, width),
+                           odd = formula(x.odd * factor_, column, width);
+                if (stop()) return column;
+                store_pair(grad + column, even, odd);
+            }
+        }
+        for (; column + width <= end; column += width) {
+            prefetch_after(z + column);
+            const auto x = formula(load(z + column) * factor_, column, width);
+            if (stop()) return column;
+            store(grad + column, x);
+        }
+        if (column < end) {
+            const int rest = static_cast<int>(end - column);
+            const auto x = formula(load_part(z + column, rest, -kInfinity<T>, limit()) * factor_, column, rest);
+            if (stop()) return column;
+            store_part(grad + column, rest, x);
+        }
+        return end;
     }
 
     const Job& job_;

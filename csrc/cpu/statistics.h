@@ -162,16 +162,15 @@ class StatisticsPass : public Rows<S> {
         base = finite_max(base);
         const bool target_here = target >= from && target < from + count;
         const int hole = target_here ? static_cast<int>(target - from) : -1;
-        const auto sum = [&](auto of) {
-            constexpr bool mean = decltype(of)::value;
-            return target_here || (mean && class_weight())
-                       ? sum_columns<mean, true, Moments>(z, from, count, hole, base, reference, powers)
-                       : sum_columns<mean, false, Moments>(z, from, count, hole, base, reference, powers);
-        };
         if constexpr (Moments != kPowers) {
-            if (job_.mean) return sum(std::true_type{});
+            if (job_.mean) {
+                return target_here || class_weight()
+                           ? sum_columns<true, true, Moments>(z, from, count, hole, base, reference, powers)
+                           : sum_columns<true, false, Moments>(z, from, count, hole, base, reference, powers);
+            }
         }
-        return sum(std::false_type{});
+        return target_here ? sum_columns<false, true, Moments>(z, from, count, hole, base, reference, powers)
+                           : sum_columns<false, false, Moments>(z, from, count, hole, base, reference, powers);
     }
 
     // The hole (the target's column in the block, or -1) and class weights need the columns in order.
