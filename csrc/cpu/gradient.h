@@ -44,6 +44,7 @@ class GradientPass : public Rows<S> {
         S* grad = static_cast<S*>(job_.grad) + row * job_.grad_row_stride;
         if (this->ignored(row)) return std::fill(grad, grad + job_.classes, S{});
         const T upstream = this->upstream_of(row);
+
         // Read before the logits are overwritten, written after.
         Exception<T>* const exceptions = scratch.exceptions.data();
         Exception<T>* last = exceptions;

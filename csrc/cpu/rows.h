@@ -50,6 +50,7 @@ class Rows {
     using Bits = typename VectorOf<T>::Bits;
     static constexpr int width = VectorOf<T>::width;
 
+    // What the job holds, of a row or of all.
     T logit(const S* z) const { return read(z) * factor_; }
     const S* logits(int64_t row) const { return static_cast<const S*>(job_.logits) + row * job_.row_stride; }
     const S* limit() const { return logits(job_.rows - 1) + job_.classes; }
@@ -61,12 +62,15 @@ class Rows {
     bool ignored(int64_t row) const { return job_.target[row] == kIgnored; }
     double weight_sum() const { return job_.weight_sum ? *job_.weight_sum : double(job_.classes); }
     T common(int k) const { return common_at<T>(job_.common, k); }
-    T* statistic(int k) const { return static_cast<T*>(job_.statistics) + k * job_.rows; }      // [rows]
-    T* coefficient(int k) const { return static_cast<T*>(job_.coefficients) + k * job_.rows; }  // [rows]
-    T* second_statistic(int k) const {                                                          // [rows]
+
+    // [rows]
+    T* statistic(int k) const { return static_cast<T*>(job_.statistics) + k * job_.rows; }
+    T* coefficient(int k) const { return static_cast<T*>(job_.coefficients) + k * job_.rows; }
+    T* second_statistic(int k) const {
         return statistic(kStatistics + job_.picks() + (job_.moments ? kMoments : 0) + k);
     }
     T* losses() const { return static_cast<T*>(job_.loss); }
+
     int64_t chunks() const { return (job_.classes + kChunk - 1) / kChunk; }
 
     void params_of(int64_t row, T* params) const {
