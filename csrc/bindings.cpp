@@ -22,37 +22,30 @@ namespace {
 struct InstructionSet {
     const char* name;
     bool available;
-    void (*forward)(const Job&);
-    void (*backward)(const Job&);
-    void (*class_sums)(const Job&);
-    void (*class_terms)(const Job&);
-    void (*term_sums)(const Job&);
+    Pass *forward, *backward, *class_sums, *class_terms, *term_sums;
 };
 
 #define FUSEDLOSS_PASSES(isa) isa::forward, isa::backward, isa::class_sums, isa::class_terms, isa::term_sums
 
-std::vector<InstructionSet> instruction_sets() {
-    std::vector<InstructionSet> sets;  // the best first
+// The best first.
+const std::vector<InstructionSet>& all_sets() {
+    static const std::vector<InstructionSet> sets = {
 #if defined(FUSEDLOSS_HAVE_AVX512)
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    sets.push_back({"avx512", avx512, FUSEDLOSS_PASSES(avx512)});
+        {"avx512",
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+         FUSEDLOSS_PASSES(avx512)},
 #endif
 #if defined(FUSEDLOSS_HAVE_AVX2)
-    // Processors with AVX2 have F16C; not every compiler can ask for it.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    sets.push_back({"avx2", avx2, FUSEDLOSS_PASSES(avx2)});
+        // Processors with AVX2 have F16C; not every compiler can ask for it.
+        {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), FUSEDLOSS_PASSES(avx2)},
 #endif
-    sets.push_back({"generic", true, FUSEDLOSS_PASSES(generic)});
+        {"generic", true, FUSEDLOSS_PASSES(generic)},
+    };
     return sets;
 }
 
 const InstructionSet* current = nullptr;
-
-const std::vector<InstructionSet>& all_sets() {
-    static const std::vector<InstructionSet> sets = instruction_sets();
-    return sets;
-}
 
 void use_instruction_set(const std::string& name) {
     for (const auto& set : all_sets()) {
@@ -90,14 +83,11 @@ int64_t count_valid(Address target, int64_t count, int64_t ignored) {
 
 // A fresh gradient costs more in page faults than in arithmetic; huge pages give most of that back. A hint:
 // the kernel may ignore it, and memory that is already mapped is left as it is.
-void advise_huge_pages(Address address, int64_t bytes) {
+void advise_huge_pages([[maybe_unused]] Address address, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr Address page = 4096;
     const Address begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
     if (end > begin) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)address;
-    (void)bytes;
 #endif
 }
 
@@ -111,7 +101,7 @@ PYBIND11_MODULE(_engine, module) {
     use_instruction_set("");
 
     bind_job<Job>(module, "Job");
-    const auto def = [&](const char* name, void (*InstructionSet::*pass)(const Job&)) {
+    const auto def = [&](const char* name, Pass* InstructionSet::* pass) {
         module.def(name, [pass](const Job& job) {
             py::gil_scoped_release release;
             (current->*pass)(job);

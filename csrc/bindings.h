@@ -65,8 +65,6 @@ pybind11::class_<J> bind_job(pybind11::module_& module, const char* name) {
                                       at<const double>(weight_sum),
                                       epilogue,
                                       kind,
-                                      {},
-                                      {},
                                       at<void>(common),
                                       at<void>(second),
                                       second_row_stride,

@@ -69,10 +69,8 @@ struct Job {
 
     int epilogue;  // its number among those of its kind, or of sums over the rows among SummedTerms; -1: none
     int kind;
-    const void* param[kMaxParams];     // T; null after the last
-    int64_t param_stride[kMaxParams];  // 0: one value for all rows; 1: a value a row
-    const void* common;                // T [kCommon]; null for (1, 0, 0, 1)
-    const void* second;                // of a pair term: the teacher's logits, of their dtype, or targets T
+    const void* common;  // T [kCommon]; null for (1, 0, 0, 1)
+    const void* second;  // of a pair term: the teacher's logits, of their dtype, or targets T
     int64_t second_row_stride;
 
     // The statistics pass writes these, other passes read them.
@@ -95,6 +93,9 @@ struct Job {
 
     int threads;  // of the processor, or of a block on a GPU
 
+    const void* param[kMaxParams] = {};     // T; null after the last
+    int64_t param_stride[kMaxParams] = {};  // 0: one value for all rows; 1: a value a row
+
     FUSEDLOSS_HD int picks() const { return top_k + (below ? 1 : 0) + candidate_count; }
 
     // The gradient pass that follows a statistics pass with an epilogue.
@@ -107,22 +108,18 @@ struct Job {
     }
 };
 
-// Calls visit with a null pointer to the functor of that number, to void for -1.
+// Calls visit(Functor{}) of the functor of that number in the list.
 template <typename Visit, typename... Functors>
-void with_functor(int number, const Visit& visit, FunctorList<Functors...>) {
+void with_functor(int number, FunctorList<Functors...>, const Visit& visit) {
     int k = 0;
-    if (number < 0) return visit(static_cast<void*>(nullptr));
-    (void)((k++ == number && (visit(static_cast<Functors*>(nullptr)), true)) || ...);
+    (void)((k++ == number && (visit(Functors{}), true)) || ...);
 }
 
 // The passes of the CPU engine, once for each instruction set.
-#define FUSEDLOSS_DECLARE_PASSES(isa) \
-    namespace isa {                   \
-    void forward(const Job&);         \
-    void backward(const Job&);        \
-    void class_sums(const Job&);      \
-    void class_terms(const Job&);     \
-    void term_sums(const Job&);       \
+using Pass = void(const Job&);
+#define FUSEDLOSS_DECLARE_PASSES(isa)                           \
+    namespace isa {                                             \
+    Pass forward, backward, class_sums, class_terms, term_sums; \
     }
 FUSEDLOSS_DECLARE_PASSES(generic)
 FUSEDLOSS_DECLARE_PASSES(avx2)

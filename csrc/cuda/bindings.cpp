@@ -8,8 +8,7 @@
 
 namespace py = pybind11;
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 namespace {
 
 struct Launches {
@@ -34,8 +33,7 @@ Launches launches(DType dtype) {
 }
 
 }  // namespace
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda
 
 PYBIND11_MODULE(FUSEDLOSS_MODULE, module) {
     using namespace fusedloss;

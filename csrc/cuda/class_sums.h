@@ -3,8 +3,7 @@
 
 #include "rows.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // A row's statistics, as the statistics pass left them with the top class for a pick.
 template <typename S>
@@ -210,18 +209,12 @@ void sum(Launch job) {
         launch(top_rest_pass<S>, job.rows, 1, 1, kWarp, 0, job.stream, job);
         job.top_q = job.top_rest;
     }
-    with_functor(
-        job.epilogue,
-        [&](auto* term) {
-            using Term = std::remove_pointer_t<decltype(term)>;
-            if constexpr (!std::is_void_v<Term>) {
-                using Sums = ColumnSums<S, Term>;
-                launch(class_sums_pass<S, Term>, (job.columns() + Sums::columns - 1) / Sums::columns, job.groups, 1,
-                       kSumThreads, Sums::bytes, job.stream, job);
-            }
-        },
-        SummedTerms{});
+    with_functor(job.epilogue, SummedTerms{}, [&](auto term) {
+        using Term = decltype(term);
+        using Sums = ColumnSums<S, Term>;
+        launch(class_sums_pass<S, Term>, (job.columns() + Sums::columns - 1) / Sums::columns, job.groups, 1,
+               kSumThreads, Sums::bytes, job.stream, job);
+    });
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

@@ -26,8 +26,7 @@
 #define FUSEDLOSS_DEVICE __device__ __forceinline__
 #define FUSEDLOSS_BLOCKS(threads, beside) __launch_bounds__(threads, beside)
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
@@ -140,12 +139,10 @@ FUSEDLOSS_DEVICE T fast_exp(T x) {
 FUSEDLOSS_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 FUSEDLOSS_DEVICE double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda
 #endif
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 using Stream = cudaStream_t;
 
@@ -204,6 +201,5 @@ inline Limits limits(int device) {
     return {bytes, clusters != 0};
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda
 #endif

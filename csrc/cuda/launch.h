@@ -4,8 +4,7 @@
 #include "../job.h"
 #include "device.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 constexpr int kMaxThreads = 256;
 constexpr int kStages = 6;      // tiles on their way from memory, and the one that is looked at
@@ -38,5 +37,4 @@ FUSEDLOSS_DECLARE_LAUNCHES(float32)
 FUSEDLOSS_DECLARE_LAUNCHES(bfloat16)
 FUSEDLOSS_DECLARE_LAUNCHES(float16)
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

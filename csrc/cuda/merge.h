@@ -6,8 +6,7 @@
 #include "../epilogues.h"
 #include "device.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 constexpr int kWarp = 32;
 
@@ -174,5 +173,4 @@ FUSEDLOSS_DEVICE ClassPartial merge_warp(ClassPartial part, T) {
     return {sum_of_warp(part.rest), sum_of_warp(part.loss), sum_of_warp(part.slope)};
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

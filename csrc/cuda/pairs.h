@@ -9,8 +9,7 @@
 
 #include "rows.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // Sums of a pair term: of the loss, of h, and of p - y.
 struct PairPartial {
@@ -350,16 +349,10 @@ FUSEDLOSS_KERNEL void FUSEDLOSS_BLOCKS(kMaxThreads, sizeof(S) == 8 ? 2 : 3) pair
 template <typename S>
 void run_pairs(const Launch& job) {
     if (job.forward && (job.picks() > 0 || job.moments)) run<S>(of_statistics(job));
-    with_functor(
-        job.epilogue,
-        [&](auto* term) {
-            using Term = std::remove_pointer_t<decltype(term)>;
-            if constexpr (!std::is_void_v<Term>) {
-                constexpr int bytes = sizeof(PairBoard<decltype(read(S{}))>);
-                launch(pair_pass<S, Term>, job.rows, 1, 1, job.threads, bytes, job.stream, job);
-            }
-        },
-        PairTerms{});
+    with_functor(job.epilogue, PairTerms{}, [&](auto term) {
+        constexpr int bytes = sizeof(PairBoard<decltype(read(S{}))>);
+        launch(pair_pass<S, decltype(term)>, job.rows, 1, 1, job.threads, bytes, job.stream, job);
+    });
 }
 
 template <typename S>
@@ -367,5 +360,4 @@ void run_any(const Launch& job) {
     job.kind == kPairTerm ? run_pairs<S>(job) : run<S>(job);
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

@@ -19,8 +19,7 @@
 #include "launch.h"
 #include "merge.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // 16 bytes of logits.
 template <typename S>
@@ -827,22 +826,15 @@ void run(Launch job) {
         const int cluster = job.forward || job.sums ? job.parts : 1;
         launch(kernel, job.rows * job.parts, 1, cluster, job.threads, shared_bytes<S>(job), job.stream, job);
     };
-    with_functor(
-        job.kind == kClassTerm ? job.epilogue : -1,
-        [&](auto* term) {
-            using Term = std::remove_pointer_t<decltype(term)>;
-            if constexpr (!std::is_void_v<Term>) {
-                start(row_pass<S, Term, kTop>);
-            } else if (job.moments) {
-                start(row_pass<S, void, kEverything | kSums>);
-            } else if (job.top_k > 0 || job.below || job.mean) {
-                start(row_pass<S, void, kEverything>);
-            } else {
-                start(row_pass<S, void, 0>);
-            }
-        },
-        ClassTerms{});
+    if (job.kind == kClassTerm) {
+        with_functor(job.epilogue, ClassTerms{}, [&](auto term) { start(row_pass<S, decltype(term), kTop>); });
+    } else if (job.moments) {
+        start(row_pass<S, void, kEverything | kSums>);
+    } else if (job.top_k > 0 || job.below || job.mean) {
+        start(row_pass<S, void, kEverything>);
+    } else {
+        start(row_pass<S, void, 0>);
+    }
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

@@ -3,8 +3,7 @@
 
 #include "rows.h"
 
-namespace fusedloss {
-namespace cuda {
+namespace fusedloss::cuda {
 
 // Only the device knows the factor. Where it is 1, as in most training, the gradient is not looked at.
 template <typename S>
@@ -32,5 +31,4 @@ void scale(const Launch& job) {
     launch(scale_pass<S>, job.groups, 1, 1, kMaxThreads, 0, job.stream, job);
 }
 
-}  // namespace cuda
-}  // namespace fusedloss
+}  // namespace fusedloss::cuda

@@ -291,6 +291,9 @@ class _Gradients:
         for x in rows.hidden:
             new = _by_columns if self._hidden and not chunks.spec.form.group else new_buffer
             self._hidden.append(new(x, x.shape, self._dtype) if next(needed) else None)
+            total = self._hidden[-1]
+            if total is not None and chunks.valid < rows.target.shape[0]:
+                total[chunks.valid :] = 0
         # In a single chunk, in order, both parts of a symmetric form's gradient are one product, (G + G^T) H.
         symmetric = chunks.spec.form.symmetric and self._hidden[0] is not None
         in_order = chunks.valid == rows.target.shape[0]
@@ -346,6 +349,8 @@ class _Gradients:
 
     def add_nothing(self, part: slice) -> None:
         """Take rows that have no gradient."""
+        if part.start >= self._chunks.valid > 0:
+            return  # whose gradients are 0 from the first
         for total in self._hidden:
             if total is not None:
                 total[part] = 0
@@ -374,8 +379,8 @@ class _Gradients:
         return result
 
     def _sum_over_ranks(self, total: Tensor, part: slice) -> None:
-        """With the last rows, while the weight's product goes on."""
-        if part.stop == total.shape[0]:
+        """With the last rows that have a gradient, while the weight's product goes on."""
+        if part.stop >= self._chunks.valid:
             self._pending.append(sequence.sum_in_place(total, self._chunks.spec.form.group))
 
 

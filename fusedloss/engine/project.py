@@ -49,7 +49,7 @@ def project(
     if bias is not None and bias.shape != weight[0].shape[:1]:
         raise ValueError(f"{of_bias} must be ({weight[0].shape[0]},), one a class, got shape {tuple(bias.shape)}")
     if hidden[0].device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        *pairs, bias = _autocast(*hidden, *weight, bias)
+        *pairs, bias = autocast(*hidden, *weight, bias)
         hidden, weight = pairs[: len(hidden)], pairs[len(hidden) :]
     first = hidden[0]
     for name, values in (("input of an adapter", hidden), (of_weight, weight), (of_bias, [bias])):
@@ -74,7 +74,8 @@ def project(
     return Projection(hidden, weight, bias, form)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
+def autocast(*tensors: Tensor | None) -> list[Any]:
+    """Return tensors in the dtype in which autocast would multiply them."""
     device = tensors[0].device.type  # type: ignore[union-attr]
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
