@@ -571,6 +571,29 @@ def test_a_loss_in_chunks_under_checkpointing_and_batched_gradients(monkeypatch,
     torch.testing.assert_close(torch.autograd.grad(again, linear.sources), right)
 
 
+def test_what_a_loss_function_hands_out(monkeypatch, generator, compiled_impl):
+    """Its gradient would be lost where the gradients are made with the loss; elsewhere it has one."""
+    linear, kept = _Linear(monkeypatch, generator), []
+
+    def keeping(s, own):
+        kept.append(s.lse.square())
+        return s.ce
+
+    for options in ({"budget": 2**20}, {"per_chunk": True}):
+        linear.loss(keeping, impl=compiled_impl, **options)
+        with pytest.raises(RuntimeError, match="a loss function has handed out"):
+            kept[-1].sum().backward()
+    linear.loss(keeping, impl=compiled_impl, reduction="none")
+    own = kept[-1][linear.target >= 0].sum()
+    z = torch.addmm(linear.bias, linear.hidden[0], linear.weight[0].t())[linear.target >= 0]
+    right = z.logsumexp(-1).square().sum()
+    torch.testing.assert_close(*(torch.autograd.grad(x, linear.sources) for x in (own, right)))
+    z = z.detach().requires_grad_()
+    fl.flex_loss(z, linear.target[linear.target >= 0], lambda p, q, y: kept.append(q) or p * q, over="classes")
+    with pytest.raises(RuntimeError, match="a loss function has handed out|a second time"):
+        kept[-1].sum().backward()
+
+
 @pytest.mark.parametrize("result", [lambda s: s.ce.mean(), lambda s: s.ce[:1], lambda s: s.ce[:, None], lambda s: 1.0])
 def test_a_loss_in_chunks_of_another_shape(result, monkeypatch, generator):
     linear = _Linear(monkeypatch, generator)

@@ -16,7 +16,7 @@ from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Spec
 from .chunks import GradientsLaterError
-from .functions import Reduction, check_sources, differentiable, scaled_once
+from .functions import Reduction, check_sources, differentiable, refuse_later_use, scaled_once
 
 #: Bytes of probabilities that are held at a time.
 DENSE_BYTES = 2 * 2**20
@@ -88,6 +88,7 @@ class _Total(torch.autograd.Function):
                 (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)
             else:
                 gradient[part] = 0
+            refuse_later_use([z])
             parts.append(loss.detach())
         ctx.save_for_backward(logits, gradient)
         ctx.settings = rows._replace(hidden=[]), spec, epilogue, reduction

@@ -405,6 +405,19 @@ def check_sources(value: Tensor, only: Sequence[Tensor], function: Any) -> None:
         nodes += [source for source, _ in node.next_functions]
 
 
+def refuse_later_use(sources: Sequence[Tensor]) -> None:
+    """Have a backward raise that goes through what a loss function has kept, whose own gradients are made by then."""
+    for x in sources:
+        x.register_hook(_refuse)
+
+
+def _refuse(_: Tensor) -> None:
+    raise RuntimeError(
+        "a loss function has handed out what it was called with, or what it made of that, but its gradients are made "
+        "with the loss: hand out detached tensors, or pass reduction='none' and reduce the losses yourself"
+    )
+
+
 def _with_function(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epilogue) -> tuple[Any, ...]:
     """What the operator ``forward`` returns, of a loss function that is called between the passes of each chunk."""
 
@@ -421,6 +434,7 @@ def _with_function(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: 
             slopes = torch.autograd.grad(
                 loss, leaves, torch.ones_like(loss) if upstream is None else upstream, materialize_grads=True
             )
+        refuse_later_use(leaves)
         job.loss = loss.detach()
         job.coefficients = _coefficients(job.statistics, part, job.index, Columns(*slopes), rows.classes)
 
