@@ -187,6 +187,16 @@ def test_a_sure_student_keeps_its_digits(impl):
     assert loss.isfinite() and torch.autograd.grad(loss, x)[0].isfinite().all()
 
 
+def test_classes_of_tiny_probability_are_renormalized(impl):
+    """Their probabilities are 0 in float32; only a row of -inf alone has nothing to renormalize."""
+    z, index = torch.zeros(1, 5), torch.tensor([[1, 3]])
+    tiny, right = (
+        fl.topk_distillation_loss(z, index, torch.tensor([[x, x - 1]]), rest="renormalize", impl=impl)
+        for x in (-200.0, -0.4)
+    )
+    assert_close(tiny, right, rtol=1e-4, atol=1e-6)
+
+
 def test_renormalized_classes_leave_the_others_alone(impl, generator):
     z = torch.randn(ROWS, CLASSES, generator=generator).requires_grad_()
     _, index, log_prob = problem(generator)

@@ -74,7 +74,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Run the operator ``forward``; `losses` stands for an epilogue, with the upstream gradient in its coefficients.
 
-    It is called with all rows in their order where they fit one chunk, and must be where it is not for each chunk.
+    If all rows fit one chunk, `losses` is called once, with the rows in their own order. Otherwise it is called once a
+    chunk or, without `per_chunk`, GradientsLaterError is raised.
     """
     order, chunks = _chunks(rows, spec, backend, several=per_chunk)
     if losses is not None and chunks.count == 1:

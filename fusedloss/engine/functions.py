@@ -380,7 +380,7 @@ def _columns(statistics: Tensor, index: Tensor, target: Tensor, picks: Picks) ->
     )
 
 
-#: The code, which functions may share, of those that use a tensor which requires grad and is none of their arguments.
+#: The code objects of loss functions that use another tensor that requires grad. Several functions may share one.
 _WITH_OTHER_SOURCES: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -406,7 +406,7 @@ def check_sources(value: Tensor, only: Sequence[Tensor], function: Any) -> None:
 
 
 def refuse_later_use(sources: Sequence[Tensor]) -> None:
-    """Have a backward raise that goes through what a loss function has kept, whose own gradients are made by then."""
+    """Make a later backward through these tensors raise, as the gradients of the loss function are computed already."""
     for x in sources:
         x.register_hook(_refuse)
 

@@ -83,11 +83,11 @@ def flex_loss(
         row_tensors: tensors of the target's shape, which ``loss_fn(s, *row_tensors)`` receives as rows (N,). Floating
             tensors are cast to the dtype of the statistics. The values of ignored rows are replaced by 1.
         per_chunk: let a linear form with reduction "mean" or "sum" call `loss_fn` once for each chunk of rows, and make
-            its gradients with the loss: three matrix products in place of four. Where all rows are one chunk, it does
-            so without. A row's loss must then be a function of that row alone, and other tensors must be `row_tensors`
-            or the same for all rows. It has no effect on logits in hand, under torch.compile, with a group, and where
-            the loss depends on another tensor that requires grad, be it a row tensor, the token weights or one of a
-            closure.
+            its gradients with the loss: three matrix products in place of four. A row's loss must then be a
+            function of that row alone, and other tensors must be `row_tensors` or the same for all rows.
+            It has no effect on logits in hand, under torch.compile, with a group, and where the loss depends on another
+            tensor that requires grad, be it a row tensor, the token weights or one of a closure. Without `per_chunk`
+            the gradients are made with the loss if all rows fit one chunk.
         over: "rows" as above, or "classes": ``loss_fn(p, q, positive)`` gives the loss of each class from its
             probability p, q = 1 - p and whether it is the target, which is summed over the classes. It must be 0
             at p = 0 of a class that is not the target. It runs in PyTorch on a few rows at a time, and receives

@@ -310,11 +310,12 @@ def _check_values(index: Tensor, log_prob: Tensor, classes: int, rest: str) -> N
     if bool(twice.any()):
         first = int(in_order[..., 1:][twice][0])
         raise ValueError(f"index must hold different classes in each row, got class {first} twice in one")
-    total = log_prob.to(torch.float32).exp().sum(-1)
     if rest == "renormalize":
-        if bool((total == 0).any()):
+        if bool((log_prob == -math.inf).all(-1).any()):
             raise ValueError("log_prob must leave each row a class to renormalize, got a row of -inf alone")
-    elif total.numel() and (most := float(total.max())) > MOST_PROBABILITY:
+        return
+    total = log_prob.to(torch.float32).exp().sum(-1)
+    if total.numel() and (most := float(total.max())) > MOST_PROBABILITY:
         raise ValueError(
             f"log_prob must hold the logarithms of probabilities that sum to at most 1 in a row, got {most:g}; "
             "take log_softmax of logits, over all classes"
