@@ -97,14 +97,19 @@ def check_names(function: str, options: Mapping[str, object], known: Any) -> Non
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
 
 
-def check_int(name: str, value: object, low: float = -math.inf) -> int:
-    """`value` as an int: one of Python or of NumPy, at least `low`."""
+def check_int(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> int:
+    """`value` as an int: one of Python or of NumPy, in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
     number = value if isinstance(value, int) else int(value)  # a symbolic one stays symbolic
-    if number < low:
-        raise ValueError(f"{name} must be {_range(low, math.inf)}, got {value!r}")
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be {_range(low, high)}, got {value!r}")
     return number
+
+
+def check_ignored(value: object) -> int:
+    """The target value of ignored rows, which targets of int64 must be able to hold."""
+    return check_int("ignore_index", value, -(2**63), 2**63 - 1)
 
 
 def check_parameter(name: str, value: Any, target: Tensor, low: float, high: float = math.inf) -> Any:
@@ -142,7 +147,16 @@ def is_dtensor(x: object) -> bool:
     return isinstance(x, Tensor) and type(transforms.values(x)).__name__ == "DTensor"
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    """Raises for tensors whose numbers do not lie in memory by strides, as those of sparse and nested ones."""
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "nested tensor" if value.is_nested else f"tensor of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got a {kind}")
+
+
 def check_local(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:  # a call less
+        check_dense(name, value)
     if is_dtensor(value):
         raise ValueError(
             f"{name} is a DTensor, and the loss takes the tensors of one process; pass the whole tensor, "
@@ -186,6 +200,8 @@ def check_readable(name: str, value: Tensor) -> None:
 def check_input(input: Any) -> None:
     if not isinstance(input, Tensor) and not hasattr(input, "hidden"):  # of a Projection
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
+    if isinstance(input, Tensor):
+        check_dense("input", input)
     if input.dtype not in DTYPES:
         check_dtype("input", input)
     check_classes(len(input.shape), input)
@@ -193,10 +209,13 @@ def check_input(input: Any) -> None:
 
 def check_logits(input: Any, target: object) -> None:
     # A call less where nothing is wrong.
-    if getattr(input, "dtype", None) not in DTYPES or len(input.shape) < 1:
+    wrong = isinstance(input, Tensor) and (input.layout is not torch.strided or input.is_nested)
+    if wrong or getattr(input, "dtype", None) not in DTYPES or len(input.shape) < 1:
         check_input(input)
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
+    if target.layout is not torch.strided or target.is_nested:
+        check_dense("target", target)
     if target.dtype not in INDEX_DTYPES:
         check_index_dtype("target", target)
     if target.shape != input.shape[:-1]:
@@ -213,6 +232,8 @@ def check_second_row(name: str, second: Any, input: Tensor | Projection) -> None
     check_input(input)
     if not isinstance(second, Tensor) and not hasattr(second, "hidden"):
         raise TypeError(f"{name} must be a tensor, got {type(second).__name__}")
+    if isinstance(second, Tensor):
+        check_dense(name, second)
     if not second.dtype.is_floating_point:
         raise TypeError(f"{name} must be of a floating point dtype, got {second.dtype}")
     check_like(name, second, input, "input")
@@ -315,7 +336,7 @@ def check_token_weight(token_weight: object, target: Tensor) -> None:
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
         check_floating("token_weight", token_weight)
         return
-    if type(token_weight) is not Tensor:
+    if type(token_weight) is not Tensor or token_weight.layout is not torch.strided or token_weight.is_nested:
         check_local("token_weight", token_weight)
     if token_weight.shape != target.shape or token_weight.device != target.device:
         check_like("token_weight", token_weight, target, "target")

@@ -86,6 +86,7 @@ CASES: dict[str, Bad] = {
     "label_smoothing above 1": options(ValueError, "label_smoothing", "1.5", label_smoothing=1.5),
     "label_smoothing is a bool": options(TypeError, "label_smoothing", "True", "bool", label_smoothing=True),
     "ignore_index is a bool": options(TypeError, "ignore_index", "False", ignore_index=False),
+    "ignore_index is beyond int64": options(ValueError, "ignore_index", str(10**30), ignore_index=10**30),
     "weight is a list": options(TypeError, "weight", "list", weight=[1.0] * 5),
     "weight is integer": options(TypeError, "weight", "torch.int64", weight=longs(1, 1, 1, 1, 1)),
     "weight is elsewhere": options(ValueError, "weight", "meta", "cpu", weight=torch.ones(5, device="meta")),
@@ -255,6 +256,45 @@ def test_every_loss_checks_its_tensors_and_options(loss, work):
         with pytest.raises(error, match=words):
             loss(*arguments, **values)
     assert not work
+
+
+def nested(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([x[:1], x[1:]])
+
+
+def jagged(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged)
+
+
+ROWS, INDEX = torch.rand(4, 5), torch.tensor([0, 3, 1, 4])
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "good"),
+    [
+        ("input", lambda x: fl.cross_entropy(x, INDEX), ROWS),
+        ("target", lambda x: fl.cross_entropy(ROWS, x), INDEX),
+        ("weight", lambda x: fl.cross_entropy(ROWS, INDEX, weight=x), torch.rand(5)),
+        ("token_weight", lambda x: fl.cross_entropy(ROWS, INDEX, token_weight=x), torch.rand(4)),
+        ("gamma", lambda x: fl.focal_loss(ROWS, INDEX, gamma=x), torch.rand(4)),
+        ("input", lambda x: fl.dsc_loss(x, INDEX, level="class"), ROWS),
+        ("input", lambda x: fl.linear_cross_entropy(x, ROWS, INDEX), ROWS),
+        ("linear_weight", lambda x: fl.linear_cross_entropy(ROWS, x, INDEX), ROWS),
+        ("linear_bias", lambda x: fl.linear_cross_entropy(ROWS, ROWS, INDEX, linear_bias=x), torch.rand(4)),
+        ("teacher", lambda x: fl.distillation_loss(ROWS, x), ROWS),
+        ("index", lambda x: fl.topk_distillation_loss(ROWS, x, ROWS[:, :1]), INDEX[:, None]),
+        ("log_prob", lambda x: fl.topk_distillation_loss(ROWS, INDEX[:, None], x), -ROWS[:, :1]),
+        ("features", lambda x: fl.supcon_loss(x, INDEX), ROWS),
+        ("labels", lambda x: fl.supcon_loss(ROWS, x), INDEX),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_mkldnn, nested, jagged])
+def test_a_tensor_that_is_not_dense_is_refused_by_name(name, call, good, layout):
+    if layout is Tensor.to_mkldnn and not good.is_floating_point():
+        layout = Tensor.to_sparse_coo  # which has no integers
+    with pytest.raises(TypeError, match=f"^{name} must be a dense tensor, got a (nested tensor|tensor of layout)"):
+        call(layout(good))
 
 
 def test_good_extremes_pass(impl):

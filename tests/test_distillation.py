@@ -390,6 +390,9 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "beta 2": (lambda: fl.distillation_loss(Z, T, divergence="jsd", beta=2), ValueError, r"beta must.*got 2"),
     "hard": (lambda: fl.distillation_loss(Z, T, hard_weight=0.5), ValueError, r"hard_weight.*target.*0\.5"),
     "negative": (lambda: fl.distillation_loss(Z, T, hard_weight=-1), ValueError, r"hard_weight.*-1"),
+    "a square beyond float32": (
+        lambda: fl.distillation_loss(Z, T, temperature=1e25, scale_by_temperature_squared=True), ValueError, "1e\\+25"
+    ),
     "squared": (lambda: fl.distillation_loss(Z, T, scale_by_temperature_squared=2), TypeError, r"bool, got 2"),
     "option": (lambda: fl.distillation_loss(Z, T, weight=torch.ones(5)), TypeError, r"unexpected.*'weight'"),
     "target": (lambda: fl.distillation_loss(Z, T, target=torch.tensor([0, 5])), IndexError, r"5"),

@@ -511,6 +511,15 @@ def test_a_negative_view_has_the_values_that_it_shows(loss):
     assert torch.equal(loss(negative), loss(lambda x: x))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_zeros_without_memory_upstream_make_zeros(reduction):
+    """Formulas of PyTorch's backward hand on such tensors, whose pointer is null."""
+    z = torch.linspace(-1, 2, 12).view(3, 4).requires_grad_()
+    loss = fl.focal_loss(z, torch.arange(3), reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss, z, torch._efficientzerotensor(loss.shape))
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_an_upstream_gradient_that_is_a_negative_view(reduction):
     z = torch.linspace(-1, 2, 12).view(3, 4).requires_grad_()

@@ -363,7 +363,7 @@ BAD = {
     "divergence": (_call(divergence="kl"), ValueError, "divergence must be one of 'forward_kl', .* got 'kl'"),
     "beta": (_call(divergence="jsd", beta=1.0), ValueError, "beta must be between 0 and 1, .* got 1.0"),
     "hard_weight": (_call(hard_weight=0.5), ValueError, "target is None, got 0.5"),
-    "temperature": (_call(temperature=0.0, scale_by_temperature_squared=True), ValueError, "temperature .* got 0.0"),
+    "temperature": (_call(temperature=0.0, scale_by_temperature_squared=True), ValueError, "temperature.* got 0.0"),
     "learnt temperature": (
         _call(temperature=torch.ones((), requires_grad=True)), ValueError, r"pass temperature.detach\(\)"
     ),

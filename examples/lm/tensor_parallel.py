@@ -26,7 +26,16 @@ from torch import Tensor
 import fusedloss as fl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, cpus
+from arguments import count, cpus, parse
+
+QUICK = {
+    "out": Path("runs/lm-tensor-parallel-quick"),
+    "steps": 8,
+    "vocab_size": 4000,
+    "width": 64,
+    "layers": 1,
+    "length": 64,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -121,7 +130,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--held-out", type=float, default=0.03, help="share of the text left out")
     add("--seed", type=int, default=1, help="of the split, the weights and the order of the blocks")
     add("--threads", type=count(1), default=cpus(), help="CPU threads of all ranks")
-    return parser.parse_args(arguments)
+    return parse(parser, QUICK, arguments)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def _check(parts: list[tuple[Tensor, Tensor | None]], ignore_index: int, weight:
         if token_weight is not None:
             checks.check_token_weight(token_weight, target)
         checks.check_device("one target", target, parts[0][0], "the first")
-    checks.check_int("ignore_index", ignore_index)
+    checks.check_ignored(ignore_index)
     checks.check_bool(averaged=averaged)
     if weight is None:
         return

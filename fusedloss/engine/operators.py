@@ -45,7 +45,8 @@ def call(operator: Any, rows: Rows, spec: Spec, *more: Tensor | None) -> Any:
     """Run an operator on what the public functions have prepared.
 
     The dispatcher, the checks and the string take a fifth of a small call. They are for those who look at operators: a
-    compiler, a mode, a trace, a profiler, tensors of a class of its own, and those whose sign is a bit of the tensor.
+    compiler, a mode, a trace, a profiler, tensors of a class of its own, those whose sign is a bit of the tensor, and
+    zeros that have no memory.
     """
     if seen(
         *rows.hidden, *rows.weight, *rows.teacher, *rows.params,
@@ -60,7 +61,7 @@ def seen(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg()):
+        if x is not None and (type(x) not in _PLAIN or x.is_meta or x.is_neg() or x._is_zerotensor()):
             return True
     return (
         torch._C._len_torch_dispatch_stack() > 0

@@ -162,8 +162,8 @@ def _check(input: Source, target: Tensor, classes: int, o: CallOptions) -> None:
         checks.check_number("label_smoothing", o["label_smoothing"], 0, 1)
     if o["z_loss"] is not DEFAULTS["z_loss"]:
         checks.check_number("z_loss", o["z_loss"], 0)
-    if type(o["ignore_index"]) is not int:
-        o["ignore_index"] = checks.check_int("ignore_index", o["ignore_index"])
+    if o["ignore_index"] is not DEFAULTS["ignore_index"]:
+        o["ignore_index"] = checks.check_ignored(o["ignore_index"])
     if o["temperature"] is not DEFAULTS["temperature"]:
         o["temperature"] = checks.check_temperature(o["temperature"], input)
     if o["stats"]:

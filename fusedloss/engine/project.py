@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_dtype, check_number, has_autocast
+from ..checks import DTYPES, check_dense, check_dtype, check_number, has_autocast
 from ..definition.projection import Form, Projection
 from ..distributed.fsdp import check_whole
 from . import budgets
@@ -35,6 +35,8 @@ def project(
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if value.layout is not torch.strided or value.is_nested:
+                check_dense(name, value)
             if value.dtype not in DTYPES:  # of a quantized weight, whose numbers autocast would take for its values
                 check_dtype(name, value)
         check_whole(w)

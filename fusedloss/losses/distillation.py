@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, overload
 import torch
 from torch import Tensor
 
-from ..checks import check_bool, check_choice, check_int, check_names, check_number, check_second_row, is_dtensor
+from ..checks import check_bool, check_choice, check_ignored, check_names, check_number, check_second_row, is_dtensor
 from ..definition import divergences
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Source
@@ -225,9 +225,12 @@ def of_teacher(options: dict[str, Any]) -> tuple[Tensor | None, float, bool]:
         raise ValueError(f"hard_weight is of the cross-entropy with a target, but target is None, got {hard_weight!r}")
     check_bool(scale_by_temperature_squared=scaled)
     temperature = options.get("temperature", 1.0)
-    if isinstance(temperature, Tensor) and temperature.requires_grad:
-        raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature requires grad, but is not differentiated here; pass temperature.detach()")
+    elif scaled:
+        check_number("temperature, whose square multiplies the divergence,", temperature, 1e-15, 1e15)
     if target is None:
         # A class stands for the target, and may be that number.
-        check_int("ignore_index", options.pop("ignore_index", -100))
+        check_ignored(options.pop("ignore_index", -100))
     return target, hard_weight, scaled

@@ -338,7 +338,7 @@ def _check_features(name: str, x: Tensor, labels_name: str, labels: Tensor | Non
 def _check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if checks.is_dtensor(value):
+    if value.layout is not torch.strided or value.is_nested or checks.is_dtensor(value):
         checks.check_local(name, value)
     if value.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -260,7 +260,7 @@ def _with_rest(log_p: Tensor, rest: Tensor) -> Tensor:
 
 def _left_out(index: Tensor, target: Tensor | None, options: dict[str, Any]) -> Tensor | None:
     """Return which rows are skipped, (*), or None."""
-    left_out = None if target is None else target == options.get("ignore_index", -100)
+    left_out = None if target is None else target == checks.check_ignored(options.get("ignore_index", -100))
     token_weight = options.get("token_weight")
     if token_weight is not None:
         checks.check_token_weight(token_weight, index[..., 0])
