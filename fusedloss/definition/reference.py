@@ -58,10 +58,16 @@ def losses_between(
     columns: Columns, index: Tensor, picks: Picks, rows: Rows, epilogue: Epilogue, spec: Spec, classes: int
 ) -> tuple[Tensor, Statistics]:
     """Row losses (N,) of statistics that a pass has computed, and the statistics by their names."""
-    targets = Targets.of(rows.target, classes)
-    s = assemble(columns, targets.safe, index, picks, rows.class_weight)
+    invalid: Tensor | None = None
+    if spec.impl == "cpu" and rows.classes == classes:  # its pass has raised for any target that is out of range
+        ignored = rows.target == IGNORED
+        safe = rows.target.masked_fill(ignored, 0)
+    else:
+        safe, ignored, invalid = Targets.of(rows.target, classes)
+    s = assemble(columns, safe, index, picks, rows.class_weight)
     loss = with_common_terms(epilogue.of_rows(s, rows.params), s, rows, spec, classes, weighted=False)
-    return loss.masked_fill(targets.ignored, 0).masked_fill(targets.invalid, torch.nan), s
+    loss = loss.masked_fill(ignored, 0)
+    return loss if invalid is None else loss.masked_fill(invalid, torch.nan), s
 
 
 def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:

@@ -375,7 +375,7 @@ def _columns(statistics: Tensor, index: Tensor, target: Tensor, picks: Picks) ->
         target_logit=statistics[TARGET_LOGIT].clone(),
         mean_ce=statistics[MEAN_CE].clone(),
         pick_logit=pick_logit,
-        pick_ce=torch.where(index == target, ce, log_sum + (m - pick_logit)),
+        pick_ce=torch.where(index == target, ce, log_sum + (m - pick_logit)) if len(index) else pick_logit.clone(),
         moments=torch.stack(asked) if asked else statistics.new_empty((0, statistics.shape[1])),
     )
 
@@ -450,15 +450,17 @@ def _coefficients(statistics: Tensor, rows: Rows, index: Tensor, g: Columns, cla
     """Of dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], from the derivatives `g` by each column."""
     target, weight = rows.target, rows.class_weight
     q, p = statistics[Q], (-statistics[CE]).exp()
-    # A pick that is the target acts through the target's own statistics, which are the accurate ones.
-    same = index == target
-    g_ce = g.ce + (g.pick_ce * same).sum(0)
-    g_target = g.target_logit + (g.pick_logit * same).sum(0)
-    b = (g.pick_ce - g.pick_logit) * ~same
+    g_ce, g_target, g_lse, b = g.ce, g.target_logit, g.lse, g.pick_ce
+    if len(index):
+        # A pick that is the target acts through the target's own statistics, which are the accurate ones.
+        same = index == target
+        g_ce, g_target = g_ce + (g.pick_ce * same).sum(0), g_target + (g.pick_logit * same).sum(0)
+        b = g.pick_ce * ~same
+        g_lse, b = g_lse + b.sum(0), b - g.pick_logit * ~same
     u = g.mean_ce / classes
     weight_sum: Tensor | int = classes if weight is None else weight.sum()
     # d = a - b_target is summed without the terms that cancel in it
-    d = g.lse + (g.pick_ce * ~same).sum(0) + u * weight_sum
+    d = g_lse + u * weight_sum
     a = d + g_ce + torch.where(p == 0, 0, g.q * p)  # of an infinite ce, whatever the loss does with it
     at_target = d + g_target - a * q
     valid_target = target.clamp(0, classes - 1)  # ignored rows may hold any index
