@@ -168,12 +168,13 @@ def test_temperature_without_an_optimum():
         (([], []), {}, ValueError, "at least one batch, got none"),
         (([torch.zeros(2, 3)], []), {}, ValueError, "as many batches, got 1 and 0"),
         ((torch.zeros(2, 3), torch.rand(2, 3)), {}, TypeError, "target must hold indices .*, got torch.float32"),
+        (([torch.zeros(2, 3)], [[0, 1]]), {}, TypeError, "each target must be a tensor of class indices, got list"),
         (([torch.zeros(2, 3)], torch.zeros(2)), {}, TypeError, "tensors or two lists of them, got list and Tensor"),
         ((torch.tensor([[0, -torch.inf]]), torch.tensor([1])), {}, ValueError, "cross-entropy is not finite"),
         ((torch.zeros(2, 3), torch.zeros(2).long()), {"bins": 0}, ValueError, "bins must be at least 1, got 0"),
         ((torch.zeros(2, 3), torch.zeros(2).long()), {"softcap": 2.0}, ValueError, "softcap need a linear_weight"),
     ],
-    ids=["ignored", "nothing", "lists", "probabilities", "kinds", "infinite", "bins", "softcap"],
+    ids=["ignored", "nothing", "lists", "probabilities", "a list", "kinds", "infinite", "bins", "softcap"],
 )  # fmt: skip
 def test_temperature_refuses(arguments, options, error, message):
     with pytest.raises(error, match=message):

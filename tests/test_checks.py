@@ -81,6 +81,9 @@ CASES: dict[str, Bad] = {
     "target is -100 but that is not ignored": bad(
         lambda z, t: fl.cross_entropy(z, t, ignore_index=0), IndexError, "target -100 ", "not ignore_index"
     ),
+    "drop_ignored is a string": bad(
+        lambda z, t: fl.linear_cross_entropy(z, z, t, drop_ignored="no"), TypeError, "drop_ignored", "'no'"
+    ),
     # shared options
     "unknown smoothing_over": options(ValueError, "smoothing_over", "'rest'", smoothing_over="rest"),
     "label_smoothing above 1": options(ValueError, "label_smoothing", "1.5", label_smoothing=1.5),

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from functools import partial
+from functools import partial, wraps
 from typing import ClassVar
 
 import oracle
@@ -583,18 +583,48 @@ def test_what_a_loss_function_hands_out(monkeypatch, generator, compiled_impl):
         return s.ce
 
     for options in ({"budget": 2**20}, {"per_chunk": True}):
-        linear.loss(keeping, impl=compiled_impl, **options)
-        with pytest.raises(RuntimeError, match="a loss function has handed out"):
-            kept[-1].sum().backward()
+        for later in (lambda x: x.backward(), lambda x: torch.autograd.grad(x, linear.sources[:1])):
+            loss = linear.loss(keeping, impl=compiled_impl, **options)
+            with pytest.raises(RuntimeError, match="a loss function has handed out"):
+                later(loss + kept[-1].sum())
     linear.loss(keeping, impl=compiled_impl, reduction="none")
     own = kept[-1][linear.target >= 0].sum()
     z = torch.addmm(linear.bias, linear.hidden[0], linear.weight[0].t())[linear.target >= 0]
     right = z.logsumexp(-1).square().sum()
     torch.testing.assert_close(*(torch.autograd.grad(x, linear.sources) for x in (own, right)))
     z = z.detach().requires_grad_()
-    fl.flex_loss(z, linear.target[linear.target >= 0], lambda p, q, y: kept.append(q) or p * q, over="classes")
+    loss = fl.flex_loss(z, linear.target[linear.target >= 0], lambda p, q, y: kept.append(q) or p * q, over="classes")
     with pytest.raises(RuntimeError, match=r"a loss function has handed out|a second time"):
-        kept[-1].sum().backward()
+        torch.autograd.grad(loss + kept[-1].sum(), z)
+
+
+def test_a_loss_function_may_work_in_place(monkeypatch, generator, compiled_impl):
+    linear = _Linear(monkeypatch, generator)
+    right, *others = (
+        torch.autograd.grad(
+            linear.loss(lambda s, own: s.ce.clamp_(max=3.0), impl=compiled_impl, **options), linear.sources
+        )
+        for options in ({}, {"budget": 2**20}, {"per_chunk": True})
+    )
+    assert right[0].any()
+    for gradients in others:
+        torch.testing.assert_close(gradients, right)
+
+
+def test_functions_of_one_decorator_are_told_apart(monkeypatch, generator):
+    """One of another tensor says nothing of the next one."""
+    linear, factor = _Linear(monkeypatch, generator), torch.tensor(2.0, requires_grad=True)
+
+    def decorated(function):
+        @wraps(function)
+        def call(s):
+            return function(s)
+
+        return call
+
+    learnt, plain = decorated(lambda s: factor * s.ce), decorated(lambda s: s.ce)
+    fl.linear_flex_loss(linear.hidden[0], linear.weight[0], linear.target, learnt).backward()
+    assert factor.grad is not None and functions.has_other_sources(learnt) and not functions.has_other_sources(plain)
 
 
 @pytest.mark.parametrize("result", [lambda s: s.ce.mean(), lambda s: s.ce[:1], lambda s: s.ce[:, None], lambda s: 1.0])

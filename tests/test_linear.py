@@ -393,6 +393,24 @@ def test_a_row_that_is_not_finite_spoils_no_other_in_float16(value, generator):
     torch.testing.assert_close(got[0][others], expected[0][others], rtol=1e-2, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_hidden_states_of_ignored_rows_may_hold_anything_where_they_are_dropped(impl, softcap, generator):
+    """As a layer gives them that attends to nothing: also in a backward that is differentiated, and in transforms."""
+    hidden, weight = (torch.randn(n, 4, generator=generator) for n in (3, 7))
+    target, spoilt = torch.tensor([1, -100, 2]), hidden.clone()
+    spoilt[1] = torch.nan
+
+    def loss(h, w):
+        return fl.linear_cross_entropy(h, w, target, softcap=softcap, drop_ignored=True, impl=impl)
+
+    right = torch.func.grad(loss, argnums=(0, 1))(hidden, weight)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(spoilt, weight), right)
+    sources = spoilt.requires_grad_(), weight.requires_grad_()
+    for create_graph in (False, True):
+        torch.testing.assert_close(torch.autograd.grad(loss(*sources), sources, create_graph=create_graph), right)
+
+
 # --- what is computed ---
 
 

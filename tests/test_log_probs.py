@@ -306,6 +306,9 @@ def test_statistics_of_batches(generator):
     torch.testing.assert_close(fl.RowStats.cat(texts), expected, rtol=0, atol=0, equal_nan=True)
     with pytest.raises(ValueError, match="at least one batch, got none"):
         fl.RowStats.cat([])
+    rows, targets = torch.eye(3), torch.arange(3)
+    singles = [fl.cross_entropy(rows[i], targets[i], return_stats=True)[1] for i in range(3)]
+    torch.testing.assert_close(fl.RowStats.cat(singles), fl.cross_entropy(rows, targets, return_stats=True)[1])
 
 
 def test_no_entropy_costs_no_sums(kernel_calls, generator):

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import IGNORED
+
 
 class Form(NamedTuple):
     """How logits are made, above all those of a projection."""
@@ -16,7 +18,7 @@ class Form(NamedTuple):
     budget: int = 0
     """Bytes of a chunk of logits, and of what is kept beside them; 0 for as many as the device's rule says."""
     drop_ignored: bool = False
-    """Leave ignored rows out of the products. Counting them is a host read."""
+    """Leave ignored rows out of the products: their hidden states may hold anything. Counting them is a host read."""
     mask_target: bool = False
     """Take the target's logit for -inf: a row is compared with all but itself."""
     symmetric: bool = False
@@ -54,7 +56,11 @@ def dense_logits(
     hidden: Sequence[Tensor], weight: Sequence[Tensor], bias: Tensor | None, form: Form, target: Tensor | None
 ) -> Tensor:
     """The logits of hidden states, by their definition."""
-    logits = torch.nn.functional.linear(hidden[0], hidden[0] if form.symmetric else weight[0], bias)
+    columns = hidden[0] if form.symmetric else weight[0]
+    if form.drop_ignored and target is not None:
+        # Those of ignored rows may hold anything, and 0 times NaN would be in the weight's gradient.
+        hidden = [h.masked_fill((target == IGNORED)[..., None], 0) for h in hidden]
+    logits = torch.nn.functional.linear(hidden[0], columns, bias)
     for h, w in zip(hidden[1:], weight[1:], strict=True):
         logits = logits + torch.nn.functional.linear(h, w)
     if form.softcap != 0:

@@ -63,12 +63,13 @@ class RowStats(NamedTuple):
     def cat(batches: Iterable["RowStats"]) -> "RowStats":
         """Return the statistics of several batches as those of one, with the entropy if all have it.
 
-        Batches whose shapes differ beyond the first dimension, as of texts of other lengths, become rows (N,).
+        Batches whose shapes differ beyond the first dimension, as of texts of other lengths, become rows (N,), and so
+        do those of single targets ().
         """
         batches = list(batches)
         if not batches:
             raise ValueError("there must be at least one batch, got none")
-        if len({stats.lse.shape[1:] for stats in batches}) > 1:
+        if len({stats.lse.shape[1:] for stats in batches}) > 1 or not all(stats.lse.dim() for stats in batches):
             batches = [RowStats._make([x if x is None else x.flatten() for x in stats]) for stats in batches]
         *columns, entropy = zip(*batches, strict=True)
         known = [x for x in entropy if x is not None]

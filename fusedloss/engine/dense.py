@@ -16,7 +16,7 @@ from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Spec
 from .chunks import GradientsLaterError
-from .functions import Reduction, check_sources, differentiable, refuse_later_use, scaled_once
+from .functions import Reduction, called_with, differentiable, scaled_once, slopes_of
 
 #: Bytes of probabilities that are held at a time.
 DENSE_BYTES = 2 * 2**20
@@ -77,18 +77,13 @@ class _Total(torch.autograd.Function):
         gradient, parts = new_buffer(logits, logits.shape), []
         for begin in range(0, max(1, len(rows.target)), step):
             part = slice(begin, begin + step)
+            z, edges = called_with([logits[part].detach()], logits)
+            params = [x[part] if x.dim() else x for x in rows.params]
+            some = rows._replace(hidden=list(z), target=rows.target[part], params=params)
             with torch.enable_grad():
-                z = logits[part].detach().requires_grad_()
-                params = [x[part] if x.dim() else x for x in rows.params]
-                some = rows._replace(hidden=[z], target=rows.target[part], params=params)
                 loss = reference.losses_over_classes(some, epilogue, spec)
-            check_sources(loss, [z], epilogue.function)
-            upstream = torch.ones_like(loss) if row_weight is None else row_weight[part]
-            if loss.requires_grad:
-                (gradient[part],) = torch.autograd.grad(loss, z, upstream, materialize_grads=True)
-            else:
-                gradient[part] = 0
-            refuse_later_use([z])
+            upstream = None if row_weight is None else row_weight[part]
+            (gradient[part],) = slopes_of(loss, z, edges, upstream, epilogue.function)
             parts.append(loss.detach())
         ctx.save_for_backward(logits, gradient)
         ctx.settings = rows._replace(hidden=[]), spec, epilogue, reduction

@@ -6,13 +6,15 @@ They take the rows' tensors flat, after what is static about the call. A backwar
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import transforms
 from ..backends import BACKENDS
@@ -385,37 +387,55 @@ _WITH_OTHER_SOURCES: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def has_other_sources(function: Any) -> bool:
-    """Tell whether check_sources has raised for this loss function before, so that it need not be called in vain."""
-    return getattr(function, "__code__", None) in _WITH_OTHER_SOURCES
+    """Tell whether slopes_of has raised for this loss function before, so that it need not be called in vain."""
+    return getattr(inspect.unwrap(function), "__code__", None) in _WITH_OTHER_SOURCES
 
 
-def check_sources(value: Tensor, only: Sequence[Tensor], function: Any) -> None:
-    """Raise GradientsLaterError where the graph of a loss function's `value` has another leaf."""
-    leaves = {id(x) for x in only}
-    nodes, seen = [value.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if id(getattr(node, "variable", only[0])) not in leaves:
-            with suppress(AttributeError):  # a module has none
-                _WITH_OTHER_SOURCES.add(function.__code__)
-            raise chunks.GradientsLaterError
-        nodes += [source for source, _ in node.next_functions]
+class _MadeWithLoss(torch.autograd.Function):
+    """What a loss function is called with. A later backward from there to the sources has come too late, and raises."""
+
+    @staticmethod
+    def forward(ctx: Any, columns: Sequence[Tensor], *sources: Tensor) -> tuple[Tensor, ...]:
+        return tuple(columns)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "a loss function has handed out what it was called with, or what it made of that, but its gradients are "
+            "made with the loss: hand out detached tensors, or pass reduction='none' and reduce the losses yourself"
+        )
 
 
-def refuse_later_use(sources: Sequence[Tensor]) -> None:
-    """Make a later backward through these tensors raise, as the gradients of the loss function are computed already."""
-    for x in sources:
-        x.register_hook(_refuse)
+def called_with(columns: Sequence[Tensor], *sources: Tensor | None) -> tuple[tuple[Tensor, ...], list[GradientEdge]]:
+    """Return the columns as a loss function takes them, and where their gradients arrive, whatever it does to them."""
+    with torch.enable_grad():
+        columns = _MadeWithLoss.apply(columns, *[x for x in sources if x is not None and x.requires_grad])
+        return tuple(columns), [get_gradient_edge(x) for x in columns]
 
 
-def _refuse(_: Tensor) -> None:
-    raise RuntimeError(
-        "a loss function has handed out what it was called with, or what it made of that, but its gradients are made "
-        "with the loss: hand out detached tensors, or pass reduction='none' and reduce the losses yourself"
-    )
+def slopes_of(
+    value: Tensor, columns: Sequence[Tensor], edges: Sequence[GradientEdge], upstream: Tensor | None, function: Any
+) -> list[Tensor]:
+    """Return the derivatives of a loss function's `value` by each column.
+
+    GradientsLaterError is raised where its graph has another leaf.
+    """
+    found: Sequence[Tensor | None] = [None] * len(edges)
+    if value.requires_grad:
+        nodes, seen = [value.grad_fn], {edges[0].node}
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if hasattr(node, "variable"):
+                with suppress(AttributeError):  # a module has none
+                    _WITH_OTHER_SOURCES.add(inspect.unwrap(function).__code__)
+                raise chunks.GradientsLaterError
+            nodes += [source for source, _ in node.next_functions]
+        upstream = torch.ones_like(value) if upstream is None else upstream
+        found = torch.autograd.grad(value, edges, upstream, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(columns, found, strict=True)]
 
 
 def _with_function(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: Epilogue) -> tuple[Any, ...]:
@@ -424,17 +444,13 @@ def _with_function(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: 
     def losses(job: Job, upstream: Tensor | None) -> None:
         # Within an autograd function its inputs still require grad.
         part = job.rows._replace(scalars=None if rows.scalars is None else rows.scalars.detach())
-        columns = _columns(job.statistics, job.index, part.target, spec.picks)
-        leaves = Columns(*[x.requires_grad_() for x in columns])
+        given = _columns(job.statistics, job.index, part.target, spec.picks)
+        columns, edges = called_with(given, *rows.sources, rows.scalars)
         with torch.enable_grad():
-            loss, _ = reference.losses_between(leaves, job.index, spec.picks, part, epilogue, spec, rows.classes)
-        check_sources(loss, leaves, epilogue.function)
-        slopes: Sequence[Tensor] = [torch.zeros_like(x) for x in leaves]
-        if loss.requires_grad:
-            slopes = torch.autograd.grad(
-                loss, leaves, torch.ones_like(loss) if upstream is None else upstream, materialize_grads=True
+            loss, _ = reference.losses_between(
+                Columns(*columns), job.index, spec.picks, part, epilogue, spec, rows.classes
             )
-        refuse_later_use(leaves)
+        slopes = slopes_of(loss, given, edges, upstream, epilogue.function)
         job.loss = loss.detach()
         job.coefficients = _coefficients(job.statistics, part, job.index, Columns(*slopes), rows.classes)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import DTYPES, check_dense, check_dtype, check_number, has_autocast
+from ..checks import DTYPES, check_bool, check_dense, check_dtype, check_number, has_autocast
 from ..definition.projection import Form, Projection
 from ..distributed.fsdp import check_whole
 from . import budgets
@@ -65,10 +65,12 @@ def project(
     if softcap is not None:
         check_number(of_cap, softcap, 0, above=True)
     budget = budgets.checked_budget(budget, weight[0].shape[0] * first.element_size() * (1 if softcap is None else 2))
-    if row_parts > 1:
-        drop_ignored = False  # whose rows they are matters
     if drop_ignored is None:
         drop_ignored = first.device.type == "cpu"
+    else:
+        check_bool(drop_ignored=drop_ignored)
+    if row_parts > 1:
+        drop_ignored = False  # whose rows they are matters
     cap = float(softcap or 0.0)
     if torch.compiler.is_compiling():  # which would make a variable of it, that the second loss of a graph cannot read
         cap = float(f"{cap}")

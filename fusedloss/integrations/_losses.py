@@ -43,6 +43,13 @@ def check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], of_the_
             raise TypeError(f"{name}() needs the argument {parameter.name!r}")
 
 
+def check_row_loss(loss: Callable[..., Any]) -> None:
+    """Raise TypeError for a function of this package that is called with anything but logits and targets."""
+    names = argument_names(loss)
+    if str(loss.__module__).startswith("fusedloss.") and (names[1] != "target" or "normalizer" not in names):
+        raise TypeError(f"loss must be a loss of logits and targets, got {loss.__name__}")
+
+
 def current(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of this step: what a callable gives, but for ``loss_fn``."""
     return {name: value() if callable(value) and name != "loss_fn" else value for name, value in arguments.items()}

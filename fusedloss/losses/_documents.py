@@ -75,7 +75,7 @@ Args:
     budget: bytes that a chunk of logits may take (with softcap, including its slope). None takes
         FUSEDLOSS_LINEAR_BUDGET or else 128 MiB, and for the gradient of a weight (V, D) on NVIDIA GPUs up to 4 V D.
     drop_ignored: leave ignored rows out of the chunks and products. The host reads their number, so that None does it
-        on a CPU only.
+        on a CPU only. Without it their hidden states must be finite: else the weight's gradient is NaN, as in PyTorch.
     sequence_parallel: with a group: each rank has an equal part of the hidden states, (S / R, *, D), in the order of
         the ranks along the first dimension; the target is that of all ranks, (S, *). The parts are gathered chunk by
         chunk, and their gradient is scattered likewise. No rank ever holds all of them, except where a loss over the

@@ -175,6 +175,8 @@ def fit_temperature(
     if len(inputs) != len(targets):
         raise ValueError(f"input and target must be as many batches, got {len(inputs)} and {len(targets)}")
     for t in targets:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"each target must be a tensor of class indices, got {type(t).__name__}")
         check_index_dtype("target", t)
     check_int("bins", bins, 1)
     options: dict[str, Any] = {"ignore_index": ignore_index, "impl": impl, "stats": ("entropy",)}

@@ -154,6 +154,18 @@ def test_trainer_loss(shift: bool, items: Any) -> None:
         torch.testing.assert_close(*gradients)
 
 
+def test_trainer_loss_shifts_labels_of_any_dtype() -> None:
+    logits, labels = torch.randn(2, 7, 50), torch.randint(1, 50, (2, 7))
+    labels[0, 4:] = 0
+    compute = trainer_loss(fl.focal_loss, shift=True, ignore_index=lambda: 0)
+    expected = fl.focal_loss(logits[:, :-1], labels[:, 1:], ignore_index=0)
+    for dtype in (torch.uint8, torch.int32):
+        torch.testing.assert_close(compute({"logits": logits}, labels.to(dtype)), expected)
+    compute = trainer_loss(fl.focal_loss, shift=True)  # where -100 is no number of the labels' dtype
+    expected = fl.focal_loss(logits[:, :-1], labels[:, 1:])
+    torch.testing.assert_close(compute({"logits": logits}, labels.to(torch.uint8)), expected)
+
+
 def test_trainer_loss_warns_of_a_router() -> None:
     model = mixtral()
     compute = trainer_loss(fl.cross_entropy, shift=True)
@@ -172,6 +184,11 @@ def test_trainer_loss_refuses_what_it_cannot_do(tmp_path: Path) -> None:
         trainer_loss(fl.mixed_cross_entropy, shift=True)
     with pytest.raises(TypeError, match="loss must be a function, got 'focal_loss'"):
         trainer_loss("focal_loss", shift=True)  # type: ignore[arg-type]
+    for function in (fl.linear_focal_loss, fl.distillation_loss, fl.supcon_loss, fl.log_probs):
+        with pytest.raises(
+            TypeError, match=f"a loss of logits and targets, got {function.__name__}|needs the argument"
+        ):
+            trainer_loss(function, shift=True)
     with pytest.raises(TypeError, match="the loss needs labels, got None"):
         trainer_loss(fl.focal_loss, shift=True)({"logits": torch.zeros(1, 2, 3)}, None)
     with pytest.raises(ValueError, match=r"factor=0\.1 does not reach .*label_smoothing=0\.1 to trainer"):

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 try:
@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 from ...checks import check_bool
-from .._losses import OF_THE_LAYER, check_arguments, current
+from .._losses import OF_THE_LAYER, check_arguments, check_row_loss, current
 from ._fusion import Fusion, Loss
 from ._model import ATTRIBUTE, check_model, output_layer, restore_forwards
 from ._probe import compare, probe_inputs, untouched
@@ -73,7 +73,7 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     """
     check_bool(shift=shift)
     check_arguments(loss, arguments, OF_THE_LAYER)
-    ignored = arguments.get("ignore_index", -100)
+    check_row_loss(loss)
 
     def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
@@ -87,10 +87,11 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
         if getattr(outputs, "aux_loss", None) is not None:
             warnings.warn("the outputs have the loss of a router, which is left out here; fuse keeps it", stacklevel=2)
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        labels = labels.to(logits.device)
+        labels, now = labels.to(logits.device), current(arguments)
         if shift:
-            labels = F.pad(labels, (0, 1), value=ignored)[..., 1:]
-        return loss(logits, labels, normalizer=num_items_in_batch, **current(arguments))
+            last = torch.full_like(labels[..., :1], now.get("ignore_index", -100), dtype=torch.int64)
+            labels = torch.cat([labels[..., 1:], last], -1)
+        return loss(logits, labels, normalizer=num_items_in_batch, **now)
 
     return compute_loss
 
