@@ -266,8 +266,10 @@ struct OneVsRest : Math {
     static FUSEDLOSS_HD X positive(X p, X q, const Power<X>& weight, X class_weight, const P* params, X& h) {
         const Overlap<X> x = Math::positive(p, q, weight, params);
         const X rest = x.agreement + params[Math::count], inverse = 1 / (x.error + rest);
-        h = class_weight * (x.error_slope * rest - x.agreement_slope * x.error) * (inverse * inverse);
-        return class_weight * (x.error * inverse);
+        // The square of the inverse may be infinite where neither product is large.
+        const X loss = x.error * inverse;
+        h = class_weight * (x.error_slope * (rest * inverse) - x.agreement_slope * loss) * inverse;
+        return class_weight * loss;
     }
 
     template <typename X, typename P>
@@ -287,7 +289,7 @@ struct OneVsRest : Math {
     static FUSEDLOSS_HD X finish(X error, const P* params, X& slope) {
         const P smooth = params[Math::count];
         const X inverse = 1 / (error + smooth);
-        slope = slope * (inverse * inverse) * smooth;
+        slope = slope * inverse * (inverse * smooth);
         return error * inverse;
     }
 };

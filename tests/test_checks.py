@@ -90,6 +90,7 @@ CASES: dict[str, Bad] = {
     "label_smoothing is a bool": options(TypeError, "label_smoothing", "True", "bool", label_smoothing=True),
     "ignore_index is a bool": options(TypeError, "ignore_index", "False", ignore_index=False),
     "ignore_index is beyond int64": options(ValueError, "ignore_index", str(10**30), ignore_index=10**30),
+    "impl is empty": options(ValueError, "impl", "''", impl=""),
     "weight is a list": options(TypeError, "weight", "list", weight=[1.0] * 5),
     "weight is integer": options(TypeError, "weight", "torch.int64", weight=longs(1, 1, 1, 1, 1)),
     "weight is elsewhere": options(ValueError, "weight", "meta", "cpu", weight=torch.ones(5, device="meta")),

@@ -128,6 +128,18 @@ def test_derivatives(linear, impl, generator):
 
 
 @each_loss
+@pytest.mark.parametrize("classes", [9, 300])
+def test_a_small_temperature_costs_no_digits(classes, loss, impl, generator):
+    """The gradient is that of the rounded quotients: fused with a difference, they would be none in one place."""
+    drawn, target = logits_and_targets(8, classes, generator)
+    for temperature in (1e-2, 1e-4, 1e-7):
+        z, quotients = drawn.float().requires_grad_(), (drawn.float() * (1 / temperature)).requires_grad_()
+        loss(quotients, target, impl=impl).backward()
+        loss(z, target, temperature=temperature, impl=impl).backward()
+        torch.testing.assert_close(z.grad * temperature, quotients.grad, rtol=1e-5, atol=1e-7)
+
+
+@each_loss
 @pytest.mark.parametrize("form", ["a number", "learnt", "over the rows"])
 def test_temperature_of_losses(loss, form, impl, generator):
     """z / temperature before all else, in losses, statistics and gradients; of the temperature too."""

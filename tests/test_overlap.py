@@ -215,6 +215,20 @@ def test_one_row_has_the_losses_of_an_example(loss, own, dtype, impl):
         torch.testing.assert_close(ours[1], rows[1], rtol=24 * eps, atol=24 * eps * float(rows[1].abs().max()))
 
 
+@pytest.mark.parametrize("classes", [9, 300])
+@pytest.mark.parametrize("loss", FEW.values(), ids=FEW)
+def test_a_tiny_smooth_makes_no_example_infinite(loss, classes, compiled_impl, generator):
+    """Of a class without probability the inverse of the denominator is 1 / smooth, whose square is beyond float32."""
+    z, target = logits_and_targets(8, classes, generator, torch.float32)
+    z[:, 1] -= 60
+    own = {"smooth": 1e-29, "level": "example"}
+    (_, ours), (_, truth) = (
+        with_gradient(lambda x, impl=impl: loss(x, target, impl=impl, **own), x)
+        for x, impl in ((z, compiled_impl), (z.double(), "reference"))
+    )
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=2e-6 * float(truth.abs().max()))
+
+
 @each_level
 def test_many_rows_keep_the_digits_of_float32(level, impl, generator):
     """Sums of 10^5 numbers of one sign, which in float32 one by one would lose three digits."""

@@ -167,3 +167,14 @@ assert len(found[0]) == 2 and all(x is y for x, y in zip(*found)), found
 def test_the_oldest_release_is_the_one_that_make_installs():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f" triton=={tritons.OLDEST} " in makefile and f"{tritons.FOLDER.relative_to(ROOT)}/installed:" in makefile
+
+
+def test_the_product_of_a_logit_and_a_factor_is_rounded():
+    """The compiler fuses products with differences: of large ones, the rounding error of the other would remain."""
+    what = "'sm_90', 'statistics, moments', torch.float32, 1000, 'gradient_pass'"
+    script = f"import compile_triton, torch\nfor _, call in compile_triton.launches({what}): print(call().asm['ptx'])"
+    environment = next(iter(tritons.environments().values()))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT / "bench", capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "mul.rn.f32" in done.stdout and "fma.rn.f32" in done.stdout

@@ -35,6 +35,17 @@ if not INTERPRETED:
             return tl.log(x)
 
     @triton.jit
+    def rounded_product(x, y):
+        """Fused with the difference of two products, of which only the other is rounded, it would leave the rounding
+        error of a large one for a result."""
+        if is_cuda() and x.dtype == tl.float32:
+            return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, True, 1)
+        elif is_cuda():
+            return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [x, y], tl.float64, True, 1)
+        else:
+            return x * y
+
+    @triton.jit
     def number(x):
         """A maximum takes a number before a NaN."""
         return x
@@ -78,6 +89,10 @@ else:
         return tl.log(x)
 
     @triton.jit
+    def rounded_product(x, y):
+        return x * y
+
+    @triton.jit
     def number(x):
         return tl.where(x == x, x, -float("inf"))
 
@@ -108,5 +123,6 @@ __all__ = [
     "number",
     "pow",
     "reciprocal",
+    "rounded_product",
     "tanh",
 ]

@@ -105,10 +105,11 @@ def _one_vs_rest(overlap, class_weight, smooth, POSITIVE: tl.constexpr):
     error, agreement, error_slope, agreement_slope = overlap
     rest = agreement + smooth
     inverse = reciprocal(error + rest)
-    slope = error_slope * rest
+    # The square of the inverse may be infinite where neither product is large.
+    loss, slope = error * inverse, error_slope * (rest * inverse)
     if POSITIVE:
-        slope -= agreement_slope * error
-    return class_weight * (error * inverse), class_weight * (slope * (inverse * inverse))
+        slope -= agreement_slope * loss
+    return class_weight * loss, class_weight * (slope * inverse)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import multiply, tanh
+from .device import multiply, rounded_product, tanh
 from .rows import any_of
 
 
@@ -30,7 +30,7 @@ def logit_at(where, rows, column, real, SOURCE: tl.constexpr, T: tl.constexpr):
     """Logits (ROWS, K) of some columns (ROWS, K) of each row, -inf where there is none."""
     if SOURCE is None:
         z = tl.load(where[0] + rows * where[1] + column, real, other=-float("inf")).to(T)
-        return z * tl.load(where[2] + 3) if len(where) > 2 else z
+        return rounded_product(z, tl.load(where[2] + 3)) if len(where) > 2 else z
     else:
         z = tl.zeros(column.shape, T)
         hidden, row_stride, hidden_stride, weight, class_stride, weight_stride, depth = where[:7]
@@ -53,7 +53,7 @@ def logit_block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK
     if SOURCE is None:
         z = tl.load(where[0] + rows * where[1] + columns, live & exists, other=-float("inf")).to(T)
         if len(where) > 2:
-            z *= tl.load(where[2] + 3)
+            z = rounded_product(z, tl.load(where[2] + 3))
         return columns, exists, z
     else:
         z = tl.zeros((rows.shape[0], BLOCK), T)
@@ -79,7 +79,7 @@ def _after_product(z, where, columns, exists, SOURCE: tl.constexpr, T: tl.conste
     if SOURCE.softcap > 0:
         z = SOURCE.softcap * tanh(z / SOURCE.softcap)
     if SOURCE.tempered:
-        z *= tl.load(where[7] + 3)
+        z = rounded_product(z, tl.load(where[7] + 3))
     return z
 
 

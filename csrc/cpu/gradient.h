@@ -78,7 +78,7 @@ class GradientPass : public Rows<S> {
                 const auto same = [&](const Exception<T>& x) { return x.column == column; };
                 Exception<T>* const at = std::find_if(exceptions, last, same);
                 if (at == last) {
-                    const T x = this->logit(z + column), lag = x == max ? T(0) : std::max(x - max, kLeastLag<T>);
+                    const T x = this->logit(z + column), lag = std::max(x - max, kLeastLag<T>);
                     *last++ = {column, slopes.gradient(std::exp(lag), lag) - u * weight_of(column)};
                 }
                 at->value -= b;
@@ -115,8 +115,7 @@ class GradientPass : public Rows<S> {
         transform(std::bool_constant<Smooth == 2>{}, z, grad, begin, end, [&](V x, int64_t column, int size) {
             V p;
             if constexpr (Moments == kAllMoments) {
-                // A compiler may round the product with the factor in one place and not in another.
-                const V lag = x == max ? V{} : x - max;
+                const V lag = x - max;
                 p = slopes.gradient(exp_bounded<T>(lag), bounded(lag));
             } else {
                 const V e = exp_bounded<T>(x - max);

@@ -188,7 +188,7 @@ class NarrowPass : public ForwardPass<S> {
         const int classes = static_cast<int>(job_.classes);
         Group rows = group_at(first);
         V x[kNarrow], params[kMaxParams];
-        take_lanes(rows, this->logits(0), job_.row_stride, [&](V z, int) { return z * factor_; }, x);
+        take_lanes(rows, this->logits(0), job_.row_stride, [&](V z, int) { return this->tempered(z); }, x);
         for (int k = 0; k < kMaxParams && job_.param[k]; ++k) {
             const T* const param = static_cast<const T*>(job_.param[k]);
             params[k] = lanes_of(rows, [&](int64_t row) { return param[row * job_.param_stride[k]]; });
@@ -266,7 +266,7 @@ class NarrowPass : public ForwardPass<S> {
         const int classes = static_cast<int>(job_.classes);
         Group rows = group_at(first);
         V x[kNarrow], second[kNarrow];
-        const auto of_logits = [&](V z, int) { return z * factor_; };
+        const auto of_logits = [&](V z, int) { return this->tempered(z); };
         take_lanes(rows, this->logits(0), job_.row_stride, of_logits, x);
         if constexpr (Term::of_logits) {
             take_lanes(rows, static_cast<const S*>(job_.second), job_.second_row_stride, of_logits, second);

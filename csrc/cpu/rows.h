@@ -51,7 +51,9 @@ class Rows {
     static constexpr int width = VectorOf<T>::width;
 
     // What the job holds, of a row or of all.
-    T logit(const S* z) const { return read(z) * factor_; }
+    T logit(const S* z) const { return rounded_product(read(z), factor_); }
+    // A branch that is always the same takes less of the arithmetic's time than a product.
+    FUSEDLOSS_INLINE V tempered(V z) const { return factor_ == T(1) ? z : rounded_product(z, factor_); }
     const S* logits(int64_t row) const { return static_cast<const S*>(job_.logits) + row * job_.row_stride; }
     const S* limit() const { return logits(job_.rows - 1) + job_.classes; }
     const T* class_weight() const { return static_cast<const T*>(job_.class_weight); }
@@ -160,16 +162,16 @@ class Rows {
             for (; at + 2 * width <= count; at += 2 * width) {
                 prefetch_after(z + at);
                 const Pair x = load_pair(z + at);
-                take(x.even * factor_, at, width);
-                take(x.odd * factor_, at, width);
+                take(tempered(x.even), at, width);
+                take(tempered(x.odd), at, width);
             }
         }
         for (; at + width <= count; at += width) {
             prefetch_after(z + at);
-            if (!take(load(z + at) * factor_, at, width)) return at;
+            if (!take(tempered(load(z + at)), at, width)) return at;
         }
         const int rest = static_cast<int>(count - at);
-        if (rest > 0 && !take(load_part(z + at, rest, -kInfinity<T>, limit()) * factor_, at, rest)) return at;
+        if (rest > 0 && !take(tempered(load_part(z + at, rest, -kInfinity<T>, limit())), at, rest)) return at;
         return count;
     }
 
@@ -183,21 +185,21 @@ class Rows {
             for (; column + 2 * width <= end; column += 2 * width) {
                 prefetch_after(z + column);
                 const Pair x = load_pair(z + column);
-                const auto even = formula(x.even * factor_, column, width),
-                           odd = formula(x.odd * factor_, column, width);
+                const auto even = formula(tempered(x.even), column, width),
+                           odd = formula(tempered(x.odd), column, width);
                 if (stop()) return column;
                 store_pair(grad + column, even, odd);
             }
         }
         for (; column + width <= end; column += width) {
             prefetch_after(z + column);
-            const auto x = formula(load(z + column) * factor_, column, width);
+            const auto x = formula(tempered(load(z + column)), column, width);
             if (stop()) return column;
             store(grad + column, x);
         }
         if (column < end) {
             const int rest = static_cast<int>(end - column);
-            const auto x = formula(load_part(z + column, rest, -kInfinity<T>, limit()) * factor_, column, rest);
+            const auto x = formula(tempered(load_part(z + column, rest, -kInfinity<T>, limit())), column, rest);
             if (stop()) return column;
             store_part(grad + column, rest, x);
         }

@@ -83,6 +83,21 @@ FUSEDLOSS_INLINE typename VectorOf<T>::Value splat(T x) {
     return x - typename VectorOf<T>::Value{};
 }
 
+// A product as it is rounded, of one or of a vector. Fused with the difference of two products, of which only the other
+// is rounded, it would leave the rounding error of a large one for a result.
+template <typename X, typename T>
+FUSEDLOSS_INLINE X rounded_product(X x, T factor) {
+    X product = x * factor;
+#if defined(__x86_64__)
+    asm("" : "+v"(product));
+#elif defined(__aarch64__)
+    asm("" : "+w"(product));
+#else
+    asm("" : "+m"(product));
+#endif
+    return product;
+}
+
 // 0, 1, 2 ...
 template <typename T>
 FUSEDLOSS_INLINE typename VectorOf<T>::Bits lanes() {

@@ -40,7 +40,7 @@ FUSEDLOSS_KERNEL void top_rest_pass(const Launch job) {
     double rest = 0;
     const bool wrong = x.top != x.target && x.inverse > T(0.5);
     for (int i = thread_index(); wrong && i < job.columns(); i += kWarp) {
-        if (i != x.top) rest += fast_exp(read(x.z[i]) * x.factor - x.max);
+        if (i != x.top) rest += fast_exp(rounded_product(read(x.z[i]), x.factor) - x.max);
     }
     rest = sum_of_warp(rest);
     if (thread_index() > 0) return;
@@ -164,7 +164,7 @@ class ColumnSums {
         }
 #pragma unroll
         for (int k = 0; k < pack; ++k) {
-            const T p = fast_exp(read(logits.item[k]) * factor_ - x.max) * x.inverse;
+            const T p = fast_exp(rounded_product(read(logits.item[k]), factor_) - x.max) * x.inverse;
             T slope;
             error_[k] += double(x.weight * negative_term<Term>(p, x.exponent, x.params, slope));
         }
@@ -174,7 +174,7 @@ class ColumnSums {
     FUSEDLOSS_DEVICE void single_out(const RowNumbers<T>& x, const S* z, int column, int top) {
         if (static_cast<unsigned>(column) >= pack) return;
         const bool is_top = column == top;
-        const T p = is_top ? x.inverse : fast_exp(read(z[column]) * factor_ - x.max) * x.inverse;
+        const T p = is_top ? x.inverse : fast_exp(rounded_product(read(z[column]), factor_) - x.max) * x.inverse;
         const T q = is_top ? x.top_q : T(1) - p;
         T error, agreement = 0, slope;
         if (begin_ + column == x.target) {

@@ -135,7 +135,8 @@ FUSEDLOSS_DEVICE T fast_exp(T x) {
     return fast_exp(x, exponent_of(T(1)));
 }
 
-// A product that is rounded, whatever it is subtracted from.
+// A product that is rounded, whatever is subtracted from it: fused with the difference of two products, of which only
+// the other is rounded, it would leave the rounding error of a large one for a result.
 FUSEDLOSS_DEVICE float rounded_product(float x, float y) { return __fmul_rn(x, y); }
 FUSEDLOSS_DEVICE double rounded_product(double x, double y) { return __dmul_rn(x, y); }
 

@@ -522,7 +522,8 @@ class RowPart {
                 for (int k = 0; k < pack; ++k) {
                     const int i = tile.from + lane_ * pack + j + k;
                     if (i >= end_ || i == target_ || i == top) continue;
-                    const T e = fast_exp(read(tile.z[j + k]) * factor - max), p = e * inverse, weight = weight_of(i);
+                    const T e = fast_exp(rounded_product(read(tile.z[j + k]), factor) - max), p = e * inverse,
+                            weight = weight_of(i);
                     T g;
                     const T f = negative_term<Term>(p, exponent, params, g);
                     to.rest += e;
@@ -636,11 +637,12 @@ class RowPart {
     FUSEDLOSS_DEVICE void gradient() const {
         const Settled<T>& x = board_.settled;
         const T factor = this->factor(), max = x.s.max, inverse = T(1) / x.s.sum_exp, scale = upstream();
+        const auto lag = [&](T z) { return rounded_product(z, factor) - max; };  // 0 of the largest
         if constexpr (class_term) {
             const Params params = this->params();
             const T exponent = Term::exponent(params.value), shift = x.one;
             write_rows([&](T z, int column) {
-                const T p = fast_exp(z * factor - max) * inverse;
+                const T p = fast_exp(lag(z)) * inverse;
                 T g;
                 negative_term<Term>(p, exponent, params.value, g);
                 return p * (g * weight_of(column) - shift) * scale;
@@ -650,20 +652,16 @@ class RowPart {
             const bool weighted = class_weight() && u != T(0);
             if (sloped()) {
                 const Slopes<T> slopes = this->slopes(a, inverse, scale);
-                const auto share = [&](T z) {
-                    const T lag = rounded_product(z, factor) - max;  // 0 of the largest
-                    return slopes.gradient(fast_exp(lag), lag);
-                };
+                const auto share = [&](T z) { return slopes.gradient(fast_exp(lag(z)), lag(z)); };
                 if (weighted) {
                     write_rows([&](T z, int column) { return share(z) - u * class_weight()[column]; });
                 } else {
                     write_rows([&](T z, int) { return share(z) - u; });
                 }
             } else if (weighted) {
-                write_rows(
-                    [&](T z, int column) { return a * fast_exp(z * factor - max) - u * class_weight()[column]; });
+                write_rows([&](T z, int column) { return a * fast_exp(lag(z)) - u * class_weight()[column]; });
             } else {
-                write_rows([&](T z, int) { return a * fast_exp(z * factor - max) - u; });
+                write_rows([&](T z, int) { return a * fast_exp(lag(z)) - u; });
             }
         }
         block_sync();

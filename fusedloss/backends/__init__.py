@@ -32,7 +32,7 @@ def unavailable(impl: str, device: torch.device | None = None) -> str | None:
 
 def named_by(impl: str | None) -> str:
     """Return what an implementation is named by, where it is: the argument, or the environment without one."""
-    return "FUSEDLOSS_IMPL" if not impl and os.environ.get("FUSEDLOSS_IMPL") else "impl"
+    return "FUSEDLOSS_IMPL" if impl is None and os.environ.get("FUSEDLOSS_IMPL") else "impl"
 
 
 def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str:
@@ -41,7 +41,7 @@ def resolve(impl: str | None, device: torch.device, linear: bool = False) -> str
     FUSEDLOSS_IMPL names one for the devices and forms that it is for; elsewhere nothing is named.
     """
     source = "impl"
-    if not impl:
+    if impl is None:
         source, impl = "FUSEDLOSS_IMPL", os.environ.get("FUSEDLOSS_IMPL") or None
         if impl is not None:
             check_choice("FUSEDLOSS_IMPL", impl, LINEAR_IMPLS)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, compute_dtype
+from ..checks import DIVISORS, check_choice, check_number, compute_dtype
 from ..definition import reference
 from ..definition.epilogue import Overlap
 from ..definition.projection import Projection
@@ -60,8 +60,8 @@ def overlap_loss(
     if form not in FORMS or level not in LEVELS:
         check_choice("form", form, FORMS)
         check_choice("level", level, LEVELS)
-    # In a row, a class of no probability would be 0 / 0 without smooth.
-    check_number("smooth", smooth, 0, above=form == "one_vs_rest" and level == "example")
+    # In a row, a class of no probability is 0 / smooth.
+    check_number("smooth", smooth, DIVISORS[0] if form == "one_vs_rest" and level == "example" else 0)
     if level == "example":
         every = (*params, smooth)
         return row_loss(name, input, target, overlap.forms[form], every, without=CLASS_LOSSES_LACK, **options)

@@ -53,7 +53,8 @@ def events(rows: int, classes: int, features: int, dtype: torch.dtype, compiled:
                 partial(of_layer, linear_candidates(example, target, compiled)),
                 partial(timing.expected_of, formula, hidden, weight),
             )
-    x, labels = drawn(rows, features), torch.randint(LABELS, (rows,), generator=generator)
+    # Of few rows too some have a positive: without any there is nothing to compare.
+    x, labels = drawn(rows, features), torch.randint(min(LABELS, 1 + rows // 4), (rows,), generator=generator)
     yield Event(
         f"supcon_loss(temperature={TEMPERATURE})",
         partial(timing.ProductContest, (x,), similarity_products(x), supcon_candidates(labels, compiled)),
