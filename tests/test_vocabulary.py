@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fusedloss as fl
 
@@ -358,6 +359,32 @@ def _collectives(rank: int, world: int) -> None:
     check(lambda: fl.cross_entropy(z, target, group=dist.group.WORLD), ["all_gather"] * 2, [])
 
 
+def _checkpointed(rank: int, world: int) -> None:
+    """The gradients are the same, and the forward runs no more than twice."""
+    d = Division(rank, world)
+    z, second = (torch.randn(ROWS, d.classes)[:, d.part] for _ in range(2))
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        name: lambda x, f=function, own=own: getattr(fl, f)(x, d.target, group=d.shards, **own)
+        for name, (function, own) in LOSSES.items()
+    }
+    for level, reduction in (("set", "mean"), ("class", "none")):
+        options = {"level": level, "reduction": reduction, "group": d.shards}
+        losses[level] = lambda x, o=options: fl.dsc_loss(x, d.target, **o).sum()
+    losses["second row"] = lambda x: fl.distillation_loss(x, second, divergence="jsd", group=d.shards)
+    losses["log_probs"] = lambda x: fl.log_probs(x, d.target, entropy=True, group=d.shards).entropy.sum()
+    for name, loss in losses.items():
+        leaves, calls = [z.clone().requires_grad_() for _ in range(2)], []
+
+        def counted(x: Tensor) -> Tensor:
+            calls.append(name)  # noqa: B023
+            return loss(x)  # noqa: B023
+
+        loss(leaves[0]).backward()
+        checkpoint(counted, leaves[1], use_reentrant=False).backward()
+        assert len(calls) == 2, name
+        assert_close(leaves[1].grad, leaves[0].grad, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def _what_is_refused(rank: int, world: int) -> None:
     shards = fl.VocabularyShards.gather(dist.group.WORLD, 3)
     assert shards.sizes == (3,) * world
@@ -653,6 +680,7 @@ test_scene = ranks.tests_of({
     _every_dtype: (2,),
     _small_factors_in_float16: (2,),
     _collectives: (2,),
+    _checkpointed: (2,),
     _what_is_refused: (2,),
     _out_of_range: (2,),
     _disagreements: (3,),
