@@ -449,17 +449,34 @@ def _disagreements(rank: int, world: int) -> None:
     z, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
     odd = rank == world - 1
     os.environ["FUSEDLOSS_CHECK_RANKS"] = "1"
-    for what, call in {
-        "the shape of the targets": lambda: fl.cross_entropy(z[odd:], target[odd:], group=shards),
-        "the dtype of the logits": lambda: fl.cross_entropy(z.double() if odd else z, target, group=shards),
-        "label_smoothing": lambda: fl.cross_entropy(z, target, label_smoothing=0.1 * odd, group=shards),
-        "reduction": lambda: fl.cross_entropy(z, target, reduction="sum" if odd else "mean", group=shards),
-        "the loss": lambda: (fl.focal_loss if odd else fl.dsc_loss)(z, target, group=shards),
-        "the parameters of the loss": lambda: fl.focal_loss(z, target, gamma=1.0 + odd, group=shards),
-        "the checksum of the targets": lambda: fl.cross_entropy(z, target + odd, group=shards),
-    }.items():
-        with pytest.raises(ValueError, match=f"{what} must be the same on every rank"):
-            call()
+    ce, linear, candidate = fl.cross_entropy, fl.linear_cross_entropy, lambda s: s.candidate_ce
+    others, whole, many = fl.VocabularyShards(dist.group.WORLD, [3, 3, 4]), torch.randn(6, 3), torch.zeros(6).long()
+    form, kind = "how the logits are made", "the kind of the loss"
+    for what, loss, arguments, options in (
+        ("the shape of the targets", ce, (z[odd:], target[odd:]), {}),
+        ("the dtype of the logits", ce, (z.double() if odd else z, target), {}),
+        ("label_smoothing", ce, (z, target), {"label_smoothing": 0.1 * odd}),
+        ("reduction", ce, (z, target), {"reduction": "sum" if odd else "mean"}),
+        ("the loss", fl.focal_loss if odd else fl.dsc_loss, (z, target), {}),
+        ("the parameters of the loss", fl.focal_loss, (z, target), {"gamma": 1.0 + odd}),
+        ("the parameters of the loss", fl.focal_loss, (z, target), {"gamma": torch.full((4,), 1.0 + odd)}),
+        ("the targets", ce, (z, target + odd), {}),
+        ("return_stats", ce, (z, target), {"return_stats": odd}),
+        ("stats", ce, (z, target), {"return_stats": True, "stats": ["entropy"] * odd}),
+        ("weight", ce, (z, target), {"weight": torch.ones(9) + odd}),
+        ("token_weight", ce, (z, target), {"token_weight": torch.ones(4 - odd)}),
+        ("temperature", ce, (z, target), {"temperature": torch.tensor(1.0 + odd)}),
+        ("candidates", fl.flex_loss, (z, target, candidate), {"candidates": target + odd}),
+        ("the sizes of the shards", ce, (z, target), {"group": others if odd else shards}),
+        (kind, fl.linear_topk_log_probs, (z, z[:3], 2 + odd), {}),
+        (kind, fl.dice_loss, (z, target), {"level": "set" if odd else "class"}),
+        (kind, fl.log_probs, (z, target), {"entropy": odd}),
+        (form, linear, (z, z[:3], target), {"softcap": 2.0 + odd}),
+        (form, linear, (z, z[:3], target), {"budget": 10**4 + odd}),
+        (form, linear, (whole if odd else whole[:2], z[:3], many), {"sequence_parallel": not odd}),
+    ):
+        with pytest.raises(ValueError, match=f"^{what} must be the same on every rank"):
+            loss(*arguments, **{"group": shards, **options})
     fl.cross_entropy(z, target, group=shards)
     os.environ["FUSEDLOSS_CHECK_RANKS"] = "yes"
     with pytest.raises(ValueError, match="FUSEDLOSS_CHECK_RANKS must be 0 or 1, got 'yes'"):

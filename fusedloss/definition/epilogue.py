@@ -56,6 +56,11 @@ class Epilogue:
         return self._checked(self.function(p, q, positive, *columns), p, "rows and classes")
 
     @property
+    def told(self) -> tuple[object, ...]:
+        """What ranks can tell each other of it: all but the functions."""
+        return self.name, self.over, self.statistics, self.per_chunk
+
+    @property
     def has_second_row(self) -> bool:
         return self.over in ("teacher", "targets")
 
