@@ -112,7 +112,7 @@ def supcon_loss(
         TypeError, ValueError, IndexError: an argument of the wrong kind, shape or range, or two that exclude one
             another; a zero vector that is to be normalized (on a GPU, where looking would stall the stream, the loss is
             NaN); a group together with `contrast` or `positive_mask`, without torch.distributed being initialised, or
-            whose ranks do not agree on D, dtype or options.
+            whose ranks do not agree on D, dtype or options, or one of which raises.
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362); for language models, with
     cross-entropy beside it, Gunel et al. 2021 (arXiv:2011.01403).
@@ -121,31 +121,36 @@ def supcon_loss(
     >>> features = torch.randn(8, 64, requires_grad=True)
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
-    if not {type(normalize), type(averaged), type(contrast_includes_batch)} <= {bool}:
-        checks.check_bool(normalize=normalize, averaged=averaged, contrast_includes_batch=contrast_includes_batch)
-    _check_tensors(
-        features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
-        contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask, group=group,
-    )  # fmt: skip
-    _check_options(features, temperature, positives, reduction, averaged)
-    shape = features.shape[:-1]
-    mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
-    features, labels = _by_rows(features, labels)
-    if contrast is not None:
-        contrast, contrast_labels = _by_rows(contrast, contrast_labels)
-        if self_index is not None:
-            self_index = self_index.reshape(-1).to(torch.int64)
-        _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
+    try:
+        if not {type(normalize), type(averaged), type(contrast_includes_batch)} <= {bool}:
+            checks.check_bool(normalize=normalize, averaged=averaged, contrast_includes_batch=contrast_includes_batch)
+        _check_tensors(
+            features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask, group=group,
+        )  # fmt: skip
+        _check_options(features, temperature, positives, reduction, averaged)
+        shape = features.shape[:-1]
+        mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
+        features, labels = _by_rows(features, labels)
+        if contrast is not None:
+            contrast, contrast_labels = _by_rows(contrast, contrast_labels)
+            if self_index is not None:
+                self_index = self_index.reshape(-1).to(torch.int64)
+            _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
 
-    if torch.compiler.is_compiling():
-        features, contrast, temperature = map(_as_traced, (features, contrast, temperature))
+        if torch.compiler.is_compiling():
+            features, contrast, temperature = map(_as_traced, (features, contrast, temperature))
 
-    # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    scale = parameter(temperature, dtype, features.device)
-    if group is not None:
-        scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
-    anchors = _prepared("features", features, normalize, scale.sqrt())
+        # Divided by the root of the temperature on either side: where anchors and others are one, one tensor is both.
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        scale = parameter(temperature, dtype, features.device)
+        if group is not None:
+            scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
+        anchors = _prepared("features", features, normalize, scale.sqrt())
+    except Exception:
+        if group is not None:
+            parallel.raises(group, features)
+        raise
     others, other_labels, ranks = anchors, labels, None
     own: int | Tensor | None = 0
     if contrast is not None:
@@ -467,10 +472,13 @@ def _meet(
 ) -> parallel.Ranks:
     """Exchange options and row counts with the other ranks, which must agree."""
     learnt = isinstance(temperature, Tensor) and temperature.requires_grad
+    told: object = temperature if isinstance(temperature, Tensor) else float(temperature)
+    if isinstance(temperature, Tensor):
+        told = "a tensor", temperature.item() if checks.may_read(temperature) else None
     same = {
         "the number of features": features.shape[1],
         "the features' dtype": features.dtype,
-        "temperature": "a tensor" if isinstance(temperature, Tensor) else float(temperature),
+        "temperature": told,
         **options,
         # The backward has collectives of its own.
         "features.requires_grad": torch.is_grad_enabled() and features.requires_grad,
