@@ -54,7 +54,7 @@ def row_loss(
 
     With `skip_zero_weights` rows are left out where their token weight is 0, too, and still count in "mean".
     """
-    call = prepare(name, input, target, params, without, candidates, options, more=epilogue.told)
+    call = prepare(name, input, target, params, without, candidates, options, more=epilogue)
     if epilogue.picks.top_k > 1 or epilogue.picks.below:
         _check_picks(epilogue.picks, call)
     return reduced_loss(call, epilogue, target, mean_over_weights, skip_zero_weights)
@@ -76,7 +76,7 @@ def second_row_loss(
 
     Rows are left out by their target and, where it is 0, by their token weight.
     """
-    more = (epilogue.told, main is None, second.form if isinstance(second, Projection) else None)
+    more = (epilogue, main is None, second.form if isinstance(second, Projection) else None)
     call = with_second_row(prepare(name, input, target, params, without, None, options, more), second)
     if main is not None and call.rows.scalars is not None:
         _, *others, factor = call.rows.scalars

@@ -197,6 +197,49 @@ def supcon_loss(
     return loss if ranks is None else parallel.total(loss, ranks, len(ranks.rows) if averaged else 1)
 
 
+def labels_apart(
+    ignored: int,
+    features: Tensor,
+    labels: Tensor,
+    contrast: Tensor | None,
+    contrast_labels: Tensor | None,
+    *,
+    self_index: Tensor | None,
+    contrast_includes_batch: bool,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Give each example of the ignored label one that no other example of any rank has, also where it is in `contrast`.
+
+    Arguments are those of :func:`supcon_loss`, which refuses what is returned as it is.
+    """
+    if contrast is not None:
+        _check_tensors(
+            features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch, group=group,
+        )  # fmt: skip
+    elif not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        return labels, contrast_labels
+    labels = labels.to(torch.int64)  # in uint8 the ignored one would be another number
+    first = min(ignored, 0) - 1 - (0 if group is None else group.rank() << 32)
+    apart = torch.where(labels == ignored, first - torch.arange(len(labels), device=labels.device), labels)
+    if contrast is None or contrast_labels is None or (self_index is None and not contrast_includes_batch):
+        return apart, contrast_labels
+    anchors, of_anchors = _by_rows(features, labels)
+    others, of_others = _by_rows(contrast, contrast_labels)
+    if self_index is not None:
+        self_index = self_index.reshape(-1).to(torch.int64)
+    _check_own(of_anchors, others, of_others, self_index, contrast_includes_batch, len(anchors))
+    own = torch.arange(len(anchors), device=labels.device) if self_index is None else self_index
+    examples, views = len(contrast_labels), contrast.shape[1] if contrast.dim() == 3 else 1
+    # The last place is for anchors that are none of them.
+    filled = torch.cat([contrast_labels.to(torch.int64), labels.new_zeros(1)])
+    here = (of_anchors == ignored) & (own >= 0) & (own < len(others))
+    at = torch.where(here, own // max(1, views), examples)
+    at = torch.where(filled[at] == ignored, at, examples)
+    each = apart if features.dim() == 2 else apart.repeat_interleave(features.shape[1])
+    return apart, filled.scatter_reduce(0, at, each, "amin", include_self=False)[:-1]
+
+
 class _Pairs(NamedTuple):
     """The anchors, their contrast set, and which of its rows are their positives.
 
