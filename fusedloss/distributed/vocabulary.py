@@ -146,16 +146,15 @@ def check_ranks(
         raise ValueError(f"FUSEDLOSS_CHECK_RANKS must be 0 or 1, got {asked!r}")
     if asked == "0" or torch.compiler.is_compiling():
         return
-    projection = input if isinstance(input, Projection) else None
+    hidden, form = (input.hidden, input.form) if isinstance(input, Projection) else ([], None)
     same: dict[str, object] = {
         "the loss": name,
         "the sizes of the shards": shards.sizes,
         "the shape of the targets": tuple(target.shape),
         "the dtype of the logits": input.dtype,
-        "how the logits are made": None if projection is None else projection.form,
+        "how the logits are made": form,
         "whether there are gradients": torch.is_grad_enabled(),
-        "whether the hidden states require grad": projection is not None
-        and any(x.requires_grad for x in projection.hidden),
+        "whether the hidden states require grad": any(x.requires_grad for x in hidden),
         "the kind of the loss": more,
         "the parameters of the loss": tuple(map(_told, params)),
         "candidates": _told(candidates),
