@@ -47,7 +47,7 @@ from .losses.dsc import dice_loss, dsc_loss, linear_dsc_loss
 from .losses.flex import flex_loss, linear_flex_loss
 from .losses.focal import focal_loss, linear_focal_loss
 from .losses.mixed_cross_entropy import alpha_schedule, linear_mixed_cross_entropy, mixed_cross_entropy
-from .losses.supcon import SupConReduction, supcon_loss
+from .losses.supcon import SupConReduction, labels_apart, supcon_loss
 from .losses.topk_distillation import Rest, linear_topk_distillation_loss, topk_distillation_loss
 from .losses.tversky import linear_tversky_loss, tversky_loss
 
@@ -313,6 +313,9 @@ class _LinearLoss(_Loss):
         new weight. A deepcopy or a pickle of a module that holds both keeps them tied. A copy of the loss alone loses
         its layer, and raises when it is called. The layer may have LoRA of PEFT, now or later. If another module takes
         the place of the layer and holds it, the loss raises when it is called.
+
+        Tie a new loss when the model gets another layer in its place. As long as anything else keeps the old layer
+        alive, the loss goes on with the weight of that.
         """
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
@@ -879,25 +882,21 @@ class CrossEntropySupConLoss(nn.Module):
         group: ProcessGroup | None = None,
     ) -> Tensor:
         ignored: Any = self.cross_entropy.ignore_index
+        which: dict[str, Any] = {
+            "self_index": self_index,
+            "contrast_includes_batch": contrast_includes_batch,
+            "group": group,
+        }
+        own_labels, contrast_labels = labels_apart(ignored, features, labels, contrast, contrast_labels, **which)
         contrastive: Tensor = self.supcon(
-            features, _of_their_own(labels, ignored, group), contrast=contrast, contrast_labels=contrast_labels,
-            self_index=self_index, contrast_includes_batch=contrast_includes_batch, group=group,
-            averaged=group is not None,
+            features, own_labels, contrast=contrast, contrast_labels=contrast_labels, averaged=group is not None,
+            **which,
         )  # fmt: skip
         classified: Tensor = self.cross_entropy(logits, labels)
         return (1 - self.lam) * classified + self.lam * contrastive
 
     def extra_repr(self) -> str:
         return f"lam={self.lam}"
-
-
-def _of_their_own(labels: Tensor, ignored: int, group: ProcessGroup | None) -> Tensor:
-    """Return labels in which each example of the ignored one has a label that no other example of any rank has."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
-        return labels  # which the loss refuses
-    first = min(ignored, 0) - 1 - (0 if group is None else group.rank() << 32)
-    alone = first - torch.arange(len(labels), device=labels.device)
-    return torch.where(labels == ignored, alone, labels)
 
 
 class AlphaSchedule(nn.Module):

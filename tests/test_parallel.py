@@ -254,15 +254,36 @@ def _disagreements_raise_on_every_rank(rank: int, world: int) -> None:
         "normalize": (x, y, {"normalize": False}),
         "temperature .* 0.": (x, y, {"temperature": 0.1}),
         "temperature .* a tensor|temperature .* 0.3": (x, y, {"temperature": torch.tensor(0.3)}),
+        r"temperature .*\('a tensor', 0.[2-9]": (x, y, {"temperature": torch.tensor(0.2, requires_grad=True)}),
         "averaged": (x, y, {"averaged": True}),
         "features.requires_grad": (x.clone().requires_grad_(), y, {}),
     }
     for message, (features, labels, options) in changes.items():
-        arguments = (features, labels, options) if last else (x, y, {})
+        usual = {"temperature": torch.tensor(0.9, requires_grad=True)} if "a tensor'" in message else {}
+        arguments = (features, labels, options) if last else (x, y, usual)
         with pytest.raises(ValueError, match=message) as raised:
             fl.supcon_loss(*arguments[:2], group=dist.group.WORLD, **arguments[2])
         others = list(range(world - 1)) if last else [world - 1]
         assert f"on rank {rank}, not on {others}" in str(raised.value)
+
+
+def _an_error_on_one_rank_raises_on_every_rank(rank: int, world: int) -> None:
+    """And the next call is as any other."""
+    x, y, last = torch.ones(3, FEATURES), torch.zeros(3).long(), rank == world - 1
+    zero = x.masked_fill((torch.arange(3) == 2)[:, None] & last, 0)
+    calls: list[tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[str, Any], type[Exception], str]] = [
+        (fl.supcon_loss, (zero, y), {}, ValueError, "row 2 of features is zero"),
+        (fl.supcon_loss, (x, y[last:]), {}, ValueError, r"labels must be \(3,\)"),
+        (fl.supcon_loss, (x, y), {"temperature": 0.3 - last}, ValueError, "temperature must be between"),
+        (fl.normalizer, (y + 5 * last,), {"weight": torch.ones(4)}, IndexError, "target 5 is out of range"),
+    ]
+    for call, arguments, options, kind, message in calls:
+        elsewhere = (ValueError, f"(ranks \\[{world - 1}\\]|another rank) of the group raised an error in this call")
+        own, match = (kind, message) if last else elsewhere
+        with pytest.raises(own, match=match):
+            call(*arguments, group=dist.group.WORLD, **options)
+    assert fl.supcon_loss(x, y, group=dist.group.WORLD) > 0
+    assert fl.normalizer(y, group=dist.group.WORLD) == 3 * world
 
 
 def _similarities_are_not_stored(rank: int, world: int) -> None:
@@ -282,6 +303,7 @@ test_scene = ranks.tests_of({
     _no_rows_and_no_positives: (2,),
     _a_second_derivative_raises: (2,),
     _disagreements_raise_on_every_rank: (3,),
+    _an_error_on_one_rank_raises_on_every_rank: (2,),
     _similarities_are_not_stored: (2,),
 })  # fmt: skip
 

@@ -477,6 +477,28 @@ def test_examples_without_a_label_are_no_positives(ignored, generator):
         assert_same_gradients(got, expected, (logits, x, *([] if contrast is None else [contrast])))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", ["contrast_includes_batch", "self_index"])
+def test_examples_without_a_label_have_their_own_views_in_the_contrast_set(name, flat, generator):
+    x, bank = (torch.randn(n, 2, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in (5, 3))
+    y, bank_y = torch.tensor([0, -100, 1, -100, 0]), torch.tensor([1, -100, 0])
+    logits = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    contrast, labels = torch.cat([x, bank]), torch.cat([y, bank_y])
+    mask = (y[:, None] == labels) & (y != -100)[:, None] | torch.eye(5, 8, dtype=torch.bool)
+    options = {name: True if "batch" in name else torch.arange(10).view(5, 2).to(torch.int8)}
+    contrastive = fl.supcon_loss(x, temperature=0.3, contrast=contrast, positive_mask=mask, **options)
+    expected = 0.1 * torch.nn.functional.cross_entropy(logits, y) + 0.9 * contrastive
+    if flat:
+        contrast, labels = contrast.flatten(0, 1), labels.repeat_interleave(2)
+    joint = fl.nn.CrossEntropySupConLoss(0.9, 0.3)
+    options |= {"contrast": contrast, "contrast_labels": labels}
+    assert_same_gradients(joint(logits, x, y, **options), expected, (logits, x, bank))
+    options["contrast_labels"] = labels.masked_fill(labels == -100, 2)
+    if "batch" in name:
+        with pytest.raises(ValueError, match="row 2 has label -100 there and 2 in contrast_labels"):
+            joint(logits, x, y, **options)
+
+
 def test_modules_keep_their_state_and_show_it():
     loss = fl.nn.CrossEntropySupConLoss(temperature=torch.tensor(0.2), label_smoothing=0.1, weight=torch.ones(3))
     assert set(loss.state_dict()) == {"supcon.temperature", "cross_entropy.weight"}

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fusedloss as fl
 
@@ -358,6 +359,32 @@ def _collectives(rank: int, world: int) -> None:
     check(lambda: fl.cross_entropy(z, target, group=dist.group.WORLD), ["all_gather"] * 2, [])
 
 
+def _checkpointed(rank: int, world: int) -> None:
+    """The gradients are the same, and the forward runs no more than twice."""
+    d = Division(rank, world)
+    z, second = (torch.randn(ROWS, d.classes)[:, d.part] for _ in range(2))
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
+        name: lambda x, f=function, own=own: getattr(fl, f)(x, d.target, group=d.shards, **own)
+        for name, (function, own) in LOSSES.items()
+    }
+    for level, reduction in (("set", "mean"), ("class", "none")):
+        options = {"level": level, "reduction": reduction, "group": d.shards}
+        losses[level] = lambda x, o=options: fl.dsc_loss(x, d.target, **o).sum()
+    losses["second row"] = lambda x: fl.distillation_loss(x, second, divergence="jsd", group=d.shards)
+    losses["log_probs"] = lambda x: fl.log_probs(x, d.target, entropy=True, group=d.shards).entropy.sum()
+    for name, loss in losses.items():
+        leaves, calls = [z.clone().requires_grad_() for _ in range(2)], []
+
+        def counted(x: Tensor) -> Tensor:
+            calls.append(name)  # noqa: B023
+            return loss(x)  # noqa: B023
+
+        loss(leaves[0]).backward()
+        checkpoint(counted, leaves[1], use_reentrant=False).backward()
+        assert len(calls) == 2, name
+        assert_close(leaves[1].grad, leaves[0].grad, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def _what_is_refused(rank: int, world: int) -> None:
     shards = fl.VocabularyShards.gather(dist.group.WORLD, 3)
     assert shards.sizes == (3,) * world
@@ -422,17 +449,34 @@ def _disagreements(rank: int, world: int) -> None:
     z, target = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
     odd = rank == world - 1
     os.environ["FUSEDLOSS_CHECK_RANKS"] = "1"
-    for what, call in {
-        "the shape of the targets": lambda: fl.cross_entropy(z[odd:], target[odd:], group=shards),
-        "the dtype of the logits": lambda: fl.cross_entropy(z.double() if odd else z, target, group=shards),
-        "label_smoothing": lambda: fl.cross_entropy(z, target, label_smoothing=0.1 * odd, group=shards),
-        "reduction": lambda: fl.cross_entropy(z, target, reduction="sum" if odd else "mean", group=shards),
-        "the loss": lambda: (fl.focal_loss if odd else fl.dsc_loss)(z, target, group=shards),
-        "the parameters of the loss": lambda: fl.focal_loss(z, target, gamma=1.0 + odd, group=shards),
-        "the checksum of the targets": lambda: fl.cross_entropy(z, target + odd, group=shards),
-    }.items():
-        with pytest.raises(ValueError, match=f"{what} must be the same on every rank"):
-            call()
+    ce, linear, candidate = fl.cross_entropy, fl.linear_cross_entropy, lambda s: s.candidate_ce
+    others, whole, many = fl.VocabularyShards(dist.group.WORLD, [3, 3, 4]), torch.randn(6, 3), torch.zeros(6).long()
+    form, kind = "how the logits are made", "the kind of the loss"
+    for what, loss, arguments, options in (
+        ("the shape of the targets", ce, (z[odd:], target[odd:]), {}),
+        ("the dtype of the logits", ce, (z.double() if odd else z, target), {}),
+        ("label_smoothing", ce, (z, target), {"label_smoothing": 0.1 * odd}),
+        ("reduction", ce, (z, target), {"reduction": "sum" if odd else "mean"}),
+        ("the loss", fl.focal_loss if odd else fl.dsc_loss, (z, target), {}),
+        ("the parameters of the loss", fl.focal_loss, (z, target), {"gamma": 1.0 + odd}),
+        ("the parameters of the loss", fl.focal_loss, (z, target), {"gamma": torch.full((4,), 1.0 + odd)}),
+        ("the targets", ce, (z, target + odd), {}),
+        ("return_stats", ce, (z, target), {"return_stats": odd}),
+        ("stats", ce, (z, target), {"return_stats": True, "stats": ["entropy"] * odd}),
+        ("weight", ce, (z, target), {"weight": torch.ones(9) + odd}),
+        ("token_weight", ce, (z, target), {"token_weight": torch.ones(4 - odd)}),
+        ("temperature", ce, (z, target), {"temperature": torch.tensor(1.0 + odd)}),
+        ("candidates", fl.flex_loss, (z, target, candidate), {"candidates": target + odd}),
+        ("the sizes of the shards", ce, (z, target), {"group": others if odd else shards}),
+        (kind, fl.linear_topk_log_probs, (z, z[:3], 2 + odd), {}),
+        (kind, fl.dice_loss, (z, target), {"level": "set" if odd else "class"}),
+        (kind, fl.log_probs, (z, target), {"entropy": odd}),
+        (form, linear, (z, z[:3], target), {"softcap": 2.0 + odd}),
+        (form, linear, (z, z[:3], target), {"budget": 10**4 + odd}),
+        (form, linear, (whole if odd else whole[:2], z[:3], many), {"sequence_parallel": not odd}),
+    ):
+        with pytest.raises(ValueError, match=f"^{what} must be the same on every rank"):
+            loss(*arguments, **{"group": shards, **options})
     fl.cross_entropy(z, target, group=shards)
     os.environ["FUSEDLOSS_CHECK_RANKS"] = "yes"
     with pytest.raises(ValueError, match="FUSEDLOSS_CHECK_RANKS must be 0 or 1, got 'yes'"):
@@ -653,6 +697,7 @@ test_scene = ranks.tests_of({
     _every_dtype: (2,),
     _small_factors_in_float16: (2,),
     _collectives: (2,),
+    _checkpointed: (2,),
     _what_is_refused: (2,),
     _out_of_range: (2,),
     _disagreements: (3,),

@@ -31,16 +31,16 @@ class Epilogue:
 
     Each parameter is a 0-d tensor or (N,) (for classes: (N, 1)); one of a function over the rows may be (N, K).
     ``name`` is that of the same loss among a backend's compiled epilogues; a backend that does not know it runs
-    ``function`` between its passes.
+    ``function`` between its passes. Ranks compare what is shown of it, which is all but the functions.
     """
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor] = field(repr=False)
     over: Literal["rows", "classes", "teacher", "targets"] = "rows"
     statistics: tuple[str, ...] = ()
     per_chunk: bool = False
     """Whether the function of a linear form may be called once a chunk, so that gradients are made with the loss."""
-    curvature: Callable[..., Any] = lambda *_: 0
+    curvature: Callable[..., Any] = field(default=lambda *_: 0, repr=False)
     """Of those over the classes of two rows: sum_j p_j^2 d2f/dp_j^2 where both are the same, of the parameters."""
     picks: Picks = field(init=False)
 

@@ -20,6 +20,14 @@ from torch.autograd.function import once_differentiable
 
 from .. import transforms
 
+ELSEWHERE = "{} of the group raised an error in this call; see the error there"
+
+#: In place of the number of rows, on a rank that raises.
+_FAILED = -1
+
+#: More numbers than a rank tells the others.
+_COLUMNS = 64
+
 
 def check_group(group: object) -> None:
     transforms.refuse("a process group")
@@ -51,13 +59,14 @@ class Ranks(NamedTuple):
 def meet(group: Any, rows: int, device: torch.device, same: dict[str, object]) -> Ranks:
     """Tells each other the number of rows. Read by the host.
 
-    Raises ValueError on every rank where they do not agree on the values of `same`: the next collective would hang.
+    Raises ValueError on every rank where they do not agree on the values of `same`, and where one of them has called
+    :func:`raises`: the next collective would hang.
     """
     own = [rows, *(zlib.crc32(repr(value).encode()) for value in same.values())]
-    mine = torch.tensor(own, device=device)
-    tables = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(tables, mine, group=group)
-    every = torch.stack(tables).tolist()
+    every = _tables(group, own, device)
+    failed = [rank for rank, told in enumerate(every) if told[0] == _FAILED]
+    if failed:
+        raise ValueError(ELSEWHERE.format(f"ranks {failed}"))
     for column, (name, value) in enumerate(same.items(), start=1):
         others = [rank for rank, told in enumerate(every) if told[column] != own[column]]
         if others:
@@ -65,6 +74,21 @@ def meet(group: Any, rows: int, device: torch.device, same: dict[str, object]) -
                 f"{name} must be the same on every rank, is {value} on rank {group.rank()}, not on {others}"
             )
     return Ranks(group, group.rank(), [told[0] for told in every])
+
+
+def raises(group: object, x: object) -> None:
+    """Takes part in :func:`meet` on a rank that is about to raise: the others raise, too, and do not wait for it."""
+    if dist.is_available() and isinstance(group, dist.ProcessGroup) and not transforms.active():
+        _tables(group, [_FAILED], x.device if isinstance(x, Tensor) else torch.device("cpu"))
+
+
+def _tables(group: Any, own: list[int], device: torch.device) -> list[list[int]]:
+    """What each rank has, filled up to one length: of different lengths the collective would abort."""
+    mine = torch.tensor(own + [0] * (_COLUMNS - len(own)), device=device)
+    tables = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(tables, mine, group=group)
+    every: list[list[int]] = torch.stack(tables).tolist()
+    return every
 
 
 def whole(part: Tensor, ranks: Ranks) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import checks
-from .batch import check_group
+from .batch import ELSEWHERE, check_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -64,7 +64,8 @@ def normalizer(
         TypeError, ValueError: an argument of the wrong kind, shape or range; a group without torch.distributed being
             initialised, or whose ranks do not agree on the ignored target, `averaged` and which weights they give (on a
             GPU, where looking would stall the stream, the result is NaN).
-        IndexError: with `weight`, a target outside [0, V) that is not ignored (on a GPU the result is NaN).
+        IndexError: with `weight`, a target outside [0, V) that is not ignored (on a GPU the result is NaN). The other
+            ranks of a group raise ValueError then.
 
     >>> import torch, fusedloss as fl
     >>> batches = torch.tensor([[3, 1, -100], [2, -100, -100]])
@@ -77,13 +78,19 @@ def normalizer(
     """
     parts = _parts(target, token_weight)
     _check(parts, ignore_index, weight, averaged)
-    parts = [(checks.normalized_targets(t, ignore_index), w) for t, w in parts]
-    if weight is not None:
-        for t, _ in parts:
-            if checks.may_read(t):
-                checks.check_indices(t, None, len(weight))
     if group is not None:
         check_group(group)
+    parts = [(checks.normalized_targets(t, ignore_index), w) for t, w in parts]
+    if weight is not None:
+        try:
+            for t, _ in parts:
+                if checks.may_read(t):
+                    checks.check_indices(t, None, len(weight))
+        except IndexError:
+            if group is not None:
+                # The others raise, too, in place of waiting for this rank.
+                dist.all_reduce(torch.tensor([0, 0, 0, 1], dtype=torch.float64), group=group)
+            raise
     count = torch.stack([_count(t, weight, w) for t, w in parts]).sum()
     if group is None:
         return count
@@ -154,11 +161,13 @@ def _total(count: Tensor, options: dict[str, object], group: ProcessGroup) -> Te
     """Sum the count over the ranks, which must have the same options."""
     # One shape and dtype, whatever a rank was given: others would be summed wrongly, or hang.
     code = zlib.crc32(repr(options).encode()) % _CODES
-    told = count.new_full((3,), code, dtype=torch.float64)
-    told[0], told[2] = count, code * code
+    told = count.new_full((4,), code, dtype=torch.float64)
+    told[0], told[2], told[3] = count, code * code, 0
     dist.all_reduce(told, group=group)
-    total, codes, squares = told
+    total, codes, squares, failed = told
     agree = codes.square() == squares * group.size()  # by Cauchy-Schwarz, of equal ones alone
+    if checks.may_read(count) and failed > 0:
+        raise ValueError(ELSEWHERE.format("another rank"))
     if checks.may_read(count) and not agree:
         here = ", ".join(f"{name}={value}" for name, value in options.items())
         raise ValueError(f"the ranks do not agree on what counts: rank {group.rank()} has {here}, others have not")

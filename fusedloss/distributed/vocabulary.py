@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..checks import IGNORED, check_int
+from ..checks import IGNORED, check_int, is_dtensor
+from ..definition.projection import Projection
 from ..definition.rows import Job, Rows, Source, Spec
 from ..definition.statistics import (
     MAX,
@@ -106,8 +107,7 @@ def columns(index: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def shards_of(group: object, input: Source) -> VocabularyShards | None:
-    """What a loss was given for `group`, checked against the classes that this rank has."""
-    classes = input.shape[-1]
+    """What a loss was given for `group`."""
     if group is None:
         return None
     transforms.refuse("group")
@@ -117,12 +117,17 @@ def shards_of(group: object, input: Source) -> VocabularyShards | None:
                 "a process group has the ranks tell each other their classes, which torch.compile cannot do; make "
                 "fusedloss.VocabularyShards.gather(group, classes) beforehand, and pass it as group"
             )
-        return VocabularyShards.gather(group, classes, input.device)
-    if classes != group.sizes[group.rank]:
-        raise ValueError(
-            f"group says that rank {group.rank} has a part of {group.sizes} classes, but input has {classes}"
-        )
+        return VocabularyShards.gather(group, input.shape[-1], input.device)
     return group
+
+
+def check_own(shards: VocabularyShards, input: Source) -> None:
+    """Raises ValueError where this rank has another number of classes than the shards say."""
+    classes = input.shape[-1]
+    if classes != shards.sizes[shards.rank]:
+        raise ValueError(
+            f"group says that rank {shards.rank} has a part of {shards.sizes} classes, but input has {classes}"
+        )
 
 
 def check_ranks(
@@ -131,6 +136,8 @@ def check_ranks(
     input: Source,
     target: Tensor,
     params: Sequence[object],
+    candidates: Tensor | None,
+    more: object,
     options: Mapping[str, Any],
 ) -> None:
     """Raises ValueError on every rank where they disagree, if FUSEDLOSS_CHECK_RANKS asks for it: the host waits."""
@@ -139,21 +146,36 @@ def check_ranks(
         raise ValueError(f"FUSEDLOSS_CHECK_RANKS must be 0 or 1, got {asked!r}")
     if asked == "0" or torch.compiler.is_compiling():
         return
-
-    def told(value: object) -> object:
-        return (tuple(value.shape), value.dtype, value.requires_grad) if isinstance(value, Tensor) else value
-
+    hidden, form = (input.hidden, input.form) if isinstance(input, Projection) else ([], None)
     same: dict[str, object] = {
         "the loss": name,
+        "the sizes of the shards": shards.sizes,
         "the shape of the targets": tuple(target.shape),
         "the dtype of the logits": input.dtype,
+        "how the logits are made": form,
         "whether there are gradients": torch.is_grad_enabled(),
-        "the parameters of the loss": tuple(map(told, params)),
+        "whether the hidden states require grad": any(x.requires_grad for x in hidden),
+        "the kind of the loss": more,
+        "the parameters of the loss": tuple(map(_told, params)),
+        "candidates": _told(candidates),
     }
-    own = ("group", "inplace_backward", "impl", "return_stats")
-    same |= {option: told(value) for option, value in options.items() if option not in own}
-    same["the checksum of the targets"] = zlib.crc32(target.cpu().contiguous().numpy().tobytes())
+    own = ("group", "inplace_backward", "impl")
+    same |= {option: _told(value) for option, value in options.items() if option not in own}
+    same["the targets"] = _told(target)
     batch.meet(collectives.group_named(shards.name), shards.sizes[shards.rank], input.device, same)
+
+
+def _told(value: object) -> object:
+    """What ranks compare of an argument: of a tensor its values, or their checksum where there are many."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, Tensor):
+        return value
+    if is_dtensor(value) or value.layout is not torch.strided or value.is_nested:
+        return type(value)  # which the loss refuses
+    values = value.detach().cpu().resolve_neg().reshape(-1).contiguous()
+    told = values.tolist() if len(values) <= 8 else zlib.crc32(values.view(torch.uint8).numpy().tobytes())
+    return told, tuple(value.shape), value.dtype, value.requires_grad
 
 
 def rows_here(shards: VocabularyShards, rows: Rows) -> Rows:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..definition import reference
 from ..definition.epilogue import Epilogue
+from ..definition.projection import Projection
 from ..definition.rows import Source
 from ..definition.statistics import (
     ALL_MOMENTS,
@@ -53,7 +54,7 @@ def row_loss(
 
     With `skip_zero_weights` rows are left out where their token weight is 0, too, and still count in "mean".
     """
-    call = prepare(name, input, target, params, without, candidates, options)
+    call = prepare(name, input, target, params, without, candidates, options, more=epilogue)
     if epilogue.picks.top_k > 1 or epilogue.picks.below:
         _check_picks(epilogue.picks, call)
     return reduced_loss(call, epilogue, target, mean_over_weights, skip_zero_weights)
@@ -75,7 +76,8 @@ def second_row_loss(
 
     Rows are left out by their target and, where it is 0, by their token weight.
     """
-    call = with_second_row(prepare(name, input, target, params, without, None, options), second)
+    more = (epilogue, main is None, second.form if isinstance(second, Projection) else None)
+    call = with_second_row(prepare(name, input, target, params, without, None, options, more), second)
     if main is not None and call.rows.scalars is not None:
         _, *others, factor = call.rows.scalars
         scalars = torch.stack([main(factor), *others, factor])
@@ -112,7 +114,7 @@ def row_statistics(
     name: str, input: Source, target: Tensor, statistics: tuple[str, ...], options: CallOptions
 ) -> Statistics:
     """Differentiable statistics of rows (N,) for a caller of its own, whose floats are 0 where the row is ignored."""
-    call = prepare(name, input, target, (), (), None, options)
+    call = prepare(name, input, target, (), (), None, options, more=statistics)
     rows, spec, picks = call.rows, call.spec, Picks.of(statistics)
     if spec.impl == "reference":
         s, ignored, invalid = reference.statistics(rows, spec, picks)

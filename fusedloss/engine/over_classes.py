@@ -104,10 +104,15 @@ def _vjp(function: Callable[..., Tensor], *inputs: Tensor) -> Any:
     """The value, and what gives the gradients of the inputs from that of the value."""
     if torch.compiler.is_compiling():
         return torch.func.vjp(function, *inputs)
-    with torch.enable_grad():
+    # Activation checkpointing would run the whole forward again for what is saved here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
         leaves = [x.detach().requires_grad_() for x in inputs]
         value = function(*leaves)
     return value.detach(), lambda gradient: torch.autograd.grad(value, leaves, gradient, materialize_grads=True)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _Here(NamedTuple):
@@ -162,9 +167,9 @@ class _RowLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, *_: Any):  # type: ignore[no-untyped-def]
         differentiated_once(grad_loss, grad_lse)
-        *flat, sums = ctx.saved_tensors[: -len(_Here._fields)]
-        rows = Rows.unflatten(ctx.settings.counts, flat)
-        terms = _RowLosses._terms(ctx.settings, ctx.shards, rows, _Here(*ctx.saved_tensors[-len(_Here._fields) :]))
+        *flat, sums, statistics, top_q, target, top = ctx.saved_tensors
+        rows, here = Rows.unflatten(ctx.settings.counts, flat), _Here(statistics, top_q, target, top)
+        terms = _RowLosses._terms(ctx.settings, ctx.shards, rows, here)
         needed = functions.needed_of(ctx, 2, rows, ctx.settings.spec)
         g = torch.zeros_like(sums[LOSS]) if grad_loss is None else grad_loss
         by_sources = terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace)
@@ -268,10 +273,12 @@ def _slope_of(epilogue: Epilogue, student: Tensor, teacher: Tensor, params: Sequ
     # As in the passes, one after the other.
     d = lag_between(teacher[TARGET_LOGIT], student[TARGET_LOGIT], teacher[MAX], student[MAX])
     d = d - (teacher[SUM_EXP] / student[SUM_EXP]).log()
-    with torch.enable_grad():
-        log_p = (-student[CE]).requires_grad_()
-        value = epilogue.function(-teacher[CE], log_p, d - (log_p - log_p.detach()), *params)
-    return torch.autograd.grad(value, log_p, torch.ones_like(value))[0]
+
+    def of_target(log_p: Tensor) -> Tensor:
+        return epilogue.function(-teacher[CE], log_p, d - (log_p - log_p.detach()), *params)
+
+    value, pull = _vjp(of_target, -student[CE])
+    return pull(torch.ones_like(value))[0]
 
 
 class _Sums(NamedTuple):
@@ -330,8 +337,8 @@ class _OverRows(torch.autograd.Function):
     def backward(ctx: Any, grad_result: Tensor, *_: Any):  # type: ignore[no-untyped-def]
         differentiated_once(grad_result)
         x = ctx.settings
-        row_weight, *flat, sums, by_rows = ctx.saved_tensors[: -len(_Here._fields)]
-        here, rows = _Here(*ctx.saved_tensors[-len(_Here._fields) :]), Rows.unflatten(x.counts, flat)
+        row_weight, *flat, sums, by_rows, statistics, top_q, target, top = ctx.saved_tensors
+        here, rows = _Here(statistics, top_q, target, top), Rows.unflatten(x.counts, flat)
         terms = _OverRows._by_sums(x, rows, here, sums, grad_result)
         if by_rows is None:
             by_rows = x.shards.total(terms.sums())
@@ -348,7 +355,7 @@ class _OverRows(torch.autograd.Function):
     @staticmethod
     def _by_sums(x: _Sums, rows: Rows, here: _Here, sums: Tensor, upstream: Tensor) -> Terms:
         """Terms whose sum over all rows has the gradient of the function of the sums."""
-        (slopes,) = torch.func.vjp(x.function, sums)[1](upstream)
+        (slopes,) = _vjp(x.function, sums)[1](upstream)
         by_error, by_agreement = slopes.to(here.top_q.dtype).contiguous()
 
         def weighted(p: Tensor, q: Tensor, positive: Tensor, columns: Tensor, *params: Tensor) -> Tensor:

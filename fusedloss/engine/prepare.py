@@ -42,8 +42,12 @@ def prepare(
     without: tuple[str, ...],
     candidates: Tensor | None,
     options: CallOptions,
+    more: object = (),
 ) -> Call:
-    """Checks the arguments of a loss; `name` is the public function's on logits."""
+    """Checks the arguments of a loss; `name` is the public function's on logits.
+
+    `more` is what the ranks of a group must agree on beside the arguments.
+    """
     linear = isinstance(input, Projection)
     for option in options:
         if option not in DEFAULTS or option in without or (linear and option == "inplace_backward"):
@@ -59,7 +63,8 @@ def prepare(
     shards = None if o["group"] is None else vocabulary.shards_of(o["group"], input)
     classes = input.shape[-1] if shards is None else shards.classes
     if shards is not None:
-        vocabulary.check_ranks(shards, name, input, target, params, o)
+        vocabulary.check_ranks(shards, name, input, target, params, candidates, more, o)
+        vocabulary.check_own(shards, input)
     if options or classes < 1:
         _check(input, target, classes, o)
     target = checks.normalized_targets(target, o["ignore_index"])

@@ -29,7 +29,7 @@ def topk_log_probs(projection: Projection, k: int, **options: Unpack[CallOptions
         raise ValueError("the most likely classes are of hidden states that every rank has whole; gather the rows")
     shape = projection.shape[:-1]
     target = torch.zeros(shape, dtype=torch.int64, device=projection.device)
-    call = prepare("topk_log_probs", projection, target, (), (), None, options)
+    call = prepare("topk_log_probs", projection, target, (), (), None, options, more={"k": k})
     rows, spec, shards = call.rows, call.spec, call.shards
     if spec.impl in PRODUCT_IMPLS:
         raise ValueError(f"impl={spec.impl!r} finds the two largest logits at most; take another for k={k}")

@@ -75,7 +75,8 @@ def overlap_loss(
             f"the linear forms make the logits of some rows at a time, but level={level!r} needs all of them before "
             "the gradient of any; compute the logits and use the row form, or level='example'"
         )
-    call = prepare(name, input, target, params, CLASS_LOSSES_LACK, None, options)
+    more = {"level": level, "smooth": smooth}
+    call = prepare(name, input, target, params, CLASS_LOSSES_LACK, None, options, more)
     _check_level(call, level)
     weight, reduction = call.rows.class_weight, call.options["reduction"]
     if call.shards is not None:

@@ -112,7 +112,7 @@ def supcon_loss(
         TypeError, ValueError, IndexError: an argument of the wrong kind, shape or range, or two that exclude one
             another; a zero vector that is to be normalized (on a GPU, where looking would stall the stream, the loss is
             NaN); a group together with `contrast` or `positive_mask`, without torch.distributed being initialised, or
-            whose ranks do not agree on D, dtype or options.
+            whose ranks do not agree on D, dtype or options, or one of which raises.
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning" (arXiv:2004.11362); for language models, with
     cross-entropy beside it, Gunel et al. 2021 (arXiv:2011.01403).
@@ -121,31 +121,36 @@ def supcon_loss(
     >>> features = torch.randn(8, 64, requires_grad=True)
     >>> fl.supcon_loss(features, torch.arange(8) // 2, temperature=0.1).backward()
     """
-    if not {type(normalize), type(averaged), type(contrast_includes_batch)} <= {bool}:
-        checks.check_bool(normalize=normalize, averaged=averaged, contrast_includes_batch=contrast_includes_batch)
-    _check_tensors(
-        features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
-        contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask, group=group,
-    )  # fmt: skip
-    _check_options(features, temperature, positives, reduction, averaged)
-    shape = features.shape[:-1]
-    mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
-    features, labels = _by_rows(features, labels)
-    if contrast is not None:
-        contrast, contrast_labels = _by_rows(contrast, contrast_labels)
-        if self_index is not None:
-            self_index = self_index.reshape(-1).to(torch.int64)
-        _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
+    try:
+        if not {type(normalize), type(averaged), type(contrast_includes_batch)} <= {bool}:
+            checks.check_bool(normalize=normalize, averaged=averaged, contrast_includes_batch=contrast_includes_batch)
+        _check_tensors(
+            features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch, positive_mask=positive_mask, group=group,
+        )  # fmt: skip
+        _check_options(features, temperature, positives, reduction, averaged)
+        shape = features.shape[:-1]
+        mask = None if positive_mask is None else _mask_of_views(positive_mask, features, contrast)
+        features, labels = _by_rows(features, labels)
+        if contrast is not None:
+            contrast, contrast_labels = _by_rows(contrast, contrast_labels)
+            if self_index is not None:
+                self_index = self_index.reshape(-1).to(torch.int64)
+            _check_own(labels, contrast, contrast_labels, self_index, contrast_includes_batch, features.shape[0])
 
-    if torch.compiler.is_compiling():
-        features, contrast, temperature = map(_as_traced, (features, contrast, temperature))
+        if torch.compiler.is_compiling():
+            features, contrast, temperature = map(_as_traced, (features, contrast, temperature))
 
-    # Divided by the root of the temperature on either side: where anchors and others are one, one tensor serves both.
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    scale = parameter(temperature, dtype, features.device)
-    if group is not None:
-        scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
-    anchors = _prepared("features", features, normalize, scale.sqrt())
+        # Divided by the root of the temperature on either side: where anchors and others are one, one tensor is both.
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        scale = parameter(temperature, dtype, features.device)
+        if group is not None:
+            scale = parallel.shared(scale, group, 1 / group.size() if averaged else 1)
+        anchors = _prepared("features", features, normalize, scale.sqrt())
+    except Exception:
+        if group is not None:
+            parallel.raises(group, features)
+        raise
     others, other_labels, ranks = anchors, labels, None
     own: int | Tensor | None = 0
     if contrast is not None:
@@ -190,6 +195,49 @@ def supcon_loss(
     if share is None:
         return loss.reshape(shape)
     return loss if ranks is None else parallel.total(loss, ranks, len(ranks.rows) if averaged else 1)
+
+
+def labels_apart(
+    ignored: int,
+    features: Tensor,
+    labels: Tensor,
+    contrast: Tensor | None,
+    contrast_labels: Tensor | None,
+    *,
+    self_index: Tensor | None,
+    contrast_includes_batch: bool,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Give each example of the ignored label one that no other example of any rank has, also where it is in `contrast`.
+
+    Arguments are those of :func:`supcon_loss`, which refuses what is returned as it is.
+    """
+    if contrast is not None:
+        _check_tensors(
+            features, labels=labels, contrast=contrast, contrast_labels=contrast_labels, self_index=self_index,
+            contrast_includes_batch=contrast_includes_batch, group=group,
+        )  # fmt: skip
+    elif not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        return labels, contrast_labels
+    labels = labels.to(torch.int64)  # in uint8 the ignored one would be another number
+    first = min(ignored, 0) - 1 - (0 if group is None else group.rank() << 32)
+    apart = torch.where(labels == ignored, first - torch.arange(len(labels), device=labels.device), labels)
+    if contrast is None or contrast_labels is None or (self_index is None and not contrast_includes_batch):
+        return apart, contrast_labels
+    anchors, of_anchors = _by_rows(features, labels)
+    others, of_others = _by_rows(contrast, contrast_labels)
+    if self_index is not None:
+        self_index = self_index.reshape(-1).to(torch.int64)
+    _check_own(of_anchors, others, of_others, self_index, contrast_includes_batch, len(anchors))
+    own = torch.arange(len(anchors), device=labels.device) if self_index is None else self_index
+    examples, views = len(contrast_labels), contrast.shape[1] if contrast.dim() == 3 else 1
+    # The last place is for anchors that are none of them.
+    filled = torch.cat([contrast_labels.to(torch.int64), labels.new_zeros(1)])
+    here = (of_anchors == ignored) & (own >= 0) & (own < len(others))
+    at = torch.where(here, own // max(1, views), examples)
+    at = torch.where(filled[at] == ignored, at, examples)
+    each = apart if features.dim() == 2 else apart.repeat_interleave(features.shape[1])
+    return apart, filled.scatter_reduce(0, at, each, "amin", include_self=False)[:-1]
 
 
 class _Pairs(NamedTuple):
@@ -467,10 +515,13 @@ def _meet(
 ) -> parallel.Ranks:
     """Exchange options and row counts with the other ranks, which must agree."""
     learnt = isinstance(temperature, Tensor) and temperature.requires_grad
+    told: object = temperature if isinstance(temperature, Tensor) else float(temperature)
+    if isinstance(temperature, Tensor):
+        told = "a tensor", temperature.item() if checks.may_read(temperature) else None
     same = {
         "the number of features": features.shape[1],
         "the features' dtype": features.dtype,
-        "temperature": "a tensor" if isinstance(temperature, Tensor) else float(temperature),
+        "temperature": told,
         **options,
         # The backward has collectives of its own.
         "features.requires_grad": torch.is_grad_enabled() and features.requires_grad,
