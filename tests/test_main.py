@@ -70,6 +70,17 @@ def test_bench_times_every_form_among_its_peers(dtype: str, capsys: pytest.Captu
     assert float(times[1]) > 0 and times[2] == times[5] == "-"
 
 
+@pytest.mark.parametrize("shape", [("1x5", "3"), ("2x5", "3"), ("3x5", "1"), ("3x5", "2")])
+def test_bench_leaves_out_contrasts_without_a_gradient(
+    shape: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing to compare for one row, two, or those that can only point both ways."""
+    rows, features = shape
+    words = ["bench", "--shape", rows, "--features", features, "--rounds", "1", "--no-compile", "--loss"]
+    assert command.main([*words, "p"]) == 0
+    assert ("supcon_loss(" in capsys.readouterr().out) == (shape == ("3x5", "2"))
+
+
 def test_every_ratio_is_the_others_time_over_that_of_fused() -> None:
     contest = timing.Contest(torch.zeros(1), dict.fromkeys(("fused", "eager", "torch")))
     for name, seconds in (("fused", 2.0), ("eager", 3.0), ("torch", 1.0)):

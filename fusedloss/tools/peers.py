@@ -53,6 +53,8 @@ def events(rows: int, classes: int, features: int, dtype: torch.dtype, compiled:
                 partial(of_layer, linear_candidates(example, target, compiled)),
                 partial(timing.expected_of, formula, hidden, weight),
             )
+    if rows < 3 or features < 2:  # normalized, they have no gradient to compare
+        return
     # Of few rows too some have a positive: without any there is nothing to compare.
     x, labels = drawn(rows, features), torch.randint(min(LABELS, 1 + rows // 4), (rows,), generator=generator)
     yield Event(
