@@ -10,8 +10,11 @@ from ..losses._registry import LOSSES, argument_names
 
 #: Arguments that come from a model and its output layer, and with them those that come from its own cross-entropy.
 OF_THE_LAYER = frozenset(
-    ("input", "target", "linear_weight", "linear_bias", "softcap", "reduction", "normalizer", "return_stats")
-)
+    (
+        "input", "target", "linear_weight", "linear_bias", "softcap", "reduction", "normalizer", "return_stats",
+        "sequence_parallel",
+    )
+)  # fmt: skip
 OF_THE_MODEL = OF_THE_LAYER | {"ignore_index"}
 
 _Forms = tuple[Callable[..., Any], Callable[..., Any]]
@@ -45,9 +48,10 @@ def check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], of_the_
 
 def check_row_loss(loss: Callable[..., Any]) -> None:
     """Raise TypeError for a function of this package that is called with anything but logits and targets."""
-    names = argument_names(loss)
-    if str(loss.__module__).startswith("fusedloss.") and (names[1] != "target" or "normalizer" not in names):
-        raise TypeError(f"loss must be a loss of logits and targets, got {loss.__name__}")
+    names = argument_names(loss)  # of a module, not those of its forward
+    if str(loss.__module__).startswith("fusedloss.") and (names[1:2] != ["target"] or "normalizer" not in names):
+        name = getattr(loss, "__name__", repr(loss))
+        raise TypeError(f"loss must be a function, a loss of logits and targets, got {name}")
 
 
 def current(arguments: dict[str, Any]) -> dict[str, Any]:

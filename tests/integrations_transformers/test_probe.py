@@ -118,6 +118,7 @@ REFUSED = [
     ("focal_loss", {"budget": 1}, ValueError, "budget of 1 bytes is too small"),
     ("mixed_cross_entropy", {}, TypeError, "linear_mixed_cross_entropy.. needs the argument 'alpha'"),
     ("focal_loss", {"return_stats": True}, TypeError, "gets 'return_stats' from the model .*or cannot be used"),
+    ("cross_entropy", {"sequence_parallel": True}, TypeError, "gets 'sequence_parallel' from the model .*or cannot"),
     ("focal_loss", {"teacher": llama}, TypeError, "teacher is for distillation, got one with focal_loss"),
     ("distillation", {}, TypeError, "distillation needs a teacher"),
     ("distillation", {"teacher": lambda: nn.Linear(1, 1)}, TypeError, "must be a transformers.Pre.*, got Linear"),

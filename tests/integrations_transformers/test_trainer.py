@@ -189,6 +189,15 @@ def test_trainer_loss_refuses_what_it_cannot_do(tmp_path: Path) -> None:
             TypeError, match=f"a loss of logits and targets, got {function.__name__}|needs the argument"
         ):
             trainer_loss(function, shift=True)
+    for module in (fl.nn.FocalLoss, fl.nn.FocalLoss(), fl.nn.LinearFocalLoss(4, 9)):
+        with pytest.raises(TypeError, match=r"a function, a loss of logits and targets, got .*FocalLoss"):
+            trainer_loss(module, shift=True)
+    logits = torch.zeros(1, 2, 3)
+    with pytest.raises(TypeError, match=r"labels must hold indices of one of the dtypes .* got torch\.float32"):
+        trainer_loss(fl.cross_entropy, shift=True)({"logits": logits}, logits)
+    labels, of_two = torch.zeros(1, 2, dtype=torch.int64), torch.tensor(2).unsqueeze(0).expand(2, -1)  # as a Trainer
+    with pytest.raises(ValueError, match=r"a number for each GPU, as under torch\.nn\.DataParallel.* torchrun"):
+        trainer_loss(fl.cross_entropy, shift=True)({"logits": logits}, labels, of_two)
     with pytest.raises(TypeError, match="the loss needs labels, got None"):
         trainer_loss(fl.focal_loss, shift=True)({"logits": torch.zeros(1, 2, 3)}, None)
     with pytest.raises(ValueError, match=r"factor=0\.1 does not reach .*label_smoothing=0\.1 to trainer"):

@@ -31,7 +31,7 @@ except ImportError as error:
         "fusedloss.integrations.transformers needs transformers: pip install 'fusedloss[transformers]'"
     ) from error
 
-from ...checks import check_bool
+from ...checks import check_bool, check_index_dtype
 from .._losses import OF_THE_LAYER, check_arguments, check_row_loss, current
 from ._fusion import Fusion, Loss
 from ._model import ATTRIBUTE, check_model, output_layer, restore_forwards
@@ -53,6 +53,9 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
     are those of the whole batch; without it, the mean of the batch in hand. With class weights the number stays that of
     the targets, where a mean divides by their weights.
 
+    A Trainer counts the labels other than -100, whatever ``ignore_index`` is: let a collator set ignored ones to -100.
+    With ``shift=True`` a value for each target, such as those of ``token_weight``, stands beside the shifted labels.
+
     The Trainer keeps the labels from the model. An encoder-decoder model then needs ``decoder_input_ids`` in the batch,
     as from transformers' DataCollatorForSeq2Seq with ``model=``. The loss of a mixture model's router is not in it,
     which a warning says: :func:`fuse` keeps it.
@@ -63,8 +66,9 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
             labels are aligned: encoder-decoder models, masked language models, token classification.
         arguments: of the loss. A callable (but for ``loss_fn``) is called at each step for its value.
 
-    Raises TypeError and ValueError as the loss does, TypeError where there are no labels, and ValueError where the
-    Trainer has a ``label_smoothing_factor`` and the loss no ``label_smoothing``: a Trainer does not hand it over.
+    Raises TypeError and ValueError as the loss does, TypeError where there are no labels, or probabilities to shift,
+    and ValueError under torch.nn.DataParallel, and where the Trainer has a ``label_smoothing_factor`` and the loss no
+    ``label_smoothing``: a Trainer does not hand it over.
 
     >>> import torch, fusedloss as fl
     >>> compute_loss_func = trainer_loss(fl.focal_loss, shift=True, gamma=2.0)  # for a Trainer
@@ -86,9 +90,16 @@ def trainer_loss(loss: Callable[..., Any], *, shift: bool, **arguments: Any) -> 
             )
         if getattr(outputs, "aux_loss", None) is not None:
             warnings.warn("the outputs have the loss of a router, which is left out here; fuse keeps it", stacklevel=2)
+        if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim():
+            raise ValueError(
+                "num_items_in_batch has a number for each GPU, as under torch.nn.DataParallel, where a Trainer "
+                "multiplies the loss of a compute_loss_func by their count; start a process for each GPU, as torchrun "
+                "does"
+            )
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         labels, now = labels.to(logits.device), current(arguments)
         if shift:
+            check_index_dtype("labels", labels)  # the last dimension of others is that of the classes
             last = torch.full_like(labels[..., :1], now.get("ignore_index", -100), dtype=torch.int64)
             labels = torch.cat([labels[..., 1:], last], -1)
         return loss(logits, labels, normalizer=num_items_in_batch, **now)
