@@ -101,6 +101,7 @@ def dsc_loss(
     Args:
         alpha: how fast the weight of well predicted examples decreases, at least 0; 0 is the dice loss.
         smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": 1e-30).
+            Less than 1e-30 counts as that, so that a class without probability has no loss.
         squared: use squared denominators, as in the authors' scripts; False for the paper's equation.
         form: "one_vs_rest" or "target".
         level: what numerators and denominators are summed over before the division, with form "one_vs_rest".
