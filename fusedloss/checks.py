@@ -112,8 +112,13 @@ def check_ignored(value: object) -> int:
     return check_int("ignore_index", value, -(2**63), 2**63 - 1)
 
 
-def check_parameter(name: str, value: Any, target: Tensor, low: float, high: float = math.inf) -> Any:
-    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]. Returns it."""
+def check_parameter(
+    name: str, value: Any, target: Tensor, options: Mapping[str, Any], low: float, high: float = math.inf
+) -> Any:
+    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]. Returns it.
+
+    Those of rows that the loss's options ignore may be anything.
+    """
     if not isinstance(value, Tensor):
         return check_number(name, value, low, high)
     check_local(name, value)
@@ -124,9 +129,13 @@ def check_parameter(name: str, value: Any, target: Tensor, low: float, high: flo
             f"{name} must be a number, a 0-d tensor or of the target's shape {tuple(target.shape)}, "
             f"got shape {tuple(value.shape)}"
         )
-    values = transforms.values(value)
-    if may_read(values) and values.numel():
-        smallest, largest = (float(x) for x in torch.aminmax(values.detach()))
+    if may_read(value) and value.numel():
+        values = value.detach()
+        if value.dim() and may_read(target) and not is_dtensor(target):
+            index = normalized_targets(target, check_ignored(options.get("ignore_index", IGNORED)))
+            values = values.masked_fill(index == IGNORED, low)
+        values = transforms.values(values)
+        smallest, largest = (float(x) for x in torch.aminmax(values))
         if not (low <= smallest and largest <= high):
             raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
         if max(-smallest, largest) >= BEYOND:
@@ -327,7 +336,7 @@ def check_indices(target: Tensor, candidates: Tensor | None, classes: int) -> No
 
 
 def raise_index_error(name: str, value: int, classes: int) -> None:
-    value = IGNORED if value == _NOT_IGNORED else value
+    value = IGNORED if name == "target" and value == _NOT_IGNORED else value
     ignored = ", and not ignore_index" if name == "target" else ""
     raise IndexError(f"{name} {value} is out of range for {classes} classes{ignored}")
 

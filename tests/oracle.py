@@ -188,7 +188,7 @@ def supervised_contrastive(x, y, temperature, positives="out", normalize=True, c
         elif positives == "out":
             rows.append((row[keep].logsumexp(0) - row[same]).mean())
         else:
-            rows.append(row[keep].logsumexp(0) - row[same].logsumexp(0) + same.sum().log())
+            rows.append(row[keep].logsumexp(0) - row[same].logsumexp(0) + same.sum().to(row.dtype).log())
     return torch.stack(rows) if rows else x.sum(1)
 
 

@@ -108,14 +108,14 @@ CASES: dict[str, Bad] = {
     # focal
     "gamma below 0": focal(ValueError, "gamma", "-1.0", gamma=-1.0),
     "gamma is an integer tensor": focal(TypeError, "gamma", "torch.int64", gamma=torch.tensor(2)),
-    "gamma has a negative row": focal(ValueError, "gamma", "-0.5", gamma=torch.tensor([0.0, 1.0, -0.5, 2.0])),
+    "gamma has a negative row": focal(ValueError, "gamma", "-0.5", gamma=torch.tensor([0.0, -0.5, 1.0, 2.0])),
     "gamma has a size of one": focal(ValueError, "gamma", "(4,)", "(1,)", gamma=torch.ones(1)),
     "gamma for a target that is a list": bad(
         lambda z, t: fl.focal_loss(z, [0, 1, 2, 3], gamma=torch.ones(4)), TypeError, "target", "list"
     ),
     # mixed
     "alpha above 1": mixed(ValueError, "alpha", "1.25", alpha=1.25),
-    "alpha has a row above 1": mixed(ValueError, "alpha", "2.0", alpha=torch.tensor([0.0, 1.0, 2.0, 0.5])),
+    "alpha has a row above 1": mixed(ValueError, "alpha", "2.0", alpha=torch.tensor([0.0, 2.0, 1.0, 0.5])),
     "alpha is missing": bad(lambda z, t: fl.mixed_cross_entropy(z, t), TypeError, "alpha"),
     "top_k is 3": mixed(ValueError, "top_k", "3", top_k=3),
     "top_k is a bool": mixed(ValueError, "top_k", "True", top_k=True),

@@ -101,6 +101,13 @@ def test_candidates_of_any_kind(impl, generator):
     assert_same_bits(run(candidates[:, 0]), run(candidates[:, :1]))
 
 
+def test_a_candidate_out_of_range_is_named():
+    """That number stands for -100 among targets."""
+    value = 1 - 2**63
+    with pytest.raises(IndexError, match=f"candidate {value} is out of range"):
+        fl.mixed_cross_entropy(torch.zeros(1, 3), torch.tensor([0]), alpha=0.5, candidates=torch.tensor([value]))
+
+
 def test_a_share_of_nothing_is_nothing(impl):
     """Where alpha leaves target or prediction no share, it may be without probability: 0 * inf is 0 here."""
     z = torch.tensor([[0.0, 1.0, -torch.inf, 0.5]], dtype=torch.float64)

@@ -246,6 +246,28 @@ def test_nothing_to_compare_with(rows, kind, impl, generator):
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("transformed", [False, True])
+def test_the_logarithm_of_a_count_keeps_its_digits(transformed, default, generator):
+    """That of an integer is in PyTorch's default dtype."""
+    x, labels = torch.randn(7, 3, generator=generator, dtype=torch.float64), torch.tensor([0, 0, 0, 0, 1, 1, 2])
+
+    def loss(x: Tensor) -> Tensor:
+        return fl.supcon_loss(x, labels, positives="in", reduction="none")
+
+    s = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).t() / 0.3
+    s.fill_diagonal_(-torch.inf)
+    same = labels == labels[:, None]
+    count = (same.sum(-1) - 1).double()
+    right = s.logsumexp(-1) - s.masked_fill(~same, -torch.inf).logsumexp(-1) + count.log()
+    torch.set_default_dtype(default)
+    try:
+        found = torch.func.vmap(loss)(x[None])[0] if transformed else loss(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found[:6], right[:6], rtol=1e-13, atol=1e-13)
+
+
 def test_one_pair_is_certain():
     """Two rows of one label have nothing but each other: no loss, to the last digit that a difference leaves."""
     x = torch.tensor([[1.0, 2], [2, -1]], requires_grad=True)

@@ -19,6 +19,7 @@ import fusedloss as fl
 from fusedloss import _engine, backends
 from fusedloss.backends import buffer_pool as memory
 from fusedloss.backends import native
+from fusedloss.losses import _registry
 
 #: Columns of one partial statistic.
 CHUNK = 8192
@@ -27,7 +28,8 @@ CHUNK = 8192
 WAYS = ["mixed_cross_entropy", "dsc_loss one_vs_rest", "flex_loss rows", "flex_loss classes"]
 each_way = pytest.mark.parametrize("loss", [LOSSES[name] for name in WAYS], ids=WAYS)
 each_inplace_way = pytest.mark.parametrize("loss", [LOSSES[name] for name in WAYS[:3]], ids=WAYS[:3])
-each_parameter = pytest.mark.parametrize(("name", "own"), [("focal_loss", "gamma"), ("dsc_loss", "alpha")])
+PARAMETERS = [("focal_loss", "gamma"), ("dsc_loss", "alpha")]
+each_parameter = pytest.mark.parametrize(("name", "own"), PARAMETERS)
 
 
 def problem(rows, classes, generator, dtype=torch.float32):
@@ -125,6 +127,41 @@ def test_no_gradient_work_where_none_is_asked_for(loss, impl, generator, kernel_
     attached = loss(z.clone().requires_grad_(), target, impl=impl)
     assert attached.requires_grad and torch.equal(attached, expected)
     assert not kernel_calls["backward", impl]
+
+
+@each_loss
+@pytest.mark.parametrize("classes", [9, 300])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_an_upstream_gradient_that_is_not_finite_leaves_ignored_rows_alone(
+    loss, classes, reduction, factor, impl, generator
+):
+    """A gradient made with the loss, whose zeros a later factor makes NaN."""
+    z, target = problem(4, classes, generator)
+    target[1::2] = -100
+    own, forms = getattr(loss, "keywords", {}), [loss]
+    linear = _registry.LOSSES[getattr(loss, "func", loss).__name__].linear
+    if linear is not None and own.get("over") != "classes":
+        forms.append(lambda x, *rest, **options: linear(x, torch.eye(classes), *rest, **own, **options))
+    for form in forms:
+        leaf = z.detach().requires_grad_()
+        result = form(leaf, target, reduction=reduction, impl=impl)
+        (found,) = torch.autograd.grad(result, leaf, torch.full_like(result, factor))
+        assert not found[1::2].any() and not found[::2].isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "own"), [*PARAMETERS, ("tversky_loss", "alpha"), ("mixed_cross_entropy", "alpha")])
+@pytest.mark.parametrize("ignored", [-100, 7])
+def test_parameters_of_ignored_rows_may_be_anything(name, own, ignored, impl, generator):
+    """A look at what does not count: a schedule's NaN for padding is refused, or reaches a gradient."""
+    z, target = problem(4, 9, generator)
+    target[1::2] = ignored
+    of_rows = torch.tensor([0.25, math.nan, 0.5, -1.0])
+    loss = partial(getattr(fl, name), ignore_index=ignored, impl=impl)
+    right = gradient(loss, z, target, **{own: of_rows.clamp(min=0).nan_to_num(1)})
+    assert torch.equal(gradient(loss, z, target, **{own: of_rows}), right)
+    with pytest.raises(ValueError, match=f"{own} must be"):
+        loss(z, target.masked_fill(target == ignored, 0), **{own: of_rows})
 
 
 @each_parameter

@@ -24,7 +24,8 @@ def scale_pass(gradient, factor, N, BLOCK: tl.constexpr):
         for begin in range(first, N, tl.num_programs(0).to(tl.int64) * BLOCK):
             at = begin + tl.arange(0, BLOCK)
             g = tl.load(gradient + at, mask=at < N)
-            tl.store(gradient + at, convert(g.to(f.dtype) * f, gradient.dtype.element_ty), mask=at < N)
+            scaled = tl.where(g == 0, 0.0, g.to(f.dtype) * f)  # of an ignored row, whatever the factor is
+            tl.store(gradient + at, convert(scaled, gradient.dtype.element_ty), mask=at < N)
 
 
 @triton.jit

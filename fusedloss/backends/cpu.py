@@ -131,8 +131,8 @@ class Cpu(Backend):
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         # A loss that ends a graph has the factor 1.
-        if factor.item() != 1:
-            gradient.mul_(factor)
+        if (number := factor.item()) != 1:
+            gradient.mul_(factor if math.isfinite(number) else torch.where(gradient == 0, 1, factor))
 
     def new_gradient(self, logits: Tensor) -> Tensor:
         return new_memory(logits.shape, logits.dtype)

@@ -265,10 +265,13 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 
 
 def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype) -> Tensor:
-    """Return a saved gradient times a factor, in place where nobody will look at it again; in that dtype."""
+    """Return a saved gradient times a factor, in place where nobody will look at it again; in that dtype.
+
+    What is 0, as in an ignored row, remains so for a factor that is not finite.
+    """
     if transforms.active(factor) or torch.compiler.is_compiling():
         # A 0-d factor would be rounded to the gradient's dtype.
-        return (gradient.to(factor.dtype) * factor).to(dtype)
+        return torch.where(gradient == 0, 0, gradient.to(factor.dtype) * factor).to(dtype)
     if dtype != gradient.dtype and gradient.device.type != "cpu":
         # One launch. On a CPU it would take memory of the wider dtype.
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

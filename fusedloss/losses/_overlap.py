@@ -60,8 +60,9 @@ def overlap_loss(
     if form not in FORMS or level not in LEVELS:
         check_choice("form", form, FORMS)
         check_choice("level", level, LEVELS)
-    # In a row, a class of no probability is 0 / smooth.
-    check_number("smooth", smooth, DIVISORS[0] if form == "one_vs_rest" and level == "example" else 0)
+    least = DIVISORS[0]  # a class of no probability is 0 / smooth, and the slope of E is 1 / smooth
+    check_number("smooth", smooth, least if form == "one_vs_rest" and level == "example" else 0)
+    smooth = max(smooth, least)
     if level == "example":
         every = (*params, smooth)
         return row_loss(name, input, target, overlap.forms[form], every, without=CLASS_LOSSES_LACK, **options)

@@ -101,6 +101,7 @@ def dsc_loss(
     Args:
         alpha: how fast the weight of well predicted examples decreases, at least 0; 0 is the dice loss.
         smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": 1e-30).
+            Less than 1e-30 counts as that, so that a class without probability has no loss.
         squared: use squared denominators, as in the authors' scripts; False for the paper's equation.
         form: "one_vs_rest" or "target".
         level: what numerators and denominators are summed over before the division, with form "one_vs_rest".
@@ -122,7 +123,7 @@ def dsc_loss(
     >>> fl.dsc_loss(logits, torch.arange(8), alpha=0.01).backward()
     """
     check_logits(input, target)
-    check_parameter("alpha", alpha, target, 0)
+    check_parameter("alpha", alpha, target, options, 0)
     if type(squared) is not bool or type(detach_weight) is not bool:
         check_bool(squared=squared, detach_weight=detach_weight)
     params = (alpha, float(squared), 1.0 - detach_weight)

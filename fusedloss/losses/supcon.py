@@ -546,9 +546,13 @@ def _positive_term(pairs: _Pairs, ordered: Tensor | None, count: Tensor, positiv
     if pairs.others.shape[0] == 0:
         return (pairs.anchors * 0).sum(-1) + (pairs.others * 0).sum()
     if positives == "in":
-        return _over_positives(pairs, lse=True) - count.clamp(min=1).log()
+        return _over_positives(pairs, lse=True) - _log_count(pairs, count)
     total = _over_positives(pairs, lse=False) if ordered is None else _label_similarity(pairs, ordered)
     return total / count.clamp(min=1)
+
+
+def _log_count(pairs: _Pairs, count: Tensor) -> Tensor:
+    return count.clamp(min=1).to(pairs.anchors.dtype).log()  # of integers it would be in PyTorch's default dtype
 
 
 def _label_similarity(pairs: _Pairs, ordered: Tensor) -> Tensor:
@@ -724,7 +728,7 @@ def _definition(pairs: _Pairs, positives: str, reduction: str) -> Tensor:
     similarity, count = pairs.similarity(every), pairs.positives(every).sum(-1)
     compared = count > 0
     if positives == "in":
-        positive_term = _of_positives(pairs, every, lse=True) - count.clamp(min=1).log()
+        positive_term = _of_positives(pairs, every, lse=True) - _log_count(pairs, count)
     else:
         positive_term = _of_positives(pairs, every, lse=False) / count.clamp(min=1)
     own = pairs.own_index()

@@ -91,6 +91,7 @@ def tversky_loss(
         beta: the weight of false negatives, likewise; None for 1 - alpha, with alpha at most 1. alpha = beta = 1/2 is
             the dice loss with linear denominators and twice the smooth.
         smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": 1e-30).
+            Less than 1e-30 counts as that, so that a class without probability has no loss.
         form: "one_vs_rest" or "target".
         level: what TP, FP and FN are summed over, with form "one_vs_rest": nothing ("example"), the rows ("class"), or
             rows and classes ("set"); see :func:`dsc_loss`.
@@ -105,11 +106,11 @@ def tversky_loss(
     """
     check_logits(input, target)
     if beta is None:
-        alpha = check_parameter("alpha", alpha, target, 0, 1)
+        alpha = check_parameter("alpha", alpha, target, options, 0, 1)
         beta = 1 - alpha
     else:
-        check_parameter("alpha", alpha, target, 0)
-        check_parameter("beta", beta, target, 0)
+        check_parameter("alpha", alpha, target, options, 0)
+        check_parameter("beta", beta, target, options, 0)
     return overlap_loss(
         "tversky_loss", input, target, TVERSKY, (alpha, beta), smooth, form, level, return_stats=return_stats, **options
     )
