@@ -5,6 +5,13 @@
 
 namespace fusedloss::cuda {
 
+// What is 0, as in an ignored row, remains so for a factor that is not finite.
+template <typename S, typename T>
+FUSEDLOSS_DEVICE void scale_one(S* gradient, T factor) {
+    const T g = read(*gradient);
+    write(gradient, g == T(0) ? g : g * factor);
+}
+
 // Only the device knows the factor. Where it is 1, as in most training, the gradient is not looked at.
 template <typename S>
 FUSEDLOSS_KERNEL void scale_pass(const Launch job) {
@@ -18,12 +25,10 @@ FUSEDLOSS_KERNEL void scale_pass(const Launch job) {
     for (int64_t i = first; i < packs; i += step) {
         Pack<S> x = reinterpret_cast<Pack<S>*>(gradient)[i];
 #pragma unroll
-        for (int k = 0; k < Pack<S>::size; ++k) write(&x.item[k], read(x.item[k]) * factor);
+        for (int k = 0; k < Pack<S>::size; ++k) scale_one(&x.item[k], factor);
         reinterpret_cast<Pack<S>*>(gradient)[i] = x;
     }
-    for (int64_t i = packs * Pack<S>::size + first; i < job.rows; i += step) {
-        write(gradient + i, read(gradient[i]) * factor);
-    }
+    for (int64_t i = packs * Pack<S>::size + first; i < job.rows; i += step) scale_one(gradient + i, factor);
 }
 
 template <typename S>
