@@ -15,10 +15,7 @@ import test_linear
 import torch
 from kernel_suite import CASES, SUITES, WAYS, KernelSuite, check_operators, job_of
 from products import Operators
-from row_suite import (
-    Problem,
-    RowLossSuite,
-)
+from row_suite import Problem, RowLossSuite, far_apart_rows
 
 import fusedloss as fl
 from fusedloss import backends
@@ -225,6 +222,18 @@ def test_products_of_every_size(transposed, classes, features, generator):
     expected = fl.mixed_cross_entropy(hidden @ weight.t(), target, impl="reference", **options)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, sources), torch.autograd.grad(expected, sources))
+
+
+def test_steps_of_the_depth_beyond_32_bits(generator):
+    """Of hidden states and a weight that are stored by columns, the last of which is 2^31 elements from the first."""
+    sources = [torch.randn(n, 3, generator=generator) for n in (5, PRODUCT_SPAN + 1)]
+    far = [far_apart_rows(x.t(), 2**30 + 5).t() for x in sources]
+    target = torch.randint(PRODUCT_SPAN, (5,), generator=generator)
+    losses = [
+        fl.linear_cross_entropy(*pair, target, reduction="none", label_smoothing=0.1, impl="triton_fused")
+        for pair in (far, sources)
+    ]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("loss", [fl.linear_cross_entropy, fl.linear_dsc_loss], ids=lambda loss: loss.__name__)
