@@ -71,6 +71,25 @@ def test_long_rows(case, generator):
     problem.check(*problem.run("triton", upstream), upstream)
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["row", "linear"])
+def test_many_candidates(linear, generator):
+    """More than are written out one by one: with the target among them, twice the same, of several blocks."""
+    sources = [torch.randn(n, 8, generator=generator).requires_grad_() for n in (5, 2 * BLOCK + 3)]
+    target = torch.randint(2 * BLOCK + 3, (5,), generator=generator)
+    target[3] = -100
+    candidates = torch.randint(2 * BLOCK + 3, (5, 7), generator=generator)
+    candidates[:, 4], candidates[:, 5] = target.clamp(min=0), candidates[:, 6]
+    results = []
+    for impl in ("triton_fused" if linear else "triton", "reference"):
+        options = {"alpha": 0.3, "candidates": candidates, "label_smoothing": 0.1, "impl": impl}
+        if linear:
+            loss = fl.linear_mixed_cross_entropy(*sources, target, **options)
+        else:
+            loss = fl.mixed_cross_entropy(sources[0] @ sources[1].t(), target, **options)
+        results.append((loss, *torch.autograd.grad(loss, sources)))
+    torch.testing.assert_close(*results)
+
+
 # --- blocks, spans and programs ---
 
 
