@@ -68,7 +68,7 @@ def report_check(part: Part, what: str, status: int, said: str) -> None:
     if status == FOUND and ours:
         part.failed(what, f"{summary}: {ours[0]}"[:300])
     elif status:
-        part.left_out(what, f"exit status {status}, and none of our kernels is named: {summary}")
+        part.left_out(what, f"exit status {status}{', which names no kernel of ours' * (not ours)}: {summary}")
 
 
 def _try_alone(part: Part, size: str) -> None:
