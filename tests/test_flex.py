@@ -265,6 +265,11 @@ def test_terms_of_classes_run_on_a_few_rows_at_a_time(monkeypatch, generator):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+def test_a_gpu_gets_more_rows_at_a_time():
+    """Of so few that a CPU's caches hold them, the host would take longer to start the operators than they run."""
+    assert [dense._step(32000, torch.device(kind)) for kind in ("cpu", "cuda")] == [16, 262]
+
+
 def _poly(p, q, positive):
     return torch.where(positive, (1 + p) * q**1.5, 0.5 * p**2 * (1 + q))
 

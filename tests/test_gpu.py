@@ -86,6 +86,7 @@ def test_inplace_backward_gives_the_same_bits(loss, problem):
     assert torch.equal(gradient, fresh)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize("impl", ["triton", "cuda"], indirect=True)
 @each_loss
 def test_the_stream_is_not_stalled(loss, impl, problem):

@@ -1,5 +1,6 @@
 """The report of a GPU: that nothing which a part does takes the results of another along, and what it makes of them."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,42 @@ def test_a_wrong_or_failing_loss_is_not_timed_and_does_not_end_the_table(tmp_pat
     records = part.read(tmp_path)["rows"]
     assert [r["failed"] for r in records if "failed" in r] == ["wrong, case", "raises, case"]
     assert [r["left_out"] for r in records if "left_out" in r] == ["a peer that raises, case"]
+
+
+RACE = "========= Error: Race reported between Write access at void fusedloss::cuda::row_pass<float>(Launch)+0x90"
+OTHERS = "========= Program hit CUDA_ERROR_INVALID_VALUE (error 1) on CUDA API call to cuGetProcAddress_v2.\n"
+OTHERS += "========= Error: Race reported between Write access at void cutlass::Kernel2<gemm>(Params)+0x10"
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind"), [(9, RACE, "failed"), (9, OTHERS, "left_out"), (1, "", "left_out")]
+)
+def test_only_what_our_kernels_do_is_a_failed_check(status, said, kind, tmp_path):
+    tools.report_check(part.Part("sanitizer", tmp_path, 60), "racecheck cuda", status, f"{said}\n== ERROR SUMMARY: 1")
+    records = part.read(tmp_path)["sanitizer"]
+    assert [key for record in records for key in ("failed", "left_out") if key in record] == [kind]
+
+
+def test_a_capture_that_fails_is_the_last(monkeypatch):
+    """And the allocator, which would fail in turn, is left alone."""
+
+    class Graph:
+        def capture_begin(self):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    calls = []
+    clock = timing.Clock(torch.device("cpu"))
+    clock.captures = True
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    for name in ("Stream", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    clock.empty_memory()
+    with pytest.raises(RuntimeError, match="capture"):
+        clock.replayed([lambda: None])
+    assert clock.replayed([lambda: None]) is None
+    clock.empty_memory()
+    assert calls == ["empty_cache", "Stream", "synchronize"]

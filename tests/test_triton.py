@@ -15,10 +15,7 @@ import test_linear
 import torch
 from kernel_suite import CASES, SUITES, WAYS, KernelSuite, check_operators, job_of
 from products import Operators
-from row_suite import (
-    Problem,
-    RowLossSuite,
-)
+from row_suite import Problem, RowLossSuite, far_apart_rows
 
 import fusedloss as fl
 from fusedloss import backends
@@ -72,6 +69,25 @@ def test_long_rows(case, generator):
     problem = Problem.make(case, (2, 8193), generator, torch.float32, "everything")
     upstream = problem.upstream(generator)
     problem.check(*problem.run("triton", upstream), upstream)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["row", "linear"])
+def test_many_candidates(linear, generator):
+    """More than are written out one by one: with the target among them, twice the same, of several blocks."""
+    sources = [torch.randn(n, 8, generator=generator).requires_grad_() for n in (5, 2 * BLOCK + 3)]
+    target = torch.randint(2 * BLOCK + 3, (5,), generator=generator)
+    target[3] = -100
+    candidates = torch.randint(2 * BLOCK + 3, (5, 7), generator=generator)
+    candidates[:, 4], candidates[:, 5] = target.clamp(min=0), candidates[:, 6]
+    results = []
+    for impl in ("triton_fused" if linear else "triton", "reference"):
+        options = {"alpha": 0.3, "candidates": candidates, "label_smoothing": 0.1, "impl": impl}
+        if linear:
+            loss = fl.linear_mixed_cross_entropy(*sources, target, **options)
+        else:
+            loss = fl.mixed_cross_entropy(sources[0] @ sources[1].t(), target, **options)
+        results.append((loss, *torch.autograd.grad(loss, sources)))
+    torch.testing.assert_close(*results)
 
 
 # --- blocks, spans and programs ---
@@ -225,6 +241,18 @@ def test_products_of_every_size(transposed, classes, features, generator):
     expected = fl.mixed_cross_entropy(hidden @ weight.t(), target, impl="reference", **options)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, sources), torch.autograd.grad(expected, sources))
+
+
+def test_steps_of_the_depth_beyond_32_bits(generator):
+    """Of hidden states and a weight that are stored by columns, the last of which is 2^31 elements from the first."""
+    sources = [torch.randn(n, 3, generator=generator) for n in (5, PRODUCT_SPAN + 1)]
+    far = [far_apart_rows(x.t(), 2**30 + 5).t() for x in sources]
+    target = torch.randint(PRODUCT_SPAN, (5,), generator=generator)
+    losses = [
+        fl.linear_cross_entropy(*pair, target, reduction="none", label_smoothing=0.1, impl="triton_fused")
+        for pair in (far, sources)
+    ]
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("loss", [fl.linear_cross_entropy, fl.linear_dsc_loss], ids=lambda loss: loss.__name__)

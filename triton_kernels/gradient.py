@@ -11,6 +11,8 @@ from .device import convert, exp
 from .logits import compute_type, in_block, logit_block
 from .rows import COEFFICIENTS, VARYING, any_of, load_params, load_rows, load_softmax, load_upstream, rows_of
 
+_FEW_PICKS = tl.constexpr(4)
+
 
 @triton.jit
 def row_coefficients(statistics, coefficients, grad_output, grad_output_stride, rows, live, N, T: tl.constexpr):
@@ -20,6 +22,15 @@ def row_coefficients(statistics, coefficients, grad_output, grad_output_stride, 
     upstream = load_upstream(grad_output, grad_output_stride, rows, live, T)
     one, two, three = load_rows(coefficients, rows, N, live, 0.0)
     return m, inverse, upstream, one, two * upstream, three * upstream
+
+
+@triton.jit
+def _less_pick(gradient, k, columns, begin, index, coefficients, upstream, rows, live, N, BLOCK: tl.constexpr):
+    pick = tl.load(index + (rows + k * N), live, other=-1).to(tl.int32)
+    if in_block(pick, begin, BLOCK):
+        b = tl.load(coefficients + (rows + (COEFFICIENTS + k) * N), live, other=0.0) * upstream
+        gradient = tl.where(columns == pick, gradient - b, gradient)
+    return gradient
 
 
 @triton.jit
@@ -60,11 +71,13 @@ def write_gradient(
             gradient -= two * class_weights_of(class_weight, columns, exists, T)
     if in_block(target, begin, BLOCK):
         gradient = tl.where(columns == target, at_target, gradient)
-    for k in tl.static_range(PICKS if TERM is None else 0):
-        pick = tl.load(index + (rows + k * N), live, other=-1).to(tl.int32)
-        if in_block(pick, begin, BLOCK):
-            b = tl.load(coefficients + (rows + (COEFFICIENTS + k) * N), live, other=0.0) * upstream
-            gradient = tl.where(columns == pick, gradient - b, gradient)
+    # Many are a loop: the compiler takes half a second for each that is written out.
+    if PICKS > _FEW_PICKS:
+        for k in range(0, PICKS if TERM is None else 0):
+            gradient = _less_pick(gradient, k, columns, begin, index, coefficients, upstream, rows, live, N, BLOCK)
+    else:
+        for k in tl.static_range(PICKS if TERM is None else 0):
+            gradient = _less_pick(gradient, k, columns, begin, index, coefficients, upstream, rows, live, N, BLOCK)
     if SOURCE is not None:  # noqa: SIM102 - only a condition of its own is one for the compiler
         if SOURCE.softcap > 0:
             share = z / SOURCE.softcap

@@ -37,9 +37,9 @@ def logit_at(where, rows, column, real, SOURCE: tl.constexpr, T: tl.constexpr):
         for begin in range(0, depth, 16):
             d = begin + tl.arange(0, 16)[None, None, :]
             there = real[:, :, None] & (d < depth)
-            x = tl.load(hidden + (rows * row_stride)[:, :, None] + d * hidden_stride, there, other=0.0).to(T)
+            x = tl.load(hidden + (rows * row_stride)[:, :, None] + _steps(d, hidden_stride), there, other=0.0).to(T)
             of_columns = weight + (column.to(tl.int64) * class_stride)[:, :, None]
-            w = tl.load(of_columns + d * weight_stride, there, other=0.0).to(T)
+            w = tl.load(of_columns + _steps(d, weight_stride), there, other=0.0).to(T)
             z += tl.sum(x * w, 2)
         return tl.where(real, _after_product(z, where, column, real, SOURCE, T), -float("inf"))
 
@@ -63,13 +63,19 @@ def logit_block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK
         precision: tl.constexpr = SOURCE.precision  # Triton 3.6 passes on no string that is an attribute
         for first in range(0, depth, SOURCE.depth):
             d = first + tl.arange(0, SOURCE.depth)
-            x = tl.load(hidden + d[None, :] * hidden_stride, live & (d[None, :] < depth), other=0.0)
-            w = tl.load(weight + d[:, None] * weight_stride, exists & (d[:, None] < depth), other=0.0)
+            x = tl.load(hidden + _steps(d[None, :], hidden_stride), live & (d[None, :] < depth), other=0.0)
+            w = tl.load(weight + _steps(d[:, None], weight_stride), exists & (d[:, None] < depth), other=0.0)
             z = multiply(x, w, z, precision)
         z = _after_product(z, where, columns, exists, SOURCE, T)
         if SOURCE.masks_target:
             z = tl.where(columns == target, -float("inf"), z)
         return columns, exists, tl.where(live & exists, z, -float("inf"))
+
+
+@triton.jit
+def _steps(d, stride):
+    """Offsets along the depth, which beyond 2^31 elements are apart where the depth is not what lies side by side."""
+    return d.to(tl.int64) * stride
 
 
 @triton.jit

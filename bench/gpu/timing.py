@@ -27,6 +27,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
+        self.captures = self.on_gpu
         self._flush = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=device)
 
     def spin(self) -> None:
@@ -49,7 +50,7 @@ class Clock:
 
     def empty_memory(self) -> None:
         gc.collect()
-        if self.on_gpu:
+        if self.captures:
             torch.cuda.empty_cache()
 
     def turn(self, step: Step, reset: Step | None = None) -> Times:
@@ -75,9 +76,11 @@ class Clock:
         return median(self.turn(step).cold for _ in range(rounds if self.on_gpu else 1))
 
     def replayed(self, steps: Sequence[Step], reset: Step | None = None, rounds: int = 3) -> float | None:
-        """Milliseconds of each of the steps in a graph of all; None without a GPU. They have run before."""
-        if not self.on_gpu:
+        """Milliseconds of each of the steps in a graph of all; None where there are no graphs. They have run before."""
+        if not self.captures:
             return None
+        # To the allocator of torch 2.11 a capture that fails goes on for ever, and it frees nothing any more.
+        self.captures = False
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):  # torch.cuda.graph would collect garbage and free all memory, each time
@@ -87,5 +90,6 @@ class Clock:
                     step()
             finally:
                 graph.capture_end()
+        self.captures = True
         graph.replay()
         return median(self.turn(graph.replay, reset).cold for _ in range(rounds)) / len(steps)

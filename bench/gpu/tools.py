@@ -16,6 +16,10 @@ from pathlib import Path
 from .bundle import ROOT
 from .part import Part
 
+#: What a check exits with that has found something, and who it says has done it.
+FOUND = 9
+OUR_KERNEL = re.compile(r"\bat .*_pass\b")
+
 WORKLOAD = [sys.executable, str(Path(__file__).with_name("workload.py"))]
 
 
@@ -35,7 +39,7 @@ def sanitizer(part: Part) -> None:
             continue
         # Memory of its own for each tensor, so that what lies beyond one belongs to none.
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command = [tool, "--error-exitcode", "9", "--tool"]
+        command = [tool, "--error-exitcode", str(FOUND), "--tool"]
         running = {
             check: subprocess.Popen(
                 [*command, check, *WORKLOAD, impl, device, "small"],
@@ -52,12 +56,19 @@ def sanitizer(part: Part) -> None:
                 part.left_out(what, "it did not end in time")
                 continue
             print(said, flush=True)
-            lines = [x for x in said.splitlines() if "SUMMARY" in x] or said.strip().splitlines() or ["nothing"]
-            part.row(check=what, said=lines[-1].strip("= "))
-            if process.returncode == 9:
-                part.failed(what, lines[-1].strip("= "))
-            elif process.returncode:
-                part.left_out(what, f"exit status {process.returncode}: {lines[-1]}")
+            report_check(part, what, process.returncode, said)
+
+
+def report_check(part: Part, what: str, status: int, said: str) -> None:
+    """From what compute-sanitizer said. It also tells of cuBLAS's kernels and of calls that torch tries in vain."""
+    lines = said.strip().splitlines() or ["nothing"]
+    summary = next((x for x in reversed(lines) if "SUMMARY" in x), lines[-1]).strip("= ")
+    part.row(check=what, said=summary)
+    ours = [x.strip("= ") for x in lines if OUR_KERNEL.search(x)]
+    if status == FOUND and ours:
+        part.failed(what, f"{summary}: {ours[0]}"[:300])
+    elif status:
+        part.left_out(what, f"exit status {status}{', which names no kernel of ours' * (not ours)}: {summary}")
 
 
 def _try_alone(part: Part, size: str) -> None:

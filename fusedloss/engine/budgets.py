@@ -11,6 +11,10 @@ from ..checks import check_int
 #: Bytes of a chunk of logits where nothing else says how many: the argument, FUSEDLOSS_LINEAR_BUDGET or a GPU's rule.
 DEFAULT_BUDGET = 128 * 2**20
 
+#: Bytes that a GPU gets at a time where a CPU gets what its caches hold: what it takes as long for as the host for a
+#: launch.
+GPU_BYTES = 32 * 2**20
+
 #: The most columns of an adapter's matrix whose gradient a CPU's BLAS writes faster by columns: of 8, MKL does so in a
 #: fifth of the time.
 NARROW = 32
@@ -34,6 +38,11 @@ def checked_budget(budget: int | None, row: int) -> int:
     if budget < row:
         raise ValueError(f"budget of {budget} bytes{source} is too small for one row of logits, {row} bytes")
     return budget
+
+
+def at_a_time(device: torch.device, on_cpu: int) -> int:
+    """Return how many bytes of intermediate results PyTorch's operators get at a time."""
+    return on_cpu if device.type == "cpu" else max(on_cpu, GPU_BYTES)
 
 
 def sums_in_float32(device: torch.device) -> bool:

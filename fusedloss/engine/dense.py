@@ -15,10 +15,11 @@ from ..backends import new_buffer
 from ..definition import reference
 from ..definition.epilogue import Epilogue
 from ..definition.rows import Rows, Spec
+from . import budgets
 from .chunks import GradientsLaterError
 from .functions import Reduction, called_with, differentiable, scaled_once, slopes_of
 
-#: Bytes of probabilities that are held at a time.
+#: Bytes of probabilities that are held at a time, on a CPU.
 DENSE_BYTES = 2 * 2**20
 
 
@@ -55,7 +56,7 @@ def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns
     """Compute results of a few rows of `x` at a time, and again in the backward. Columns are 0-d or (N,)."""
     if torch.compiler.is_compiling():
         return [function(x, *columns)]
-    step = _step(classes)
+    step = _step(classes, x.device)
     parts = [None if c is None or c.dim() == 0 else c.split(step) for c in columns]
     results = []
     for i, part in enumerate(x.split(step)):
@@ -64,14 +65,14 @@ def in_chunks(function: Callable[..., Tensor], classes: int, x: Tensor, *columns
     return results
 
 
-def _step(classes: int) -> int:
-    return max(1, DENSE_BYTES // (max(1, classes) * 4))
+def _step(classes: int, device: torch.device) -> int:
+    return max(1, budgets.at_a_time(device, DENSE_BYTES) // (max(1, classes) * 4))
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Rows, spec: Spec, epilogue: Epilogue, reduction: Reduction, logits: Tensor) -> Tensor:
-        row_weight, step = reduction.upstream(rows), _step(rows.classes)
+        row_weight, step = reduction.upstream(rows), _step(rows.classes, logits.device)
         if row_weight is not None:
             row_weight = row_weight.expand(rows.target.shape)
         gradient, parts = new_buffer(logits, logits.shape), []

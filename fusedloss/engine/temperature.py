@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..definition.rows import Rows, Spec
 from ..distributed.vocabulary import VocabularyShards
+from . import budgets
 
-#: Bytes of a product of logits and their gradient that is summed at a time.
+#: Bytes of a product of logits and their gradient that is summed at a time, on a CPU.
 _BLOCK_BYTES = 8 * 2**20
 
 
@@ -49,7 +50,8 @@ def _dot(x: Tensor, gradient: Tensor) -> Tensor:
     """The sum of products, in float32 at least. Where x is not finite, in an ignored row, its gradient is 0."""
     x, gradient = x.reshape(-1), gradient.reshape(-1)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    step = x.shape[0] if torch.compiler.is_compiling() else _BLOCK_BYTES // dtype.itemsize
+    at_a_time = budgets.at_a_time(x.device, _BLOCK_BYTES)
+    step = x.shape[0] if torch.compiler.is_compiling() else at_a_time // dtype.itemsize
     total = torch.zeros((), dtype=dtype, device=x.device)
     for begin in range(0, x.shape[0], max(1, step)):
         part = x[begin : begin + step].to(dtype)

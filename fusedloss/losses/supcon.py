@@ -19,6 +19,7 @@ from .. import checks, transforms
 from ..definition.epilogue import Epilogue
 from ..definition.projection import Form, Projection
 from ..distributed import batch as parallel
+from ..engine import budgets
 from ..engine.constants import parameter
 from ..engine.dispatch import row_loss
 from ..engine.functions import differentiable
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..engine.options import LinearImpl
 
-#: Bytes of similarities held at a time.
+#: Bytes of similarities held at a time, on a CPU.
 BUDGET = 12 * 2**20
 
 #: Bytes of features at a time in what is done to each of them apart.
@@ -287,7 +288,8 @@ class _Pairs(NamedTuple):
     def chunks(self) -> list[slice]:
         """Return slices of anchors whose similarities and intermediate results fit the budget."""
         rows, columns = self.anchors.shape[0], self.others.shape[0]
-        return _pieces(rows, 4 * columns * self.anchors.element_size(), BUDGET)
+        budget = budgets.at_a_time(self.anchors.device, BUDGET)
+        return _pieces(rows, 4 * columns * self.anchors.element_size(), budget)
 
 
 def _as_traced(x: Any) -> Any:
@@ -758,7 +760,8 @@ def _log_sum_exp(pairs: _Pairs, compared: Tensor, share: Tensor | None, impl: An
     if drop and checks.may_read(compared):  # to leave out a few would take longer than their similarities
         drop = 16 * int(compared.count_nonzero()) < 15 * compared.shape[0]
     symmetric = others is anchors
-    form = Form(0.0, BUDGET, drop_ignored=drop, mask_target=own is not None, symmetric=symmetric)
+    budget = budgets.at_a_time(anchors.device, BUDGET)
+    form = Form(0.0, budget, drop_ignored=drop, mask_target=own is not None, symmetric=symmetric)
     # By another name: torch.compile takes no tensor twice for a function with a backward of its own.
     weight = others.detach() if symmetric else others.view_as(others)
     projection, target = Projection([anchors], [weight], bias, form), torch.where(compared, index, checks.IGNORED)
