@@ -38,7 +38,6 @@ QUICK = {"seeds": 2, "epochs": 4, "limit": 1000, "gammas": [1.0, 5.0], "smoothin
 #: What --encoder changes of the defaults.
 ENCODER = {
     "out": Path("runs/papers/calibration-encoder"),
-    "texts": ["R52"],
     "held_out": 0.5,
     "limit": 100,
     "epochs": 16,
@@ -46,7 +45,7 @@ ENCODER = {
     "lr": 2e-4,
     "max_length": 32,
 }
-QUICK_ENCODER = {**QUICK, "seeds": 1, "limit": 50, "gammas": [3.0]}
+QUICK_ENCODER = {**QUICK, "texts": ["R52"], "seeds": 1, "limit": 50, "gammas": [3.0]}
 
 COLUMNS = ("accuracy", "F1", "confidence", "confidence in errors", "ECE", "MCE")
 CHOSEN = "focal, gamma chosen"
