@@ -330,7 +330,7 @@ def check_indices(target: Tensor, candidates: Tensor | None, classes: int) -> No
             index = transforms.values(index)
             bad = (index < 0) | (index >= classes)
             if name == "target":
-                bad &= index != IGNORED
+                bad = bad & (index != IGNORED)
             if bool(bad.any()):
                 raise_index_error(name, int(index[bad][0]), classes)
 

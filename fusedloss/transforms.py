@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 # These have no public name. torch.autograd.Function asks the first one itself.
-_torch_func_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+torch_func_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 is_wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", lambda x: False)
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)  # by is_grads_batched
 
@@ -21,7 +21,7 @@ def active(*gradients: Tensor | None) -> bool:
 
     It costs 0.2 us, and torch.compile knows the answer.
     """
-    if _torch_func_is_active() or getattr(forward_ad, "_current_level", -1) >= 0:
+    if torch_func_is_active() or getattr(forward_ad, "_current_level", -1) >= 0:
         return True
     if not gradients or torch.compiler.is_compiling():
         return False

@@ -46,3 +46,9 @@ def test_not_in_a_mode_or_in_inference_mode():
         inside = of(0.125)[0][0]
     assert inside.is_inference() and not of(0.125)[0][0].is_inference()
     assert of(0.25)[0][0].data_ptr() == kept.data_ptr()
+
+
+def test_a_function_transform_leaves_none_of_its_own_behind():
+    """Those of a Hessian are differentiable forwards, and have no memory."""
+    torch.func.hessian(lambda x: x**2 * of(0.375)[0][0])(torch.tensor(1.0))
+    assert of(0.375)[0][0].data_ptr()

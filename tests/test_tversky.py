@@ -7,7 +7,7 @@ from typing import ClassVar
 import oracle
 import pytest
 import torch
-from row_suite import Case, RowLossSuite, logits_and_targets, quarters, with_gradient
+from row_suite import Case, RowLossSuite, each_dtype, logits_and_targets, quarters, with_gradient
 
 import fusedloss as fl
 
@@ -89,6 +89,19 @@ def test_beta_of_each_row_above_the_rows(level, impl, generator):
     ours = with_gradient(lambda x: fl.tversky_loss(x, target, impl=impl, **own), z)
     truth = with_gradient(lambda x: oracle.level_loss(oracle.tversky_over_rows, x, target, **own), z)
     torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-15)
+
+
+@each_dtype
+@pytest.mark.parametrize("gap", [100, 104, 800])
+@pytest.mark.parametrize("own", [{"form": "target"}, {"level": "class"}, {"level": "set"}], ids=str)
+def test_without_smooth_a_target_without_probability_has_finite_gradients(own, gap, dtype, impl):
+    """With beta = 0 the loss of a target alone is 0, also where 1 / p is infinite."""
+    z = torch.tensor([[0, gap, 0], [0, 0, gap]], dtype=dtype)
+    own = {"alpha": 0.5, "beta": 0.0, "smooth": 0.0, "impl": impl, **own}
+    loss, gradient = with_gradient(lambda x: fl.tversky_loss(x, torch.tensor([0, 2]), **own), z)
+    assert loss.isfinite() and gradient.isfinite().all()
+    if "form" in own:
+        assert loss == 0 and not gradient.any()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .. import transforms
+
 
 def parameter(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a number or a tensor as 0-d or flat. Integers and bools of rows keep their dtype."""
@@ -46,10 +48,11 @@ def parameters(
 def kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the numbers as one tensor and as 0-d ones, never to be written to."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    # A mode would have a kept tensor be one of its own; a trace would differ from the next, which finds it kept;
-    # autograd saves none of inference mode; and what a CUDA graph reads has to live as long as it does.
+    # A mode and a function transform would have a kept tensor be one of their own; a trace would differ from the next,
+    # which finds it kept; autograd saves none of inference mode; and what a CUDA graph reads has to live as long as it.
     if (
         torch._C._len_torch_dispatch_stack()
+        or transforms.torch_func_is_active()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.is_inference_mode_enabled()
         or (on_gpu and torch.cuda.is_current_stream_capturing())
