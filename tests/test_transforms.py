@@ -6,7 +6,7 @@ import pytest
 import torch
 from row_losses import LOSSES, SCENES, leaves_of
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import fusedloss as fl
 from fusedloss.losses._registry import EXAMPLES
@@ -47,6 +47,7 @@ TRANSFORMS = {
     "jvp of grad": lambda f, z, d: jvp(grad(f), (z,), (d,)),
     "hessian": lambda f, z, d: hessian(f)(z),
     "jacrev of jacfwd": lambda f, z, d: jacrev(jacfwd(f))(z),
+    "functionalize": lambda f, z, d: functionalize(grad(f))(z),
     "forward mode": forward_mode,
     "batched gradients": batched_gradients,
     "vmapped backward": vmapped_backward,
