@@ -42,6 +42,7 @@ LOSSES: dict[str, tuple[tuple[Any, ...], Callable[[Any, Tensor], Callable[[Tenso
 FORMS = {"tags": Tags, "questions": Questions}
 COLUMNS = ("F1", "precision", "recall")
 QUICK = {
+    "losses": ["CE", "DSC", "CE + dice"],
     "seeds": 1, "sizes": [50], "epochs": [4], "question_epochs": [1], "lrs": [1e-3], "question_lrs": [1e-3],
     "test": 50, "validation": 30, "out": Path("runs/papers/dice-encoder-quick"),
 }  # fmt: skip
