@@ -49,6 +49,6 @@ def test_not_in_a_mode_or_in_inference_mode():
 
 
 def test_a_function_transform_leaves_none_of_its_own_behind():
-    """Those of a Hessian are differentiable forwards, and have no memory."""
+    """Under a Hessian, a new tensor is wrapped and has no memory."""
     torch.func.hessian(lambda x: x**2 * of(0.375)[0][0])(torch.tensor(1.0))
     assert of(0.375)[0][0].data_ptr()

@@ -266,7 +266,7 @@ def test_terms_of_classes_run_on_a_few_rows_at_a_time(monkeypatch, generator):
 
 
 def test_a_gpu_gets_more_rows_at_a_time():
-    """Of so few that a CPU's caches hold them, the host would take longer to start the operators than they run."""
+    """With as few as a CPU's caches hold, the host would start operators more slowly than the GPU runs them."""
     assert [dense._step(32000, torch.device(kind)) for kind in ("cpu", "cuda")] == [16, 262]
 
 

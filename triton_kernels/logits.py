@@ -74,7 +74,7 @@ def logit_block(where, rows, live, begin, V, target, SOURCE: tl.constexpr, BLOCK
 
 @triton.jit
 def _steps(d, stride):
-    """Offsets along the depth, which beyond 2^31 elements are apart where the depth is not what lies side by side."""
+    """Return offsets along the depth in 64 bits: of a matrix stored by columns they may exceed 2^31."""
     return d.to(tl.int64) * stride
 
 

@@ -79,7 +79,7 @@ class Clock:
         """Milliseconds of each of the steps in a graph of all; None where there are no graphs. They have run before."""
         if not self.captures:
             return None
-        # To the allocator of torch 2.11 a capture that fails goes on for ever, and it frees nothing any more.
+        # After a failed capture the allocator of torch 2.11 believes that it still runs, and cannot free memory.
         self.captures = False
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from pathlib import Path
 from .bundle import ROOT
 from .part import Part
 
-#: What a check exits with that has found something, and who it says has done it.
+#: The exit status of a check that has found something, and how its report names a kernel of this package.
 FOUND = 9
 OUR_KERNEL = re.compile(r"\bat .*_pass\b")
 
@@ -60,7 +60,7 @@ def sanitizer(part: Part) -> None:
 
 
 def report_check(part: Part, what: str, status: int, said: str) -> None:
-    """From what compute-sanitizer said. It also tells of cuBLAS's kernels and of calls that torch tries in vain."""
+    """Record what compute-sanitizer said: a failure only if it names a kernel of ours, and not one of cuBLAS's."""
     lines = said.strip().splitlines() or ["nothing"]
     summary = next((x for x in reversed(lines) if "SUMMARY" in x), lines[-1]).strip("= ")
     part.row(check=what, said=summary)

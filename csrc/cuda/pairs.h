@@ -273,7 +273,7 @@ class PairRow {
         const T slope = main * T(sum.slope) - (z_loss != T(0) ? T(2) * z_loss * lse : T(0));
         // Without a temperature both are factors of the same exponentials.
         const T shift = slope - (apart ? T(0) : hard), of_plain = apart ? hard / (factor * plain_sum) : T(0);
-        const int column = target_ < 0 ? 0 : target_;  // some class's weight, for a row that is NaN
+        const int column = target_ < 0 ? 0 : target_;  // any class's weight will do: the row is NaN
         const T at_target = main * term(row, target_logit, second_target, column).slope - s.p * slope -
                             (hard != T(0) ? hard / factor * plain_q : T(0));
         if (thread_index() == 0) {

@@ -11,8 +11,8 @@ from ..checks import check_int
 #: Bytes of a chunk of logits where nothing else says how many: the argument, FUSEDLOSS_LINEAR_BUDGET or a GPU's rule.
 DEFAULT_BUDGET = 128 * 2**20
 
-#: Bytes that a GPU gets at a time where a CPU gets what its caches hold: what it takes as long for as the host for a
-#: launch.
+#: Bytes that a GPU gets at a time where a CPU gets what its caches hold. By its memory's rate it works on them for
+#: about as long as the host takes to launch an operator.
 GPU_BYTES = 32 * 2**20
 
 #: The most columns of an adapter's matrix whose gradient a CPU's BLAS writes faster by columns: of 8, MKL does so in a

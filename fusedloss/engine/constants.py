@@ -48,8 +48,8 @@ def parameters(
 def kept(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the numbers as one tensor and as 0-d ones, never to be written to."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    # A mode and a function transform would have a kept tensor be one of their own; a trace would differ from the next,
-    # which finds it kept; autograd saves none of inference mode; and what a CUDA graph reads has to live as long as it.
+    # A tensor that is made in a mode or a function transform belongs to it; a trace would differ from the next, which
+    # finds it kept; autograd saves none of inference mode; what a CUDA graph reads has to live as long as the graph.
     if (
         torch._C._len_torch_dispatch_stack()
         or transforms.torch_func_is_active()

@@ -267,7 +267,7 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 def scaled_once(gradient: Tensor, factor: Tensor, impl: str, dtype: torch.dtype) -> Tensor:
     """Return a saved gradient times a factor, in place where nobody will look at it again; in that dtype.
 
-    What is 0, as in an ignored row, remains so for a factor that is not finite.
+    What is 0, as in an ignored row, remains so for a factor that is not finite, except where a GPU changes the dtype.
     """
     if transforms.active(factor) or torch.compiler.is_compiling():
         # A 0-d factor would be rounded to the gradient's dtype.

@@ -48,7 +48,7 @@ def check_arguments(loss: Callable[..., Any], arguments: dict[str, Any], of_the_
 
 def check_row_loss(loss: Callable[..., Any]) -> None:
     """Raise TypeError for a function of this package that is called with anything but logits and targets."""
-    names = argument_names(loss)  # of a module, not those of its forward
+    names = argument_names(loss)  # a module has no target among them
     if str(loss.__module__).startswith("fusedloss.") and (names[1:2] != ["target"] or "normalizer" not in names):
         name = getattr(loss, "__name__", repr(loss))
         raise TypeError(f"loss must be a function, a loss of logits and targets, got {name}")
