@@ -60,6 +60,10 @@ def test_a_difference_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_that_cannot_be_fused_is_refused() -> None:
     with pytest.raises(ValueError, match="LlamaModel has no output layer"):
         fuse(transformers.LlamaModel(transformers.LlamaConfig(**DECODER)))
+    model = llama()
+    model.set_output_embeddings(model.get_input_embeddings())
+    with pytest.raises(ValueError, match=r"no layer that makes its logits: .* gives a torch.nn.\S+Embedding"):
+        fuse(model)
     with pytest.raises(TypeError, match=r"must be a transformers.PreTrainedModel, got Linear"):
         fuse(nn.Linear(2, 2))  # type: ignore[type-var]
     with pytest.raises(TypeError, match=r"got DataParallel; fuse or unfuse the model that it wraps"):

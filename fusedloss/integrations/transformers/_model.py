@@ -28,6 +28,8 @@ def output_layer(model: PreTrainedModel, who: str) -> Any:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{who} has no output layer (get_output_embeddings() gives None)")
+    if isinstance(head, nn.Embedding):  # as in FSMT
+        raise ValueError(f"{who} has no layer that makes its logits: get_output_embeddings() gives a {described(head)}")
     if fsdp.has_units(model):
         raise ValueError(f"{who} is sharded by fully_shard, so that no probe can run; fuse before fully_shard")
     return head
