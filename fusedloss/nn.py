@@ -315,7 +315,7 @@ class _LinearLoss(_Loss):
         the place of the layer and holds it, the loss raises when it is called.
 
         Tie a new loss when the model gets another layer in its place. As long as anything else keeps the old layer
-        alive, the loss goes on with the weight of that.
+        alive, the loss uses the old layer's weight.
         """
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer must be a module with a weight (V, D), got {layer!r}")
@@ -912,7 +912,7 @@ class AlphaSchedule(nn.Module):
         warmup: the updates of plain cross-entropy at the beginning, whose alpha is 0.
 
     Without :meth:`step` alpha stays 0. The schedule warns once if it is called 4,096 times in training mode before the
-    first step, which is more often than gradients are accumulated. Code that torch.compile compiles does not count.
+    first step, which is more often than gradients are accumulated. Calls in compiled code do not count.
 
     The call returns alpha as a 0-d float64 tensor on the buffer's device. It causes neither a host read nor, under
     torch.compile, a recompilation.

@@ -40,10 +40,10 @@ def fuse(loss_compute: LossCompute, loss: str | Callable[..., Any] = "cross_entr
 
     A trainer has two of them. ``fuse(trainer.train_loss, ...)`` changes what it trains on, ``fuse(trainer.valid_loss)``
     the memory and time of validation. Padding and ``label_smoothing`` are Eole's own, read at each call. The logged
-    loss, perplexity and accuracy are Eole's where the loss is cross-entropy, up to rounding; of another loss, loss and
-    perplexity are that one's. Heads that predict further tokens train on the same loss.
+    loss, perplexity and accuracy are Eole's where the loss is cross-entropy, up to rounding. With another loss, the
+    logged loss and perplexity are computed from that. Heads that predict further tokens train on the same loss.
 
-    :func:`unfuse` takes it back. To fuse a fused LossCompute exchanges its loss.
+    :func:`unfuse` undoes it. Fusing a fused LossCompute replaces its loss.
 
     Args:
         loss_compute: of a model whose generator is a plain nn.Linear, or PEFT's LoRA on one.
@@ -76,9 +76,9 @@ def fuse(loss_compute: LossCompute, loss: str | Callable[..., Any] = "cross_entr
 
 
 def unfuse(loss_compute: LossCompute) -> LossCompute:
-    """Take back :func:`fuse` and return the LossCompute; one that is not fused stays as it is.
+    """Undo :func:`fuse` and return the LossCompute; one that is not fused is unchanged.
 
-    Raises TypeError for what is no LossCompute.
+    Raises TypeError for anything but a LossCompute.
     """
     _check_type(loss_compute)
     if getattr(loss_compute.__dict__.get(_NAME), "func", None) is _loss_and_scores:

@@ -38,10 +38,10 @@ ranks. Targets, class weights, candidates and all other arguments cover all clas
 are the loss and the upstream gradients. A :class:`~fusedloss.VocabularyShards` in its place saves a collective in each
 call.""",
     "impl": """"cpu", "triton" or "cuda" (GPUs), or "reference"; None takes FUSEDLOSS_IMPL or else the fastest
-that is ready. "cuda" computes the gradient of "mean" and "sum" with the loss, from one read of the logits, and the
-backward does nothing if the upstream gradient is 1. If it is not, bfloat16 gradients are rounded twice. "cpu" does this
-for at most 64 classes and for losses against a second row. Neither does it for float16, whose gradients could vanish
-before they are scaled, and under torch.compile. Under function
+that is ready. "cuda" computes the gradient of "mean" and "sum" with the loss, from one read of the logits. The
+backward then does nothing if the upstream gradient is 1; if it is not, bfloat16 gradients are rounded twice. "cpu" does
+so for at most 64 classes, and for losses with a teacher or soft targets. Neither does so under torch.compile, nor for
+float16, whose gradients could vanish before they are scaled. Under function
 transforms (torch.func, forward-mode differentiation) "reference" runs, whatever `impl` is.""",
 }
 
@@ -61,9 +61,10 @@ _LINEAR_DOC = """{summary}
 
 This is the linear form of :func:`~fusedloss.{row}`.
 The logits ``input @ linear_weight.T + linear_bias`` are computed one chunk at a time and never stored. "mean" and "sum"
-compute the gradients together with the loss (three matrix products in all). "none", parameters that require grad, and
-flex losses of several chunks without `per_chunk` recompute the logits for the gradients (four). The weight's gradient
-is accumulated at least in float32. Gradients are computed only for tensors that require them.
+compute the gradients together with the loss (three matrix products in all). The logits are recomputed for the gradients
+(four) with "none", with a learnable argument (such as a gamma that requires grad), and for flex losses of several
+chunks without `per_chunk`. The weight's gradient is accumulated at least in float32. Gradients are computed only for
+tensors that require them.
 
 Args:
     input: hidden states (*, D) of float64, float32, bfloat16 or float16. Under autocast it, the weight and the bias

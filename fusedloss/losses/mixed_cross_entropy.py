@@ -62,8 +62,8 @@ def mixed_cross_entropy(
     r"""Compute the mixed cross-entropy of logits, -[(1 - alpha) log p_y + alpha log p_yhat].
 
     y is the target, and yhat = argmax(input) the model's own prediction, with the lowest index on ties. The loss is for
-    translation, where a reference is one of many. The gradient flows through log p_yhat, not through the argmax. Where
-    yhat = y this is plain cross-entropy.
+    translation, where the reference is one of many right answers. The gradient flows through log p_yhat, not through
+    the argmax. Where yhat = y this is plain cross-entropy.
 
     Args:
         alpha: the prediction's share, in [0, 1]: a number, a 0-d tensor (which may change from step to step without
@@ -76,7 +76,7 @@ def mixed_cross_entropy(
     A row is ignored by its target alone; yhat may be any token.
 
     Source: Li et al. 2021, "Mixed Cross Entropy Loss for Neural Machine Translation" (arXiv:2106.15880). The paper
-    trains on plain cross-entropy first, while alpha counts from the first update.
+    trains on plain cross-entropy first, and counts those updates in the schedule of alpha.
 
     >>> import torch, fusedloss as fl
     >>> logits = torch.randn(8, 1000, requires_grad=True)

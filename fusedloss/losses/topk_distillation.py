@@ -73,7 +73,7 @@ def topk_distillation_loss(
     Args:
         input: logits (*, V) of float64, float32, bfloat16 or float16 with any strides.
         index: (*, k) classes of the teacher, different ones in each row, of any integer dtype. The most likely comes
-            first, as :func:`~fusedloss.linear_topk_log_probs` gives them; the order decides about digits alone.
+            first, as :func:`~fusedloss.linear_topk_log_probs` gives them; the order only affects rounding.
         log_prob: (*, k) their log-probabilities of any of the input's dtypes, normalised over all V classes and made at
             the same temperature. They get no gradient.
         rest: how the other classes count, as above.

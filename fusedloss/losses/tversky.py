@@ -87,7 +87,7 @@ def tversky_loss(
 
     Args:
         alpha: the weight of false positives, at least 0: a number, a 0-d tensor or one value per target. Differentiated
-            if it requires grad.
+            if it requires grad; in the linear form only with form "target".
         beta: the weight of false negatives, likewise; None for 1 - alpha, with alpha at most 1. alpha = beta = 1/2 is
             the dice loss with linear denominators and twice the smooth.
         smooth: added to numerator and denominator, at least 0 (one_vs_rest at level "example": 1e-30).

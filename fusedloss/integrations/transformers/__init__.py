@@ -124,9 +124,9 @@ def fuse(
     loss takes the mean whatever ``num_items_in_batch`` is (T5, Marian) divides by it here.
 
     - In training with labels, ``outputs.logits`` is a placeholder, which raises when it is used.
-    - In evaluation with labels the logits are computed as without fusing, and the loss is their row form;
-      ``eval_logits=False`` takes the linear form there too, and a Trainer that collects logits (``compute_metrics``,
-      ``predict``) raises ValueError.
+    - In evaluation with labels the logits are computed as without fusing, and the loss is their row form, with the same
+      arguments: mixed cross-entropy mixes there too. ``eval_logits=False`` takes the linear form there as well, and a
+      Trainer that collects logits (``compute_metrics``, ``predict``) raises ValueError.
     - Without labels nothing changes: in generation, or with a Trainer that removes the labels for its
       ``compute_loss_func``. In training this warns, since the caller then computes the loss.
     - A Trainer with ``label_smoothing_factor`` also removes the labels, and computes its own cross-entropy.
