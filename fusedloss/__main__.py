@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, instruction sets, and which implementations are ready")
     info.set_defaults(run=lambda _: _info())
 
-    check = commands.add_parser("check", help="every loss on every ready implementation, against the reference")
+    check = commands.add_parser(
+        "check", help="losses and gradients on every ready implementation, against the reference"
+    )
     check.add_argument("--quick", action="store_true", help="small shapes only: a few seconds")
     check.set_defaults(run=lambda a: _check(a.quick))
 

@@ -403,5 +403,5 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
             for number in normalizer.flatten().tolist():
                 if number != 0:  # a count of no targets
                     check_number("normalizer", number, *DIVISORS)
-    else:
+    elif type(normalizer) not in (int, float) or normalizer != 0:
         check_number("normalizer", normalizer, *DIVISORS)

@@ -95,7 +95,8 @@ CASES: dict[str, Bad] = {
     "weight is integer": options(TypeError, "weight", "torch.int64", weight=longs(1, 1, 1, 1, 1)),
     "weight is elsewhere": options(ValueError, "weight", "meta", "cpu", weight=torch.ones(5, device="meta")),
     "weight requires grad": options(ValueError, "weight", "requires grad", weight=torch.ones(5, requires_grad=True)),
-    "normalizer is zero": options(ValueError, "normalizer", "0", normalizer=0),
+    "normalizer is negative": options(ValueError, "normalizer", "-1", normalizer=-1),
+    "normalizer is a boolean": options(TypeError, "normalizer", "False", normalizer=False),
     "normalizer is a string": options(ValueError, "normalizer", "'4'", normalizer="4"),
     "normalizer is a vector": options(ValueError, "normalizer", "(1,)", normalizer=torch.ones(1)),
     "normalizer is a negative tensor": options(ValueError, "normalizer", "-1", normalizer=torch.tensor(-1.0)),
@@ -392,6 +393,16 @@ def test_the_loss_is_divided_by_numbers_whose_inverse_is_in_float32(name, loss):
             loss(value)
     for value in (10**30, 1e-30, torch.tensor(1e-30)):
         assert loss(value).isfinite()
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0)], ids=repr)
+@pytest.mark.parametrize("loss", [fl.cross_entropy, fl.focal_loss, fl.dsc_loss])
+def test_a_count_of_no_targets_divides_nothing(loss, zero):
+    z = ONES.clone().requires_grad_()
+    nothing = loss(z, torch.full_like(LABELS, -100), normalizer=zero)
+    nothing.backward()
+    assert nothing == 0 and not z.grad.any()
+    assert loss(z, LABELS, normalizer=zero) == math.inf
 
 
 @pytest.mark.parametrize("loss", [

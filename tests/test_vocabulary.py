@@ -407,7 +407,9 @@ def _what_is_refused(rank: int, world: int) -> None:
         more = {"alpha": alpha, "inplace_backward": True, **options}
         cases.append(("inplace_backward needs a compiled epilogue", fl.dsc_loss, (computed(z), target), more))
     for options in ({}, {"level": "class"}, {"level": "set"}):
-        cases.append(("parameters that require grad", fl.dsc_loss, (z, target), {"alpha": alpha, **options}))
+        cases.append(
+            ("parameters of the loss that require grad", fl.dsc_loss, (z, target), {"alpha": alpha, **options})
+        )
     for message, loss, arguments, options in cases:
         with pytest.raises((ValueError, IndexError), match=message):
             loss(*arguments, group=shards, **options)

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     _cuda = None  # type: ignore[assignment]
     _MISSING = (
-        "it is not built; with nvcc on PATH, SKBUILD_CMAKE_DEFINE=FUSEDLOSS_CUDA=ON pip install . builds it"
+        "it is not built; with nvcc on PATH, SKBUILD_CMAKE_DEFINE=FUSEDLOSS_CUDA=ON pip install -e . builds it"
         if find_spec("fusedloss._cuda") is None
         else f"its kernels did not load ({error})"
     )

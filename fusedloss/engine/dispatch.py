@@ -234,7 +234,7 @@ def _check_dense(call: Call) -> None:
     if call.rows.is_linear:
         raise ValueError(
             "a linear form over the classes needs a compiled epilogue, which a loss function over the classes and "
-            "parameters that require grad have not; compute the logits and use the row form"
+            "parameters of the loss that require grad have not; compute the logits and use the row form"
         )
 
 
@@ -292,7 +292,8 @@ def _over_ranks(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
             raise ValueError(_NOT_IN_PLACE)
         raise ValueError(
             "with a group, a loss over the classes needs a compiled epilogue, which a loss function over the classes "
-            "and parameters that require grad have not; compute all logits on each rank, or use a loss over the rows"
+            "and parameters of the loss that require grad have not; compute all logits on each rank, or use a loss over"
+            " the rows"
         )
     base, s = over_classes.row_losses(call, epilogue)
     loss = reference.with_common_terms(base, s, call.rows, call.spec, call.classes, weighted=True)

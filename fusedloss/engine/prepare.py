@@ -233,10 +233,11 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
     if isinstance(normalizer, str):  # "token_weight"
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
+    dtype = checks.compute_dtype(rows.hidden[0].dtype)
+    if type(normalizer) in (int, float) and normalizer == 0:
+        normalizer = rows.hidden[0].new_zeros((), dtype=dtype)
     if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(
-            checks.compute_dtype(rows.hidden[0].dtype)
-        )  # a float64 count is no reason for a float64 loss
+        normalizer = normalizer.to(dtype)  # a float64 count is no reason for a float64 loss
         return _not_zero(normalizer), normalizer
     if normalizer is not None:
         # PyTorch takes no large int; a symbolic number would become a constant.

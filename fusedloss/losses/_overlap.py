@@ -132,11 +132,14 @@ def _over_rows(
         return of_classes(sums), dense_row_stats(s, call) if return_stats else None
     compiled = has_compiled(overlap.over_rows, call)
     if call.inplace and not compiled:
-        raise ValueError("inplace_backward needs a compiled epilogue, which parameters that require grad have not")
+        raise ValueError(
+            "inplace_backward needs a compiled epilogue, which parameters of the loss that require grad have not"
+        )
     if call.shards is not None:
         if not compiled:
             raise ValueError(
-                "with a group, parameters that require grad have no gradients in a loss over the classes; detach them"
+                "with a group, parameters of the loss that require grad have no gradients in a loss over the classes; "
+                "detach them"
             )
         result, s = over_classes.over_rows(call, overlap, of_classes, summed)
         return result, dense_row_stats(s, call) if return_stats else None

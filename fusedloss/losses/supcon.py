@@ -179,13 +179,14 @@ def supcon_loss(
     if counts.shape[0] and checks.may_read(counts) and not (counts > 0).any():
         warnings.warn("no anchor has a positive: the supervised contrastive loss is 0", stacklevel=2)
     compared = count > 0
-    positive_term = torch.where(compared, _positive_term(pairs, ordered, count, positives), 0)
+    reduced = reduction != "none"
+    positive_term = torch.where(compared, _positive_term(pairs, ordered, count, positives, reduced), 0)
     if self_index is not None:
         outside = (self_index < -1) | (self_index >= others.shape[0])
         positive_term = positive_term * positive_term.new_ones(()).masked_fill(outside, torch.nan)
 
     share = None
-    if reduction != "none":
+    if reduced:
         divisors: dict[str, Any] = {"mean": (counts > 0).sum().clamp(min=1), "mean_all": counts.shape[0], "sum": 1}
         share = compared.to(anchors.dtype) / divisors[reduction]
     if others.shape[0] == 0 or anchors.shape[0] == 0:
@@ -543,13 +544,13 @@ def _count(pairs: _Pairs, ordered: Tensor | None) -> Tensor:
     return count - 1 if isinstance(pairs.own, int) else count
 
 
-def _positive_term(pairs: _Pairs, ordered: Tensor | None, count: Tensor, positives: str) -> Tensor:
+def _positive_term(pairs: _Pairs, ordered: Tensor | None, count: Tensor, positives: str, reduced: bool) -> Tensor:
     """Compute each anchor's mean similarity to its positives, or the log of the mean of the exponentials."""
     if pairs.others.shape[0] == 0:
         return (pairs.anchors * 0).sum(-1) + (pairs.others * 0).sum()
     if positives == "in":
         return _over_positives(pairs, lse=True) - _log_count(pairs, count)
-    total = _over_positives(pairs, lse=False) if ordered is None else _label_similarity(pairs, ordered)
+    total = _over_positives(pairs, lse=False) if ordered is None else _label_similarity(pairs, ordered, reduced)
     return total / count.clamp(min=1)
 
 
@@ -557,18 +558,21 @@ def _log_count(pairs: _Pairs, count: Tensor) -> Tensor:
     return count.clamp(min=1).to(pairs.anchors.dtype).log()  # of integers it would be in PyTorch's default dtype
 
 
-def _label_similarity(pairs: _Pairs, ordered: Tensor) -> Tensor:
-    """An anchor's similarity to the sum of its positives, which are summed by labels, without a look at the pairs."""
+def _label_similarity(pairs: _Pairs, ordered: Tensor, reduced: bool) -> Tensor:
+    """An anchor's similarity to the sum of its positives, which are summed by labels, without a look at the pairs.
+
+    Where it is `reduced`, anchors of one label have the same upstream gradient.
+    """
     anchors, others, labels, other_labels, _, own = pairs
     assert labels is not None and other_labels is not None
     slots = others.shape[0]
     grouped = _Groups.of(torch.searchsorted(ordered, labels).clamp(max=slots - 1), slots)
     if others is anchors:
-        return _SumSimilarity.apply(own, anchors, None, *grouped)
+        return _SumSimilarity.apply(own, reduced, anchors, None, *grouped)
     grouped_others = _Groups.of(torch.searchsorted(ordered, other_labels), slots)
     if isinstance(own, Tensor):
         own = torch.where(pairs.own_positive(own)[1], own, -1)
-    return _SumSimilarity.apply(own, anchors, others, *grouped, *grouped_others)
+    return _SumSimilarity.apply(own, False, anchors, others, *grouped, *grouped_others)
 
 
 class _Groups(NamedTuple):
@@ -604,14 +608,16 @@ def _own_rows(own: int | Tensor, x: Tensor, anchors: int) -> Tensor:
 class _SumSimilarity(torch.autograd.Function):
     """An anchor's similarity to the sum of the others of its label, itself left out.
 
-    Others of None are the anchors themselves. The gradients are sums over labels, too; autograd alone would keep every
-    step between.
+    Others of None are the anchors themselves, and `alike` says that those of one label have the same upstream gradient.
+    The gradients are sums over labels, too; autograd alone would keep every step between.
     """
 
     @staticmethod
-    def forward(ctx: Any, own: int | Tensor | None, anchors: Tensor, others: Tensor | None, *groups: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, own: int | Tensor | None, alike: bool, anchors: Tensor, others: Tensor | None, *groups: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(anchors, others, own if isinstance(own, Tensor) else None, *groups)
-        ctx.first = None if isinstance(own, Tensor) else own
+        ctx.first, ctx.alike = None if isinstance(own, Tensor) else own, alike
         of_anchors, of_others = _Groups(*groups[:3]), _Groups(*groups[-3:])
         others = anchors if others is None else others
         similarity = anchors.new_zeros(anchors.shape[0])
@@ -633,17 +639,19 @@ class _SumSimilarity(torch.autograd.Function):
                 pairs = _Pairs(x, x if y is None else y, of_anchors.slot, of_others.slot, None, own)
                 return [_of_positives(pairs, slice(None), lse=False)]
 
-            return None, *differentiable((anchors, others), ctx.needs_input_grad[1:3], similarity, [grad]), *nothing
-        grad = grad[:, None]
+            gradients = differentiable((anchors, others), ctx.needs_input_grad[2:4], similarity, [grad])
+            return None, None, *gradients, *nothing
+        # Of alike anchors each is to another what that is to it.
+        grad = (2 * grad if ctx.alike else grad)[:, None]
         if same := others is None:
             others = anchors
         by_anchors = torch.empty_like(anchors)
-        by_others = torch.empty_like(others) if ctx.needs_input_grad[2] else None
+        by_others = torch.empty_like(others) if ctx.needs_input_grad[3] else None
         for c in _columns(anchors):
             of_anchor = of_others.sums(others[:, c], of_anchors.slot).mul_(grad)
             if own is not None:
                 of_anchor.addcmul_(grad, _own_rows(own, others[:, c], anchors.shape[0]), value=-1)
-            if same or by_others is not None:
+            if (same and not ctx.alike) or by_others is not None:
                 weighted = grad * anchors[:, c]
                 of_other = of_anchors.sums(weighted, of_others.slot)
                 if isinstance(own, Tensor):
@@ -655,7 +663,7 @@ class _SumSimilarity(torch.autograd.Function):
                 elif by_others is not None:
                     by_others[:, c] = of_other
             by_anchors[:, c] = of_anchor
-        return None, by_anchors, by_others, *nothing
+        return None, None, by_anchors, by_others, *nothing
 
 
 def _over_positives(pairs: _Pairs, lse: bool) -> Tensor:

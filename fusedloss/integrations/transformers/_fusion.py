@@ -188,7 +188,11 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                     f"cross-entropy; set it to 0 and pass label_smoothing={smoothing} to fuse, or unfuse the model"
                 )
             if self.training:
-                warnings.warn(f"{name} is fused, but in training without labels", stacklevel=2)
+                warnings.warn(
+                    f"{name} is fused, but in training without labels: it stores its logits, and the fused loss takes "
+                    "no part; pass labels to the model",
+                    stacklevel=2,
+                )
             return original(self, *args, **kwargs)
         linear = self.training or not fusion.loss.eval_logits
         if linear and not self.training and trainer_collects_logits():
