@@ -112,15 +112,13 @@ def check_ignored(value: object) -> int:
     return check_int("ignore_index", value, -(2**63), 2**63 - 1)
 
 
-def check_parameter(
-    name: str, value: Any, target: Tensor, options: Mapping[str, Any], low: float, high: float = math.inf
-) -> Any:
-    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]. Returns it.
+def check_parameter(name: str, value: Any, target: Tensor, options: Mapping[str, Any], high: float = math.inf) -> Any:
+    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [0, high]. Returns it.
 
     Those of rows that the loss's options ignore may be anything.
     """
     if not isinstance(value, Tensor):
-        return check_number(name, value, low, high)
+        return check_number(name, value, 0, high)
     check_local(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
@@ -133,12 +131,12 @@ def check_parameter(
         values = value.detach()
         if value.dim() and may_read(target) and not is_dtensor(target):
             index = normalized_targets(target, check_ignored(options.get("ignore_index", IGNORED)))
-            values = values.masked_fill(index == IGNORED, low)
+            values = values.masked_fill(index == IGNORED, 0)
         values = transforms.values(values)
         smallest, largest = (float(x) for x in torch.aminmax(values))
-        if not (low <= smallest and largest <= high):
-            raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
-        if max(-smallest, largest) >= BEYOND:
+        if not (smallest >= 0 and largest <= high):
+            raise ValueError(f"{name} must be {_range(0, high)}, got values from {smallest} to {largest}")
+        if largest >= BEYOND:
             raise ValueError(f"{name} must be finite in float32, got values from {smallest} to {largest}")
     return value
 
@@ -196,13 +194,13 @@ def check_dtype(name: str, value: Tensor | Projection) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
 
 
-def check_readable(name: str, value: Tensor) -> None:
+def check_readable(linear_weight: Tensor) -> None:
     """Raises for tensors made of others, as quantized ones are: kernels cannot read them, whatever dtype they name."""
-    kind = type(value)
+    kind = type(linear_weight)
     if hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed"):
         raise TypeError(
-            f"{name} must be a plain tensor, got a {kind.__module__}.{kind.__qualname__}, as for a quantized weight; "
-            "dequantize it, or pass impl='reference', which computes all logits by operators of its own"
+            f"linear_weight must be a plain tensor, got a {kind.__module__}.{kind.__qualname__}, as for a quantized "
+            "weight; dequantize it, or pass impl='reference', which computes all logits by operators of its own"
         )
 
 

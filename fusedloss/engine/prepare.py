@@ -85,7 +85,7 @@ def prepare(
             )
         for w in input.weight:
             if impl != "reference" and type(w) not in (Tensor, torch.nn.Parameter):
-                checks.check_readable("linear_weight", w)
+                checks.check_readable(w)
     if shards is not None:
         if impl == "reference":
             source = backends.named_by(o["impl"])

@@ -65,7 +65,7 @@ def focal_loss(
     >>> fl.focal_loss(logits, torch.arange(8), gamma=3.0).backward()
     """
     check_logits(input, target)
-    check_parameter("gamma", gamma, target, options, 0)
+    check_parameter("gamma", gamma, target, options)
     return row_loss("focal_loss", input, target, FOCAL, (gamma,), return_stats=return_stats, **options)
 
 

@@ -106,11 +106,11 @@ def tversky_loss(
     """
     check_logits(input, target)
     if beta is None:
-        alpha = check_parameter("alpha", alpha, target, options, 0, 1)
+        alpha = check_parameter("alpha", alpha, target, options, 1)
         beta = 1 - alpha
     else:
-        check_parameter("alpha", alpha, target, options, 0)
-        check_parameter("beta", beta, target, options, 0)
+        check_parameter("alpha", alpha, target, options)
+        check_parameter("beta", beta, target, options)
     return overlap_loss(
         "tversky_loss", input, target, TVERSKY, (alpha, beta), smooth, form, level, return_stats=return_stats, **options
     )
