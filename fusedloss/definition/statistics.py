@@ -244,12 +244,6 @@ def neutral(picks: int, moments: int) -> list[float]:
     return [0.0, 2.0, 0.5, log_2, 0.0, log_2, *[0.0] * picks, *([log_2, 0.0, 0.5] if moments else [])]
 
 
-def new_losses(statistics: Tensor, picks: int) -> tuple[Tensor, Tensor]:
-    """Losses and coefficients to be written, beside such statistics."""
-    rows = statistics.shape[1]
-    return statistics.new_empty(rows), statistics.new_empty((COEFFICIENTS + picks, rows))
-
-
 def dense_columns(
     z: Tensor, target: Tensor, weight: Tensor | None, candidates: Tensor | None, picks: Picks
 ) -> tuple[Columns, Tensor]:

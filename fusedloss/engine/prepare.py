@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, transforms
-from ..definition.epilogue import common_factors
+from ..definition.epilogue import smoothing_factors
 from ..definition.projection import Form, Projection
 from ..definition.rows import Rows, Source, Spec
 from ..definition.statistics import Targets
@@ -127,8 +127,8 @@ def prepare(
     tempered = isinstance(temperature, Tensor) or temperature != 1
     common: tuple[float, ...] = ()
     if smoothing or z_loss or tempered:
-        factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
-        common = (*factors, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
+        factors = smoothing_factors(smoothing, o["smoothing_over"], classes)
+        common = (*factors, z_loss, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
     numbers, scalars = constants.parameters(params, common, dtype, input.device)
     for i, given_number in enumerate(params):
         if isinstance(given_number, Tensor) and given_number.dim():
@@ -234,10 +234,9 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
     if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(
-            checks.compute_dtype(rows.hidden[0].dtype)
-        )  # a float64 count is no reason for a float64 loss
-        return _not_zero(normalizer), normalizer
+        # A float64 count is no reason for a float64 loss.
+        normalizer = normalizer.to(checks.compute_dtype(rows.hidden[0].dtype))
+        return torch.where(normalizer == 0, 1, normalizer), normalizer
     if normalizer is not None:
         # PyTorch takes no large int; a symbolic number would become a constant.
         return normalizer if isinstance(normalizer, torch.SymFloat) else float(normalizer), normalizer
@@ -259,7 +258,3 @@ def _inverse(temperature: Tensor) -> Tensor:
     low, high = checks.DIVISORS
     valid = (temperature >= low) & (temperature <= high)
     return torch.where(valid, 1 / torch.where(valid, temperature, 1), math.nan)
-
-
-def _not_zero(divisor: Tensor) -> Tensor:
-    return torch.where(divisor == 0, 1, divisor)
