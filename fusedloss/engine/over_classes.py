@@ -170,7 +170,7 @@ class _RowLosses(torch.autograd.Function):
         *flat, sums, statistics, top_q, target, top = ctx.saved_tensors
         rows, here = Rows.unflatten(ctx.settings.counts, flat), _Here(statistics, top_q, target, top)
         terms = _RowLosses._terms(ctx.settings, ctx.shards, rows, here)
-        needed = functions.needed_of(ctx, 2, rows, ctx.settings.spec)
+        needed = functions.needed_of(ctx, 2, rows)
         g = torch.zeros_like(sums[LOSS]) if grad_loss is None else grad_loss
         by_sources = terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace)
         return functions.of_inputs(ctx, (None, None), rows, ctx.settings.spec, by_sources, ctx.shards)
@@ -259,7 +259,7 @@ class _PairLosses(torch.autograd.Function):
         differentiated_once(grad_loss)
         *flat, statistics, index, coefficients, own, weight = ctx.saved_tensors
         rows, spec = Rows.unflatten(ctx.settings.counts, flat), ctx.settings.spec
-        needed = functions.needed_of(ctx, 2, rows, spec)
+        needed = functions.needed_of(ctx, 2, rows)
         by_sources: tuple[Tensor | None, ...] = (torch.zeros_like(rows.hidden[0]),)
         if rows.classes or rows.is_linear:
             here = rows._replace(target=own, class_weight=weight)
@@ -347,7 +347,7 @@ class _OverRows(torch.autograd.Function):
         by_rows = by_rows.to(here.top_q.dtype)
         g = torch.ones_like(by_rows[LOSS]) if row_weight is None else row_weight
         gradient: tuple[Tensor | None, ...] = (None,)
-        if functions.needed_of(ctx, 2, rows, x.spec)[0]:
+        if functions.needed_of(ctx, 2, rows)[0]:
             gradient = terms.gradients((True,), g, by_rows, None, x.inplace)
         by_weight = by_rows[LOSS] if ctx.needs_input_grad[1] else None
         return functions.of_inputs(ctx, (None, by_weight), rows, x.spec, gradient, x.shards)
