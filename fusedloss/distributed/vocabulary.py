@@ -85,7 +85,9 @@ class VocabularyShards:
 
     def here(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Classes as columns of this rank, -1 for those of others, and which ones are here."""
-        return columns(index, self.own.start, self.sizes[self.rank])
+        own = self.own
+        here = (index >= own.start) & (index < own.stop)
+        return torch.where(here, index - own.start, -1), here
 
     def weight(self, weight: Tensor | None) -> Tensor | None:
         """Those of this rank's classes."""
@@ -98,12 +100,6 @@ class VocabularyShards:
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, in their order: the same bits on all of them. Not differentiable."""
         return self.gather_parts(part).sum(0)
-
-
-def columns(index: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Classes as columns of so many that begin with `first`, -1 for others, and which ones are among them."""
-    here = (index >= first) & (index < first + classes)
-    return torch.where(here, index - first, -1), here
 
 
 def shards_of(group: object, input: Source) -> VocabularyShards | None:

@@ -24,7 +24,7 @@ from ..definition.divergences import lag_between
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Rows, Spec
 from ..definition.statistics import CE, MAX, STATISTICS, SUM_EXP, TARGET_LOGIT, Picks, Q, Statistics, Targets
-from ..distributed.vocabulary import VocabularyShards, columns, differentiated_once
+from ..distributed.vocabulary import VocabularyShards, differentiated_once
 from . import functions, operators
 from .functions import Settings
 from .prepare import Call
@@ -128,8 +128,8 @@ class _Here(NamedTuple):
         """Return what a rank keeps, and the top class among the classes of all ranks."""
         statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
         assert top_q is not None
-        ignored, first, classes = rows.target == IGNORED, shards.own.start, rows.classes
-        target, top = (columns(x.masked_fill(ignored, -1), first, classes)[0] for x in (rows.target, index[0]))
+        ignored = rows.target == IGNORED
+        target, top = (shards.here(x.masked_fill(ignored, -1))[0] for x in (rows.target, index[0]))
         return _Here(statistics, top_q, target.masked_fill(ignored, IGNORED), top[None]), index
 
 
