@@ -32,7 +32,6 @@ MOMENTS = 3
 #: Which of them a pass is asked for: a power alone costs less, and leaves the others as they may be.
 POWER_ALONE, ALL_MOMENTS = 1, 2
 SLOPES = 2
-SECOND_MAX, SECOND_SUM, PLAIN_SUM = range(3)
 SECONDS = 3
 
 #: Statistics that are computed on request, and the fields that each gives.

@@ -11,7 +11,6 @@
                over the rows
 ``scale_``     a gradient times a 0-d factor, which the host does not read
 ``gather``     what each rank of a process group, by its name, has of a tensor, (R, ...)
-``sum_over_ranks``  the sum of what they have
 
 Their arguments begin with the :class:`~fusedloss.definition.rows.Rows`, one tensor or list of tensors each, and end
 with an encoded :class:`~fusedloss.definition.rows.Spec`, which names the backend. Rows of logits in hand and of hidden
