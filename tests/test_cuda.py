@@ -268,7 +268,6 @@ class TestSecondRow(test_distillation.TestSecondRow):
 # --- a mean or a sum, whose gradient is made with it ---
 
 ONE_READ = {("with_gradient", "cuda"): 1}
-BACKWARD = {("scale_", "cuda"): 1}
 TWO_READS = {("forward", "cuda"): 1, ("backward", "cuda"): 1}
 
 
