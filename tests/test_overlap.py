@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from oracle import assert_as_accurate_as
 from products import Operators
-from row_losses import LEVELED, computed
+from row_losses import LEVELED
 from row_suite import (
     HALVES,
+    Runs,
     assert_same_bits,
     cast,
     certain_rows,
@@ -73,7 +75,8 @@ SHAPES = {
 }
 
 
-class Problem(NamedTuple):
+@dataclass
+class Problem(Runs):
     """A case with data, as the package and as the oracle take it."""
 
     case: Case
@@ -105,14 +108,6 @@ class Problem(NamedTuple):
 
     def formula(self, z: Tensor, **options: Any) -> Tensor:
         return oracle.level_loss(self.case.over_rows, z, self.target, **cast(self.options, z.dtype) | options)
-
-    def run(self, impl: str, upstream: Tensor | None = None, z: Tensor | None = None, **options: Any) -> Any:
-        z = self.z if z is None else z
-        z = computed(z) if options.get("inplace_backward") else z
-        return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
-
-    def truth(self, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-        return with_gradient(lambda x: self.formula(x, **options), self.z.to(dtype), upstream)
 
     def scale(self, upstream: Tensor) -> Tensor:
         """Of dL/dz_j = p_j (g_j - sum_k p_k g_k), the size of what cancels there, g = dL/dp of each row's share."""
