@@ -99,12 +99,11 @@ def prepare(
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if isinstance(input, Projection):
-        logits: Source = input
-        if input.hidden[0].dim() != 2 or form is not input.form:
-            hidden = [h.reshape(-1, h.shape[-1]) for h in input.hidden]
-            logits = Projection(hidden, input.weight, input.bias, form)
+        hidden, of_layer, bias = input.hidden, input.weight, input.bias
+        if hidden[0].dim() != 2:
+            hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
     else:
-        logits = matrix(input, o["inplace_backward"])
+        hidden, of_layer, bias = [matrix(input, o["inplace_backward"])], [], None
     if inplace and impl == "reference":
         source = backends.named_by(o["impl"])
         raise ValueError(f"inplace_backward needs a compiled implementation, but {source} is 'reference'")
@@ -147,10 +146,7 @@ def prepare(
     if token_weight is not None:
         # Those of ignored rows may hold anything.
         token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == checks.IGNORED, 0)
-    if isinstance(logits, Projection):
-        rows = Rows.of(logits, index, weight, candidates, numbers, scalars)
-    else:  # a call less
-        rows = Rows([logits], [], None, [], index, weight, candidates, numbers, scalars)
+    rows = Rows(hidden, of_layer, bias, [], index, weight, candidates, numbers, scalars)
     spec = Spec(impl, mean=smoothing != 0, smooths=smoothing != 0, z_loss=z_loss != 0, form=form)
     return Call(rows, spec, token_weight, inplace, shards, classes, o)
 
