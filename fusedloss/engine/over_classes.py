@@ -33,6 +33,24 @@ from .prepare import Call
 LOSS, OTHERS, TOP = range(3)
 
 
+class _Here(NamedTuple):
+    """What a rank keeps of a forward: statistics of whole rows, with the top class, and classes as its columns."""
+
+    statistics: Tensor
+    top_q: Tensor
+    target: Tensor
+    top: Tensor  # (1, N)
+
+    @staticmethod
+    def of(rows: Rows, spec: Spec, shards: VocabularyShards) -> tuple[_Here, Tensor]:
+        """Return what a rank keeps, and the top class among the classes of all ranks."""
+        statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
+        assert top_q is not None
+        ignored = rows.target == IGNORED
+        target, top = (shards.here(x.masked_fill(ignored, -1))[0] for x in (rows.target, index[0]))
+        return _Here(statistics, top_q, target.masked_fill(ignored, IGNORED), top[None]), index
+
+
 @dataclass(frozen=True, eq=False)
 class Terms:
     """The terms of this rank's classes."""
@@ -42,16 +60,15 @@ class Terms:
     rows: Rows
     """Targets are columns of this rank, -1 for those of others."""
     spec: Spec
-    statistics: Tensor  # of whole rows, with the top class
-    index: Tensor  # (1, N), its column
-    top_q: Tensor
+    here: _Here
 
     def sums(self) -> Tensor:
         """(3, N) in float64, over the classes here."""
-        result = self.statistics.new_zeros((3, self.statistics.shape[1]), dtype=torch.float64)
+        result = self.here.statistics.new_zeros((3, len(self.here.target)), dtype=torch.float64)
         if self.rows.classes:
             rows = self.rows._replace(candidates=None)
-            loss, others = operators.call(operators.sums, rows, self.spec, self.statistics, self.index, None, None)
+            saved = (self.here.statistics, self.here.top, None, None)
+            loss, others = operators.call(operators.sums, rows, self.spec, *saved)
             p, _, value, d, top, away = self._singled_out()
             of_top = p * d
             result[LOSS] = loss + value.masked_fill(away, 0).sum(1)
@@ -75,7 +92,7 @@ class Terms:
             at_target, at_top = (p * torch.where(top, q * d - others[:, None], d - shift[:, None])).unbind(1)
             at_top = torch.where(top[:, 0], at_target, at_top)
         coefficients = torch.stack([shift, at_top, at_target, torch.zeros_like(g)])
-        saved = (self.statistics, self.index, coefficients, g)
+        saved = (self.here.statistics, self.here.top, coefficients, g)
         return functions.gradients(self.rows, self.spec, needed, *saved, inplace)
 
     def _singled_out(self) -> tuple[Tensor, ...]:
@@ -83,9 +100,10 @@ class Terms:
 
         Where they are the same class, it is the first.
         """
-        target, top, statistics = self.rows.target.clamp(min=-1), self.index[0], self.statistics
+        statistics, top_q, target, top = self.here
+        target, top = target.clamp(min=-1), top[0]
         p = torch.stack([(-statistics[CE]).exp(), 1 / statistics[SUM_EXP]], 1)
-        q = torch.stack([statistics[Q], self.top_q], 1)
+        q = torch.stack([statistics[Q], top_q], 1)
         same = target == top
         always = torch.ones_like(same)
         positive, is_top = torch.stack([always, ~always], 1), torch.stack([same, always], 1)
@@ -113,24 +131,6 @@ def _vjp(function: Callable[..., Tensor], *inputs: Tensor) -> Any:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-class _Here(NamedTuple):
-    """What a rank keeps of a forward: statistics of whole rows, and classes as its columns."""
-
-    statistics: Tensor
-    top_q: Tensor
-    target: Tensor
-    top: Tensor
-
-    @staticmethod
-    def of(rows: Rows, spec: Spec, shards: VocabularyShards) -> tuple[_Here, Tensor]:
-        """Return what a rank keeps, and the top class among the classes of all ranks."""
-        statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
-        assert top_q is not None
-        ignored = rows.target == IGNORED
-        target, top = (shards.here(x.masked_fill(ignored, -1))[0] for x in (rows.target, index[0]))
-        return _Here(statistics, top_q, target.masked_fill(ignored, IGNORED), top[None]), index
 
 
 def columns_of(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,7 +184,7 @@ class _RowLosses(torch.autograd.Function):
             return terms if weight is None else terms * weight[columns]
 
         rows = rows._replace(target=here.target, class_weight=weight)
-        return Terms(function, rows, settings.spec, here.statistics, here.top, here.top_q)
+        return Terms(function, rows, settings.spec, here)
 
 
 def pair_losses(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
@@ -365,4 +365,4 @@ class _OverRows(torch.autograd.Function):
         # The term's last parameter is the slope of the target's agreement, which is not the passes' to add.
         params = [*rows.params, by_agreement.new_zeros(())]
         rows = rows._replace(target=here.target, class_weight=by_error, params=params)
-        return Terms(weighted, rows, x.spec, here.statistics, here.top, here.top_q)
+        return Terms(weighted, rows, x.spec, here)
