@@ -209,8 +209,7 @@ def check_input(input: Any) -> None:
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if isinstance(input, Tensor):
         check_dense("input", input)
-    if input.dtype not in DTYPES:
-        check_dtype("input", input)
+    check_dtype("input", input)
     check_classes(len(input.shape), input)
 
 
@@ -355,14 +354,9 @@ def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
     check_local("temperature", temperature)
     if not temperature.is_floating_point():
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
-    if temperature.dim():
-        raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    _check_divisor("temperature", temperature)
     if temperature.device.type != "cpu":
         check_device("temperature", temperature, input)
-    value = transforms.values(temperature)
-    if may_read(value):
-        for number in value.detach().flatten().tolist():  # under vmap there are several
-            check_number("temperature", number, *DIVISORS)
     softcap = 0 if isinstance(input, Tensor) else input.form.softcap
     if temperature.requires_grad and softcap:
         raise ValueError(
@@ -370,6 +364,16 @@ def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
             f"{softcap} stands before; compute the logits and use the row form"
         )
     return temperature
+
+
+def _check_divisor(name: str, divisor: Tensor, or_zero: bool = False) -> None:
+    if divisor.dim():
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
+    values = transforms.values(divisor)
+    if may_read(values):
+        for number in values.detach().flatten().tolist():  # under vmap there are several
+            if number != 0 or not or_zero:
+                check_number(name, number, *DIVISORS)
 
 
 def check_stats(stats: object, return_stats: bool) -> None:
@@ -394,12 +398,6 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
         return
     if isinstance(normalizer, Tensor):
         check_local("normalizer", normalizer)
-        if normalizer.dim():
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-        normalizer = transforms.values(normalizer)
-        if may_read(normalizer):
-            for number in normalizer.flatten().tolist():
-                if number != 0:  # a count of no targets
-                    check_number("normalizer", number, *DIVISORS)
+        _check_divisor("normalizer", normalizer, or_zero=True)  # a count of no targets
     else:
         check_number("normalizer", normalizer, *DIVISORS)
