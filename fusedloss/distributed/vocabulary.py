@@ -174,10 +174,15 @@ def _told(value: object) -> object:
     return told, tuple(value.shape), value.dtype, value.requires_grad
 
 
+def targets_here(shards: VocabularyShards, target: Tensor) -> Tensor:
+    """Targets as columns of this rank, -1 for those of others, IGNORED where the row is."""
+    return shards.here(target)[0].masked_fill(target == IGNORED, IGNORED)
+
+
 def rows_here(shards: VocabularyShards, rows: Rows) -> Rows:
-    """What the passes get on this rank, of rows whose targets, class weights and candidates are of all classes."""
-    column, here = shards.here(rows.target)
-    column = torch.where(here, column, 0).masked_fill(rows.target == IGNORED, IGNORED)
+    """What a statistics pass gets here, of rows whose targets, class weights and candidates are of all classes."""
+    column = targets_here(shards, rows.target)
+    column = column.masked_fill(column == -1, 0)
     candidates = rows.candidates
     if candidates is not None:
         candidates = shards.here(candidates)[0].clamp(min=0)

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import transforms
 from ..backends import BACKENDS
-from ..checks import IGNORED, compute_dtype
+from ..checks import compute_dtype
 from ..definition import reference
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Job, Rows, Spec
@@ -357,7 +357,7 @@ class _RowStatistics(torch.autograd.Function):
         if shards is not None:
             if not rows.classes and not rows.is_linear:
                 return of_inputs(ctx, (None,), rows, spec, [torch.zeros_like(rows.logits)], shards)
-            here = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
+            here = vocabulary.targets_here(shards, rows.target)
             rows = rows._replace(target=here, class_weight=shards.weight(rows.class_weight))
             index = shards.here(index)[0]
         saved = (statistics, index, coefficients, None)

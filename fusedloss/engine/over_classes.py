@@ -24,7 +24,7 @@ from ..definition.divergences import lag_between
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Rows, Spec
 from ..definition.statistics import CE, MAX, STATISTICS, SUM_EXP, TARGET_LOGIT, Picks, Q, Statistics, Targets
-from ..distributed.vocabulary import VocabularyShards, differentiated_once
+from ..distributed.vocabulary import VocabularyShards, differentiated_once, targets_here
 from . import functions, operators
 from .functions import Settings
 from .prepare import Call
@@ -46,9 +46,8 @@ class _Here(NamedTuple):
         """Return what a rank keeps, and the top class among the classes of all ranks."""
         statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
         assert top_q is not None
-        ignored = rows.target == IGNORED
-        target, top = (shards.here(x.masked_fill(ignored, -1))[0] for x in (rows.target, index[0]))
-        return _Here(statistics, top_q, target.masked_fill(ignored, IGNORED), top[None]), index
+        top = shards.here(index.masked_fill(rows.target == IGNORED, -1))[0]
+        return _Here(statistics, top_q, targets_here(shards, rows.target), top), index
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +222,7 @@ class _PairLosses(torch.autograd.Function):
             plain_sum = plain[SUM_EXP] * (plain[MAX] - max_ / factor).exp()
             second = torch.stack([of_teacher[MAX], of_teacher[SUM_EXP], plain_sum])
             slope_at_target = _slope_of(epilogue, statistics, of_teacher, rows.params[:-1])
-        own = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
+        own = targets_here(shards, rows.target)
         weight = shards.weight(rows.class_weight)
         here = rows._replace(target=own, class_weight=weight, candidates=None)
         saved = torch.cat([statistics, second])
