@@ -199,7 +199,7 @@ def linear_dsc_loss(
     return_stats: bool = False,
     **options: Unpack[LinearClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return dsc_loss(
         projection, target, alpha=alpha, smooth=smooth, squared=squared, form=form, level=level,
         detach_weight=detach_weight, **rest,

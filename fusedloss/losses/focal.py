@@ -89,5 +89,5 @@ def linear_focal_loss(
     return_stats: bool = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return focal_loss(projection, target, gamma=gamma, **rest)

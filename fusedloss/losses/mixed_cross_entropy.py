@@ -117,7 +117,7 @@ def linear_mixed_cross_entropy(
     return_stats: bool = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return mixed_cross_entropy(projection, target, alpha=alpha, top_k=top_k, candidates=candidates, **rest)
 
 

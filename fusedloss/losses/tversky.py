@@ -142,5 +142,5 @@ def linear_tversky_loss(
     return_stats: bool = False,
     **options: Unpack[LinearClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return tversky_loss(projection, target, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level, **rest)
