@@ -112,15 +112,13 @@ def check_ignored(value: object) -> int:
     return check_int("ignore_index", value, -(2**63), 2**63 - 1)
 
 
-def check_parameter(
-    name: str, value: Any, target: Tensor, options: Mapping[str, Any], low: float, high: float = math.inf
-) -> Any:
-    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [low, high]. Returns it.
+def check_parameter(name: str, value: Any, target: Tensor, options: Mapping[str, Any], high: float = math.inf) -> Any:
+    """A loss parameter: a number, a 0-d tensor, or one value for each target, within [0, high]. Returns it.
 
     Those of rows that the loss's options ignore may be anything.
     """
     if not isinstance(value, Tensor):
-        return check_number(name, value, low, high)
+        return check_number(name, value, 0, high)
     check_local(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a floating point tensor, got {value.dtype}")
@@ -133,12 +131,12 @@ def check_parameter(
         values = value.detach()
         if value.dim() and may_read(target) and not is_dtensor(target):
             index = normalized_targets(target, check_ignored(options.get("ignore_index", IGNORED)))
-            values = values.masked_fill(index == IGNORED, low)
+            values = values.masked_fill(index == IGNORED, 0)
         values = transforms.values(values)
         smallest, largest = (float(x) for x in torch.aminmax(values))
-        if not (low <= smallest and largest <= high):
-            raise ValueError(f"{name} must be {_range(low, high)}, got values from {smallest} to {largest}")
-        if max(-smallest, largest) >= BEYOND:
+        if not (smallest >= 0 and largest <= high):
+            raise ValueError(f"{name} must be {_range(0, high)}, got values from {smallest} to {largest}")
+        if largest >= BEYOND:
             raise ValueError(f"{name} must be finite in float32, got values from {smallest} to {largest}")
     return value
 
@@ -196,13 +194,13 @@ def check_dtype(name: str, value: Tensor | Projection) -> None:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
 
 
-def check_readable(name: str, value: Tensor) -> None:
+def check_readable(linear_weight: Tensor) -> None:
     """Raises for tensors made of others, as quantized ones are: kernels cannot read them, whatever dtype they name."""
-    kind = type(value)
+    kind = type(linear_weight)
     if hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith("torch.distributed"):
         raise TypeError(
-            f"{name} must be a plain tensor, got a {kind.__module__}.{kind.__qualname__}, as for a quantized weight; "
-            "dequantize it, or pass impl='reference', which computes all logits by operators of its own"
+            f"linear_weight must be a plain tensor, got a {kind.__module__}.{kind.__qualname__}, as for a quantized "
+            "weight; dequantize it, or pass impl='reference', which computes all logits by operators of its own"
         )
 
 
@@ -211,8 +209,7 @@ def check_input(input: Any) -> None:
         raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
     if isinstance(input, Tensor):
         check_dense("input", input)
-    if input.dtype not in DTYPES:
-        check_dtype("input", input)
+    check_dtype("input", input)
     check_classes(len(input.shape), input)
 
 
@@ -357,14 +354,9 @@ def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
     check_local("temperature", temperature)
     if not temperature.is_floating_point():
         raise TypeError(f"temperature must be a number or a floating point tensor, got {temperature.dtype}")
-    if temperature.dim():
-        raise ValueError(f"temperature must be a number or a 0-d tensor, got shape {tuple(temperature.shape)}")
+    _check_divisor("temperature", temperature)
     if temperature.device.type != "cpu":
         check_device("temperature", temperature, input)
-    value = transforms.values(temperature)
-    if may_read(value):
-        for number in value.detach().flatten().tolist():  # under vmap there are several
-            check_number("temperature", number, *DIVISORS)
     softcap = 0 if isinstance(input, Tensor) else input.form.softcap
     if temperature.requires_grad and softcap:
         raise ValueError(
@@ -372,6 +364,16 @@ def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
             f"{softcap} stands before; compute the logits and use the row form"
         )
     return temperature
+
+
+def _check_divisor(name: str, divisor: Tensor, or_zero: bool = False) -> None:
+    if divisor.dim():
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
+    values = transforms.values(divisor)
+    if may_read(values):
+        for number in values.detach().flatten().tolist():  # under vmap there are several
+            if number != 0 or not or_zero:
+                check_number(name, number, *DIVISORS)
 
 
 def check_stats(stats: object, return_stats: bool) -> None:
@@ -396,12 +398,6 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
         return
     if isinstance(normalizer, Tensor):
         check_local("normalizer", normalizer)
-        if normalizer.dim():
-            raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}")
-        normalizer = transforms.values(normalizer)
-        if may_read(normalizer):
-            for number in normalizer.flatten().tolist():
-                if number != 0:  # a count of no targets
-                    check_number("normalizer", number, *DIVISORS)
+        _check_divisor("normalizer", normalizer, or_zero=True)  # a count of no targets
     elif type(normalizer) not in (int, float) or normalizer != 0:
         check_number("normalizer", normalizer, *DIVISORS)

@@ -324,7 +324,7 @@ class _LinearLoss(_Loss):
             got = tuple(weight.shape) if isinstance(weight, Tensor) else weight
             raise ValueError(f"layer must have a weight (V, D), but that of {layer!r} is {got}")
         cls._check_layer(layer)
-        for name in ("bias", "device", "dtype"):
+        for name in _LAYER_DEFAULTS:
             if name in options:
                 raise TypeError(f"{cls.__name__}.tied() got {name}={options[name]!r}, which the layer has of its own")
         classes, features = weight.shape
@@ -861,9 +861,8 @@ class CrossEntropySupConLoss(nn.Module):
         **cross_entropy: Unpack[CrossEntropyOptions],
     ) -> None:
         super().__init__()
-        lam = check_number("lam", lam, 0, 1)
+        self.lam = check_number("lam", lam, 0, 1)
         check_choice("reduction", reduction, ("mean", "sum"))
-        self.lam = lam
         self.supcon = SupConLoss(temperature, normalize=normalize, positives=positives, reduction=reduction, impl=impl)
         if "return_stats" in cross_entropy:
             raise TypeError("CrossEntropySupConLoss takes no return_stats; its child cross_entropy does")

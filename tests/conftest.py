@@ -4,7 +4,7 @@ import importlib.util
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -19,6 +19,7 @@ import covering
 import interpreted
 
 from fusedloss import backends
+from fusedloss.backends.cpu import _engine
 
 pytest.register_assert_rewrite("oracle", "row_suite", "kernel_suite")
 
@@ -101,6 +102,23 @@ def impl(request: pytest.FixtureRequest) -> str:
 def compiled_impl(request: pytest.FixtureRequest) -> str:
     """Each implementation that is ready and has kernels of its own."""
     return _ready(request)
+
+
+@pytest.fixture(params=_engine.instruction_sets() if _engine else [])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each of the C++ engine on this machine."""
+    before = _engine.instruction_set()
+    _engine.use_instruction_set(request.param)
+    yield request.param
+    _engine.use_instruction_set(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets their number, which is afterwards what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -211,6 +211,21 @@ def job_of(
     return batch, Spec(impl, epilogue, top_k, mean=smoothing != 0, form=Form(tempered=True)), row_weight
 
 
+def run_job(
+    rows: Rows, spec: Spec, row_weight: Tensor, one_read: bool, grad: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """Loss, statistics, index, coefficients and gradient, made with the loss or by a pass of its own; in `grad`."""
+    backend, job = backends.BACKENDS[spec.impl], Job.new(rows, spec)
+    if not one_read:
+        backend.forward(job)
+    job.grad, job.upstream = backend.new_gradient(rows.logits) if grad is None else grad, row_weight
+    if one_read:
+        backend.with_gradient(job)
+    else:
+        backend.backward(job)
+    return job.loss, job.statistics, job.index, job.coefficients, job.grad
+
+
 def sure_and_ignored(rows, classes, generator, dtype):
     """Logits and targets, with a row that is sure and wrong and one that is ignored."""
     z, target = logits_and_targets(rows, classes, generator, dtype)

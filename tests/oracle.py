@@ -361,6 +361,13 @@ def assert_as_accurate_as(
         )
 
 
+def assert_same_gradients(got: Tensor, expected: Tensor, leaves: Any, upstream: Any = None, **tolerance: float) -> None:
+    """And the same values."""
+    torch.testing.assert_close(got, expected, **tolerance)
+    right = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves, upstream), right, **tolerance)
+
+
 def assert_rows_as_accurate_as(got: Tensor, theirs: Tensor, true: Tensor, ulps: float = 4) -> None:
     """Each row of a half-precision gradient (N, D), or (N,), errs at most twice as much as theirs, and a few ulps."""
     assert theirs.dtype in (torch.float16, torch.bfloat16) and theirs.isfinite().all()

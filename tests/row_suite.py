@@ -136,8 +136,22 @@ def with_gradient(function: Callable[[Tensor], Tensor], z: Tensor, upstream: Any
     return loss.detach(), gradient
 
 
+class Runs:
+    """What a problem makes of its logits `z`, by its `loss` and its `formula`."""
+
+    def run(self, impl: str, upstream: Any = None, z: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        """The package's loss and gradient."""
+        z = self.z if z is None else z
+        z = computed(z) if options.get("inplace_backward") else z
+        return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
+
+    def truth(self, upstream: Any = None, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Tensor, Tensor]:
+        """The oracle's loss and gradient."""
+        return with_gradient(lambda x: self.formula(x, **options), self.z.to(dtype), upstream)
+
+
 @dataclass
-class Problem:
+class Problem(Runs):
     """A case with data, as the package and as the oracle take it."""
 
     case: Case
@@ -168,16 +182,6 @@ class Problem:
         """The oracle's, in the dtype of `z`."""
         arguments = cast({**self.own, **self.shared}, z.dtype) | {"reduction": "none"} | options
         return oracle.loss(self.case.base, z, self.target, weighted_mean=self.case.weighted_mean, **arguments)
-
-    def run(self, impl: str, upstream: Any = None, z: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
-        """The package's loss and gradient."""
-        z = self.z if z is None else z
-        z = computed(z) if options.get("inplace_backward") else z
-        return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
-
-    def truth(self, upstream: Any = None, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Tensor, Tensor]:
-        """The oracle's loss and gradient."""
-        return with_gradient(lambda x: self.formula(x, **options), self.z.to(dtype), upstream)
 
     def scale(self, gradient: Tensor, upstream: Tensor) -> Tensor:
         """Of the terms that sum to the true gradient of the rows' losses, (N, V)."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from kernel_suite import ROW_EPILOGUES, MomentSuite, job_of
+from kernel_suite import ROW_EPILOGUES, MomentSuite, job_of, run_job
 from oracle import assert_as_accurate_as
 from row_losses import INPLACE, LOSSES, computed, each_inplace_loss, takes
 from torch import Tensor
@@ -37,23 +37,7 @@ if backends.unavailable("cpu") is not None:
 
 from fusedloss import _engine
 
-CPU = backends.BACKENDS["cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=_engine.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _engine.instruction_set()
-    _engine.use_instruction_set(request.param)
-    yield request.param
-    _engine.use_instruction_set(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def problem(
@@ -182,18 +166,7 @@ def test_a_gradient_made_with_the_loss_is_that_of_the_gradient_pass(name, shape,
     rows, spec, upstream = job_of(name, "cpu", *shape, dtype, generator)
     z = rows.logits
     z[1::7, 0], z[2::7, -1], z[3::7, -1] = torch.inf, torch.nan, -torch.inf
-    found = []
-    for together in (True, False):
-        job = Job.new(rows, spec)
-        job.upstream = upstream
-        if together:
-            job.grad = CPU.new_gradient(z)
-            CPU.with_gradient(job)
-        else:
-            CPU.forward(job)
-            job.grad = CPU.new_gradient(z)
-            CPU.backward(job)
-        found.append((job.loss, job.statistics, job.index, job.coefficients, job.grad))
+    found = [run_job(rows, spec, upstream, one_read) for one_read in (True, False)]
     for one, two in zip(*found, strict=True):
         wide = torch.promote_types(one.dtype, torch.float32)
         accuracy = {"rtol": 2 * torch.finfo(dtype).eps + 1e-5 * (wide != torch.float64), "atol": 1e-7}

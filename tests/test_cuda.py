@@ -19,7 +19,7 @@ import pytest
 import test_distillation
 import torch
 from cuda_host import ROOT, compiler, load
-from kernel_suite import CASES, ROW_EPILOGUES, SUITES, WAYS, KernelSuite, job_of, rows_of_moments
+from kernel_suite import CASES, ROW_EPILOGUES, SUITES, WAYS, KernelSuite, job_of, rows_of_moments, run_job
 from row_losses import computed
 from row_suite import RowLossSuite, compute_dtype, logits_and_targets, with_gradient
 from torch import Tensor
@@ -28,7 +28,7 @@ import fusedloss as fl
 from fusedloss import backends
 from fusedloss.backends import cuda
 from fusedloss.backends.base import Epilogues
-from fusedloss.definition.rows import Job, Rows, Spec
+from fusedloss.definition.rows import Rows, Spec
 from fusedloss.definition.statistics import ALL_MOMENTS
 from fusedloss.engine import operators as ops
 
@@ -116,22 +116,6 @@ class TestKernels(KernelSuite):
 NAMES = ("loss", "statistics", "index", "coefficients", "gradient")
 
 
-def _one_read(rows: Rows, spec: Spec, row_weight: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Into the gradient's memory, or new one."""
-    job = Job.new(rows, spec)
-    job.grad, job.upstream = CUDA.new_gradient(rows.logits) if grad is None else grad, row_weight
-    CUDA.with_gradient(job)
-    return job.loss, job.statistics, job.index, job.coefficients, job.grad
-
-
-def _two_reads(rows: Rows, spec: Spec, row_weight: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
-    job = Job.new(rows, spec)
-    CUDA.forward(job)
-    job.grad, job.upstream = CUDA.new_gradient(rows.logits) if grad is None else grad, row_weight
-    CUDA.backward(job)
-    return job.loss, job.statistics, job.index, job.coefficients, job.grad
-
-
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("on_chip", [True, False], ids=["on chip", "too wide"])
 @pytest.mark.parametrize("parts", [1, 2, 4, 8])
@@ -142,8 +126,8 @@ def test_one_read_gives_the_bits_of_two(epilogue, parts, on_chip, generator, mon
         rows, spec, row_weight = job_of(epilogue, "cuda", 4, classes, dtype, generator)
         spec = spec._replace(moments=ALL_MOMENTS if dtype == torch.float64 else 0)
         one, two = (
-            run(rows._replace(hidden=[z]), spec, row_weight, z)
-            for run in (_one_read, _two_reads)
+            run_job(rows._replace(hidden=[z]), spec, row_weight, one_read, z)
+            for one_read in (True, False)
             for z in [rows.logits.clone()]
         )
         for name, x, y in zip(NAMES, one, two, strict=True):
@@ -182,11 +166,11 @@ def test_bits_do_not_depend_on_the_address(epilogue, dtype, parts, on_chip, gene
 
     aligned = laid_out(0, classes + 16 - 3)
     assert aligned.logits.stride(0) % pack == 0
-    right = _one_read(aligned, spec, row_weight, aligned.logits)
+    right = run_job(aligned, spec, row_weight, True, aligned.logits)
     for offset in range(pack):
         moved = laid_out(offset, classes)
-        for run, grad in ((_one_read, None), (_two_reads, None), (_one_read, moved.logits)):
-            found = run(moved, spec, row_weight, grad)
+        for one_read, grad in ((True, None), (False, None), (True, moved.logits)):
+            found = run_job(moved, spec, row_weight, one_read, grad)
             assert [torch.equal(x, y) for x, y in zip(found, right, strict=True)] == [True] * 5, offset
 
 
@@ -268,7 +252,6 @@ class TestSecondRow(test_distillation.TestSecondRow):
 # --- a mean or a sum, whose gradient is made with it ---
 
 ONE_READ = {("with_gradient", "cuda"): 1}
-BACKWARD = {("scale_", "cuda"): 1}
 TWO_READS = {("forward", "cuda"): 1, ("backward", "cuda"): 1}
 
 

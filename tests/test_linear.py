@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_accurate_as, assert_rows_as_accurate_as
+from oracle import assert_as_accurate_as, assert_rows_as_accurate_as, assert_same_gradients
 from products import Products
 from row_losses import takes
 from row_suite import compute_dtype
@@ -103,12 +103,6 @@ def budget_for(rows: int, sources: tuple[Tensor, ...], softcap: float | None = N
 # --- equal to the row form ---
 
 
-def assert_same(got, expected, leaves, upstream=None, **tolerance):
-    torch.testing.assert_close(got, expected, **tolerance)
-    right = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves, upstream), right, **tolerance)
-
-
 @pytest.mark.covering(2)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -123,7 +117,7 @@ def test_equals_the_row_form(name, chunk, softcap, reduction, generator):
     got, stats = run_linear(LOSSES[name].linear, data.sources, data.target, **form, **options)
     expected, expected_stats = LOSSES[name].row(logits_of(data.sources, softcap), data.target, **options)
     torch.testing.assert_close(stats, expected_stats, equal_nan=True)
-    assert_same(got, expected, data.sources, torch.rand(got.shape, generator=generator, dtype=torch.float64))
+    assert_same_gradients(got, expected, data.sources, torch.rand(got.shape, generator=generator, dtype=torch.float64))
 
 
 @pytest.mark.covering(1)
@@ -138,7 +132,7 @@ def test_leading_dimensions_and_stride_0_upstream(name, drop_ignored, generator)
     loss = LOSSES[name].linear(shaped, weight, target, **form, **options)
     expected = LOSSES[name].row(shaped @ weight.t(), target, **options)
     upstream = torch.rand((), generator=generator, dtype=torch.float64).expand(9, 4)
-    assert_same(loss, expected, data.sources, upstream)
+    assert_same_gradients(loss, expected, data.sources, upstream)
 
 
 @pytest.mark.covering(1)
@@ -181,11 +175,11 @@ def test_candidates_and_parameters_of_rows(generator):
     ):
         got = run_linear(pair.linear, data.sources, data.target, budget=budget_for(5, data.sources), **options)
         expected = pair.row(logits_of(data.sources), data.target, **options)
-        assert_same(got, expected, (*data.sources, token_weight, *learnt))
+        assert_same_gradients(got, expected, (*data.sources, token_weight, *learnt))
     weight = data.sources[1]
     hidden = F.embedding(torch.randint(CLASSES, (ROWS,), generator=generator), weight)
     got = fl.linear_cross_entropy(hidden, weight, data.target, ignore_index=IGNORED)
-    assert_same(got, fl.cross_entropy(hidden @ weight.t(), data.target, ignore_index=IGNORED), weight)
+    assert_same_gradients(got, fl.cross_entropy(hidden @ weight.t(), data.target, ignore_index=IGNORED), weight)
 
 
 # --- accuracy ---

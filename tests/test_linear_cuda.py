@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedloss as fl
 from fusedloss import backends
-from fusedloss.definition.projection import Form, Projection
+from fusedloss.definition.projection import Form
 from fusedloss.definition.rows import Rows, Spec
 from fusedloss.engine import budgets, chunks
 from fusedloss.tools.footprint import footprint
@@ -183,7 +183,7 @@ def test_ranks_agree_on_the_chunks_of_a_sequence(on_cuda):
     for classes, frozen in ((60000, False), (68256, False), (68256, True)):
         hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (4096, classes))
         target = torch.empty(4 * 4096, dtype=torch.int64, device="meta")
-        rows = Rows.of(Projection([hidden], [weight], None, Form()), target)
+        rows = Rows([hidden], [weight], None, [], target, None, None, [], None)
         forms = (Form(budget=budget, row_parts=4, most_classes=68256) for budget in (0, 64 * MIB))
         specs = [Spec("triton", needed=(True, not frozen), form=form) for form in forms]
         found.add(tuple(chunks._Chunks(rows, x, backends.BACKENDS["triton"], len(target)).size for x in specs))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from oracle import assert_as_accurate_as
 from products import Operators
-from row_losses import LEVELED, computed
+from row_losses import LEVELED
 from row_suite import (
     HALVES,
+    Runs,
     assert_same_bits,
     cast,
     certain_rows,
@@ -21,14 +23,12 @@ from row_suite import (
     each_dtype,
     layouts,
     logits_and_targets,
-    of_rows,
     quarters,
     with_gradient,
 )
 from torch import Tensor
 
 import fusedloss as fl
-from fusedloss import backends
 
 LEVELS = ["class", "set"]
 IGNORED = 1
@@ -75,7 +75,8 @@ SHAPES = {
 }
 
 
-class Problem(NamedTuple):
+@dataclass
+class Problem(Runs):
     """A case with data, as the package and as the oracle take it."""
 
     case: Case
@@ -108,17 +109,9 @@ class Problem(NamedTuple):
     def formula(self, z: Tensor, **options: Any) -> Tensor:
         return oracle.level_loss(self.case.over_rows, z, self.target, **cast(self.options, z.dtype) | options)
 
-    def run(self, impl: str, upstream: Tensor | None = None, z: Tensor | None = None, **options: Any) -> Any:
-        z = self.z if z is None else z
-        z = computed(z) if options.get("inplace_backward") else z
-        return with_gradient(lambda x: self.loss(x, impl, **options), z, upstream)
-
-    def truth(self, upstream: Tensor | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-        return with_gradient(lambda x: self.formula(x, **options), self.z.to(dtype), upstream)
-
     def scale(self, upstream: Tensor) -> Tensor:
         """Of dL/dz_j = p_j (g_j - sum_k p_k g_k), the size of what cancels there, g = dL/dp of each row's share."""
-        own = of_rows({k: v for k, v in self.options.items() if k not in ("ignore_index", "reduction")}, lambda v: v)
+        own = {k: v for k, v in self.options.items() if k not in ("ignore_index", "reduction")}
         weight, token_weight, level = own.pop("weight", 1.0), own.pop("token_weight", None), own.pop("level")
         ignored = self.target == self.options.get("ignore_index", -100)
         p = oracle.log_probabilities(self.z.double()).exp().requires_grad_()
@@ -352,15 +345,12 @@ def test_without_smooth(level, impl, generator):
 @pytest.mark.parametrize("shape", [(5000, 9), (37, 9000), (3, 25_000)], ids=str)
 @each_level
 @each_of_few
-def test_bits_do_not_depend_on_threads(name, level, shape, dtype, compiled_impl, generator):
+def test_bits_do_not_depend_on_threads(name, level, shape, dtype, compiled_impl, generator, threads):
     problem = Problem.make(name, level, shape, generator, dtype)
-    upstream, before, results = problem.upstream(generator), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 2, 3):
-            torch.set_num_threads(count)
-            results.append(problem.run(compiled_impl, upstream))
-    finally:
-        torch.set_num_threads(before)
+    upstream, results = problem.upstream(generator), []
+    for count in (1, 2, 2, 3):
+        threads(count)
+        results.append(problem.run(compiled_impl, upstream))
     for result in results[1:]:
         assert_same_bits(result, results[0])
 
@@ -430,20 +420,8 @@ def test_nothing_but_the_gradient_is_as_large_as_the_logits(level, compiled_impl
     assert large() == {"fusedloss::backward"} and seen.calls["fusedloss::backward"] == 1
 
 
-# --- instruction sets, the compiler ---
-
-
-@pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="needs the C++ engine")
 @each_dtype
-def test_instruction_sets_agree(dtype, generator):
-    from fusedloss import _engine
-
-    before = _engine.instruction_set()
+def test_instruction_sets_agree(dtype, instruction_set, generator):
     problem = Problem.make("dsc", "class", (23, 2100), generator, dtype)
     upstream = problem.upstream(generator)
-    try:
-        for instruction_set in _engine.instruction_sets():
-            _engine.use_instruction_set(instruction_set)
-            problem.check(*problem.run("cpu", upstream), upstream)
-    finally:
-        _engine.use_instruction_set(before)
+    problem.check(*problem.run("cpu", upstream), upstream)

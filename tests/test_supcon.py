@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import assert_as_accurate_as, positive_pairs, supervised_contrastive
+from oracle import assert_as_accurate_as, assert_same_gradients, positive_pairs, supervised_contrastive
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -85,12 +85,6 @@ def exactly(x, y, options) -> tuple[Tensor, list[Tensor]]:
 def has_positives(x, y, options) -> Tensor:
     other = ("temperature", "positives", "normalize", "reduction", "impl")
     return positive_pairs(x, y, **{n: v for n, v in options.items() if n not in other})[0].any(1)
-
-
-def assert_same_gradients(got, expected, leaves, upstream=None, **tolerance):
-    torch.testing.assert_close(got, expected, **tolerance)
-    right = torch.autograd.grad(expected, leaves, upstream, retain_graph=True)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves, upstream), right, **tolerance)
 
 
 def test_known_values():

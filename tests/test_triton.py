@@ -309,7 +309,7 @@ def test_opcheck_of_products(masked, generator):
     shapes = (5, 8), (21, 8), (21,)
     form = Form(mask_target=True) if masked else Form(2.0)
     hidden, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
-    rows = Rows.of(Projection([hidden], [weight], bias, form), torch.tensor([3, 20, -100, 0, 7]))
+    rows = Rows([hidden], [weight], bias, [], torch.tensor([3, 20, -100, 0, 7]), None, None, [], None)
     spec = Spec("triton_fused", "log_sum_exp" if masked else "cross_entropy", form=form)
     check_operators(rows, spec, generator)
     dsc = rows._replace(params=[torch.tensor(x) for x in (0.5, 1.0, 1.0, 1.0)])

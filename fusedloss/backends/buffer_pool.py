@@ -33,10 +33,10 @@ _kept: list[mmap.mmap] = []
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised and contiguous; its memory comes back here when the last tensor on it is gone."""
+    """Uninitialised and contiguous, at least SMALL; its memory comes back here when the last tensor on it is gone."""
     count = math.prod(shape)
-    size, limit = count * dtype.itemsize, _limit()
-    block = _take(size) if SMALL <= size <= limit else None
+    size = count * dtype.itemsize
+    block = _take(size) if size <= _limit() else None
     if block is None:
         return torch.empty(shape, dtype=dtype, device="cpu")
     view = memoryview(block)  # lives as long as the tensors on it

@@ -98,18 +98,13 @@ class Overlap:
         return error / (error + agreement + smooth)
 
 
-def common_factors(
-    label_smoothing: float, smoothing_over: str, z_loss: float, classes: int
-) -> tuple[float, float, float]:
-    """(main, smooth, z_loss) of main * loss + smooth * sum_j w_j (-log p_j) + z_loss * lse^2."""
-    eps = label_smoothing
-    if eps == 0:
-        return 1.0, 0.0, z_loss
+def smoothing_factors(eps: float, smoothing_over: str, classes: int) -> tuple[float, float]:
+    """(main, smooth) of main * loss + smooth * sum_j w_j (-log p_j)."""
+    if eps == 0 or (smoothing_over == "others" and classes == 1):
+        return 1.0, 0.0
     if smoothing_over == "all":
-        return 1.0 - eps, eps / classes, z_loss
-    if classes == 1:
-        return 1.0, 0.0, z_loss
-    return 1.0 - eps - eps / (classes - 1), eps / (classes - 1), z_loss
+        return 1.0 - eps, eps / classes
+    return 1.0 - eps - eps / (classes - 1), eps / (classes - 1)
 
 
 def power(base: Tensor, exponent: Tensor) -> Tensor:

@@ -37,15 +37,13 @@ def row_losses(rows: Rows, epilogue: Epilogue, spec: Spec) -> tuple[Tensor, Stat
     picks = epilogue.picks
     picks = picks._replace(top_k=max(picks.top_k, 1), mean=picks.mean or spec.smooths)
     z, s, ignored, invalid = _statistics(rows, spec.form, picks)
-    over_classes = epilogue.over != "rows"
     if epilogue.has_second_row:
-        return _against_second_row(z, rows, epilogue, spec, s).masked_fill(ignored, 0) * _nan_where(invalid, z), s
-    if over_classes:
-        terms = epilogue.of_classes(*_probabilities(z, s), rows.params)
-        base = (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1)
+        loss = _against_second_row(z, rows, epilogue, spec, s)
+    elif epilogue.over == "classes":
+        base, _ = _over_classes(z, s.target, s.top_index, s.top_logit.detach(), rows, epilogue)
+        loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=True)
     else:
-        base = epilogue.of_rows(s, rows.params)
-    loss = with_common_terms(base, s, rows, spec, z.shape[-1], weighted=over_classes)
+        loss = with_common_terms(epilogue.of_rows(s, rows.params), s, rows, spec, z.shape[-1], weighted=False)
     return loss.masked_fill(ignored, 0) * _nan_where(invalid, loss), s
 
 
@@ -73,14 +71,9 @@ def losses_between(
 def losses_over_classes(rows: Rows, epilogue: Epilogue, spec: Spec) -> Tensor:
     """Row losses (N,) of a sum over the classes, without the statistics that only other losses need."""
     z, index, ignored, invalid = _targeted(rows, spec.form)
-    top = z.detach().argmax(-1, keepdim=True)
-    m = z.detach().gather(-1, top)
-    p, q, total = _softmax(z, top, m)
-    positive = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, index[:, None], True)
-    terms = epilogue.of_classes(p, q, positive, rows.params)
-    base = (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1)
-    lse = (m + total.log())[:, 0]
-    mean_ce = lse
+    m, top = z.detach().max(-1)
+    base, total = _over_classes(z, index, top, m, rows, epilogue)
+    mean_ce = lse = m + total.log()
     if spec.smooths:
         ce = lse[:, None] - z
         mean_ce = (ce if rows.class_weight is None else ce * rows.class_weight).mean(-1)
@@ -153,7 +146,8 @@ def class_sums(
     """Sums over the rows (2, V) in float64 of an overlap's error and agreement, and statistics with the top class."""
     z, s, ignored, invalid = _statistics(rows._replace(class_weight=None, candidates=None), form, Picks(1))
     columns = (x[:, None] if x.dim() else x for x in rows.params)
-    terms = torch.stack(function(*_probabilities(z, s), *columns))
+    p, q, positive, _ = _probabilities(z, s.target, s.top_index, s.top_logit.detach())
+    terms = torch.stack(function(p, q, positive, *columns))
     if row_weight is not None:
         terms = terms * row_weight[:, None]
     terms = terms.masked_fill(ignored[:, None], 0).masked_fill(invalid[:, None], torch.nan)
@@ -182,17 +176,21 @@ def _statistics(rows: Rows, form: Form, picks: Picks) -> tuple[Tensor, Statistic
     return z, assemble(columns, index, pick_index, picks, weight), ignored, invalid
 
 
-def _probabilities(z: Tensor, s: Statistics) -> tuple[Tensor, Tensor, Tensor]:
-    """p, 1 - p and whether it is the target, of every class."""
-    p, q, _ = _softmax(z, s.top_index[:, None], s.top_logit.detach()[:, None])
-    return p, q, torch.zeros_like(z, dtype=torch.bool).scatter(-1, s.target[:, None], True)
+def _over_classes(
+    z: Tensor, target: Tensor, top: Tensor, largest: Tensor, rows: Rows, epilogue: Epilogue
+) -> tuple[Tensor, Tensor]:
+    """Sums (N,) over the classes, of the weighted losses and of exp(z_j - max)."""
+    p, q, positive, total = _probabilities(z, target, top, largest)
+    terms = epilogue.of_classes(p, q, positive, rows.params)
+    return (terms if rows.class_weight is None else terms * rows.class_weight).sum(-1), total
 
 
-def _softmax(z: Tensor, top: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, 1 - p and sum_j exp(z_j - max), (N, 1), by the top class and its logit."""
-    e = (z - largest).exp()
+def _probabilities(z: Tensor, target: Tensor, top: Tensor, largest: Tensor) -> tuple[Tensor, ...]:
+    """Of every class p, 1 - p and whether it is the target; sum_j exp(z_j - max). By the top class and its logit."""
+    e, top = (z - largest[:, None]).exp(), top[:, None]
     # 1 - p cancels for the one class that may have p > 0.5
     others = e.scatter(-1, top, 0).sum(-1, keepdim=True)
     total = others + e.gather(-1, top)
     p = e / total
-    return p, (1 - p).scatter(-1, top, others / total), total
+    positive = torch.zeros_like(z, dtype=torch.bool).scatter(-1, target[:, None], True)
+    return p, (1 - p).scatter(-1, top, others / total), positive, total[:, 0]

@@ -46,18 +46,15 @@ class Rows(NamedTuple):
 
     @staticmethod
     def of(
-        source: Source,
+        logits: Tensor,
         target: Tensor,
         class_weight: Tensor | None = None,
         candidates: Tensor | None = None,
         params: Sequence[Tensor] = (),
         scalars: Tensor | None = None,
     ) -> "Rows":
-        if isinstance(source, Projection):
-            hidden, weight, bias = source.hidden, source.weight, source.bias
-        else:
-            hidden, weight, bias = [source], [], None
-        return Rows(hidden, weight, bias, [], target, class_weight, candidates, list(params), scalars)
+        """Those of logits in hand."""
+        return Rows([logits], [], None, [], target, class_weight, candidates, list(params), scalars)
 
     @property
     def logits(self) -> Tensor:

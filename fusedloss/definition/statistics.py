@@ -32,7 +32,6 @@ MOMENTS = 3
 #: Which of them a pass is asked for: a power alone costs less, and leaves the others as they may be.
 POWER_ALONE, ALL_MOMENTS = 1, 2
 SLOPES = 2
-SECOND_MAX, SECOND_SUM, PLAIN_SUM = range(3)
 SECONDS = 3
 
 #: Statistics that are computed on request, and the fields that each gives.
@@ -242,12 +241,6 @@ def neutral(picks: int, moments: int) -> list[float]:
     """What a pass writes of an ignored row, for a loss function to see nothing that is not finite: two equal logits."""
     log_2 = math.log(2)
     return [0.0, 2.0, 0.5, log_2, 0.0, log_2, *[0.0] * picks, *([log_2, 0.0, 0.5] if moments else [])]
-
-
-def new_losses(statistics: Tensor, picks: int) -> tuple[Tensor, Tensor]:
-    """Losses and coefficients to be written, beside such statistics."""
-    rows = statistics.shape[1]
-    return statistics.new_empty(rows), statistics.new_empty((COEFFICIENTS + picks, rows))
 
 
 def dense_columns(

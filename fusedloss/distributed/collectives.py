@@ -1,4 +1,4 @@
-"""Process groups by name, and the collectives that are operators, which graphs hold."""
+"""Process groups by name, and the collective that is an operator, which graphs hold."""
 
 from __future__ import annotations
 
@@ -33,36 +33,21 @@ def group_named(name: str) -> Any:
 
 _library = torch.library.Library("fusedloss", "FRAGMENT")
 _library.define("gather(Tensor part, int ranks, str group) -> Tensor")
-_library.define("sum_over_ranks(Tensor part, str group) -> Tensor")
 
 
+# Autograd must not look inside: an exported graph calls operators with gradients on.
+@torch.no_grad()
 def _gather(part: Tensor, ranks: int, group: str) -> Tensor:
     parts = part.new_empty((ranks, *part.shape))
     dist.all_gather(list(parts.unbind()), part, group=group_named(group))
     return parts
 
 
-def _sum_over_ranks(part: Tensor, group: str) -> Tensor:
-    total = part.clone()
-    dist.all_reduce(total, group=group_named(group))
-    return total
-
-
 def _fake_gather(part: Tensor, ranks: int, group: str) -> Tensor:
     return part.new_empty((ranks, *part.shape))
 
 
-def _fake_sum_over_ranks(part: Tensor, group: str) -> Tensor:
-    return torch.empty_like(part)
-
-
-for _operator, _kernel, _fake in (
-    ("gather", _gather, _fake_gather),
-    ("sum_over_ranks", _sum_over_ranks, _fake_sum_over_ranks),
-):
-    # Autograd must not look inside: an exported graph calls operators with gradients on.
-    _library.impl(_operator, torch.no_grad()(_kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fusedloss::{_operator}", _fake, lib=_library)
+_library.impl("gather", _gather, "CompositeExplicitAutograd")
+torch.library.register_fake("fusedloss::gather", _fake_gather, lib=_library)
 
 gather = torch.ops.fusedloss.gather.default
-sum_over_ranks = torch.ops.fusedloss.sum_over_ranks.default

@@ -85,7 +85,9 @@ class VocabularyShards:
 
     def here(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Classes as columns of this rank, -1 for those of others, and which ones are here."""
-        return columns(index, self.own.start, self.sizes[self.rank])
+        own = self.own
+        here = (index >= own.start) & (index < own.stop)
+        return torch.where(here, index - own.start, -1), here
 
     def weight(self, weight: Tensor | None) -> Tensor | None:
         """Those of this rank's classes."""
@@ -98,12 +100,6 @@ class VocabularyShards:
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks, in their order: the same bits on all of them. Not differentiable."""
         return self.gather_parts(part).sum(0)
-
-
-def columns(index: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Classes as columns of so many that begin with `first`, -1 for others, and which ones are among them."""
-    here = (index >= first) & (index < first + classes)
-    return torch.where(here, index - first, -1), here
 
 
 def shards_of(group: object, input: Source) -> VocabularyShards | None:
@@ -178,10 +174,15 @@ def _told(value: object) -> object:
     return told, tuple(value.shape), value.dtype, value.requires_grad
 
 
+def targets_here(shards: VocabularyShards, target: Tensor) -> Tensor:
+    """Targets as columns of this rank, -1 for those of others, IGNORED where the row is."""
+    return shards.here(target)[0].masked_fill(target == IGNORED, IGNORED)
+
+
 def rows_here(shards: VocabularyShards, rows: Rows) -> Rows:
-    """What the passes get on this rank, of rows whose targets, class weights and candidates are of all classes."""
-    column, here = shards.here(rows.target)
-    column = torch.where(here, column, 0).masked_fill(rows.target == IGNORED, IGNORED)
+    """What a statistics pass gets here, of rows whose targets, class weights and candidates are of all classes."""
+    column = targets_here(shards, rows.target)
+    column = column.masked_fill(column == -1, 0)
     candidates = rows.candidates
     if candidates is not None:
         candidates = shards.here(candidates)[0].clamp(min=0)

@@ -86,18 +86,17 @@ def forward(
     jobs: list[Sequence[Any]] = []
     for part in chunks:
         job = Job.new(chunks.rows_of(part), spec)
-        upstream = None if row_weight is None else row_weight[part]
-        made = None if part.start >= chunks.valid else gradients
-        if losses is not None:
-            backend.forward(job)
-            losses(job, upstream)
-        elif made is None:
-            backend.forward(job)
-        else:
+        upstream, counts = None if row_weight is None else row_weight[part], part.start < chunks.valid
+        with_loss = losses is None and gradients is not None and counts
+        if with_loss:
             job.upstream = upstream
-        if made is not None:
-            made.add(part, job, with_loss=losses is None)
-        if gradients is not None and part.start >= chunks.valid:
+        else:
+            backend.forward(job)
+        if losses is not None:
+            losses(job, upstream)
+        if gradients is not None and counts:
+            gradients.add(part, job, with_loss)
+        elif gradients is not None:
             gradients.add_nothing(part)
         if spec.top_q:
             put_top_q(job, backend)
@@ -517,10 +516,7 @@ def _chunks(rows: Rows, spec: Spec, backend: Backend, several: bool = True) -> t
         raise GradientsLaterError
     if ignored is not None and valid != count:
         order = ignored.to(torch.int8).argsort(stable=True)
-        first, *others = chunks.rows.hidden
-        chunks.rows = _part(
-            chunks.rows, order, [first[order], *(h[order] for h in others)] if others else [first[order]]
-        )
+        chunks.rows = _part(chunks.rows, order, [h[order] for h in chunks.rows.hidden])
     return order, chunks
 
 

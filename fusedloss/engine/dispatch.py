@@ -206,16 +206,17 @@ def _made_with_the_loss(call: Call) -> tuple[bool, ...]:
     if not torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return ()
     # Asked here: within a function gradients are off, and ctx.needs_input_grad knows nothing of no_grad.
+    learnt = rows.scalars is not None and rows.scalars.requires_grad  # of which the temperature alone may
     if rows.weight:
         needed = tuple([x.requires_grad for x in rows.sources])
-        if call.spec.form.tempered and temperature.is_learnt(rows, call.spec):
+        if learnt:
             needed = temperature.needed(rows, needed)
         return needed if True in needed else ()
     if (
         # A compiled backward would not know whether it may scale in place, and copy.
         torch.compiler.is_compiling()
         or not backends.BACKENDS[call.spec.impl].one_read(rows)
-        or not (rows.logits.requires_grad or (call.spec.form.tempered and temperature.is_learnt(rows, call.spec)))
+        or not (rows.logits.requires_grad or learnt)
         or call.inplace  # not while others need the logits
         # Where losses are scaled because gradients underflow, so would this one before it is.
         or rows.logits.dtype == torch.float16

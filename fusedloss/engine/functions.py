@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .. import transforms
 from ..backends import BACKENDS
-from ..checks import IGNORED, compute_dtype
+from ..checks import compute_dtype
 from ..definition import reference
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Job, Rows, Spec
@@ -154,7 +154,7 @@ class _Loss(torch.autograd.Function):
             for need, source in zip(spec.needed, saved, strict=False):
                 scaled.append(scaled_once(next(rest), grad_output, spec.impl, source.dtype) if need else None)
             return of_inputs(ctx, (None,) * 3, rows, spec, scaled)
-        needed = needed_of(ctx, 3, rows, spec)
+        needed = needed_of(ctx, 3, rows)
         reduction = Reduction(token_weight, ctx.divisor if divisor is None else divisor)
         if made or transforms.plain_backward(grad_output, inplace=settings.inplace):
 
@@ -192,20 +192,19 @@ def of_inputs(
     shards: VocabularyShards | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a function's inputs: those given of what comes before the rows, then the rows' sources'."""
-    result = [*given, *gradients]
-    result += [None] * (len(ctx.needs_input_grad) - len(result))
-    if spec.form.tempered:
-        at = len(given) + _target_at(rows.flatten()[0]) + 3
-        if ctx.needs_input_grad[at]:
-            result[at] = temperature.by_scalars(rows, spec, gradients, shards)
+    result, needs = [*given, *gradients], ctx.needs_input_grad
+    result += [None] * (len(needs) - len(result))
+    scalars = -1 - len(rows.params)  # which come last
+    if needs[scalars]:
+        result[scalars] = temperature.by_scalars(rows, spec, gradients, shards)
     return tuple(result)
 
 
-def needed_of(ctx: Any, before: int, rows: Rows, spec: Spec) -> tuple[bool, ...]:
+def needed_of(ctx: Any, before: int, rows: Rows) -> tuple[bool, ...]:
     """Which gradients of the rows' sources a backward makes, for inputs that come after so many others."""
-    needed = tuple(ctx.needs_input_grad[before : before + len(rows.sources)])
-    learnt = spec.form.tempered and ctx.needs_input_grad[before + _target_at(rows.flatten()[0]) + 3]
-    return temperature.needed(rows, needed) if learnt else needed
+    needs = ctx.needs_input_grad
+    needed = tuple(needs[before : before + len(rows.sources)])
+    return temperature.needed(rows, needed) if needs[-1 - len(rows.params)] else needed
 
 
 def gradients(
@@ -326,18 +325,19 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: tuple[Any, ...], *flat):  # type: ignore[no-untyped-def]
         counts, spec, picks, _, shards = settings
-        statistics, index, _ = merged_statistics(Rows.unflatten(counts, flat), spec, picks, shards)
+        rows = Rows.unflatten(counts, flat)
+        statistics, index, _ = merged_statistics(rows, spec, picks, shards)
         ctx.save_for_backward(*flat, statistics, index)
         ctx.settings = settings
         ctx.mark_non_differentiable(index)
-        return *_columns(statistics, index, flat[_target_at(counts)], picks), index
+        return *_columns(statistics, index, rows.target, picks), index
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         counts, spec, picks, inplace, shards = ctx.settings
         *flat, statistics, index = ctx.saved_tensors
         rows = Rows.unflatten(counts, flat)
-        given, needed = rows, needed_of(ctx, 1, rows, spec)
+        given, needed = rows, needed_of(ctx, 1, rows)
         plain = transforms.plain_backward(*grads[:-1], inplace=inplace)
         if shards is not None:
             vocabulary.differentiated_once(*grads[:-1])
@@ -357,7 +357,7 @@ class _RowStatistics(torch.autograd.Function):
         if shards is not None:
             if not rows.classes and not rows.is_linear:
                 return of_inputs(ctx, (None,), rows, spec, [torch.zeros_like(rows.logits)], shards)
-            here = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
+            here = vocabulary.targets_here(shards, rows.target)
             rows = rows._replace(target=here, class_weight=shards.weight(rows.class_weight))
             index = shards.here(index)[0]
         saved = (statistics, index, coefficients, None)
@@ -460,11 +460,6 @@ def _with_function(rows: Rows, row_weight: Tensor | None, spec: Spec, epilogue: 
     return chunks.forward(rows, row_weight, spec, BACKENDS[spec.impl], losses, epilogue.per_chunk)
 
 
-def _target_at(counts: tuple[int, int, int, int]) -> int:
-    """Where the targets are among flat rows."""
-    return sum(counts[:3]) + 1
-
-
 def _coefficients(statistics: Tensor, rows: Rows, index: Tensor, g: Columns, classes: int) -> Tensor:
     """Of dL/dz_j = a p_j - u w_j - sum_k b_k [j == index_k], from the derivatives `g` by each column."""
     target, weight = rows.target, rows.class_weight
@@ -529,7 +524,7 @@ class _ClassSums(torch.autograd.Function):
         counts, spec, overlap, inplace = ctx.settings
         row_weight, *flat, statistics, index = ctx.saved_tensors
         rows = Rows.unflatten(counts, flat)
-        needed = (ctx.needs_input_grad[1], *needed_of(ctx, 2, rows, spec))
+        needed = (ctx.needs_input_grad[1], *needed_of(ctx, 2, rows))
         if transforms.plain_backward(grad_sums, inplace=inplace):
 
             def sums(w: Tensor | None, z: Tensor) -> list[Tensor]:
@@ -540,11 +535,11 @@ class _ClassSums(torch.autograd.Function):
         # Each row has a loss of its own: its errors and its agreement, each times the derivative by their sum.
         error, agreement = grad_sums.to(compute_dtype(rows.logits.dtype)).contiguous().unbind()
         agreement = agreement[Targets.of(rows.target, rows.classes).safe]
-        rows = rows.without_factors(spec.form)
-        rows = rows._replace(class_weight=error, params=[*rows.params, agreement])
-        loss, coefficients = operators.call(operators.terms, rows, spec, statistics, index)
+        plain = rows.without_factors(spec.form)
+        of_sums = plain._replace(class_weight=error, params=[*rows.params, agreement])
+        loss, coefficients = operators.call(operators.terms, of_sums, spec, statistics, index)
         gradient = None
         if needed[1]:
             saved = (statistics, index, coefficients, row_weight)
-            (gradient,) = gradients(rows, spec, (True,), *saved, inplace)
+            (gradient,) = gradients(of_sums, spec, (True,), *saved, inplace)
         return of_inputs(ctx, (None, loss if needed[0] else None), rows, spec, [gradient])

@@ -11,7 +11,6 @@
                over the rows
 ``scale_``     a gradient times a 0-d factor, which the host does not read
 ``gather``     what each rank of a process group, by its name, has of a tensor, (R, ...)
-``sum_over_ranks``  the sum of what they have
 
 Their arguments begin with the :class:`~fusedloss.definition.rows.Rows`, one tensor or list of tensors each, and end
 with an encoded :class:`~fusedloss.definition.rows.Spec`, which names the backend. Rows of logits in hand and of hidden
@@ -31,7 +30,7 @@ from ..backends.base import Backend
 from ..checks import DTYPES, compute_dtype
 from ..definition.divergences import SOFT_TARGETS
 from ..definition.rows import SCHEMA, Job, Rows, Spec, decode
-from ..definition.statistics import COEFFICIENTS, MOMENTS, SECONDS, STATISTICS, new_losses
+from ..definition.statistics import COEFFICIENTS, MOMENTS, SECONDS, STATISTICS
 from . import chunks
 
 _library = torch.library.Library("fusedloss", "DEF")
@@ -181,13 +180,15 @@ def sums(
     return backend.sums(Job(rows, spec, statistics, index, upstream=row_weight, top_q=top_q))
 
 
-def _fake_terms(rows: Rows, spec: Spec, backend: Backend, statistics: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    return new_losses(statistics, index.shape[0])
+def _new_losses(rows: Rows, spec: Spec, backend: Backend, statistics: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and coefficients to be written."""
+    picks, count = index.shape
+    return statistics.new_empty(count), statistics.new_empty((COEFFICIENTS + picks, count))
 
 
-@_operator("terms", _SAVED, "(Tensor loss, Tensor coefficients)", _fake_terms)
+@_operator("terms", _SAVED, "(Tensor loss, Tensor coefficients)", _new_losses)
 def terms(rows: Rows, spec: Spec, backend: Backend, statistics: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = new_losses(statistics, index.shape[0])
+    outputs = _new_losses(rows, spec, backend, statistics, index)
     backend.terms(Job(rows, spec, statistics, index, *outputs))
     return outputs
 

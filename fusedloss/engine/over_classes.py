@@ -24,13 +24,30 @@ from ..definition.divergences import lag_between
 from ..definition.epilogue import Epilogue, Overlap
 from ..definition.rows import Rows, Spec
 from ..definition.statistics import CE, MAX, STATISTICS, SUM_EXP, TARGET_LOGIT, Picks, Q, Statistics, Targets
-from ..distributed.vocabulary import VocabularyShards, columns, differentiated_once
+from ..distributed.vocabulary import VocabularyShards, differentiated_once, targets_here
 from . import functions, operators
 from .functions import Settings
 from .prepare import Call
 
 #: What the ranks sum of each row: f, p d of all classes but the top one, p d of that.
 LOSS, OTHERS, TOP = range(3)
+
+
+class _Here(NamedTuple):
+    """What a rank keeps of a forward: statistics of whole rows, with the top class, and classes as its columns."""
+
+    statistics: Tensor
+    top_q: Tensor
+    target: Tensor
+    top: Tensor  # (1, N)
+
+    @staticmethod
+    def of(rows: Rows, spec: Spec, shards: VocabularyShards) -> tuple[_Here, Tensor]:
+        """Return what a rank keeps, and the top class among the classes of all ranks."""
+        statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
+        assert top_q is not None
+        top = shards.here(index.masked_fill(rows.target == IGNORED, -1))[0]
+        return _Here(statistics, top_q, targets_here(shards, rows.target), top), index
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +59,15 @@ class Terms:
     rows: Rows
     """Targets are columns of this rank, -1 for those of others."""
     spec: Spec
-    statistics: Tensor  # of whole rows, with the top class
-    index: Tensor  # (1, N), its column
-    top_q: Tensor
+    here: _Here
 
     def sums(self) -> Tensor:
         """(3, N) in float64, over the classes here."""
-        result = self.statistics.new_zeros((3, self.statistics.shape[1]), dtype=torch.float64)
+        result = self.here.statistics.new_zeros((3, len(self.here.target)), dtype=torch.float64)
         if self.rows.classes:
             rows = self.rows._replace(candidates=None)
-            loss, others = operators.call(operators.sums, rows, self.spec, self.statistics, self.index, None, None)
+            saved = (self.here.statistics, self.here.top, None, None)
+            loss, others = operators.call(operators.sums, rows, self.spec, *saved)
             p, _, value, d, top, away = self._singled_out()
             of_top = p * d
             result[LOSS] = loss + value.masked_fill(away, 0).sum(1)
@@ -75,7 +91,7 @@ class Terms:
             at_target, at_top = (p * torch.where(top, q * d - others[:, None], d - shift[:, None])).unbind(1)
             at_top = torch.where(top[:, 0], at_target, at_top)
         coefficients = torch.stack([shift, at_top, at_target, torch.zeros_like(g)])
-        saved = (self.statistics, self.index, coefficients, g)
+        saved = (self.here.statistics, self.here.top, coefficients, g)
         return functions.gradients(self.rows, self.spec, needed, *saved, inplace)
 
     def _singled_out(self) -> tuple[Tensor, ...]:
@@ -83,9 +99,10 @@ class Terms:
 
         Where they are the same class, it is the first.
         """
-        target, top, statistics = self.rows.target.clamp(min=-1), self.index[0], self.statistics
+        statistics, top_q, target, top = self.here
+        target, top = target.clamp(min=-1), top[0]
         p = torch.stack([(-statistics[CE]).exp(), 1 / statistics[SUM_EXP]], 1)
-        q = torch.stack([statistics[Q], self.top_q], 1)
+        q = torch.stack([statistics[Q], top_q], 1)
         same = target == top
         always = torch.ones_like(same)
         positive, is_top = torch.stack([always, ~always], 1), torch.stack([same, always], 1)
@@ -113,24 +130,6 @@ def _vjp(function: Callable[..., Tensor], *inputs: Tensor) -> Any:
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
-
-
-class _Here(NamedTuple):
-    """What a rank keeps of a forward: statistics of whole rows, and classes as its columns."""
-
-    statistics: Tensor
-    top_q: Tensor
-    target: Tensor
-    top: Tensor
-
-    @staticmethod
-    def of(rows: Rows, spec: Spec, shards: VocabularyShards) -> tuple[_Here, Tensor]:
-        """Return what a rank keeps, and the top class among the classes of all ranks."""
-        statistics, index, top_q = functions.merged_statistics(rows, spec, Picks(1), shards, top_q=True)
-        assert top_q is not None
-        ignored, first, classes = rows.target == IGNORED, shards.own.start, rows.classes
-        target, top = (columns(x.masked_fill(ignored, -1), first, classes)[0] for x in (rows.target, index[0]))
-        return _Here(statistics, top_q, target.masked_fill(ignored, IGNORED), top[None]), index
 
 
 def columns_of(statistics: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -170,7 +169,7 @@ class _RowLosses(torch.autograd.Function):
         *flat, sums, statistics, top_q, target, top = ctx.saved_tensors
         rows, here = Rows.unflatten(ctx.settings.counts, flat), _Here(statistics, top_q, target, top)
         terms = _RowLosses._terms(ctx.settings, ctx.shards, rows, here)
-        needed = functions.needed_of(ctx, 2, rows, ctx.settings.spec)
+        needed = functions.needed_of(ctx, 2, rows)
         g = torch.zeros_like(sums[LOSS]) if grad_loss is None else grad_loss
         by_sources = terms.gradients(needed, g, sums, grad_lse, ctx.settings.inplace)
         return functions.of_inputs(ctx, (None, None), rows, ctx.settings.spec, by_sources, ctx.shards)
@@ -184,7 +183,7 @@ class _RowLosses(torch.autograd.Function):
             return terms if weight is None else terms * weight[columns]
 
         rows = rows._replace(target=here.target, class_weight=weight)
-        return Terms(function, rows, settings.spec, here.statistics, here.top, here.top_q)
+        return Terms(function, rows, settings.spec, here)
 
 
 def pair_losses(call: Call, epilogue: Epilogue) -> tuple[Tensor, Statistics]:
@@ -223,7 +222,7 @@ class _PairLosses(torch.autograd.Function):
             plain_sum = plain[SUM_EXP] * (plain[MAX] - max_ / factor).exp()
             second = torch.stack([of_teacher[MAX], of_teacher[SUM_EXP], plain_sum])
             slope_at_target = _slope_of(epilogue, statistics, of_teacher, rows.params[:-1])
-        own = shards.here(rows.target)[0].masked_fill(rows.target == IGNORED, IGNORED)
+        own = targets_here(shards, rows.target)
         weight = shards.weight(rows.class_weight)
         here = rows._replace(target=own, class_weight=weight, candidates=None)
         saved = torch.cat([statistics, second])
@@ -259,7 +258,7 @@ class _PairLosses(torch.autograd.Function):
         differentiated_once(grad_loss)
         *flat, statistics, index, coefficients, own, weight = ctx.saved_tensors
         rows, spec = Rows.unflatten(ctx.settings.counts, flat), ctx.settings.spec
-        needed = functions.needed_of(ctx, 2, rows, spec)
+        needed = functions.needed_of(ctx, 2, rows)
         by_sources: tuple[Tensor | None, ...] = (torch.zeros_like(rows.hidden[0]),)
         if rows.classes or rows.is_linear:
             here = rows._replace(target=own, class_weight=weight)
@@ -347,7 +346,7 @@ class _OverRows(torch.autograd.Function):
         by_rows = by_rows.to(here.top_q.dtype)
         g = torch.ones_like(by_rows[LOSS]) if row_weight is None else row_weight
         gradient: tuple[Tensor | None, ...] = (None,)
-        if functions.needed_of(ctx, 2, rows, x.spec)[0]:
+        if functions.needed_of(ctx, 2, rows)[0]:
             gradient = terms.gradients((True,), g, by_rows, None, x.inplace)
         by_weight = by_rows[LOSS] if ctx.needs_input_grad[1] else None
         return functions.of_inputs(ctx, (None, by_weight), rows, x.spec, gradient, x.shards)
@@ -365,4 +364,4 @@ class _OverRows(torch.autograd.Function):
         # The term's last parameter is the slope of the target's agreement, which is not the passes' to add.
         params = [*rows.params, by_agreement.new_zeros(())]
         rows = rows._replace(target=here.target, class_weight=by_error, params=params)
-        return Terms(weighted, rows, x.spec, here.statistics, here.top, here.top_q)
+        return Terms(weighted, rows, x.spec, here)

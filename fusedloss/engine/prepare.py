@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, transforms
-from ..definition.epilogue import common_factors
+from ..definition.epilogue import smoothing_factors
 from ..definition.projection import Form, Projection
 from ..definition.rows import Rows, Source, Spec
 from ..definition.statistics import Targets
@@ -85,7 +85,7 @@ def prepare(
             )
         for w in input.weight:
             if impl != "reference" and type(w) not in (Tensor, torch.nn.Parameter):
-                checks.check_readable("linear_weight", w)
+                checks.check_readable(w)
     if shards is not None:
         if impl == "reference":
             source = backends.named_by(o["impl"])
@@ -99,12 +99,11 @@ def prepare(
     # A compiled backward would not raise the logits' version, by which autograd knows that they are gone.
     inplace = o["inplace_backward"] and not torch.compiler.is_compiling()
     if isinstance(input, Projection):
-        logits: Source = input
-        if input.hidden[0].dim() != 2 or form is not input.form:
-            hidden = [h.reshape(-1, h.shape[-1]) for h in input.hidden]
-            logits = Projection(hidden, input.weight, input.bias, form)
+        hidden, of_layer, bias = input.hidden, input.weight, input.bias
+        if hidden[0].dim() != 2:
+            hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
     else:
-        logits = matrix(input, o["inplace_backward"])
+        hidden, of_layer, bias = [matrix(input, o["inplace_backward"])], [], None
     if inplace and impl == "reference":
         source = backends.named_by(o["impl"])
         raise ValueError(f"inplace_backward needs a compiled implementation, but {source} is 'reference'")
@@ -127,8 +126,8 @@ def prepare(
     tempered = isinstance(temperature, Tensor) or temperature != 1
     common: tuple[float, ...] = ()
     if smoothing or z_loss or tempered:
-        factors = common_factors(smoothing, o["smoothing_over"], z_loss, classes)
-        common = (*factors, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
+        factors = smoothing_factors(smoothing, o["smoothing_over"], classes)
+        common = (*factors, z_loss, 1.0 if isinstance(temperature, Tensor) else 1.0 / temperature)
     numbers, scalars = constants.parameters(params, common, dtype, input.device)
     for i, given_number in enumerate(params):
         if isinstance(given_number, Tensor) and given_number.dim():
@@ -147,10 +146,7 @@ def prepare(
     if token_weight is not None:
         # Those of ignored rows may hold anything.
         token_weight = token_weight.reshape(-1).to(dtype).masked_fill(index == checks.IGNORED, 0)
-    if isinstance(logits, Projection):
-        rows = Rows.of(logits, index, weight, candidates, numbers, scalars)
-    else:  # a call less
-        rows = Rows([logits], [], None, [], index, weight, candidates, numbers, scalars)
+    rows = Rows(hidden, of_layer, bias, [], index, weight, candidates, numbers, scalars)
     spec = Spec(impl, mean=smoothing != 0, smooths=smoothing != 0, z_loss=z_loss != 0, form=form)
     return Call(rows, spec, token_weight, inplace, shards, classes, o)
 
@@ -233,12 +229,12 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
     if isinstance(normalizer, str):  # "token_weight"
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
-    dtype = checks.compute_dtype(rows.hidden[0].dtype)
     if type(normalizer) in (int, float) and normalizer == 0:
-        normalizer = rows.hidden[0].new_zeros((), dtype=dtype)
+        normalizer = rows.hidden[0].new_zeros(())
     if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(dtype)  # a float64 count is no reason for a float64 loss
-        return _not_zero(normalizer), normalizer
+        # A float64 count is no reason for a float64 loss.
+        normalizer = normalizer.to(checks.compute_dtype(rows.hidden[0].dtype))
+        return torch.where(normalizer == 0, 1, normalizer), normalizer
     if normalizer is not None:
         # PyTorch takes no large int; a symbolic number would become a constant.
         return normalizer if isinstance(normalizer, torch.SymFloat) else float(normalizer), normalizer
@@ -260,7 +256,3 @@ def _inverse(temperature: Tensor) -> Tensor:
     low, high = checks.DIVISORS
     valid = (temperature >= low) & (temperature <= high)
     return torch.where(valid, 1 / torch.where(valid, temperature, 1), math.nan)
-
-
-def _not_zero(divisor: Tensor) -> Tensor:
-    return torch.where(divisor == 0, 1, divisor)

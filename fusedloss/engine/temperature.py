@@ -15,10 +15,6 @@ from . import budgets
 _BLOCK_BYTES = 8 * 2**20
 
 
-def is_learnt(rows: Rows, spec: Spec) -> bool:
-    return spec.form.tempered and rows.scalars is not None and rows.scalars.requires_grad
-
-
 def needed(rows: Rows, of_sources: Sequence[bool]) -> tuple[bool, ...]:
     """Which gradients of ``rows.sources`` that of the temperature is made of, too."""
     count = len(rows.hidden)

@@ -115,7 +115,7 @@ class _LogProbs:
         # (c / s) tanh(z / (c / s)) / (tau / s) is c tanh(s z / c) / tau: without a copy of the hidden states
         softcap = None if final_logit_softcapping is None else final_logit_softcapping / logit_scale
         options = {"linear_bias": bias, "softcap": softcap, "budget": self.budget, "impl": self.impl}
-        projection, rest = projected(hidden, weight, False, {**options, "temperature": temperature / logit_scale})
+        projection, rest = projected(hidden, weight, {**options, "temperature": temperature / logit_scale})
         statistics = tuple([_STATISTICS[name] for name in outputs if name != "log_probs"])
         # What linear_log_probs computes, and what the metrics need from the same pass.
         s = row_statistics("linear_log_probs", projection, targets, statistics, rest)  # type: ignore[arg-type]

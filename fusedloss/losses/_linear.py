@@ -10,15 +10,13 @@ from ..distributed.sequence import row_parts
 from ..engine.project import project
 
 
-def projected(
-    input: Any, linear_weight: Any, return_stats: bool, options: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any]]:
+def projected(input: Any, linear_weight: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Check the tensors that produce the logits. Return them as one projection, and the options for the row form.
 
     Modules hand over lists of hidden states and weights, whose products are summed.
     """
     hidden, weight = (input, linear_weight) if type(input) is list else ([input], [linear_weight])
-    rest = {"return_stats": return_stats, **options}
+    rest = dict(options)
     bias, softcap, budget = rest.pop("linear_bias", None), rest.pop("softcap", None), rest.pop("budget", None)
     drop_ignored, split = rest.pop("drop_ignored", None), rest.pop("sequence_parallel", False)
     hidden, weight, bias, group, split = local_projection(hidden, weight, bias, rest.get("group"), split)

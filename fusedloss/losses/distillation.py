@@ -185,7 +185,7 @@ def linear_distillation_loss(
     >>> fl.linear_distillation_loss(hidden, weight, torch.randn(8, 128), torch.randn(1000, 128)).backward()
     """
     check_names("linear_distillation_loss", options, LinearDistillationOptions)
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     teachers = [teacher_input], [teacher_weight], teacher_bias
     hidden, weight, bias, group, by_rows = local_projection(*teachers, None, False, TEACHER_NAMES[:3])
     if is_dtensor(teacher_weight) and (group != rest.get("group") or by_rows):

@@ -123,7 +123,7 @@ def dsc_loss(
     >>> fl.dsc_loss(logits, torch.arange(8), alpha=0.01).backward()
     """
     check_logits(input, target)
-    check_parameter("alpha", alpha, target, options, 0)
+    check_parameter("alpha", alpha, target, options)
     if type(squared) is not bool or type(detach_weight) is not bool:
         check_bool(squared=squared, detach_weight=detach_weight)
     params = (alpha, float(squared), 1.0 - detach_weight)
@@ -199,7 +199,7 @@ def linear_dsc_loss(
     return_stats: bool = False,
     **options: Unpack[LinearClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return dsc_loss(
         projection, target, alpha=alpha, smooth=smooth, squared=squared, form=form, level=level,
         detach_weight=detach_weight, **rest,

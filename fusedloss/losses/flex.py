@@ -163,7 +163,7 @@ def linear_flex_loss(
     return_stats: bool = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return flex_loss(
         projection, target, loss_fn, statistics=statistics, candidates=candidates, row_tensors=row_tensors,
         per_chunk=per_chunk, over=over, **rest,

@@ -65,7 +65,7 @@ def focal_loss(
     >>> fl.focal_loss(logits, torch.arange(8), gamma=3.0).backward()
     """
     check_logits(input, target)
-    check_parameter("gamma", gamma, target, options, 0)
+    check_parameter("gamma", gamma, target, options)
     return row_loss("focal_loss", input, target, FOCAL, (gamma,), return_stats=return_stats, **options)
 
 
@@ -89,5 +89,5 @@ def linear_focal_loss(
     return_stats: bool = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return focal_loss(projection, target, gamma=gamma, **rest)

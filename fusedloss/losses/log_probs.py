@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..checks import check_bool, check_int, check_logits, check_names
-from ..definition.projection import Projection
 from ..definition.statistics import LogProbs
 from ..engine.dispatch import row_loss, row_statistics
 from ..engine.options import LinearLogProbOptions, LogProbOptions, TopkOptions
@@ -110,8 +109,7 @@ def linear_log_probs(
     >>> log_prob.sum().backward()
     """
     check_names("linear_log_probs", options, LinearLogProbOptions)
-    projection, rest = projected(input, linear_weight, False, options)
-    del rest["return_stats"]
+    projection, rest = projected(input, linear_weight, options)
     return log_probs(projection, target, entropy=entropy, **rest)  # type: ignore[call-overload]
 
 
@@ -142,8 +140,6 @@ def linear_topk_log_probs(
     (torch.Size([8, 5]), torch.Size([8, 5]))
     """
     check_names("linear_topk_log_probs", options, TopkOptions)
-    projection, rest = projected(input, linear_weight, False, options)
-    del rest["return_stats"]
-    assert isinstance(projection, Projection)
+    projection, rest = projected(input, linear_weight, options)
     with torch.no_grad():
         return topk_log_probs(projection, check_int("k", k, 1), **rest)

@@ -84,7 +84,7 @@ def mixed_cross_entropy(
     >>> fl.mixed_cross_entropy(logits, torch.arange(8), alpha=alpha, label_smoothing=0.1).backward()
     """
     check_logits(input, target)
-    check_parameter("alpha", alpha, target, options, 0, 1)
+    check_parameter("alpha", alpha, target, options, 1)
     if top_k not in (1, 2) or isinstance(top_k, bool):
         raise ValueError(f"top_k must be 1 or 2, got {top_k!r}")
     if candidates is not None and top_k != 1:
@@ -117,7 +117,7 @@ def linear_mixed_cross_entropy(
     return_stats: bool = False,
     **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return mixed_cross_entropy(projection, target, alpha=alpha, top_k=top_k, candidates=candidates, **rest)
 
 

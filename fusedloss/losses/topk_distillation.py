@@ -159,7 +159,7 @@ def linear_topk_distillation_loss(
     >>> fl.linear_topk_distillation_loss(hidden, weight, index, log_prob).backward()
     """
     checks.check_names("linear_topk_distillation_loss", options, LinearDistillationOptions)
-    projection, others = projected(input, linear_weight, return_stats, options)
+    projection, others = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return _loss(projection, index, log_prob, rest, divergence, beta, others)
 
 

@@ -106,11 +106,11 @@ def tversky_loss(
     """
     check_logits(input, target)
     if beta is None:
-        alpha = check_parameter("alpha", alpha, target, options, 0, 1)
+        alpha = check_parameter("alpha", alpha, target, options, 1)
         beta = 1 - alpha
     else:
-        check_parameter("alpha", alpha, target, options, 0)
-        check_parameter("beta", beta, target, options, 0)
+        check_parameter("alpha", alpha, target, options)
+        check_parameter("beta", beta, target, options)
     return overlap_loss(
         "tversky_loss", input, target, TVERSKY, (alpha, beta), smooth, form, level, return_stats=return_stats, **options
     )
@@ -142,5 +142,5 @@ def linear_tversky_loss(
     return_stats: bool = False,
     **options: Unpack[LinearClassLossOptions],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    projection, rest = projected(input, linear_weight, return_stats, options)
+    projection, rest = projected(input, linear_weight, {**options, "return_stats": return_stats})
     return tversky_loss(projection, target, alpha=alpha, beta=beta, smooth=smooth, form=form, level=level, **rest)

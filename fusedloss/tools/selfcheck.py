@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import DTYPES, compute_dtype
+from ..checks import DTYPES, IGNORED, compute_dtype
 from ..losses._registry import EXAMPLES, Example
 
 #: What an error may have beyond twice that of the formula in PyTorch, in units of the last place.
@@ -19,8 +19,6 @@ ULPS = 8
 
 #: The reference in float64 is the truth of all else; its own is the formula, where 1 - p costs it half the digits.
 REFERENCE_ALLOWED = 1e-7
-
-IGNORED = -100
 
 QUICK_SHAPES = (
     (32, 1000),
