@@ -432,7 +432,7 @@ def check_levels(setting: Setting, impls: list[str]) -> None:
     upstream = random_upstream(setting.upstream, shape, compute, generator)
     truth = problem.truth(upstream.double())
     eager = problem.truth(upstream.double(), compute)
-    shaped = problem._replace(target=x.shaped(target.to(x.integers)), options=by_row)
+    shaped = replace(problem, target=x.shaped(target.to(x.integers)), options=by_row)
     of_classes = upstream.double().expand((x.classes,) * (setting.own["level"] == "class"))
     of_classes = of_classes / (x.classes if setting.own["level"] == "class" and setting.reduction == "mean" else 1)
     scale = (truth[0].abs() + cancelled(x), truth[1].abs() + problem.scale(of_classes))
