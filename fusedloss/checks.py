@@ -367,6 +367,7 @@ def check_temperature(temperature: Any, input: Tensor | Projection) -> Any:
 
 
 def _check_divisor(name: str, divisor: Tensor, or_zero: bool = False) -> None:
+    """Raise ValueError for a tensor that a loss cannot be divided by; with `or_zero` a 0 passes."""
     if divisor.dim():
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(divisor.shape)}")
     values = transforms.values(divisor)

@@ -99,6 +99,7 @@ CASES: dict[str, Bad] = {
     "normalizer is a boolean": options(TypeError, "normalizer", "False", normalizer=False),
     "normalizer is a string": options(ValueError, "normalizer", "'4'", normalizer="4"),
     "normalizer is a vector": options(ValueError, "normalizer", "(1,)", normalizer=torch.ones(1)),
+    "normalizer is a negative tensor": options(ValueError, "normalizer", "-1", normalizer=torch.tensor(-1.0)),
     "normalizer of a sum": options(ValueError, "normalizer", "'sum'", normalizer=4, reduction="sum"),
     # a schedule
     "step below 0": bad(lambda z, t: fl.alpha_schedule(-1, 10), ValueError, "step", "-1"),

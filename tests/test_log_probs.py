@@ -262,9 +262,12 @@ def test_a_module_learns_its_temperature(impl, generator):
 
 
 WRONG = {
-    "temperature": [(0, ValueError, "between 1e-30 and 1e\\+30, got 0"), (math.nan, ValueError, "got nan"),
+    "temperature": [(0, ValueError, "between 1e-30 and 1e\\+30, got 0"), (math.inf, ValueError, "got inf"),
+                    (-1.0, ValueError, "-1.0"), (math.nan, ValueError, "got nan"),
                     ("1", TypeError, "'1'"), (True, TypeError, "True"),
-                    (torch.ones(2), ValueError, r"shape \(2,\)"), (torch.tensor(1), TypeError, "int64")],
+                    (1e-39, ValueError, "1e-39"), (10**400, ValueError, "10000"),
+                    (torch.ones(2), ValueError, r"shape \(2,\)"), (torch.tensor(1), TypeError, "int64"),
+                    (torch.tensor(-2.0), ValueError, "got -2.0")],
     "entropy": [(1, TypeError, "got 1"), (None, TypeError, "None")],
     "ignore_index": [(0.5, TypeError, "0.5")],
     "reduction": [("mean", TypeError, "reduction")],

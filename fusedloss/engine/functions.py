@@ -194,7 +194,7 @@ def of_inputs(
     """The gradients of a function's inputs: those given of what comes before the rows, then the rows' sources'."""
     result, needs = [*given, *gradients], ctx.needs_input_grad
     result += [None] * (len(needs) - len(result))
-    scalars = -1 - len(rows.params)  # which come last
+    scalars = -1 - len(rows.params)  # only the params come after them
     if needs[scalars]:
         result[scalars] = temperature.by_scalars(rows, spec, gradients, shards)
     return tuple(result)

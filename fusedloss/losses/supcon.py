@@ -641,7 +641,7 @@ class _SumSimilarity(torch.autograd.Function):
 
             gradients = differentiable((anchors, others), ctx.needs_input_grad[2:4], similarity, [grad])
             return None, None, *gradients, *nothing
-        # Of alike anchors each is to another what that is to it.
+        # With alike upstream gradients the losses of both rows of a pair give the same gradient.
         grad = (2 * grad if ctx.alike else grad)[:, None]
         if same := others is None:
             others = anchors
