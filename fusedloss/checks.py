@@ -85,6 +85,11 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     return value if type(value) in PLAIN else number
 
 
+def is_zero(value: object) -> bool:
+    """True for a real number of any type that is 0. A symbolic number is not compared, it would become a constant."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(value == 0)
+
+
 def check_bool(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
@@ -400,5 +405,5 @@ def check_normalizer(normalizer: object, reduction: str, token_weight: object) -
     if isinstance(normalizer, Tensor):
         check_local("normalizer", normalizer)
         _check_divisor("normalizer", normalizer, or_zero=True)  # a count of no targets
-    elif type(normalizer) not in (int, float) or normalizer != 0:
+    elif not is_zero(normalizer):
         check_number("normalizer", normalizer, *DIVISORS)

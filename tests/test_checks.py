@@ -309,6 +309,7 @@ def test_good_extremes_pass(impl):
     fl.cross_entropy(z, target, label_smoothing=1, impl=impl)
     fl.cross_entropy(z, target, label_smoothing=numpy.float32(0.1), z_loss=numpy.float64(0.1), impl=impl)
     fl.cross_entropy(z, target, normalizer=torch.tensor(3), impl=impl)
+    assert fl.cross_entropy(z, target, normalizer=numpy.int64(0), impl=impl) == math.inf
     fl.cross_entropy(z, torch.tensor([0, 3, -(2**63), 4]), ignore_index=-(2**63), impl=impl)
     fl.focal_loss(z, target, gamma=0, impl=impl)
     fl.focal_loss(z, target, gamma=torch.zeros(4, dtype=torch.float64), impl=impl)
@@ -395,7 +396,7 @@ def test_the_loss_is_divided_by_numbers_whose_inverse_is_in_float32(name, loss):
         assert loss(value).isfinite()
 
 
-@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0)], ids=repr)
+@pytest.mark.parametrize("zero", [0, 0.0, Fraction(0), torch.tensor(0)], ids=repr)
 @pytest.mark.parametrize("loss", [fl.cross_entropy, fl.focal_loss, fl.dsc_loss])
 def test_a_count_of_no_targets_divides_nothing(loss, zero):
     z = ONES.clone().requires_grad_()

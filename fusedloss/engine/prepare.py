@@ -229,7 +229,7 @@ def divisor_of(call: Call, mean_over_weights: bool) -> tuple[float | Tensor | No
     if isinstance(normalizer, str):  # "token_weight"
         assert token_weight is not None
         normalizer = token_weight.detach().sum()
-    if type(normalizer) in (int, float) and normalizer == 0:
+    if normalizer is not None and checks.is_zero(normalizer):
         normalizer = rows.hidden[0].new_zeros(())
     if isinstance(normalizer, Tensor):
         # A float64 count is no reason for a float64 loss.
