@@ -86,7 +86,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def is_zero(value: object) -> bool:
-    """True for a real number of any type that is 0. A symbolic number is not compared, it would become a constant."""
+    """Whether `value` is the number 0 of any type. A symbolic number would become a constant if it were compared."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(value == 0)
 
 
