@@ -34,7 +34,7 @@ from scores import entity_scores, f1
 
 LOSSES = ("CE", "focal", "dice", "DSC")
 COLUMNS = {"names": ("F1", "precision", "recall", "accuracy"), "TREC": ("accuracy", "F1")}
-QUICK = {"seeds": 2, "epochs": 4, "limit": 1500}
+QUICK = {"seeds": 1, "epochs": 4, "limit": 1500}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

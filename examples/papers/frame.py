@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what the examples share
-from arguments import count, cpus, positive, share_or_all
+from arguments import count, positive, share_or_all
 from packages import DataError
 from tables import interval, spread
 
@@ -42,7 +42,8 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     add("--fresh", action="store_true", help="make every run anew: those of --out are discarded")
     add("--seeds", type=count(1), default=3, help="runs of each loss")
     add("--seed", type=int, default=1, help="the first: of the weights, the batches and dropout")
-    add("--threads", type=count(1), default=cpus(), help="CPU threads")
+    # One: these networks are so small that two threads which sleep while they wait take up to three times as long.
+    add("--threads", type=count(1), default=1, help="CPU threads")
     return parser
 
 

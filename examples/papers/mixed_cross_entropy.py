@@ -49,8 +49,8 @@ LONG = {
     "dropout": 0.1,
     "label_smoothing": 0.0,
 }
-QUICK = {"seeds": 2, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60}
-QUICK_LONG = {"out": Path("runs/papers/mixed_long-quick"), "seeds": 1, "steps": 50, "points": 2}
+QUICK = {"seeds": 1, "steps": 100, "d_model": 96, "vocab_size": 2000, "bleu_sentences": 60}
+QUICK_LONG = {"out": Path("runs/papers/mixed_long-quick"), "steps": 50, "points": 2}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
