@@ -34,6 +34,7 @@ TEACHER_SEED = 1000  # is added to a seed's: a teacher has weights and batches t
 
 QUICK = {
     "out": Path("runs/distill-quick"),
+    "threads": 1,  # two that sleep while they wait for each other take longer on models this small
     "steps": 60,
     "d_model": 64,
     "vocab_size": 2000,
