@@ -48,7 +48,7 @@ demo-distill: .venv/installed ## teach small translation models by a first one, 
 demo-eole: .venv/installed-eole ## train Eole's Transformer by its own loss and by the fused one: 15 minutes of processor time
 	$(BIN)/python examples/eole/train.py $(ARGS)
 
-papers: .venv/installed ## what the losses' papers claim, on real data, up to 30 minutes each: PAPERS=calibration
+papers: .venv/installed ## what the losses' papers claim, on real data, up to 50 minutes each: PAPERS=calibration
 	@for paper in $(PAPERS); do echo "$$paper"; $(BIN)/python examples/papers/$$paper.py $(ARGS) || exit 1; done
 
 test: .venv/installed build/triton36/installed .venv/tried-eole ## run the tests
